@@ -1,0 +1,244 @@
+"""Training crops for ``nuclei-compact``: labelled images -> augmented crops with targets.
+
+Folders are read as `instances/<set>/<split>/{image,label,type}/<id>.png` and `points/<set>/<split>/{image/<id>.png,points/<id>.csv}`.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from scipy import ndimage
+from skimage.color import hed_from_rgb, rgb_from_hed
+from torch import Tensor
+
+CROP = 224
+INSTANCES = 28  # prompts per crop
+TYPES = {"brca_m2c": 3, "nucls_mini": 4}
+# One patient of brca_m2c/train is also in an evaluation-only collection.
+EXCLUDED = ("TCGA-A7-A13E",)
+
+
+@dataclass
+class Field:
+    """One labelled image. ``planes``: uint8 RGB; ``label`` int32; ``distances`` (2, H, W) centre and boundary distance, 1 outside;
+    ``weight`` 0 where nothing is known; ``types`` maps instance id to type (0 = unknown)."""
+
+    name: str
+    collection: str
+    image: np.ndarray
+    label: np.ndarray
+    distances: np.ndarray
+    weight: np.ndarray
+    types: np.ndarray
+    diameter: float
+    share: float = 1.0
+
+
+def distances_of(label: np.ndarray) -> np.ndarray:
+    """Centre and boundary distance of every instance, each divided by its maximum: 0 innermost, 1 far end and outside."""
+    ids = np.arange(1, label.max() + 1)
+    out = np.ones((2, *label.shape), np.float32)
+    if not len(ids):
+        return out
+    inside = label > 0
+    yy, xx = np.nonzero(inside)
+    owner = label[inside]
+    count = np.bincount(owner, minlength=len(ids) + 1).clip(1)
+    cy, cx = (np.bincount(owner, weights=v, minlength=len(ids) + 1) / count for v in (yy, xx))
+    centre = np.hypot(yy - cy[owner], xx - cx[owner])
+    top = np.zeros(len(ids) + 1)
+    np.maximum.at(top, owner, centre)
+    out[0][inside] = centre / top[owner].clip(1)
+    # One distance transform for all: pixels that touch another instance count as outside.
+    padded = np.pad(label, 1, mode="edge")
+    contact = np.zeros(label.shape, bool)
+    for dy, dx in ((0, 1), (1, 0), (1, 2), (2, 1)):
+        contact |= padded[dy : dy + label.shape[0], dx : dx + label.shape[1]] != label
+    depth = ndimage.distance_transform_edt(inside & ~contact)[inside] + 1
+    top = np.ones(len(ids) + 1)
+    np.maximum.at(top, owner, depth)
+    out[1][inside] = 1 - (depth - 1) / (top[owner] - 1).clip(1)
+    return out
+
+
+def _field(name: str, collection: str, image: np.ndarray, label: np.ndarray, types: np.ndarray) -> Field:
+    sizes = np.bincount(label.ravel())[1:]
+    sizes = sizes[sizes > 0]
+    diameter = float(np.median(2 * np.sqrt(sizes / np.pi))) if len(sizes) else 26.0
+    return Field(name, collection, image, label, distances_of(label), np.ones(label.shape, np.float32), types, diameter)
+
+
+def load_instances(root: Path, collection: str, split: str = "train") -> list[Field]:
+    """Every image of an instance-labelled collection."""
+    fields = []
+    groups = {}
+    if (root / "instances" / collection / "groups.json").exists():
+        groups = json.loads((root / "instances" / collection / "groups.json").read_text())
+    for path in sorted((root / "instances" / collection / split / "image").glob("*.png")):
+        image = np.asarray(Image.open(path).convert("RGB"))
+        label = np.asarray(Image.open(path.parents[1] / "label" / path.name)).astype(np.int32)
+        types = np.zeros(label.max() + 1, np.int64)
+        typed = path.parents[1] / "type" / path.name
+        if typed.exists():
+            kind = np.asarray(Image.open(typed)).astype(np.int64)
+            for i in range(1, len(types)):
+                here = kind[label == i]
+                types[i] = np.bincount(here[here > 0]).argmax() if (here > 0).any() else 0
+        field = _field(path.stem, collection, image, label, types)
+        group = groups.get(f"{split}/{path.stem}", {}).get("stain_group", "")
+        field.share = 6.0 if group == "eosin_rich" else 1.0
+        fields.append(field)
+    return fields
+
+
+def load_points(root: Path, collection: str, split: str = "train", scale: int = 2) -> list[tuple[str, np.ndarray, np.ndarray]]:
+    """Every image of a dot-labelled collection, enlarged ``scale`` times: (name, image, rows of x, y, type)."""
+    out = []
+    for path in sorted((root / "points" / collection / split / "image").glob("*.png")):
+        if path.name.startswith(EXCLUDED):
+            continue
+        image = Image.open(path).convert("RGB")
+        image = np.asarray(image.resize((image.width * scale, image.height * scale), Image.Resampling.BICUBIC))
+        with (path.parents[1] / "points" / f"{path.stem}.csv").open() as stream:
+            rows = [(float(r["x"]), float(r["y"]), int(r["type"])) for r in csv.DictReader(stream)]
+        points = np.array(rows, np.float32).reshape(-1, 3)
+        points[:, :2] = (points[:, :2] + 0.5) * scale
+        out.append((path.stem, image, points))
+    return out
+
+
+# ---------------------------------------------------------------------------------------------------------------- augmentation
+
+
+def _stain(image: np.ndarray, foreground: np.ndarray, rng: np.random.Generator, pale: bool) -> np.ndarray:
+    """Move the stains in optical-density space; give pale backgrounds an eosin-like texture now and then."""
+    density = -np.log((image.astype(np.float32) + 1) / 256)
+    if pale and rng.random() < 0.6:
+        noise = sum(
+            ndimage.zoom(rng.random((k, k)).astype(np.float32), CROP / k, order=1)[:CROP, :CROP] for k in (4, 14, 32)
+        )
+        eosin = np.array([0.07, 0.99, 0.11]) * 0.8 + rng.random(3) * [0.15, 0.2, 0.4]
+        keep = 1 - 0.8 * ndimage.gaussian_filter(foreground.astype(np.float32), 1.0)
+        density = density + rng.uniform(0.1, 0.55) * (noise / 1.5)[..., None] * eosin * keep[..., None]
+    stains = density @ hed_from_rgb.astype(np.float32)
+    stains = stains * np.exp(rng.normal(0, [0.22, 0.3, 0.3])) + rng.normal(0, 0.015, 3)
+    density = (stains @ rgb_from_hed.astype(np.float32)) * rng.uniform(0.85, 1.15, 3) + rng.uniform(0, 0.06)
+    return np.clip(np.exp(-density) * 255, 0, 255)
+
+
+def _optics(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Blur, coarse sampling (a 0.35-0.5 mpp source), JPEG, noise."""
+    if rng.random() < 0.25:
+        image = ndimage.gaussian_filter(image, (s := rng.uniform(0.4, 1.6), s, 0))
+    picture = Image.fromarray(image.astype(np.uint8))
+    if rng.random() < 0.35:
+        small = int(CROP / rng.uniform(1.3, 2.1))
+        picture = picture.resize((small, small), Image.Resampling.BOX).resize((CROP, CROP), Image.Resampling.BILINEAR)
+    if rng.random() < 0.3:
+        buffer = io.BytesIO()
+        picture.save(buffer, "JPEG", quality=int(rng.integers(35, 92)))
+        picture = Image.open(buffer)
+    image = np.asarray(picture).astype(np.float32)
+    if rng.random() < 0.25:
+        image = image + rng.normal(0, rng.uniform(1, 7), image.shape)
+    return np.clip(image, 0, 255).astype(np.uint8)
+
+
+def crop(field: Field, rng: np.random.Generator) -> dict[str, Tensor]:
+    """One augmented crop of ``CROP`` px at 0.25 um with its targets and prompts."""
+    target = rng.uniform(19, 36) if field.collection == "dsb2018_histology" else field.diameter * rng.uniform(0.72, 1.4)
+    scale = target / field.diameter
+    angle = rng.uniform(0, 2 * np.pi)
+    stretch = np.exp(rng.normal(0, 0.06))
+    matrix = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]) @ np.diag([stretch, 1 / stretch])
+    if rng.random() < 0.5:
+        matrix[:, 0] *= -1
+    height, width = field.label.shape
+    centre = rng.uniform(0.1, 0.9, 2) * [width, height]
+    if field.label.any() and rng.random() < 0.5:  # half of the crops are centred near a nucleus
+        yy, xx = np.nonzero(field.label)
+        k = rng.integers(len(yy))
+        centre = np.array([xx[k], yy[k]]) + rng.uniform(-60, 60, 2)
+    offsets = torch.from_numpy((np.arange(CROP) + 0.5 - CROP / 2) / scale).float()
+    oy, ox = torch.meshgrid(offsets, offsets, indexing="ij")
+    x = centre[0] + matrix[0, 0] * ox + matrix[0, 1] * oy
+    y = centre[1] + matrix[1, 0] * ox + matrix[1, 1] * oy
+    grid = torch.stack([x * 2 / width - 1, y * 2 / height - 1], -1)[None].float()
+    source = torch.tensor(field.image).permute(2, 0, 1)[None].float()
+    if scale < 0.7:
+        source = F.avg_pool2d(source, 3, 1, 1)
+    image = F.grid_sample(source, grid, mode="bilinear", padding_mode="reflection", align_corners=False)[0].permute(1, 2, 0).numpy()
+    planes = np.stack([field.label.astype(np.float32), field.distances[0], field.distances[1], field.weight])
+    planes[1:3] -= 1
+    planes = F.grid_sample(torch.from_numpy(planes)[None], grid, mode="nearest", padding_mode="zeros", align_corners=False)[0].numpy()
+    label = planes[0].astype(np.int64)
+    pale = field.collection == "dsb2018_histology" and field.share == 1.0
+    image = _optics(_stain(image, label > 0, rng, pale), rng)
+    points, owners = _prompts(label, planes[1] + 1, rng)
+    small = label[1::2, 1::2]
+    return {
+        "image": torch.from_numpy(image.copy()).permute(2, 0, 1),
+        "label": torch.from_numpy(label),
+        "foreground": F.avg_pool2d(torch.from_numpy((label > 0).astype(np.float32))[None], 2)[0],
+        "distances": torch.from_numpy(planes[1:3, 1::2, 1::2] + 1),
+        "weight": torch.from_numpy(planes[3, 1::2, 1::2].copy()),
+        "small": torch.from_numpy(small.copy()),
+        "points": torch.from_numpy(points),
+        "owners": torch.from_numpy(owners),
+        "types": torch.from_numpy(field.types[owners]),
+        "collection": torch.tensor(list(TYPES).index(field.collection) if field.collection in TYPES else -1),
+    }
+
+
+def _prompts(label: np.ndarray, centre: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Clicks: most inside a nucleus (near its centre or anywhere), some on background (owner 0) -> (K, 2) xy, (K,) owner."""
+    sizes = np.bincount(label.ravel())
+    ids = np.nonzero(sizes >= 30)[0]
+    ids = ids[ids > 0]
+    rng.shuffle(ids)
+    ids = ids[: INSTANCES - 4]
+    points = np.zeros((INSTANCES, 2), np.float32)
+    owners = np.zeros(INSTANCES, np.int64)
+    flat_order = np.argsort(label.ravel(), kind="stable")
+    starts = np.searchsorted(label.ravel()[flat_order], np.arange(label.max() + 2))
+    for k in range(INSTANCES):
+        owner = int(ids[k]) if k < len(ids) else 0
+        inside = flat_order[starts[owner] : starts[owner + 1]]
+        if owner and rng.random() < 0.6:
+            near = inside[centre.ravel()[inside] < 0.5]
+            inside = near if len(near) else inside
+        if not len(inside):
+            inside = flat_order
+            pick = int(rng.choice(inside))
+            owner = int(label.ravel()[pick])
+        else:
+            pick = int(inside[rng.integers(len(inside))])
+        points[k] = pick % CROP + rng.random(), pick // CROP + rng.random()
+        owners[k] = owner
+    return points, owners
+
+
+class Crops(torch.utils.data.IterableDataset[dict[str, Tensor]]):
+    """An endless, seeded stream of crops; ``shares`` gives the chance of each collection."""
+
+    def __init__(self, fields: list[Field], shares: dict[str, float], seed: int) -> None:
+        self.fields, self.seed = fields, seed
+        chance = np.zeros(len(fields))
+        for collection, share in shares.items():
+            mine = np.array([f.share if f.collection == collection else 0.0 for f in fields])
+            chance += share * mine / mine.sum()
+        self.chance = chance / chance.sum()
+
+    def __iter__(self):  # noqa: ANN204
+        torch.set_num_threads(1)
+        rng = np.random.default_rng(self.seed)
+        while True:
+            yield crop(self.fields[rng.choice(len(self.fields), p=self.chance)], rng)

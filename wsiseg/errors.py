@@ -1,0 +1,31 @@
+"""Errors a user can cause. Each message is one line: where, what was found, what is allowed, what to do."""
+
+from __future__ import annotations
+
+
+class WsisegError(Exception):
+    """Base of every error that wsiseg raises on purpose; the command line shows it as one line and exits 1."""
+
+
+class SlideError(WsisegError, OSError):
+    """A slide cannot be opened, read, or placed in microns."""
+
+
+class ConfigError(WsisegError, ValueError):
+    """An option or a configuration file says something that is not allowed."""
+
+
+class SeedsError(WsisegError, ValueError):
+    """A seeds file cannot be used on this slide."""
+
+
+class WeightsError(WsisegError, ValueError):
+    """A model or a weight file is unknown, incomplete or corrupt."""
+
+
+class FormatError(WsisegError, ValueError):
+    """A file that wsiseg reads or writes breaks its format."""
+
+
+class RunError(WsisegError, OSError):
+    """An output folder cannot be used, or the run in it does not match."""

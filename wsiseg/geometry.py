@@ -1,0 +1,83 @@
+"""Frames and boxes.
+
+Two continuous frames, both with x right, y down and the origin at the outer corner of the first pixel (pixel i covers [i, i+1)):
+
+- *level-0 px* of the slide: everything stored.
+- *model px*: the slide resampled to the model's microns per pixel; one model px is ``Lattice.scale`` level-0 px. Tiles are cut on
+  multiples of the model's stride in this frame, so that every tiling samples the network on the same lattice.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+
+class Box(NamedTuple):
+    """Half-open box ``[x0, x1) x [y0, y1)``; the frame is said where it is used."""
+
+    x0: int
+    y0: int
+    x1: int
+    y1: int
+
+    @property
+    def width(self) -> int:
+        """``x1 - x0``."""
+        return self.x1 - self.x0
+
+    @property
+    def height(self) -> int:
+        """``y1 - y0``."""
+        return self.y1 - self.y0
+
+    def grow(self, margin: int) -> Box:
+        """The box with ``margin`` added on each side."""
+        return Box(self.x0 - margin, self.y0 - margin, self.x1 + margin, self.y1 + margin)
+
+    def contains(self, points_xy: NDArray[np.floating]) -> NDArray[np.bool_]:
+        """Which of the points (N, 2) lie in the half-open box -> bool (N,)."""
+        x, y = points_xy[:, 0], points_xy[:, 1]
+        return (x >= self.x0) & (x < self.x1) & (y >= self.y0) & (y < self.y1)
+
+
+@dataclass(frozen=True)
+class Lattice:
+    """Between model px and level-0 px.
+
+    Attributes
+    ----------
+    slide_mpp, model_mpp
+        Microns per pixel of level 0 and of the model.
+    """
+
+    slide_mpp: float
+    model_mpp: float
+
+    @property
+    def scale(self) -> float:
+        """Level-0 px per model px."""
+        return self.model_mpp / self.slide_mpp
+
+    def to_level0(self, points_xy: NDArray[np.floating]) -> NDArray[np.floating]:
+        """Model px -> level-0 px."""
+        return points_xy * self.scale
+
+    def to_model(self, points_xy: NDArray[np.floating]) -> NDArray[np.floating]:
+        """Level-0 px -> model px."""
+        return points_xy / self.scale
+
+    def model_size(self, size_px0: tuple[int, int]) -> tuple[int, int]:
+        """Width and height of the slide in whole model px, rounded up."""
+        width, height = size_px0
+        return math.ceil(width / self.scale), math.ceil(height / self.scale)
+
+
+def round_up(value: float, multiple: int) -> int:
+    """The smallest multiple of ``multiple`` that is not below ``value``."""
+    return math.ceil(value / multiple) * multiple

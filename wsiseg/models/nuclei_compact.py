@@ -1,0 +1,280 @@
+"""``nuclei-compact``: a small promptable network for nuclei in H&E, the model in the box.
+
+One pass over the tile gives a feature pyramid; every prompt after that costs a few small matrix products::
+
+    image -> stem (stride 2) -> residual stages (strides 4, 8, 16) -> top-down pyramid p8, p4, p2
+    p2  -> instance maps (foreground, centre distance, boundary distance) and 16 mask features
+    p4  -> F_h, p8 -> F_l (unit norm), for Chain-of-Prompts
+    point -> pyramid sampled at the point -> weights of three 1x1 convolutions (conditional convolutions [1]_)
+          -> mask logits on a window of 64 x 64 cells of 2 px around the point
+    mask  -> predicted IoU, and a descriptor (F_l pooled in the mask, plus size, elongation and stain)
+
+Everything is local: no layer sees further than its receptive field and no statistic is taken over the tile (batch norm is frozen), so
+that two tiles that share pixels give the same cells. The lattice is ``STRIDE_PX``: tiles must start on its multiples.
+
+References
+----------
+.. [1] Tian, Shen, Chen: Conditional Convolutions for Instance Segmentation, ECCV 2020, arXiv:2003.05664.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from wsiseg.records import Embeddings, WindowMasks
+
+STRIDE_PX = 16  #: deepest stride of the pyramid: tiles that start on its multiples see the same lattice
+CELL_PX = 2  #: one mask logit covers 2 x 2 model pixels
+WINDOW_CELLS = 64  #: 128 px = 32 um at 0.25 mpp: the largest nuclei (30 um) fit
+SNAP_CELLS = 4  #: windows start on the 8-px lattice of F_l, so that masks pool F_l without resampling
+MPP = 0.25
+
+MASK_FEATURES = 16
+HEAD_WIDTH = 16
+MEASUREMENTS = 9  #: log area, axis ratio, mean and sd of optical density per channel, edge contrast
+DESCRIPTOR_SIZE = 64
+
+# The three generated 1x1 convolutions: (inputs + relative x, y) -> HEAD_WIDTH -> HEAD_WIDTH -> 1.
+_HEAD_SHAPES = ((HEAD_WIDTH, MASK_FEATURES + 2), (HEAD_WIDTH, HEAD_WIDTH), (1, HEAD_WIDTH))
+_HEAD_PARAMETERS = sum(o * i + o for o, i in _HEAD_SHAPES)
+
+
+def _conv(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)
+    )
+
+
+class _Residual(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            _conv(width, width), nn.Conv2d(width, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x + self.body(x), inplace=True)
+
+
+class Pyramid(nn.Module):
+    """Convolutional encoder with a top-down pyramid: (B, 3, H, W) -> p2 (32), p4 (64), p8 (96) at strides 2, 4, 8."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(_conv(3, 24, 2), _conv(24, 32))
+        self.stage4 = nn.Sequential(_conv(32, 64, 2), _Residual(64), _Residual(64))
+        self.stage8 = nn.Sequential(_conv(64, 128, 2), _Residual(128), _Residual(128))
+        self.stage16 = nn.Sequential(_conv(128, 192, 2), _Residual(192), _Residual(192))
+        self.lateral16 = nn.Conv2d(192, 96, 1)
+        self.lateral8 = nn.Conv2d(128, 96, 1)
+        self.smooth8 = _conv(96, 96)
+        self.down8 = nn.Conv2d(96, 64, 1)
+        self.lateral4 = nn.Conv2d(64, 64, 1)
+        self.smooth4 = _conv(64, 64)
+        self.down4 = nn.Conv2d(64, 32, 1)
+        self.lateral2 = nn.Conv2d(32, 32, 1)
+        self.smooth2 = nn.Sequential(_conv(32, 32), _conv(32, 32))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        c2 = self.stem(x)
+        c4 = self.stage4(c2)
+        c8 = self.stage8(c4)
+        c16 = self.stage16(c8)
+        p8 = self.smooth8(self.lateral8(c8) + _double(self.lateral16(c16)))
+        p4 = self.smooth4(self.lateral4(c4) + _double(self.down8(p8)))
+        p2 = self.smooth2(self.lateral2(c2) + _double(self.down4(p4)))
+        return p2, p4, p8
+
+
+class NucleiCompact(nn.Module):
+    """The network. Shapes below: B tiles of H x W model pixels, N prompts.
+
+    ``H`` and ``W`` must be multiples of ``STRIDE_PX``.
+    """
+
+    stride_px = STRIDE_PX
+    mpp = MPP
+    descriptor_size = DESCRIPTOR_SIZE
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pyramid = Pyramid()
+        self.maps = nn.Conv2d(32, 3, 1)
+        self.mask_features = nn.Conv2d(32, MASK_FEATURES, 1)
+        self.high = nn.Conv2d(64, 32, 1)
+        self.low = nn.Conv2d(96, 64, 1)
+        point_width = 32 + 64 + 96
+        self.controller = nn.Sequential(
+            nn.Linear(point_width, 192), nn.ReLU(inplace=True), nn.Linear(192, _HEAD_PARAMETERS)
+        )
+        self.quality = nn.Sequential(
+            nn.Linear(point_width + 64 + MASK_FEATURES + MEASUREMENTS + 1, 128),
+            nn.ReLU(inplace=True),
+            nn.Linear(128, 1),
+        )
+        self.describe = nn.Sequential(
+            nn.LayerNorm(64 + MEASUREMENTS), nn.Linear(64 + MEASUREMENTS, 128), nn.ReLU(inplace=True),
+            nn.Linear(128, DESCRIPTOR_SIZE),
+        )  # fmt: skip
+        self.register_buffer("pixel_mean", torch.tensor([0.70, 0.55, 0.70]).view(1, 3, 1, 1))
+        self.register_buffer("pixel_sd", torch.tensor([0.20, 0.22, 0.17]).view(1, 3, 1, 1))
+
+    def encode(self, images: Tensor) -> Embeddings:
+        """Encode tiles.
+
+        Parameters
+        ----------
+        images
+            uint8 RGB of shape (B, 3, H, W), model pixels (0.25 um).
+
+        Returns
+        -------
+        Embeddings
+            ``high`` (B, 32, H/4, W/4) and ``low`` (B, 64, H/8, W/8), unit norm along channels; ``maps`` (B, 3, H/2, W/2), logits of
+            foreground, centre distance and boundary distance.
+        """
+        unit = images.float() / 255
+        p2, p4, p8 = self.pyramid((unit - self.pixel_mean) / self.pixel_sd)
+        density = -torch.log(F.avg_pool2d(unit, CELL_PX).clamp_min(1 / 255))
+        return Embeddings(
+            high=F.normalize(self.high(p4), dim=1),
+            low=F.normalize(self.low(p8), dim=1),
+            maps=self.maps(p2),
+            extra={"mask": self.mask_features(p2), "p2": p2, "p4": p4, "p8": p8, "density": density},
+        )
+
+    def decode(self, embeddings: Embeddings, tile: Tensor, points_xy: Tensor) -> WindowMasks:
+        """One mask per point.
+
+        Parameters
+        ----------
+        embeddings
+            Of :meth:`encode`.
+        tile
+            int64 of shape (N,): which of the B tiles each point lies in.
+        points_xy
+            float32 of shape (N, 2): model pixels of the tile, corner frame.
+
+        Returns
+        -------
+        WindowMasks
+            ``logits`` (N, 64, 64) on cells of 2 px; ``origin_xy`` (N, 2) the outer corner of each window in model pixels;
+            ``quality`` (N,) predicted IoU in [0, 1]; ``descriptors`` (N, 64) unit norm.
+        """
+        extra = embeddings.extra
+        at_point = torch.cat([_sample(extra[k], tile, points_xy, s) for k, s in (("p2", 2), ("p4", 4), ("p8", 8))], 1)
+        snap_px = SNAP_CELLS * CELL_PX
+        origin = torch.floor(points_xy / snap_px).long() * SNAP_CELLS - (WINDOW_CELLS // 2 - SNAP_CELLS // 2)  # cells
+        features = _windows(extra["mask"], tile, origin, WINDOW_CELLS)
+        cells = torch.arange(WINDOW_CELLS, device=points_xy.device, dtype=points_xy.dtype) + 0.5
+        relative_x = (origin[:, :1] + cells) * CELL_PX - points_xy[:, :1]
+        relative_y = (origin[:, 1:] + cells) * CELL_PX - points_xy[:, 1:]
+        n = len(points_xy)
+        grid = torch.stack(
+            [
+                relative_x[:, None, :].expand(n, WINDOW_CELLS, WINDOW_CELLS),
+                relative_y[:, :, None].expand(n, WINDOW_CELLS, WINDOW_CELLS),
+            ],
+            1,
+        )
+        logits = _generated_head(torch.cat([features, grid / 32], 1), self.controller(at_point))
+        pooled, measured, stability = self._inside(embeddings, tile, origin, features, logits)
+        quality = self.quality(torch.cat([at_point.detach(), pooled, measured, stability], 1))
+        descriptors = self.describe(torch.cat([pooled[:, :64], measured], 1))
+        return WindowMasks(
+            logits=logits,
+            origin_xy=origin * CELL_PX,
+            cell_px=CELL_PX,
+            quality=torch.sigmoid(quality[:, 0]),
+            stability=stability[:, 0],
+            descriptors=F.normalize(descriptors, dim=1),
+        )
+
+    def _inside(
+        self, embeddings: Embeddings, tile: Tensor, origin: Tensor, features: Tensor, logits: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What lies inside each mask: pooled F_l and mask features (N, 80), measurements (N, 9), stability (N, 1)."""
+        hard = (logits.detach() > 0).to(logits.dtype)
+        area = hard.sum((1, 2)).clamp_min(1)
+        coarse = F.avg_pool2d(hard[:, None], SNAP_CELLS)
+        low = _windows(embeddings.low, tile, origin // SNAP_CELLS, WINDOW_CELLS // SNAP_CELLS)
+        pooled_low = (low * coarse).sum((2, 3)) / coarse.sum((2, 3)).clamp_min(1e-3)
+        pooled_mask = (features.detach() * hard[:, None]).sum((2, 3)) / area[:, None]
+        density = _windows(embeddings.extra["density"], tile, origin, WINDOW_CELLS)
+        mean = (density * hard[:, None]).sum((2, 3)) / area[:, None]
+        variance = ((density - mean[:, :, None, None]).square() * hard[:, None]).sum((2, 3)) / area[:, None]
+        # The ring two cells around the mask: how much darker is the nucleus than what surrounds it?
+        ring = F.max_pool2d(hard[:, None], 5, 1, 2)[:, 0] - hard
+        around = (density.mean(1) * ring).sum((1, 2)) / ring.sum((1, 2)).clamp_min(1)
+        measured = torch.cat(
+            [
+                torch.log(area * (CELL_PX * MPP) ** 2)[:, None] - 3.0,
+                _axis_ratio(hard, area)[:, None],
+                mean,
+                variance.sqrt() * 2,
+                (mean.mean(1) - around)[:, None],
+            ],
+            1,
+        )
+        strict, loose = (logits.detach() > 1).sum((1, 2)), (logits.detach() > -1).sum((1, 2))
+        return torch.cat([pooled_low, pooled_mask], 1), measured, (strict / loose.clamp_min(1))[:, None]
+
+
+def _double(x: Tensor) -> Tensor:
+    return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
+
+
+def _sample(feature: Tensor, tile: Tensor, points_xy: Tensor, stride: int) -> Tensor:
+    """Bilinear value of ``feature`` (B, C, h, w) at points in model pixels -> (N, C); clamped at the border."""
+    height, width = feature.shape[2:]
+    xy = points_xy / stride - 0.5
+    x, y = xy[:, 0].clamp(0, width - 1), xy[:, 1].clamp(0, height - 1)
+    x0, y0 = x.floor().long().clamp(max=width - 2), y.floor().long().clamp(max=height - 2)
+    fx, fy = (x - x0)[:, None].to(feature.dtype), (y - y0)[:, None].to(feature.dtype)
+    top = feature[tile, :, y0, x0] * (1 - fx) + feature[tile, :, y0, x0 + 1] * fx
+    bottom = feature[tile, :, y0 + 1, x0] * (1 - fx) + feature[tile, :, y0 + 1, x0 + 1] * fx
+    return top * (1 - fy) + bottom * fy
+
+
+def _windows(feature: Tensor, tile: Tensor, origin: Tensor, size: int) -> Tensor:
+    """Windows of ``size`` cells that start at ``origin`` (N, 2) -> (N, C, size, size); zero outside the tile."""
+    channels, height, width = feature.shape[1:]
+    steps = torch.arange(size, device=feature.device)
+    x, y = origin[:, :1] + steps, origin[:, 1:] + steps
+    inside = ((y >= 0) & (y < height))[:, :, None] & ((x >= 0) & (x < width))[:, None, :]
+    index = (y.clamp(0, height - 1) * width)[:, :, None] + x.clamp(0, width - 1)[:, None, :]
+    index = (index + (tile * (height * width))[:, None, None]).reshape(-1)
+    rows = feature.permute(0, 2, 3, 1).reshape(-1, channels)
+    out = rows[index].reshape(len(origin), size, size, channels).permute(0, 3, 1, 2)
+    return out * inside[:, None].to(feature.dtype)
+
+
+def _generated_head(x: Tensor, parameters: Tensor) -> Tensor:
+    """Three 1x1 convolutions whose weights are ``parameters`` (N, 593): (N, 18, h, w) -> logits (N, h, w)."""
+    n, _, height, width = x.shape
+    x = x.flatten(2)
+    start = 0
+    for layer, (outputs, inputs) in enumerate(_HEAD_SHAPES):
+        weight = parameters[:, start : start + outputs * inputs].view(n, outputs, inputs)
+        start += outputs * inputs
+        bias = parameters[:, start : start + outputs].view(n, outputs, 1)
+        start += outputs
+        x = torch.baddbmm(bias, weight, x)
+        if layer < len(_HEAD_SHAPES) - 1:
+            x = F.relu(x)
+    return x.view(n, height, width)
+
+
+def _axis_ratio(hard: Tensor, area: Tensor) -> Tensor:
+    """Minor over major axis of the masks (N, h, w), from second moments -> (N,) in (0, 1]."""
+    steps = torch.arange(hard.shape[1], device=hard.device, dtype=hard.dtype)
+    px, py = hard.sum(1) / area[:, None], hard.sum(2) / area[:, None]
+    mx, my = (px * steps).sum(1), (py * steps).sum(1)
+    dx, dy = steps[None] - mx[:, None], steps[None] - my[:, None]
+    xx, yy = (px * dx**2).sum(1) + 1 / 12, (py * dy**2).sum(1) + 1 / 12
+    xy = torch.einsum("nyx,ny,nx->n", hard, dy, dx) / area
+    root = torch.sqrt(((xx - yy) / 2) ** 2 + xy**2)
+    middle = (xx + yy) / 2
+    return torch.sqrt((middle - root).clamp_min(1e-4) / (middle + root).clamp_min(1e-4))

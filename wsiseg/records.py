@@ -1,0 +1,232 @@
+"""What travels between the stages: frozen dataclasses with named fields, their shapes, frames and units."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from wsiseg.geometry import Box
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+UNASSIGNED = "unassigned"  #: the type of a cell that no seed claims; always type code 0
+
+
+@dataclass(frozen=True)
+class SlideInfo:
+    """What is known of a slide without reading its pixels.
+
+    Attributes
+    ----------
+    path, reader, format
+        Where it is, which reader opened it (``openslide``, ``tiffslide``, ``image``), and the vendor or file format.
+    level_sizes
+        (width, height) of each level in its own pixels, level 0 first.
+    downsamples
+        Level-0 px per px of each level.
+    mpp
+        Microns per level-0 pixel.
+    mpp_source
+        Where ``mpp`` was found, in words: ``openslide.mpp-x``, ``--mpp``, ``OME-XML PhysicalSizeX``, ...
+    bounds
+        (x, y, width, height) of OpenSlide's non-empty region in level-0 px, which QuPath crops to; ``None`` when the slide has none.
+    warnings
+        Sentences about anything doubtful (mpp far from a cell model's, anisotropy, ...).
+    """
+
+    path: str
+    reader: str
+    format: str
+    level_sizes: tuple[tuple[int, int], ...]
+    downsamples: tuple[float, ...]
+    mpp: float
+    mpp_source: str
+    bounds: tuple[int, int, int, int] | None = None
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def size_px0(self) -> tuple[int, int]:
+        """(width, height) at level 0."""
+        return self.level_sizes[0]
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One tile of the plan, in model px.
+
+    Attributes
+    ----------
+    core
+        What the tile owns: cells whose prompt lies in it. Cores of a plan do not overlap and cover the tissue.
+    outer
+        What is read: the core and its halo, starting on a multiple of the model's stride. May reach beyond the slide.
+    """
+
+    core: Box
+    outer: Box
+
+
+@dataclass(frozen=True)
+class Block:
+    """Tiles that are worked on, written and resumed together. ``name`` is the stem of the part file."""
+
+    name: str
+    tiles: tuple[Tile, ...]
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """A batch of encoded tiles, on the model's device.
+
+    Attributes
+    ----------
+    high, low
+        float of shape (B, C, h, w), unit norm along C: F_h (fine) and F_l (coarse) of Chain-of-Prompts.
+    maps
+        float of shape (B, 3, h, w): logits of foreground, centre distance, boundary distance; ``None`` when the model has none.
+    extra
+        What the model's own decoder needs besides.
+    """
+
+    high: Tensor
+    low: Tensor
+    maps: Tensor | None
+    extra: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class WindowMasks:
+    """Masks of N prompts, each on its own window of the tile, on the model's device.
+
+    Attributes
+    ----------
+    logits
+        float of shape (N, h, w); > 0 is inside.
+    origin_xy
+        int of shape (N, 2): outer corner of each window, model pixels of the tile.
+    cell_px
+        Model pixels per logit.
+    quality
+        float of shape (N,): predicted IoU in [0, 1].
+    stability
+        float of shape (N,): area at logit > 1 over area at logit > -1, in [0, 1].
+    descriptors
+        float of shape (N, D), unit norm.
+    """
+
+    logits: Tensor
+    origin_xy: Tensor
+    cell_px: int
+    quality: Tensor
+    stability: Tensor
+    descriptors: Tensor
+
+
+@dataclass(frozen=True)
+class Cells:
+    """N outlined cells.
+
+    Attributes
+    ----------
+    polygons
+        shapely Polygons of shape (N,), level-0 px.
+    points_xy
+        float64 of shape (N, 2): the prompt of each cell, level-0 px.
+    scores
+        float32 of shape (N,): predicted IoU x stability, in [0, 1].
+    descriptors
+        float16 of shape (N, D), unit norm.
+    """
+
+    polygons: NDArray[np.object_]
+    points_xy: NDArray[np.float64]
+    scores: NDArray[np.float32]
+    descriptors: NDArray[np.float16]
+
+    def __len__(self) -> int:
+        return len(self.polygons)
+
+    def take(self, rows: NDArray[np.integer] | NDArray[np.bool_]) -> Cells:
+        """The cells at ``rows``, in that order."""
+        return Cells(self.polygons[rows], self.points_xy[rows], self.scores[rows], self.descriptors[rows])
+
+    @staticmethod
+    def empty(descriptor_size: int) -> Cells:
+        """No cells."""
+        return Cells(
+            np.empty(0, object), np.empty((0, 2)), np.empty(0, np.float32), np.empty((0, descriptor_size), np.float16)
+        )
+
+    @staticmethod
+    def concatenate(groups: list[Cells], descriptor_size: int) -> Cells:
+        """All groups in order; the empty list gives no cells."""
+        groups = [Cells.empty(descriptor_size), *groups]
+        return Cells(
+            np.concatenate([g.polygons for g in groups]),
+            np.concatenate([g.points_xy for g in groups]),
+            np.concatenate([g.scores for g in groups]),
+            np.concatenate([g.descriptors for g in groups]),
+        )
+
+
+@dataclass(frozen=True)
+class SeedType:
+    """The clicks of one cell type, level-0 px. ``negative`` are clicks on cells that are *not* of the type."""
+
+    name: str
+    color: tuple[int, int, int]
+    points: tuple[tuple[float, float], ...]
+    negative: tuple[tuple[float, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Seeds:
+    """A seeds file. ``source`` is the path it was read from, ``slide`` the slide name it states, if any."""
+
+    types: tuple[SeedType, ...]
+    source: str
+    slide: str | None = None
+
+
+@dataclass(frozen=True)
+class Typing:
+    """The verdict on each of N cells.
+
+    Attributes
+    ----------
+    names
+        Type names; ``names[0]`` is always ``unassigned``.
+    colors
+        RGB of each name.
+    codes
+        int32 of shape (N,): index into ``names``.
+    scores, margins
+        float32 of shape (N,): calibrated similarity to the type (1 = typical member, 0 = typical other) and its lead over the runner-up.
+    """
+
+    names: tuple[str, ...]
+    colors: tuple[tuple[int, int, int], ...]
+    codes: NDArray[np.int32]
+    scores: NDArray[np.float32]
+    margins: NDArray[np.float32]
+
+    @staticmethod
+    def untyped(count: int) -> Typing:
+        """Every cell unassigned: a run without seeds."""
+        zeros = np.zeros(count, np.float32)
+        return Typing((UNASSIGNED,), ((128, 128, 128),), np.zeros(count, np.int32), zeros, zeros.copy())
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What every output file says of its origin (JSON-able)."""
+
+    tool: str
+    version: str
+    slide: str
+    config_hash: str
+    details: dict[str, object] = field(default_factory=dict)
