@@ -13,6 +13,8 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
+import shapely
+
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
@@ -81,3 +83,13 @@ class Lattice:
 def round_up(value: float, multiple: int) -> int:
     """The smallest multiple of ``multiple`` that is not below ``value``."""
     return math.ceil(value / multiple) * multiple
+
+
+def largest_part(geometry: shapely.Geometry) -> shapely.Polygon:
+    """The largest Polygon of a geometry, without holes; an empty Polygon when it has none."""
+    parts = [g for g in shapely.get_parts(geometry) if g.geom_type in ("Polygon", "MultiPolygon")]
+    if len(parts) == 1 and parts[0].geom_type == "Polygon":
+        return shapely.Polygon(parts[0].exterior)
+    if not parts:
+        return shapely.Polygon()
+    return max((largest_part(g) for g in parts), key=lambda g: (g.area, g.wkb))

@@ -116,6 +116,8 @@ class WindowMasks:
         float of shape (N,): area at logit > 1 over area at logit > -1, in [0, 1].
     descriptors
         float of shape (N, D), unit norm.
+    points_xy
+        float of shape (N, 2): the prompts, model pixels of the tile.
     """
 
     logits: Tensor
@@ -124,6 +126,7 @@ class WindowMasks:
     quality: Tensor
     stability: Tensor
     descriptors: Tensor
+    points_xy: Tensor
 
 
 @dataclass(frozen=True)
@@ -190,6 +193,36 @@ class Seeds:
     types: tuple[SeedType, ...]
     source: str
     slide: str | None = None
+
+
+@dataclass(frozen=True)
+class Bank:
+    """Prototypes of T types, made from the clicks.
+
+    Attributes
+    ----------
+    names, colors
+        Of the types, in the order of the seeds file.
+    clicks
+        Per type, (k, 2) float64: the clicks, level-0 px.
+    clicked
+        Per type, (k, D) float32: descriptors of the clicked cells.
+    negative
+        (k, D) float32: descriptors of cells clicked as belonging to no type.
+    high, low
+        Per type, (m, C) float32: F_h and F_l at the reliable places, the clicks' own first.
+    floors
+        (T,) float32: similarity (product of the two cosines) from which a place is a candidate of the type.
+    """
+
+    names: tuple[str, ...]
+    colors: tuple[tuple[int, int, int], ...]
+    clicks: tuple[NDArray[np.float64], ...]
+    clicked: tuple[NDArray[np.float32], ...]
+    negative: NDArray[np.float32]
+    high: tuple[NDArray[np.float32], ...]
+    low: tuple[NDArray[np.float32], ...]
+    floors: NDArray[np.float32]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,154 @@
+"""Models: a registry of cards, and one way to load them.
+
+Weights are data: each card states file, sha256, licence, source and the scale the model works at. Files are safetensors; nothing is
+ever unpickled, and nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from wsiseg.errors import ConfigError, WeightsError
+
+if TYPE_CHECKING:
+    import torch
+
+    from wsiseg.models.contract import PromptableModel
+
+WEIGHTS_FOLDER = Path(__file__).parent / "weights"
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """A model as data. ``network`` is ``module:class``; ``weights`` a file in the package."""
+
+    name: str
+    network: str
+    weights: str
+    sha256: str
+    licence: str
+    source: str
+
+
+MODELS = {
+    "nuclei-compact": ModelCard(
+        name="nuclei-compact",
+        network="wsiseg.models.nuclei_compact:NucleiCompact",
+        weights="nuclei-compact.safetensors",
+        sha256="",
+        licence="Apache-2.0",
+        source="training/train_nuclei_compact.py; card: wsiseg/models/weights/nuclei-compact.md",
+    )
+}
+
+
+def file_hash(path: Path) -> str:
+    """sha256 of a file, hexadecimal."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def find_weights(model: str) -> tuple[ModelCard, Path]:
+    """The card and weight file behind ``--model``: a registered name, or the path of a safetensors file of ``nuclei-compact``.
+
+    Raises
+    ------
+    WeightsError
+        No such model or file.
+    """
+    if model in MODELS:
+        return MODELS[model], WEIGHTS_FOLDER / MODELS[model].weights
+    path = Path(model)
+    if path.is_file():
+        return MODELS["nuclei-compact"], path
+    raise WeightsError(f"--model {model}: no such model and no such file; models: {', '.join(MODELS)}, or the path of a .safetensors file")
+
+
+def pick_device(device: str) -> torch.device:
+    """``auto`` -> the first GPU, else the CPU.
+
+    Raises
+    ------
+    ConfigError
+        The device is unknown or not usable here.
+    """
+    import torch
+
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(f"--device {device}: not a device; use auto, cpu, cuda or cuda:N") from error
+    if chosen.type not in ("cpu", "cuda"):
+        raise ConfigError(f"--device {device}: not supported; use auto, cpu, cuda or cuda:N")
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"--device {device}: no usable CUDA device (torch {torch.__version__}); use --device cpu, or see `wsiseg doctor`")
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"--device {device}: this machine has {torch.cuda.device_count()} CUDA device(s), counted from 0")
+    return chosen
+
+
+def load_model(model: str, device: str = "auto", precision: str = "auto") -> PromptableModel:
+    """Build a model and read its weights.
+
+    Parameters
+    ----------
+    model
+        Registered name or path of a safetensors file.
+    device
+        ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+    precision
+        ``fp32``, ``bf16`` (encoder only), or ``auto``: bf16 on a GPU, fp32 on the CPU.
+
+    Raises
+    ------
+    WeightsError
+        The file is missing, is not safetensors, is damaged, or holds other tensors than the network's.
+    """
+    card, path = find_weights(model)
+    tensors = _read_tensors(path)
+    if path.parent == WEIGHTS_FOLDER and card.sha256 and file_hash(path) != card.sha256:
+        raise WeightsError(f"{path}: sha256 differs from the model card of {card.name}; the file is damaged: install wsiseg again")
+    module, _, name = card.network.partition(":")
+    network = getattr(importlib.import_module(module), name)()
+    _fill(network, tensors, path)
+    chosen = pick_device(device)
+    loaded: PromptableModel = network.ready(chosen, bf16=precision == "bf16" or (precision == "auto" and chosen.type == "cuda"))
+    return loaded
+
+
+def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return dict(load_file(path))
+    except FileNotFoundError as error:
+        raise WeightsError(f"{path}: the weight file is missing; install wsiseg again or pass --model PATH") from error
+    except (SafetensorError, OSError, ValueError) as error:
+        raise WeightsError(f"{path}: not a readable safetensors file ({_first_line(error)}); pass an undamaged weight file") from error
+
+
+def _fill(network: Any, tensors: dict[str, torch.Tensor], path: Path) -> None:  # noqa: ANN401
+    """Copy ``tensors`` into ``network``; every difference is named."""
+    import torch
+
+    wanted = network.state_dict()
+    missing, unexpected = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
+    shapes = [k for k in wanted.keys() & tensors.keys() if wanted[k].shape != tensors[k].shape]
+    if missing or unexpected or shapes:
+        parts = [f"{len(x)} {what} (first: {min(x)})" for x, what in ((missing, "missing"), (unexpected, "unexpected"), (shapes, "misshapen")) if x]
+        raise WeightsError(f"{path}: not weights of {type(network).__name__}: {', '.join(parts)} tensors; pass a file made for this network")
+    broken = [k for k, v in tensors.items() if v.is_floating_point() and not torch.isfinite(v).all()]
+    if broken:
+        raise WeightsError(f"{path}: {len(broken)} tensors hold NaN or infinity (first: {min(broken)}); the file is damaged: get it again")
+    network.load_state_dict(tensors)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -19,9 +19,12 @@ References
 
 from __future__ import annotations
 
+from typing import Self
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from wsiseg.records import Embeddings, WindowMasks
 
@@ -96,7 +99,9 @@ class NucleiCompact(nn.Module):
 
     stride_px = STRIDE_PX
     mpp = MPP
+    reach_px = (WINDOW_CELLS // 2 + SNAP_CELLS // 2) * CELL_PX
     descriptor_size = DESCRIPTOR_SIZE
+    _bf16 = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -118,8 +123,24 @@ class NucleiCompact(nn.Module):
             nn.LayerNorm(64 + MEASUREMENTS), nn.Linear(64 + MEASUREMENTS, 128), nn.ReLU(inplace=True),
             nn.Linear(128, DESCRIPTOR_SIZE),
         )  # fmt: skip
+        self.pixel_mean: Tensor
+        self.pixel_sd: Tensor
         self.register_buffer("pixel_mean", torch.tensor([0.70, 0.55, 0.70]).view(1, 3, 1, 1))
         self.register_buffer("pixel_sd", torch.tensor([0.20, 0.22, 0.17]).view(1, 3, 1, 1))
+
+    def ready(self, device: torch.device, *, bf16: bool) -> Self:
+        """Make it ready for inference: batch norms folded into their convolutions, frozen, on ``device``."""
+        self.eval().requires_grad_(requires_grad=False)
+        for module in list(self.modules()):
+            if isinstance(module, nn.Sequential):
+                _fold(module)
+        self._bf16 = bf16
+        return self.to(device).to(memory_format=torch.channels_last)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.pixel_mean.device
 
     def encode(self, images: Tensor) -> Embeddings:
         """Encode tiles.
@@ -136,7 +157,11 @@ class NucleiCompact(nn.Module):
             foreground, centre distance and boundary distance.
         """
         unit = images.float() / 255
-        p2, p4, p8 = self.pyramid((unit - self.pixel_mean) / self.pixel_sd)
+        standard = ((unit - self.pixel_mean) / self.pixel_sd).contiguous(memory_format=torch.channels_last)
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self._bf16):
+            p2, p4, p8 = self.pyramid(standard)
+        if self._bf16:
+            p2, p4, p8 = p2.float(), p4.float(), p8.float()
         density = -torch.log(F.avg_pool2d(unit, CELL_PX).clamp_min(1 / 255))
         return Embeddings(
             high=F.normalize(self.high(p4), dim=1),
@@ -190,6 +215,7 @@ class NucleiCompact(nn.Module):
             quality=torch.sigmoid(quality[:, 0]),
             stability=stability[:, 0],
             descriptors=F.normalize(descriptors, dim=1),
+            points_xy=points_xy,
         )
 
     def _inside(
@@ -220,6 +246,13 @@ class NucleiCompact(nn.Module):
         )
         strict, loose = (logits.detach() > 1).sum((1, 2)), (logits.detach() > -1).sum((1, 2))
         return torch.cat([pooled_low, pooled_mask], 1), measured, (strict / loose.clamp_min(1))[:, None]
+
+
+def _fold(stack: nn.Sequential) -> None:
+    """Merge each batch norm of ``stack`` into the convolution before it (exact in evaluation mode)."""
+    for i, (first, second) in enumerate(zip(stack, list(stack)[1:], strict=False)):
+        if isinstance(first, nn.Conv2d) and isinstance(second, nn.BatchNorm2d):
+            stack[i], stack[i + 1] = fuse_conv_bn_eval(first, second), nn.Identity()
 
 
 def _double(x: Tensor) -> Tensor:

@@ -1,0 +1,69 @@
+"""The command line: one file per command. Commands parse, call one library function, and report."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import sys
+from typing import Any
+
+import click
+
+from wsiseg import __version__
+
+# name -> module below wsiseg.cli, and the line shown by `wsiseg --help` (so that help imports nothing else)
+COMMANDS = {
+    "run": "Segment and type slides: the whole path.",
+    "info": "What is known of a slide before a run.",
+    "seeds": "Check a file of clicks.",
+    "demo": "Write a small real slide with clicks, ready to run.",
+    "doctor": "Check what works on this machine.",
+}
+
+
+class _Commands(click.Group):
+    """Loads a command when it is called; turns errors that a user can mend into one line."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = importlib.import_module(f"wsiseg.cli.{cmd_name}").command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+    def invoke(self, ctx: click.Context) -> Any:  # noqa: ANN401
+        from wsiseg.errors import WsisegError
+
+        try:
+            return super().invoke(ctx)
+        except WsisegError as error:
+            raise click.ClickException(" ".join(str(error).split())) from error
+        except BrokenPipeError:
+            sys.stderr.close()
+            sys.exit(1)
+
+
+@click.command(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="wsiseg")
+def main() -> None:
+    """Click one cell per type, get every cell of a whole-slide image outlined and typed.
+
+    \b
+    wsiseg demo ihc                                   writes a small slide and clicks
+    wsiseg run slide.svs --seeds seeds.json           segments and types a slide
+    wsiseg COMMAND --help                             tells the rest
+
+    Exit status: 0 done, 1 wrong input or data, 2 wrong usage, 3 finished with holes.
+    """
+
+
+def set_verbosity(verbose: int, quiet: bool) -> None:
+    """Log to stderr: warnings by default, more with each ``-v``, errors only with ``-q``."""
+    level = logging.ERROR if quiet else max(logging.DEBUG, logging.WARNING - 10 * verbose)
+    logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)

@@ -1,0 +1,17 @@
+"""``wsiseg demo``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+
+@click.command(short_help="Write a small real slide with clicks.")
+@click.argument("folder", type=click.Path(path_type=Path))
+def command(folder: Path) -> None:
+    """Write a small slide of real tissue and a click per cell type into FOLDER, and print the command that runs on them."""
+    from wsiseg.demo import write_demo
+
+    slide, seeds = write_demo(folder)
+    click.echo(f"wsiseg run {slide} --seeds {seeds} --out {folder / 'out'}")

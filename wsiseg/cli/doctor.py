@@ -1,0 +1,21 @@
+"""``wsiseg doctor``."""
+
+from __future__ import annotations
+
+import click
+
+
+@click.command(short_help="Check what works on this machine.")
+@click.pass_context
+def command(ctx: click.Context) -> None:
+    """Try readers, model, device, writers and disk; each failure comes with its remedy. Exit status 1 when something needed is missing."""
+    from wsiseg.doctor import examine
+
+    checks = examine()
+    width = max(len(c.what) for c in checks)
+    for c in checks:
+        click.echo(f"{'ok  ' if c.ok else 'FAIL' if c.needed else 'none'}  {c.what:<{width}}  {c.found}")
+        if c.remedy:
+            click.echo(f"      {'':<{width}}  -> {c.remedy}")
+    if any(c.needed and not c.ok for c in checks):
+        ctx.exit(1)

@@ -1,0 +1,310 @@
+"""Every default, once, with its reason. Lengths are microns unless the name says px."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import tomllib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from wsiseg.errors import ConfigError
+
+Method = Literal["auto", "apg", "cop"]
+
+
+@dataclass(frozen=True)
+class TissueConfig:
+    """Where cells are looked for.
+
+    Attributes
+    ----------
+    enabled
+        ``False``: the whole slide (``--no-tissue``).
+    overview_mpp
+        Microns per pixel of the overview: a lymphocyte is one pixel, a 60 k slide is 1900 px.
+    min_area_um2
+        Smaller pieces are dust: 80 um across.
+    max_hole_um2
+        Smaller holes are lumina and tears, whose lining has cells.
+    margin_um
+        Added around the tissue, about four nuclei: an edge that the threshold misses is not lost.
+    """
+
+    enabled: bool = True
+    overview_mpp: float = 8.0
+    min_area_um2: float = 5_000.0
+    max_hole_um2: float = 40_000.0
+    margin_um: float = 32.0
+
+
+@dataclass(frozen=True)
+class TilingConfig:
+    """How the slide is cut.
+
+    Attributes
+    ----------
+    tile_um
+        Side of a tile's core. 256 um (1024 px at 0.25): the halo costs 27 %, the working set stays under 1 GB.
+    halo_um
+        Read around the core, and never less than half of the model's mask window (16 um): a mask that starts at the core's
+        border fits, and the encoder's receptive field has died away (benchmarks/results/tiling.md).
+    block_tiles
+        A block is this many tiles squared: the unit of work, of the part file and of resuming. 16 tiles are about 20 s on two CPU cores.
+    origin_um
+        Moves the grid; for checking that cells do not depend on it.
+    """
+
+    tile_um: float = 256.0
+    halo_um: float = 24.0
+    block_tiles: int = 4
+    origin_um: float = 0.0
+
+
+@dataclass(frozen=True)
+class ApgConfig:
+    """Automatic prompt generation: Archit et al., arXiv 2603.17845, the published thresholds.
+
+    Attributes
+    ----------
+    foreground, centre, boundary
+        A prompt's component has foreground at or above, and both distances below these.
+    min_component_um2
+        Smaller components are noise: one map cell is 0.25 um2.
+    """
+
+    foreground: float = 0.5
+    centre: float = 0.5
+    boundary: float = 0.5
+    min_component_um2: float = 0.5
+
+
+@dataclass(frozen=True)
+class CopConfig:
+    """Chain-of-Prompts (arXiv 2605.29429).
+
+    Attributes
+    ----------
+    gate
+        ``product``: threshold F_h and F_l similarity together, as in the paper; ``candidate``: F_h per pixel, then F_l per candidate.
+    localise
+        ``maps``: candidates are the instance maps' components, gated by similarity, when the model has such maps (they split
+        touching nuclei, similarity does not); ``components``: connected components of the similarity map, as in the paper.
+    window_um
+        Field of view around a click; the published tables are strongest at 128 um.
+    min_component_um2, dedup_um
+        The demo's 10 cells and 3 cells at its usual scale, in microns.
+    max_hops
+        The demo's cap on prompts per click.
+    prototypes
+        Size of a type's bank.
+    floor_percentile
+        A place enters a tile's candidates when its similarity reaches this percentile of the reliable set's own (leave one out).
+    """
+
+    gate: Literal["product", "candidate"] = "candidate"
+    localise: Literal["maps", "components"] = "maps"
+    window_um: float = 128.0
+    min_component_um2: float = 2.0
+    dedup_um: float = 1.5
+    max_hops: int = 30
+    prototypes: int = 16
+    floor_percentile: float = 5.0
+
+
+@dataclass(frozen=True)
+class MaskConfig:
+    """Which decoded masks are cells.
+
+    Attributes
+    ----------
+    min_score
+        Predicted IoU x stability; lowest of the sweep that still gains (benchmarks/results/apg_sweep.md).
+    min_area_um2
+        A sphere of 2.5 um; smaller outlines are debris or slivers.
+    simplify_um
+        Outlines are thinned by this much: a tenth of the mask's own sampling, 60 -> 25 vertices.
+    prompts_per_batch
+        Prompts decoded together; memory grows by about 1.5 MB each.
+    """
+
+    min_score: float = 0.40
+    min_area_um2: float = 5.0
+    simplify_um: float = 0.05
+    prompts_per_batch: int = 128
+
+
+@dataclass(frozen=True)
+class StitchingConfig:
+    """How overlapping outlines are settled: best score first (APG v2's merge, algorithm and values from micro-sam's ``dev`` branch).
+
+    Attributes
+    ----------
+    max_overlap
+        An outline is dropped when more than this share of it belongs to better ones.
+    contained
+        An outline that holds at least ``cluster_size`` others to this share is a cluster, and dropped.
+    cluster_size
+        See ``contained``.
+    """
+
+    max_overlap: float = 0.3
+    contained: float = 0.9
+    cluster_size: int = 2
+
+
+@dataclass(frozen=True)
+class TypingConfig:
+    """From similarity to types.
+
+    Attributes
+    ----------
+    min_score, min_margin
+        Calibrated similarity (0 = typical other, 1 = typical member) and lead over the runner-up below which a cell stays
+        ``unassigned``.
+    separable
+        Types whose calibration points are closer than this are reported as not separable.
+    click_reach_um
+        A click may miss its cell by this much.
+    """
+
+    min_score: float = 0.5
+    min_margin: float = 0.15
+    separable: float = 0.02
+    click_reach_um: float = 4.0
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One run. Fields under ``HOW_NOT_WHAT`` change how fast it goes, not what comes out, and stay out of the hash."""
+
+    model: str = "nuclei-compact"
+    method: Method = "auto"
+    mpp: float | None = None
+    reader: Literal["auto", "openslide", "tiffslide", "image"] = "auto"
+    seeds: str | None = None
+    roi: str | None = None
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    tissue: TissueConfig = field(default_factory=TissueConfig)
+    tiling: TilingConfig = field(default_factory=TilingConfig)
+    apg: ApgConfig = field(default_factory=ApgConfig)
+    cop: CopConfig = field(default_factory=CopConfig)
+    masks: MaskConfig = field(default_factory=MaskConfig)
+    stitching: StitchingConfig = field(default_factory=StitchingConfig)
+    typing: TypingConfig = field(default_factory=TypingConfig)
+    device: str = "auto"
+    workers: int = 1
+    formats: tuple[str, ...] = ("geojson", "parquet")
+
+    def hash(self, **facts: str) -> str:
+        """Short digest of everything that decides the cells; ``facts`` adds hashes of files (slide, weights, seeds)."""
+        what = {k: v for k, v in dataclasses.asdict(self).items() if k not in HOW_NOT_WHAT}
+        return hashlib.sha256(json.dumps([what, facts], sort_keys=True).encode()).hexdigest()[:16]
+
+
+HOW_NOT_WHAT = ("device", "workers", "formats", "seeds", "roi")  # the contents of seeds and roi are hashed as facts
+
+
+def from_mapping(mapping: dict[str, Any], where: str, base: RunConfig | None = None) -> RunConfig:
+    """``base`` with the values of a nested mapping.
+
+    Parameters
+    ----------
+    mapping
+        Keys as in :class:`RunConfig`; sections are mappings.
+    where
+        What to call the mapping in errors (a file name).
+    base
+        What is not mentioned stays as here; defaults when absent.
+
+    Raises
+    ------
+    ConfigError
+        A key is unknown or a value has the wrong type or range.
+    """
+    config = _merge(base or RunConfig(), mapping, where, "")
+    check(config, where)
+    return config
+
+
+def read_config(path: Path, base: RunConfig | None = None) -> RunConfig:
+    """A configuration file, TOML or JSON; a manifest of a run is accepted too (its ``config`` member is used)."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        mapping = json.loads(text) if text.lstrip().startswith("{") else tomllib.loads(text)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read the configuration ({error.strerror}); pass an existing TOML or JSON file") from error
+    except ValueError as error:
+        raise ConfigError(f"{path}: neither TOML nor JSON ({error}); see `wsiseg run --help` for the keys") from error
+    return from_mapping(mapping.get("config", mapping), str(path), base)
+
+
+def check(config: RunConfig, where: str = "configuration") -> None:
+    """Refuse values outside their range.
+
+    Raises
+    ------
+    ConfigError
+        The first value that is out of range, with the range.
+    """
+    limits: list[tuple[str, float, float, float]] = [
+        ("tiling.tile_um", config.tiling.tile_um, 16, 4096),
+        ("tiling.halo_um", config.tiling.halo_um, 0, 512),
+        ("tiling.block_tiles", config.tiling.block_tiles, 1, 64),
+        ("workers", config.workers, 1, 1024),
+        ("masks.prompts_per_batch", config.masks.prompts_per_batch, 1, 65536),
+        ("masks.min_score", config.masks.min_score, 0, 1),
+        ("stitching.max_overlap", config.stitching.max_overlap, 0, 1),
+        ("cop.prototypes", config.cop.prototypes, 1, 1024),
+        ("cop.window_um", config.cop.window_um, 32, 1024),
+        ("tissue.overview_mpp", config.tissue.overview_mpp, 0.25, 64),
+    ]
+    if config.mpp is not None:
+        limits.append(("mpp", config.mpp, 0.01, 100))
+    for name, value, low, high in limits:
+        if not low <= value <= high:
+            raise ConfigError(f"{where}: {name} is {value:g}; it must lie between {low:g} and {high:g}")
+    unknown = [f for f in config.formats if f not in ("geojson", "parquet")]
+    if unknown or not config.formats:
+        raise ConfigError(f"{where}: format {', '.join(unknown) or '(none)'} is not known; choose from geojson, parquet")
+
+
+def _merge(current: Any, mapping: Any, where: str, prefix: str) -> Any:  # noqa: ANN401
+    if not isinstance(mapping, dict):
+        raise ConfigError(f"{where}: {prefix.rstrip('.') or 'the top level'} must be a table of keys, found {type(mapping).__name__}")
+    known = {f.name for f in dataclasses.fields(current)}
+    hints = typing.get_type_hints(type(current))
+    changes: dict[str, Any] = {}
+    for key, value in mapping.items():
+        if key not in known:
+            raise ConfigError(f"{where}: unknown key {prefix}{key}; allowed here: {', '.join(sorted(known))}")
+        if dataclasses.is_dataclass(getattr(current, key)):
+            changes[key] = _merge(getattr(current, key), value, where, f"{prefix}{key}.")
+        else:
+            changes[key] = _cast(value, hints[key], where, prefix + key)
+    return dataclasses.replace(current, **changes)
+
+
+def _cast(value: Any, hint: Any, where: str, name: str) -> Any:  # noqa: ANN401
+    """``value`` as the annotated type of its field, or a sentence."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        if value in arguments:
+            return value
+        raise ConfigError(f"{where}: {name} is {value!r}; choose from {', '.join(map(str, arguments))}")
+    if origin in (types.UnionType, typing.Union):
+        if value is None:
+            return None
+        return _cast(value, next(a for a in arguments if a is not type(None)), where, name)
+    if origin is tuple and isinstance(value, list | tuple) and all(isinstance(v, str) for v in value):
+        return tuple(value)
+    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    if hint in (int, bool, str) and type(value) is hint:
+        return value
+    wanted = getattr(hint, "__name__", str(hint))
+    raise ConfigError(f"{where}: {name} is {value!r}; it must be of type {wanted}")

@@ -1,0 +1,71 @@
+"""A small real slide and its clicks, made from an image that ships with scikit-image."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import tifffile
+from skimage import data
+
+from wsiseg.errors import RunError
+from wsiseg.formats.atomic import atomic_path
+from wsiseg.formats.seeds import write_seeds
+from wsiseg.records import Seeds, SeedType
+
+MPP = 0.5  # not stated with the image; a colon gland's nuclei (about 12 x 5 um) fit this
+_TILE = 256
+
+# Clicks made by eye on the image: one nucleus of each of the two kinds that anybody can tell apart in it.
+_SEEDS = (
+    SeedType("epithelium", (200, 80, 0), ((352.0, 309.0),)),
+    SeedType("stroma", (0, 80, 200), ((230.0, 292.0),)),
+)
+
+
+def write_demo(folder: Path) -> tuple[Path, Path]:
+    """Write ``ihc.tiff`` (pyramidal, 512 x 512 px, 0.5 um/px) and ``seeds.json``.
+
+    Parameters
+    ----------
+    folder
+        Made when missing. Files of these names that are already there are left alone when they are the same, and refused otherwise.
+
+    Returns
+    -------
+    slide, seeds : Path
+
+    Raises
+    ------
+    RunError
+        The folder cannot be written, or holds other files of these names.
+    """
+    slide, seeds = folder / "ihc.tiff", folder / "seeds.json"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in (slide, seeds):
+            if path.is_dir():
+                raise RunError(f"{path}: is a folder; pass another folder to `wsiseg demo`")
+        if not slide.exists():
+            with atomic_path(slide) as partial:
+                _write_pyramid(partial, data.immunohistochemistry())
+        if not seeds.exists():
+            write_seeds(seeds, Seeds(_SEEDS, str(seeds), slide.name))
+    except OSError as error:
+        if isinstance(error, RunError):
+            raise
+        raise RunError(f"{folder}: cannot be written ({error.strerror}); pass a folder that you may write to") from error
+    return slide, seeds
+
+
+def _write_pyramid(path: Path, image: np.ndarray[tuple[int, ...], np.dtype[np.uint8]]) -> None:
+    """Tiled TIFF with levels of 1, 2 and 4 x, as slide scanners write it."""
+    with tifffile.TiffWriter(path) as tiff:
+        for level in range(3):
+            step = 2**level
+            small = image.reshape(image.shape[0] // step, step, image.shape[1] // step, step, 3).mean((1, 3)).round().astype(np.uint8)
+            per_cm = 1e4 / (MPP * step)
+            tiff.write(
+                small, tile=(_TILE, _TILE), photometric="rgb", compression="deflate", subfiletype=int(level > 0), metadata=None,
+                resolution=(per_cm, per_cm), resolutionunit="CENTIMETER", software=False,
+            )  # fmt: skip

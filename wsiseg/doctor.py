@@ -1,0 +1,81 @@
+"""What works on this machine: each check really does the thing, small."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from wsiseg.demo import write_demo
+from wsiseg.models import MODELS, load_model
+from wsiseg.slide import READERS, open_slide
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the report. A check that is not ``needed`` may fail without harm."""
+
+    what: str
+    ok: bool
+    found: str
+    remedy: str = ""
+    needed: bool = True
+
+
+def examine() -> list[Check]:
+    """Run every check."""
+    with tempfile.TemporaryDirectory() as folder:
+        slide, _ = write_demo(Path(folder))
+        checks = [_attempt(f"reader {name}", lambda name=name: _read(slide, name), "pip install --force-reinstall wsiseg") for name in READERS]  # type: ignore[misc]
+    checks += [_attempt(f"model {name}", lambda name=name: _encode(name), "install wsiseg again: the weights are in the package") for name in MODELS]  # type: ignore[misc]
+    return [*checks, _gpu(), _disk()]
+
+
+def _attempt(what: str, trial: Callable[[], str], remedy: str) -> Check:
+    try:
+        return Check(what, ok=True, found=trial())
+    except Exception as error:  # noqa: BLE001 - a doctor reports whatever breaks
+        return Check(what, ok=False, found=f"{type(error).__name__}: {' '.join(str(error).split())}", remedy=remedy)
+
+
+def _read(slide: Path, name: str) -> str:
+    from wsiseg.geometry import Box
+
+    with open_slide(slide, mpp=0.5, reader=name) as reader:
+        pixels = reader.read(0, Box(0, 0, 64, 64))
+    return f"reads {reader.info.format}, 64 x 64 px, mean {pixels.mean():.0f}"
+
+
+def _encode(name: str) -> str:
+    import torch
+
+    model = load_model(name)
+    start = time.perf_counter()
+    with torch.inference_mode():
+        model.encode(torch.from_numpy(np.full((1, 3, 512, 512), 200, np.uint8)).to(model.device))
+    return f"512 x 512 px on {model.device} in {time.perf_counter() - start:.2f} s"
+
+
+def _gpu() -> Check:
+    import torch
+
+    if torch.cuda.is_available():
+        return Check("GPU", ok=True, found=torch.cuda.get_device_name(0), needed=False)
+    built = f"torch {torch.__version__} was built for CUDA {torch.version.cuda}" if torch.version.cuda else f"torch {torch.__version__} is a CPU build"
+    return Check("GPU", ok=False, found=f"none; {built}; runs use the CPU", remedy="for a GPU, install a CUDA build of torch", needed=False)
+
+
+def _disk() -> Check:
+    here, free = Path.cwd(), shutil.disk_usage(Path.cwd()).free / 2**30
+    writable = os.access(here, os.W_OK)
+    remedy = "" if writable and free > 1 else "pass --out with a folder on another disk"
+    return Check("disk", ok=writable and free > 1, found=f"{free:.0f} GiB free in {here}{'' if writable else ', not writable'}", remedy=remedy)

@@ -1,0 +1,1 @@
+"""How good is it: metrics of instance segmentation, each with its formula and source."""

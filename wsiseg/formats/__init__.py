@@ -1,0 +1,54 @@
+"""Everything that reads or writes wsiseg's files. Nothing heavy is imported until a format is used.
+
+``FORMATS`` maps the name given to ``--format`` to its writer; every writer has the signature of
+:func:`wsiseg.formats.geoparquet.write_geoparquet`. ``FILE_NAMES`` is what the writer is asked to write in the output folder.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Protocol, cast
+
+from wsiseg.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from wsiseg.records import Cells, Provenance, SlideInfo, Typing
+
+FORMATS = {
+    "geojson": "wsiseg.formats.geojson:write_geojson",
+    "parquet": "wsiseg.formats.geoparquet:write_geoparquet",
+}
+FILE_NAMES = {"geojson": "cells.geojson.gz", "parquet": "cells.parquet"}
+
+
+class Writer(Protocol):
+    """Writes the cells of one slide to one file; returns the path when it differs from the one asked for."""
+
+    def __call__(self, path: Path, cells: Cells, typing: Typing, info: SlideInfo, provenance: Provenance) -> Path | None:
+        """Write the file, whole or not at all."""
+
+
+def load_writer(name: str) -> Writer:
+    """The writer of one format.
+
+    Parameters
+    ----------
+    name
+        A key of ``FORMATS``.
+
+    Returns
+    -------
+    Writer
+        Its module is imported here, not before.
+
+    Raises
+    ------
+    ConfigError
+        No format has that name.
+    """
+    if name not in FORMATS:
+        raise ConfigError(f"--format: unknown format {name!r}; allowed are {', '.join(sorted(FORMATS))}, comma-separated")
+    module, function = FORMATS[name].split(":")
+    return cast("Writer", getattr(importlib.import_module(module), function))

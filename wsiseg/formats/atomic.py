@@ -1,0 +1,84 @@
+"""Files that are written whole or not at all: temporary name in the same folder, fsync, rename, fsync of the folder."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import orjson
+
+from wsiseg.errors import RunError, WsisegError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+# What the user can repair; anything else keeps its own exception.
+REPAIRABLE = {
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR,
+}  # fmt: skip
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A temporary name that becomes ``path`` when the block ends well.
+
+    Parameters
+    ----------
+    path
+        The final file; its folder is made when missing. A file that is there stays as it is until the new one is complete.
+
+    Yields
+    ------
+    Path
+        ``.<name>.<pid>.<random>.partial`` in the same folder, not yet existing; the block must write it and close it.
+
+    Raises
+    ------
+    RunError
+        The disk is full or the folder cannot be written. The temporary file is removed after any exception.
+    """
+    partial = path.parent / f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.partial"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        _sync(partial, os.O_RDWR)
+        partial.replace(path)
+    except OSError as error:
+        if isinstance(error, WsisegError) or error.errno not in REPAIRABLE:
+            raise
+        reason = error.strerror or str(error)
+        raise RunError(f"{path}: cannot be written ({reason}); make room, or choose a folder you may write with --out") from error
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # some network file systems, and Windows, cannot sync a folder
+        _sync(path.parent, os.O_RDONLY)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write JSON atomically: UTF-8, keys sorted, indented by two spaces, newline at the end.
+
+    Parameters
+    ----------
+    path
+        The file to write.
+    value
+        dicts, lists, strings, numbers, numpy numbers and arrays; non-finite numbers become ``null``.
+    """
+    options = orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS | orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE
+    text = orjson.dumps(value, option=options)
+    with atomic_path(path) as partial:
+        partial.write_bytes(text)
+
+
+def _sync(path: Path, flags: int) -> None:
+    descriptor = os.open(path, flags)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,143 @@
+"""Part files: the cells of one block of tiles, as they come from the device. Private to a run; ``cells.parquet`` is for everybody.
+
+    Parquet, zstd, one row per cell, page checksums
+      geometry    binary      WKB polygon, level-0 px
+      prompt_x, prompt_y  double   level-0 px
+      score       float
+      descriptor  fixed_size_list<halffloat>[D]
+    file metadata, key "wsiseg_part": {"format": 1, "config_hash": ..., "counts": {...}, "cells": N, "descriptor_size": D}
+
+The footer is at the end of the file and the file arrives by rename, so a footer that can be read means a part that is complete.
+Format: https://parquet.apache.org/docs/file-format/
+"""  # fmt: skip
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import shapely
+
+from wsiseg.errors import FormatError
+from wsiseg.formats.atomic import atomic_path
+from wsiseg.records import Cells
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+KEY = b"wsiseg_part"
+FORMAT = 1
+UNREADABLE = (OSError, pa.ArrowException, ValueError, KeyError, TypeError, AttributeError)
+
+
+def write_part(path: Path, cells: Cells, config_hash: str, counts: dict[str, int]) -> None:
+    """Write one part, atomically; same input, same bytes.
+
+    Parameters
+    ----------
+    path
+        ``parts/<block name>.parquet``.
+    cells
+        Of one block, level-0 px; N = 0 is valid.
+    config_hash
+        Of everything that decides the cells; :func:`part_is_current` compares it.
+    counts
+        Kept, dropped at seams, ...: summed into the manifest.
+    """
+    note = {
+        "format": FORMAT, "config_hash": config_hash, "counts": {name: int(count) for name, count in counts.items()},
+        "cells": len(cells), "descriptor_size": int(cells.descriptors.shape[1]),
+    }  # fmt: skip
+    table = pa.table({
+        "geometry": pa.array(shapely.to_wkb(cells.polygons), pa.binary()),
+        "prompt_x": np.ascontiguousarray(cells.points_xy[:, 0], np.float64),
+        "prompt_y": np.ascontiguousarray(cells.points_xy[:, 1], np.float64),
+        "score": np.asarray(cells.scores, np.float32),
+        **descriptor_column(cells.descriptors),
+    })  # fmt: skip
+    table = table.replace_schema_metadata({KEY: json.dumps(note, sort_keys=True)})
+    with atomic_path(path) as partial:
+        pq.write_table(table, partial, compression="zstd", use_dictionary=False, write_page_checksum=True)
+
+
+def read_part(path: Path) -> tuple[Cells, dict[str, int]]:
+    """The cells of a part and its counts.
+
+    Parameters
+    ----------
+    path
+        Written by :func:`write_part`.
+
+    Returns
+    -------
+    tuple of (Cells, dict)
+        Exactly what was written.
+
+    Raises
+    ------
+    FormatError
+        The file is missing, damaged, or no part.
+    """
+    try:
+        table = pq.read_table(path, page_checksum_verification=True, partitioning=None)
+        note = json.loads(table.schema.metadata[KEY])
+        points = np.stack([table["prompt_x"].to_numpy(), table["prompt_y"].to_numpy()], axis=1)
+        polygons = polygons_from_wkb(table["geometry"])
+        scores = table["score"].to_numpy().astype(np.float32)
+        descriptors = descriptors_from(table, int(note["descriptor_size"]))
+        counts = {str(name): int(count) for name, count in note["counts"].items()}
+    except (*UNREADABLE, shapely.errors.GEOSException) as error:
+        raise FormatError(f"{path}: not a readable part file ({_first_line(error)}); delete it and run the command again") from error
+    return Cells(polygons, points, scores, descriptors), counts
+
+
+def part_is_current(path: Path, config_hash: str) -> bool:
+    """Whether the part is there, complete, and made with this configuration.
+
+    Parameters
+    ----------
+    path
+        May be missing, truncated or anything at all: the answer is then False, never an exception.
+    config_hash
+        The hash given to :func:`write_part`.
+    """
+    try:
+        footer = pq.read_metadata(path)
+        note = json.loads(footer.metadata[KEY])
+        return bool(note["format"] == FORMAT and note["config_hash"] == config_hash and note["cells"] == footer.num_rows)
+    except UNREADABLE:
+        return False
+
+
+def descriptor_column(descriptors: NDArray[np.float16]) -> dict[str, pa.Array]:
+    """``{"descriptor": array}``, or nothing at all for descriptors of size 0, which Parquet cannot hold."""
+    size = descriptors.shape[1]
+    if size == 0:
+        return {}
+    values = pa.array(np.ascontiguousarray(descriptors, np.float16).reshape(-1))
+    return {"descriptor": pa.FixedSizeListArray.from_arrays(values, size)}
+
+
+def descriptors_from(table: pa.Table, size: int) -> NDArray[np.float16]:
+    """The descriptor column as float16 of shape (N, size)."""
+    if size == 0:
+        return np.empty((table.num_rows, 0), np.float16)
+    chunks = [chunk.flatten().to_numpy(zero_copy_only=False) for chunk in table["descriptor"].chunks]
+    flat = np.concatenate([np.empty(0, np.float16), *chunks])
+    return flat.astype(np.float16, copy=False).reshape(table.num_rows, size)
+
+
+def polygons_from_wkb(column: pa.ChunkedArray) -> NDArray[np.object_]:
+    """Geometries of shape (N,) from a WKB column."""
+    wkb = column.to_numpy()
+    polygons: Any = shapely.from_wkb(wkb) if len(wkb) else np.empty(0, object)
+    return np.asarray(polygons, dtype=object)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).split("\n", 1)[0] or type(error).__name__

@@ -1,0 +1,45 @@
+"""What a model must offer: the one contract that every stage and every model shares."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from wsiseg.records import Embeddings, WindowMasks
+
+
+class PromptableModel(Protocol):
+    """A network that encodes tiles once and answers points with masks.
+
+    Attributes
+    ----------
+    mpp
+        Microns per model px.
+    stride_px
+        Tiles must start on, and be, multiples of this.
+    reach_px
+        A mask reaches at most this far from its point.
+    descriptor_size
+        Length of a cell's descriptor.
+    device
+        Where the weights are.
+    """
+
+    mpp: float
+    stride_px: int
+    reach_px: int
+    descriptor_size: int
+
+    @property
+    def device(self) -> torch.device: ...  # noqa: D102
+
+    def encode(self, images: Tensor) -> Embeddings:
+        """uint8 RGB (B, 3, H, W) on ``device`` -> embeddings."""
+        ...
+
+    def decode(self, embeddings: Embeddings, tile: Tensor, points_xy: Tensor) -> WindowMasks:
+        """One mask per point: ``tile`` int64 (N,), ``points_xy`` float32 (N, 2) model px of the tile -> masks on windows."""
+        ...

@@ -1,0 +1,164 @@
+"""Reading slides: one protocol, three readers, and the regions that the models see.
+
+``open_slide`` is the only place that opens a slide path. It tries OpenSlide (fastest, most vendors), TiffSlide (TIFF-like files OpenSlide
+does not know, and remote paths such as ``s3://``) and plain images, in that order, and ends in one sentence when none of them can.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, Self, cast
+
+from wsiseg.errors import ConfigError, SlideError
+from wsiseg.slide.mpp import check_override, require_cellular
+from wsiseg.slide.resample import read_region, thumbnail
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import TracebackType
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from wsiseg.geometry import Box
+    from wsiseg.records import SlideInfo
+
+__all__ = ["READERS", "SlideReader", "open_slide", "read_region", "require_cellular", "thumbnail"]
+
+READERS: dict[str, str] = {
+    "openslide": "wsiseg.slide.openslide_reader:open_openslide",
+    "tiffslide": "wsiseg.slide.tiffslide_reader:open_tiffslide",
+    "image": "wsiseg.slide.image_reader:open_image",
+}  #: reader name -> ``module:function``, loaded on use; the function takes (path, mpp override) and raises SlideError; order = order tried
+
+
+class SlideReader(Protocol):
+    """An open slide. A context manager; ``read`` may be called from several threads at once.
+
+    Attributes
+    ----------
+    info
+        What is known of the slide.
+    """
+
+    info: SlideInfo
+
+    def read(self, level: int, box: Box) -> NDArray[np.uint8]:
+        """Pixels of one level.
+
+        Parameters
+        ----------
+        level
+            Index into ``info.level_sizes``.
+        box
+            In px of that level; may reach beyond the slide, or lie outside of it.
+
+        Returns
+        -------
+        NDArray[np.uint8]
+            RGB of shape (box.height, box.width, 3); white outside the slide and where the file marks its tiles as absent.
+
+        Raises
+        ------
+        SlideError
+            Pixels that the file should have cannot be decoded.
+        """
+        ...
+
+    def close(self) -> None:
+        """Release the file; reading afterwards is an error."""
+        ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None: ...
+
+
+def open_slide(path: str | Path, *, mpp: float | None = None, reader: str = "auto", require_mpp: bool = True) -> SlideReader:
+    """Open a slide with the first reader that can.
+
+    Parameters
+    ----------
+    path
+        A file, or an fsspec address (``s3://bucket/slide.svs``).
+    mpp
+        Microns per level-0 pixel, in place of what the file says.
+    reader
+        A name of `READERS`, or ``auto`` to try them in order.
+    require_mpp
+        Whether a slide without microns per pixel is an error; without, its ``info.mpp`` is NaN and ``info.mpp_source`` is ``none``.
+
+    Returns
+    -------
+    SlideReader
+        To be closed by the caller. What is doubtful about the slide stands in ``info.warnings``; `require_cellular` makes the
+        worst of it an error.
+
+    Raises
+    ------
+    SlideError
+        Nothing there, no permission, not a slide, or no microns per pixel.
+    ConfigError
+        ``mpp`` or ``reader`` is not allowed.
+    """
+    check_override(mpp)
+    if reader != "auto" and reader not in READERS:
+        raise ConfigError(f"reader: {reader!r} is unknown; choose auto, {', '.join(READERS)}")
+    address = os.fspath(path)
+    remote = "://" in address
+    if not remote:
+        _check_file(Path(address))
+    names = [reader] if reader != "auto" else [name for name in READERS if not (remote and name == "openslide")]
+    refusals = []
+    for name in names:
+        try:
+            slide = _load(name)(address, mpp)
+        except SlideError as error:
+            refusals.append(f"{name}: {error}")
+            continue
+        if require_mpp and math.isnan(slide.info.mpp):
+            slide.close()
+            notes = "".join(f" ({note})" for note in slide.info.warnings if "resolution" in note)
+            raise SlideError(f"{address}: no microns per pixel in the file{notes}; pass --mpp (for example --mpp 0.25)")
+        return slide
+    raise SlideError(f"{address}: {_guess(address, remote)} ({'; '.join(refusals)}); give a whole-slide image, TIFF, PNG or JPEG")
+
+
+def _load(name: str) -> Callable[[str, float | None], SlideReader]:
+    module, function = READERS[name].split(":")
+    return cast("Callable[[str, float | None], SlideReader]", getattr(importlib.import_module(module), function))
+
+
+def _check_file(path: Path) -> None:
+    """Refuse what is no readable file, before a reader turns it into a riddle."""
+    try:
+        if path.is_dir():
+            raise SlideError(f"{path}: is a folder, not a slide; give the slide file (for MRXS the .mrxs beside the folder, for DICOM one .dcm)")
+        if path.stat().st_size == 0:
+            raise SlideError(f"{path}: the file is empty (0 bytes); copy or download it again")
+        with path.open("rb"):
+            pass
+    except FileNotFoundError as error:
+        raise SlideError(f"{path}: no such file; check the path") from error
+    except PermissionError as error:
+        raise SlideError(f"{path}: no permission to read it; change the file's permissions or run as a user who may") from error
+    except SlideError:
+        raise
+    except OSError as error:
+        raise SlideError(f"{path}: cannot be read ({error.strerror or error}); check the disk and the path") from error
+
+
+def _guess(address: str, remote: bool) -> str:
+    """What a file that no reader opens may be, in words."""
+    if remote:
+        return "no reader can open this address"
+    with Path(address).open("rb") as file:
+        head = file.read(512)
+    if head[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+        return "no reader can open this TIFF: damaged, cut short (compare its size with the original), or of an unknown kind"
+    if all(byte >= 32 or byte in b"\t\n\r\f" for byte in head):
+        return "this is a text file, not a slide"
+    return "no reader can open this file"

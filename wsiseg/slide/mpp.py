@@ -1,0 +1,203 @@
+"""Microns per pixel: where slides say it, whether to believe it.
+
+A wrong scale ruins a run in silence, so everything doubtful becomes a sentence, and `require_cellular` an error.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+from xml.etree import ElementTree
+
+from wsiseg.errors import ConfigError, SlideError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from wsiseg.records import SlideInfo
+
+NO_SOURCE = "none"
+OVERRIDE = "--mpp"
+OVERRIDE_RANGE = (0.01, 100.0)  # 1000x oil immersion with a small camera pixel .. a macro photograph
+CELLULAR_RANGE = (0.05, 2.0)  # finer is below what light resolves, coarser makes a 6 um nucleus 3 px wide
+PRINT_MPP = 10.0  # 2540 dpi: resolution tags this coarse (72, 96, 300, 600, 1200 dpi) are software defaults, not microscopes
+ANISOTROPY_NOTE, ANISOTROPY_LIMIT = 0.01, 0.10
+CONTRADICTION = 0.05  # relative difference between --mpp and the file
+OBJECTIVE_TOLERANCE = 1.7  # scanners of one power differ: 20x is 0.5 (Aperio) to 0.44 (3DHISTECH), 40x 0.25 to 0.17
+
+STRETCHED = "pixels are far from square"  # how `require_cellular` recognises the warning
+
+
+@dataclass(frozen=True)
+class PixelSize:
+    """Microns per level-0 pixel as a file states it, and where it does."""
+
+    x: float
+    y: float
+    source: str
+
+    @property
+    def mean(self) -> float:
+        """Geometric mean: keeps areas."""
+        return math.sqrt(self.x * self.y)
+
+    @property
+    def anisotropy(self) -> float:
+        """0 for square pixels."""
+        return max(self.x, self.y) / min(self.x, self.y) - 1
+
+
+def pixel_size(x: object, y: object, source: str) -> PixelSize | None:
+    """A `PixelSize` from two metadata values; ``None`` unless both (or the first, when ``y`` is None) are positive numbers."""
+    numbers = []
+    for value in (x, x if y is None else y):
+        try:
+            number = float(str(value).strip().replace(",", ".")) if isinstance(value, str) else float(value)  # type: ignore[arg-type]
+        except (TypeError, ValueError, OverflowError):
+            return None
+        if not (math.isfinite(number) and number > 0):
+            return None
+        numbers.append(number)
+    return PixelSize(numbers[0], numbers[1], source)
+
+
+def from_ome_xml(text: str | None, size_px0: tuple[int, int]) -> PixelSize | None:
+    """PhysicalSizeX/Y of the OME image whose SizeX, SizeY are ``size_px0``; ``None`` when there is none, or its unit is no length."""
+    microns = {"m": 1e6, "mm": 1e3, "\u00b5m": 1.0, "\u03bcm": 1.0, "um": 1.0, "micron": 1.0, "nm": 1e-3, "pm": 1e-6, "cm": 1e4, "in": 25400.0}
+    if not text or "<OME" not in text:
+        return None
+    try:
+        root = ElementTree.fromstring(text.strip().strip("\0"))
+    except (ElementTree.ParseError, ValueError):
+        return None
+    for pixels in root.iterfind(".//{*}Pixels"):
+        at = pixels.attrib
+        if (at.get("SizeX"), at.get("SizeY")) != (str(size_px0[0]), str(size_px0[1])):
+            continue
+        unit_x = microns.get(at.get("PhysicalSizeXUnit", "\u00b5m"))
+        unit_y = microns.get(at.get("PhysicalSizeYUnit", "\u00b5m"))
+        size = pixel_size(at.get("PhysicalSizeX"), at.get("PhysicalSizeY"), "OME-XML PhysicalSizeX")
+        if size and unit_x and unit_y:
+            return PixelSize(size.x * unit_x, size.y * unit_y, size.source)
+    return None
+
+
+def from_tiff_tags(tags: Mapping[str, Any], imagej: Mapping[str, Any] | None = None) -> tuple[PixelSize | None, tuple[str, ...]]:
+    """The size in a TIFF's resolution tags.
+
+    Parameters
+    ----------
+    tags
+        Values by tag name; ``XResolution``, ``YResolution`` as (numerator, denominator), ``ResolutionUnit`` as its number.
+    imagej
+        ImageJ's metadata, whose ``unit`` replaces ``ResolutionUnit``.
+
+    Returns
+    -------
+    tuple[PixelSize | None, tuple[str, ...]]
+        The size, unless the tags are absent, without unit, or a print resolution; and a sentence in the last case.
+    """
+    try:
+        per_unit = [tags[name][0] / tags[name][1] for name in ("XResolution", "YResolution")]
+    except (KeyError, TypeError, IndexError, ZeroDivisionError):
+        return None, ()
+    if min(per_unit) <= 0:
+        return None, ()
+    unit = {2: 25400.0, 3: 10000.0, 4: 1000.0, 5: 1.0}.get(int(tags.get("ResolutionUnit", 2)))
+    source = "TIFF XResolution"
+    if imagej and "unit" in imagej:
+        name = str(imagej["unit"]).replace("\\u00B5", "\u00b5")
+        unit = {"micron": 1.0, "microns": 1.0, "um": 1.0, "\u00b5m": 1.0, "mm": 1000.0, "cm": 10000.0, "inch": 25400.0}.get(name)
+        source = "ImageJ resolution"
+    if unit is None:
+        return None, ()
+    return believe_resolution(PixelSize(unit / per_unit[0], unit / per_unit[1], source))
+
+
+def believe_resolution(size: PixelSize) -> tuple[PixelSize | None, tuple[str, ...]]:
+    """Drop a size from resolution tags that is a print resolution, with a sentence that says so."""
+    if size.mean < PRINT_MPP:
+        return size, ()
+    return None, (f"its resolution tag, {25400 / size.mean:.0f} dpi, is a print resolution and was ignored",)
+
+
+def settle(found: PixelSize | None, override: float | None, objective: float | None) -> tuple[float, str, tuple[str, ...]]:
+    """Choose the microns per pixel to use.
+
+    Parameters
+    ----------
+    found
+        What the file says.
+    override
+        ``--mpp``; wins over the file.
+    objective
+        Power of the objective in the file, to check against.
+
+    Returns
+    -------
+    tuple[float, str, tuple[str, ...]]
+        mpp (NaN when unknown), its source, and a sentence about each doubt.
+    """
+    notes = []
+    if override is not None:
+        mpp, source = override, OVERRIDE
+        if found and abs(override / found.mean - 1) > CONTRADICTION:
+            notes.append(f"--mpp {override:g} replaces {found.mean:.4g} microns per pixel of the file ({found.source})")
+    elif found is not None:
+        mpp, source = found.mean, found.source
+    else:
+        return math.nan, NO_SOURCE, ()
+    low, high = CELLULAR_RANGE
+    if not low <= mpp <= high:
+        notes.append(f"{mpp:.4g} microns per pixel ({source}) is too {'fine' if mpp < low else 'coarse'} for cells ({low} to {high})")
+    if found and found.anisotropy > ANISOTROPY_NOTE:
+        sides = f"{found.x:.4g} x {found.y:.4g} microns ({found.source})"
+        if found.anisotropy > ANISOTROPY_LIMIT and override is None:
+            notes.append(f"{STRETCHED}: {sides}")
+        else:
+            notes.append(f"pixels are not square: {sides}; {mpp:.4g} is used for both sides")
+    if objective and not 1 / OBJECTIVE_TOLERANCE < mpp * objective / 10 < OBJECTIVE_TOLERANCE:
+        notes.append(f"{mpp:.4g} microns per pixel ({source}) contradicts the {objective:g}x objective (about {10 / objective:.3g})")
+    return mpp, source, tuple(notes)
+
+
+def check_override(mpp: float | None) -> None:
+    """Refuse an ``--mpp`` that cannot be meant.
+
+    Raises
+    ------
+    ConfigError
+        Not a number in `OVERRIDE_RANGE`.
+    """
+    low, high = OVERRIDE_RANGE
+    if mpp is not None and not (math.isfinite(mpp) and low <= mpp <= high):
+        raise ConfigError(f"--mpp: {mpp:g} is not allowed; give microns per pixel between {low:g} and {high:g} (40x is about 0.25, 20x about 0.5)")
+
+
+def require_cellular(info: SlideInfo) -> None:
+    """Refuse a slide on whose scale no cell can be found; called before a run.
+
+    Parameters
+    ----------
+    info
+        Of an open slide. A scale that the user gave by ``--mpp`` is believed: it only warns.
+
+    Raises
+    ------
+    SlideError
+        No microns per pixel, or implausible ones, or pixels far from square, as the file states them.
+    """
+    if math.isnan(info.mpp):
+        raise SlideError(f"{info.path}: no microns per pixel in the file; pass --mpp (for example --mpp 0.25)")
+    if info.mpp_source == OVERRIDE:
+        return
+    low, high = CELLULAR_RANGE
+    if not low <= info.mpp <= high:
+        raise SlideError(
+            f"{info.path}: {info.mpp:.4g} microns per pixel ({info.mpp_source}) is too {'fine' if info.mpp < low else 'coarse'} for cells; "
+            f"allowed is {low} to {high}: give the full-resolution slide, or pass --mpp if the file is wrong"
+        )
+    for note in info.warnings:
+        if note.startswith(STRETCHED):
+            raise SlideError(f"{info.path}: {note}; save the slide with square pixels, or pass --mpp to treat them as square")
