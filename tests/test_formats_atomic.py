@@ -46,7 +46,10 @@ def test_two_writers_do_not_share_a_name(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=r"a\.txt: cannot be written \(No space left on device\); make room"), atomic_path(tmp_path / "a.txt"):
+    with (
+        pytest.raises(RunError, match=r"a\.txt: cannot be written \(No space left on device\); make room"),
+        atomic_path(tmp_path / "a.txt"),
+    ):
         raise OSError(errno.ENOSPC, "No space left on device")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import uuid
 from typing import TYPE_CHECKING
@@ -114,6 +115,7 @@ def test_geopandas_opens_it_with_every_column_and_uses_the_covering(tmp_path: Pa
     expected = "id type type_score type_margin score area_um2 x y prompt_x prompt_y geometry descriptor"
     assert sorted(frame.columns) == sorted(expected.split())  # geopandas takes bbox for itself
     assert frame.crs is None
+    assert frame["id"].tolist() == cell_ids("a.svs", cells)  # as in the GeoJSON
     np.testing.assert_allclose(frame["area_um2"], frame.area * 0.25, rtol=1e-6)
     np.testing.assert_allclose(frame["x"], frame.centroid.x)
     np.testing.assert_array_equal(frame["prompt_x"], cells.points_xy[:, 0])
@@ -163,10 +165,10 @@ def test_a_foreign_or_damaged_file_is_refused_in_one_line(tmp_path: Path) -> Non
     foreign, text = tmp_path / "foreign.parquet", tmp_path / "text.parquet"
     geopandas.GeoDataFrame({"a": [1]}, geometry=[shapely.Point(0, 0)]).to_parquet(foreign)
     text.write_text("hello")
-    with pytest.raises(FormatError, match="so not a cells.parquet of wsiseg"):
+    with pytest.raises(FormatError, match=r"so not a cells\.parquet of wsiseg"):
         read_geoparquet(foreign)
     for path in (text, tmp_path / "none.parquet"):
-        with pytest.raises(FormatError, match="not a readable cells.parquet") as caught:
+        with pytest.raises(FormatError, match=r"not a readable cells\.parquet") as caught:
             read_geoparquet(path)
         assert "\n" not in str(caught.value)
 
@@ -181,8 +183,6 @@ def test_ids_are_unique_uuid5_of_slide_and_coordinates() -> None:
     assert not set(ids) & set(cell_ids("b.svs", cells))
     numbers = np.rint(np.concatenate([cells.points_xy[0], cells.polygons[0].bounds]) * 100).astype("<i8")
     namespace = uuid.uuid5(uuid.NAMESPACE_URL, "wsiseg:a.svs")
-    import hashlib
-
     digest = hashlib.sha1(namespace.bytes + numbers.tobytes()).digest()[:16]
     assert ids[0] == str(uuid.UUID(bytes=digest, version=5))
 

@@ -9,7 +9,7 @@ import csv
 import io
 import json
 from dataclasses import dataclass
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,8 +19,11 @@ from scipy import ndimage
 from skimage.color import hed_from_rgb, rgb_from_hed
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from pathlib import Path
+
 CROP = 224
-INSTANCES = 28  # prompts per crop
+INSTANCES = 22  # prompts per crop
 TYPES = {"brca_m2c": 3, "nucls_mini": 4}
 # One patient of brca_m2c/train is also in an evaluation-only collection.
 EXCLUDED = ("TCGA-A7-A13E",)
@@ -129,8 +132,13 @@ def _stain(image: np.ndarray, foreground: np.ndarray, rng: np.random.Generator, 
         keep = 1 - 0.8 * ndimage.gaussian_filter(foreground.astype(np.float32), 1.0)
         density = density + rng.uniform(0.1, 0.55) * (noise / 1.5)[..., None] * eosin * keep[..., None]
     stains = density @ hed_from_rgb.astype(np.float32)
+    colours = rgb_from_hed.astype(np.float32).copy()
+    if rng.random() < 0.15:  # immunohistochemistry: what eosin stains turns brown, haematoxylin bluer and weaker
+        brown = np.array([0.27, 0.57, 0.78]) * rng.uniform(0.6, 1.8)
+        colours[1] = colours[1] + rng.uniform(0.6, 1.0) * (brown - colours[1])
+        colours[0] = colours[0] * [1.0, rng.uniform(0.6, 1.0), rng.uniform(0.4, 0.9)]
     stains = stains * np.exp(rng.normal(0, [0.22, 0.3, 0.3])) + rng.normal(0, 0.015, 3)
-    density = (stains @ rgb_from_hed.astype(np.float32)) * rng.uniform(0.85, 1.15, 3) + rng.uniform(0, 0.06)
+    density = (stains @ colours) * rng.uniform(0.85, 1.15, 3) + rng.uniform(0, 0.06)
     return np.clip(np.exp(-density) * 255, 0, 255)
 
 

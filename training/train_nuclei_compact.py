@@ -30,7 +30,7 @@ from data import CROP, INSTANCES, TYPES, Crops, Field, distances_of, load_instan
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from wsiseg.models.nuclei_compact import CELL_PX, WINDOW_CELLS, NucleiCompact, _windows
+from wsiseg.models.nuclei_compact import CELL_PX, LEARNED, WINDOW_CELLS, NucleiCompact, _windows
 from wsiseg.records import Embeddings
 
 MASK_SHARES = {"tnbc": 0.42, "dsb2018_histology": 0.46, "nucls_mini": 0.12}
@@ -104,7 +104,7 @@ def losses(model: NucleiCompact, heads: TypeHeads, batch: dict[str, Tensor], amp
     for k in range(len(TYPES)):
         mine = (collection == k) & (types > 0) & (iou > 0.3)
         if mine.sum() > 3:
-            logits = 12 * masks.descriptors[mine] @ F.normalize(heads.descriptor[k], dim=1).T
+            logits = 12 * F.normalize(masks.descriptors[mine, :LEARNED], dim=1) @ F.normalize(heads.descriptor[k], dim=1).T
             out["types"] = out["types"] + _balanced(logits, types[mine] - 1)
         mine = (collection == k) & ((types > 0) | ~click)
         if mine.sum() > 3:
@@ -184,7 +184,7 @@ def main() -> None:
     model = NucleiCompact().to(device).to(memory_format=torch.channels_last)
     if options.init:
         model.load_state_dict(load_file(options.init))
-    heads = TypeHeads(model.descriptor_size, 64).to(device)
+    heads = TypeHeads(LEARNED, 64).to(device)
     average = copy.deepcopy(model).eval()
     parameters = [*model.parameters(), *heads.parameters()]
     optimiser = torch.optim.AdamW(parameters, lr=2e-3, weight_decay=0.02)

@@ -9,10 +9,12 @@ import tomllib
 import types
 import typing
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 from wsiseg.errors import ConfigError
+
+if typing.TYPE_CHECKING:
+    from pathlib import Path
 
 Method = Literal["auto", "apg", "cop"]
 
@@ -226,7 +228,7 @@ def from_mapping(mapping: dict[str, Any], where: str, base: RunConfig | None = N
     ConfigError
         A key is unknown or a value has the wrong type or range.
     """
-    config = _merge(base or RunConfig(), mapping, where, "")
+    config: RunConfig = _merge(base or RunConfig(), mapping, where, "")
     check(config, where)
     return config
 

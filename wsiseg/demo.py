@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import tifffile
@@ -13,13 +13,16 @@ from wsiseg.formats.atomic import atomic_path
 from wsiseg.formats.seeds import write_seeds
 from wsiseg.records import Seeds, SeedType
 
+if TYPE_CHECKING:
+    from pathlib import Path
+
 MPP = 0.5  # not stated with the image; a colon gland's nuclei (about 12 x 5 um) fit this
 _TILE = 256
 
 # Clicks made by eye on the image: one nucleus of each of the two kinds that anybody can tell apart in it.
 _SEEDS = (
-    SeedType("epithelium", (200, 80, 0), ((352.0, 309.0),)),
-    SeedType("stroma", (0, 80, 200), ((230.0, 292.0),)),
+    SeedType("epithelium", (200, 80, 0), ((316.0, 204.0),)),
+    SeedType("stroma", (0, 80, 200), ((296.0, 280.0),)),
 )
 
 
@@ -66,6 +69,6 @@ def _write_pyramid(path: Path, image: np.ndarray[tuple[int, ...], np.dtype[np.ui
             small = image.reshape(image.shape[0] // step, step, image.shape[1] // step, step, 3).mean((1, 3)).round().astype(np.uint8)
             per_cm = 1e4 / (MPP * step)
             tiff.write(
-                small, tile=(_TILE, _TILE), photometric="rgb", compression="deflate", subfiletype=int(level > 0), metadata=None,
+                small, tile=(_TILE, _TILE), photometric="rgb", compression="jpeg", compressionargs={"level": 95}, subfiletype=int(level > 0), metadata=None,
                 resolution=(per_cm, per_cm), resolutionunit="CENTIMETER", software=False,
             )  # fmt: skip

@@ -16,8 +16,8 @@ from wsiseg.geometry import Lattice
 from wsiseg.models import file_hash, find_weights, load_model
 from wsiseg.runs import RunFolder, find_folder
 from wsiseg.seeding import build_bank
-from wsiseg.slide.array_reader import ArrayReader
 from wsiseg.slide import open_slide, require_cellular, thumbnail
+from wsiseg.slide.array_reader import ArrayReader
 from wsiseg.tiles import plan_blocks
 from wsiseg.tissue import SearchArea, find_tissue
 

@@ -74,7 +74,7 @@ def trace(masks: WindowMasks, outer: Box, lattice: Lattice, config: MaskConfig) 
     big = shapely.area(polygons) * lattice.slide_mpp**2 >= config.min_area_um2
     cells = Cells(
         polygons=polygons,
-        points_xy=lattice.to_level0(prompts[rows].astype(np.float64) + (outer.x0, outer.y0)),
+        points_xy=(prompts[rows].astype(np.float64) + (outer.x0, outer.y0)) * lattice.scale,
         scores=(masks.quality * masks.stability).numpy()[rows],
         descriptors=masks.descriptors.numpy()[rows],
     )
@@ -84,10 +84,10 @@ def trace(masks: WindowMasks, outer: Box, lattice: Lattice, config: MaskConfig) 
 def _outline(logit: NDArray[np.float32], box: tuple[int, int, int, int], prompt: NDArray[np.float32]) -> NDArray[np.float64] | None:
     """The outline around ``prompt`` (cells, corner frame), else the largest one -> (K, 2) xy in cells, corner frame, closed."""
     x0, y0, x1, y1 = box
-    crop = np.full((y1 - y0 + 2, x1 - x0 + 2), -1.0, np.float32)  # a closed rim where the window ends
-    wy, wx = slice(max(y0 - 1, 0), y1 + 1), slice(max(x0 - 1, 0), x1 + 1)
-    part = logit[wy, wx]
-    crop[wy.start - y0 + 1 : wy.start - y0 + 1 + part.shape[0], wx.start - x0 + 1 : wx.start - x0 + 1 + part.shape[1]] = part
+    padded = np.pad(logit, 1, mode="edge")
+    for rim in (padded[0], padded[-1], padded[:, 0], padded[:, -1]):
+        rim[:] = -np.abs(rim)  # crosses zero on the window's border
+    crop = padded[y0 : y1 + 2, x0 : x1 + 2]
     # Logits saturate far from the border; unclipped, the crossing would lean towards the steeper side.
     contours = find_contours(np.clip(crop, -4, 4), 0.0)
     best, best_area = None, 0.0

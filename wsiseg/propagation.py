@@ -1,7 +1,7 @@
 """From a few clicks to a type for every cell: competition between types on the cells' descriptors.
 
 Symbol   here           meaning
-z_i      z              descriptor of cell i, centred on the slide's mean, unit norm
+z_i      z              descriptor of cell i, seen from the mean of the types' means, unit norm
 a_i^t    affinity       largest cosine of z_i with the prototypes of type t
 m_pos    typical        median of a^t over the cells that are surely t
 m_neg    other          median of a^t over the cells that are surely of another type
@@ -54,17 +54,19 @@ def assign_types(descriptors: NDArray[np.float16], bank: Bank, config: TypingCon
     if not len(descriptors):
         return Typing(names, colors, np.empty(0, np.int32), np.empty(0, np.float32), np.empty(0, np.float32)), []
     z = descriptors.astype(np.float32)
-    mean = z.mean(0, dtype=np.float64).astype(np.float32)
-    z = _unit(z - mean)
-    banks = [_unit(p - mean) for p in (*bank.clicked, bank.negative) if len(p)]
-    affinity = np.stack([(z @ bank.T).max(1) for bank in banks], 1)
-    if affinity.shape[1] == 1:
-        score, warnings = _calibrate_alone(affinity), []
+    anchors = [p for p in (*bank.clicked, bank.negative) if len(p)]
+    warnings: list[str] = []
+    if len(anchors) == 1:
+        centre = z.mean(0, dtype=np.float64).astype(np.float32)
+        score = _calibrate_alone(_affinity(z, anchors, centre))
     else:
-        # One round of transduction: each type's sure cells sharpen its prototypes, the clicks stay in.
-        sure = _sure_cells(affinity)
-        banks = [np.vstack([bank, _unit(z[rows].mean(0, keepdims=True))]) if len(rows) else bank for bank, rows in zip(banks, sure, strict=True)]
-        affinity = np.stack([(z @ bank.T).max(1) for bank in banks], 1)
+        affinity = _affinity(z, anchors, _balance(anchors))
+        # One round of transduction: each type's sure cells sharpen its prototypes and the centre; the clicks stay in.
+        means = [
+            (z[rows] if len(rows) else a).mean(0, keepdims=True) for rows, a in zip(_sure_cells(affinity), anchors, strict=True)
+        ]
+        anchors = [np.vstack([a, m]) for a, m in zip(anchors, means, strict=True)]
+        affinity = _affinity(z, anchors, _balance(means))
         score, warnings = _calibrate(affinity, _sure_cells(affinity), names[1:], config)
     order = np.argsort(-score, 1, kind="stable")
     best = order[:, 0]
@@ -75,8 +77,20 @@ def assign_types(descriptors: NDArray[np.float16], bank: Bank, config: TypingCon
     return Typing(names, colors, codes, top.astype(np.float32), (top - second).astype(np.float32)), warnings
 
 
+def _balance(groups: list[NDArray[np.float32]]) -> NDArray[np.float32]:
+    """Mean of the groups' means: a centre without prevalence (the plain mean of the cells would be the common type itself)."""
+    return np.mean([g.mean(0) for g in groups], axis=0).astype(np.float32)
+
+
+def _affinity(z: NDArray[np.float32], anchors: list[NDArray[np.float32]], centre: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Largest cosine of each cell with each group of anchors, seen from ``centre`` -> (N, groups)."""
+    z = _unit(z - centre)
+    return np.stack([(z @ _unit(group - centre).T).max(1) for group in anchors], 1)
+
+
 def _unit(rows: NDArray[np.float32]) -> NDArray[np.float32]:
-    return (rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-6)).astype(np.float32)
+    unit: NDArray[np.float32] = (rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-6)).astype(np.float32)
+    return unit
 
 
 def _sure_cells(affinity: NDArray[np.float32]) -> list[NDArray[np.intp]]:
@@ -124,7 +138,8 @@ def _calibrate_alone(affinity: NDArray[np.float32]) -> NDArray[np.float32]:
         weight = mass / len(a)
     ashman = abs(centre[1] - centre[0]) * np.sqrt(2 / (spread**2).sum())
     if ashman > 2 and weight.min() > 0.02:
-        return ((affinity - centre.min()) / np.ptp(centre)).astype(np.float32)
+        score: NDArray[np.float32] = ((affinity - centre.min()) / np.ptp(centre)).astype(np.float32)
+        return score
     return np.ones_like(affinity)
 
 

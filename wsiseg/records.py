@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from wsiseg.geometry import Box
-
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
+
+    from wsiseg.geometry import Box
 
 UNASSIGNED = "unassigned"  #: the type of a cell that no seed claims; always type code 0
 

@@ -1,9 +1,9 @@
 """Outlines of all tiles -> cells: overlaps are settled once, for the whole slide, in an order that does not depend on the tiling.
 
 Every tile hands over the outlines whose prompt lies in its core, each exactly once. Here they are visited from the best score down (ties: by
-prompt position, a total order); an outline goes when too much of it is already claimed, or when it is a cluster; what little
-overlap remains is cut from the lower-scored outline. This is the score-ordered merge of APG v2 on polygons instead of a label image, so that it
-needs no pixels, no tile order, and no special case at tile borders.
+prompt position, a total order); an outline goes when too much of it is already claimed, or when it is a cluster; what little overlap
+remains is cut from the lower-scored outline. This is the score-ordered merge of APG v2, on polygons instead of a label image: it needs no
+pixels, no tile order, and no special case at tile borders.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def stitch(cells: Cells, size_px0: tuple[int, int], min_area_px0: float, config:
     cells = cells.take(rank)  # row number = rank from here on
     polygons = _clip(cells.polygons, size_px0)
     area = shapely.area(polygons)
-    low, high, shared = _overlaps(polygons, area)
+    low, high, shared = _overlaps(polygons)
     kept, clusters = _choose(area, low, high, shared, config)
     overlapped = len(cells) - int(kept.sum()) - clusters
     polygons, trimmed = _trim(polygons, kept, low, high, shared)
@@ -82,16 +82,11 @@ def _clip(polygons: NDArray[np.object_], size_px0: tuple[int, int]) -> NDArray[n
     return polygons
 
 
-def _overlaps(polygons: NDArray[np.object_], area: NDArray[np.float64]) -> tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.float64]]:
+def _overlaps(polygons: NDArray[np.object_]) -> tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.float64]]:
     """Pairs that share area: worse row, better row, shared area. Sorted by worse row."""
     left, right = shapely.STRtree(polygons).query(polygons, predicate="intersects")
     pair = left > right
     low, high = left[pair], right[pair]
-    # The intersection of two bounding boxes bounds the shared area: most neighbours need no exact intersection.
-    a, b = shapely.bounds(polygons[low]), shapely.bounds(polygons[high])
-    box = np.clip(np.minimum(a[:, 2:], b[:, 2:]) - np.maximum(a[:, :2], b[:, :2]), 0, None).prod(1)
-    real = box > 1e-3 * np.minimum(area[low], area[high])
-    low, high = low[real], high[real]
     shared = shapely.area(shapely.intersection(polygons[low], polygons[high]))
     order = np.lexsort((high, low))
     order = order[shared[order] > 0]

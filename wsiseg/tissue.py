@@ -3,7 +3,8 @@
 A missed piece of tissue is lost cells, a false one costs a few tiles: thresholds are low, edges get a margin. Nothing found is a valid
 answer: a blank slide has an empty mask.
 
-Brightfield: absorption of the glass-corrected overview plus its colourfulness, Otsu's threshold held between two bounds [1]_.
+Brightfield: colour and absorption against the glass, Otsu's threshold held between two bounds [1]_; an image of less than a square
+millimetre that holds any tissue is searched whole.
 Dark background (fluorescence): brightness above the background.
 
 References
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import shapely
@@ -29,12 +30,14 @@ DARK_MEDIAN = 60  # grey level of the overview's median below which the backgrou
 DARK_GLASS_SHARE, GLASS = 0.05, 180  # more than this share of bright px means glass: a brightfield slide padded with black
 WHITE_POINT = 99.5  # percentile of each channel that is glass
 WHITE_RANGE = (190, 255)  # and where glass can lie: a crop full of tissue has none
-STAIN_FLOOR = 0.055  # JPEG noise and uneven light reach 0.04 on blank glass
-STAIN_CEILING = 0.08  # pale stroma begins at 0.1, fat a little below; Otsu between dense tumour and stroma would lie above it
+WHITE_TINT = 15  # grey levels between the channels of glass; more is tissue taken for glass
+GREY_WEIGHT = 0.5  # of mean absorption against colour: dirt and uneven light have no colour, uneven light is up to 10 % (0.046)
+STAIN_FLOOR = 0.03  # JPEG noise and uneven light reach 0.025 on blank glass; walls of fat cells, 8 um px, 0.03 to 0.06
+STAIN_CEILING = 0.05  # pale stroma begins at 0.08; Otsu between dense tumour and stroma would lie above it
 PADDING = 12  # brightest channel of px that were never scanned; ink and pigment are lighter at 8 um per px
 GLOW_BACKGROUND = 5  # percentile of brightness that is background when the background is dark
 GLOW_FLOOR, GLOW_PART = 4, 0.25  # grey levels above it, and part of the way to Otsu's threshold: stroma with few nuclei is dim
-SMALLEST_SHARE = 0.01  # of a small image, below which a piece may be dropped: a 50 px crop is all smaller than dust
+SMALL_IMAGE_UM2 = 1e6  # a field of view has its subject everywhere; leaving parts of it out saves a few tiles at most
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,8 @@ def find_tissue(thumbnail: NDArray[np.uint8], scale: float, config: TissueConfig
     config
         Sizes, in microns.
     mpp
-        Microns per thumbnail px, where it is not ``config.overview_mpp`` (a slide coarser than the overview, or very large).
+        Microns per level-0 px; by default such that a thumbnail px is ``config.overview_mpp``, which it is not for a slide that is
+        coarser than the overview, or very large.
 
     Returns
     -------
@@ -92,14 +96,15 @@ def find_tissue(thumbnail: NDArray[np.uint8], scale: float, config: TissueConfig
     """
     from scipy import ndimage
 
-    mpp = config.overview_mpp if mpp is None else mpp
+    pixel_um = config.overview_mpp if mpp is None else mpp * scale
     brightfield, warnings = _background(thumbnail)
-    signal = _stain(thumbnail) if brightfield else _glow(thumbnail)
-    signal = ndimage.gaussian_filter(signal, 1.0)  # px; noise is not tissue
+    smooth = ndimage.gaussian_filter(thumbnail.astype(np.float32), (1.0, 1.0, 0.0))  # px; noise is not tissue
+    signal = _stain(smooth) if brightfield else smooth.max(axis=2)
     found = signal > (_stain_threshold(signal) if brightfield else _glow_threshold(signal))
     if brightfield:
         found &= ~_padding(thumbnail)
-    mask = _tidy(found, config, mpp)
+    small = found.size * pixel_um**2 < SMALL_IMAGE_UM2
+    mask = np.full_like(found, found.any()) if small else _tidy(found, config, pixel_um)
     return TissueMask(mask, scale, brightfield, warnings)
 
 
@@ -111,30 +116,29 @@ def _background(thumbnail: NDArray[np.uint8]) -> tuple[bool, tuple[str, ...]]:
     return False, (f"does not look like brightfield H&E: the background is dark (median grey level {median:.0f} of 255)",)
 
 
-def _stain(thumbnail: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Mean optical density plus the spread between channels: stains have both, dirt and shadows only the first -> (h, w)."""
-    glass = np.clip(np.percentile(thumbnail.reshape(-1, 3), WHITE_POINT, axis=0), *WHITE_RANGE)
-    density = np.log10(glass / np.clip(thumbnail, 1, glass)).astype(np.float32)
-    return cast("NDArray[np.float32]", density.mean(axis=2) + density.max(axis=2) - density.min(axis=2))
+def _stain(smooth: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Colour plus some of the absorption: the spread between channels of the optical density, and half of its mean -> (h, w)."""
+    glass = np.clip(np.percentile(smooth.reshape(-1, 3), WHITE_POINT, axis=0), *WHITE_RANGE)
+    glass = np.maximum(glass, glass.max() - WHITE_TINT)
+    density = np.log10(glass / np.clip(smooth, 1, glass)).astype(np.float32)
+    signal: NDArray[np.float32] = GREY_WEIGHT * density.mean(axis=2) + density.max(axis=2) - density.min(axis=2)
+    return signal
 
 
 def _stain_threshold(signal: NDArray[np.float32]) -> float:
     return float(np.clip(_otsu(signal), STAIN_FLOOR, STAIN_CEILING))
 
 
-def _glow(thumbnail: NDArray[np.uint8]) -> NDArray[np.float32]:
-    return thumbnail.max(axis=2).astype(np.float32)
-
-
 def _glow_threshold(signal: NDArray[np.float32]) -> float:
-    """A part of the way from the background to Otsu's threshold, which lies between bright and dim tissue."""
+    """Return a part of the way from the background to Otsu's threshold, which lies between bright and dim tissue."""
     background = float(np.percentile(signal, GLOW_BACKGROUND))
     return background + max(GLOW_FLOOR, GLOW_PART * (_otsu(signal) - background))
 
 
 def _otsu(signal: NDArray[np.float32]) -> float:
-    from skimage.filters import threshold_otsu
+    from skimage import filters
 
+    threshold_otsu: Any = filters.threshold_otsu
     return float(threshold_otsu(signal)) if signal.min() < signal.max() else math.inf
 
 
@@ -148,7 +152,7 @@ def _padding(thumbnail: NDArray[np.uint8]) -> NDArray[np.bool_]:
     return cast("NDArray[np.bool_]", ndimage.binary_dilation(padding, iterations=3))  # its blurred edge
 
 
-def _tidy(found: NDArray[np.bool_], config: TissueConfig, mpp: float) -> NDArray[np.bool_]:
+def _tidy(found: NDArray[np.bool_], config: TissueConfig, pixel_um: float) -> NDArray[np.bool_]:
     """Add the margin, drop specks, fill holes.
 
     Pieces are joined by their margins before they are weighed, so that the threads of fat tissue stand together; weighed is what
@@ -158,14 +162,13 @@ def _tidy(found: NDArray[np.bool_], config: TissueConfig, mpp: float) -> NDArray
 
     if not found.any():
         return found
-    margin = config.margin_um / mpp
+    margin = config.margin_um / pixel_um
     mask = ndimage.distance_transform_edt(~found) <= margin
     labels, count = ndimage.label(mask)
-    weights = np.bincount(labels[found], minlength=count + 1) * mpp**2
-    smallest = min(config.min_area_um2, SMALLEST_SHARE * found.size * mpp**2)
-    mask &= (weights >= smallest)[labels]
+    weights = np.bincount(labels[found], minlength=count + 1) * pixel_um**2
+    mask &= (weights >= config.min_area_um2)[labels]
     holes, count = ndimage.label(~mask)
-    small = np.bincount(holes.ravel(), minlength=count + 1) * mpp**2 <= config.max_hole_um2
+    small = np.bincount(holes.ravel(), minlength=count + 1) * pixel_um**2 <= config.max_hole_um2
     border = np.unique(np.concatenate([holes[0], holes[-1], holes[:, 0], holes[:, -1]]))
     small[border] = False  # open to the outside
     small[0] = False

@@ -1,7 +1,7 @@
 """Run a function over blocks: here, or in processes of Dask. The only module that knows Dask.
 
-``work(tools, block)`` returns a small summary; ``setup()`` builds the tools (slide, model) once per process. Blocks travel as plans and come back as
-counts: no pixel, mask or polygon passes the scheduler.
+``work(tools, block)`` returns a small summary; ``setup()`` builds the tools (slide, model) once per process. Blocks travel as plans and come
+back as counts: no pixel, mask or polygon passes the scheduler.
 """
 
 from __future__ import annotations

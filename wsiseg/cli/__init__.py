@@ -52,7 +52,7 @@ class _Commands(click.Group):
 @click.command(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="wsiseg")
 def main() -> None:
-    """Click one cell per type, get every cell of a whole-slide image outlined and typed.
+    r"""Click one cell per type, get every cell of a whole-slide image outlined and typed.
 
     \b
     wsiseg demo ihc                                   writes a small slide and clicks

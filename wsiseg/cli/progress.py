@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
-from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
+
+if TYPE_CHECKING:
+    from types import TracebackType
 
 
 class Progress:

@@ -45,6 +45,7 @@ def _choices(field: str) -> click.Choice[str]:
 @click.pass_context
 def command(
     ctx: click.Context,
+    /,
     slides: Sequence[str],
     out: Path,
     config_file: Path | None,
@@ -54,7 +55,7 @@ def command(
     quiet: bool,
     **options: Any,  # noqa: ANN401
 ) -> None:
-    """Outline every cell of SLIDE and, with --seeds, give each a type.
+    r"""Outline every cell of SLIDE and, with --seeds, give each a type.
 
     Writes OUT/<slide-stem>/cells.parquet, cells.geojson.gz (drop it on the slide in QuPath) and manifest.json. Stopped at any moment, the same
     command goes on where it was. A flag beats the --config file, which beats the default.

@@ -20,7 +20,8 @@ def check(seeds: Path, slide: str | None, mpp: float | None) -> None:
     """Say what is in SEEDS, or what is wrong with it."""
     from wsiseg.formats.seeds import check_seeds, read_seeds
 
-    found, warnings = read_seeds(seeds), []
+    found = read_seeds(seeds)
+    warnings: list[str] = []
     if slide:
         from wsiseg.slide import open_slide
 

@@ -7,7 +7,6 @@ import errno
 import os
 import secrets
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import orjson
@@ -16,6 +15,7 @@ from wsiseg.errors import RunError, WsisegError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
 # What the user can repair; anything else keeps its own exception.
 REPAIRABLE = {

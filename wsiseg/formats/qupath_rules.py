@@ -97,12 +97,11 @@ def _document_problems(text: str, seen: set[str]) -> Iterator[str]:
                 else:
                     members[key] = scanner.value()
         else:
-            raise _Rule(f"document: not JSON, it starts with {opening!r}; write a FeatureCollection, an array of Features or one Feature")
+            yield f"document: not JSON, it starts with {opening!r}; write a FeatureCollection, an array of Features or one Feature"
+            return
         if scanner.peek():
-            raise _Rule("document: text after its end; one JSON document is allowed, not one per line; write a FeatureCollection")
-    except _Rule as rule:
-        yield str(rule)
-        return
+            yield "document: text after its end; one JSON document is allowed, not one per line; write a FeatureCollection"
+            return
     except (json.JSONDecodeError, RecursionError) as error:
         yield f"document: not JSON ({error}); QuPath imports nothing"
         return
@@ -329,7 +328,7 @@ def _check_polygons(parts: list[Any]) -> None:
         stored = [[ring.astype(dtype).astype(np.float64) for ring in rings] for rings in exact]
         polygons = [shapely.Polygon(rings[0], rings[1:]) for rings in stored]
         shape = polygons[0] if len(polygons) == 1 else shapely.MultiPolygon(polygons)
-        if not shape.area > 0:
+        if not shape.convex_hull.area > 0:  # (the signed area of a bow-tie may be 0, too)
             raise _Rule("the polygon has no area: QuPath makes an object with an empty shape; leave it out")
         if not shape.is_valid:
             reason = shapely.is_valid_reason(shape)

@@ -164,7 +164,7 @@ def _parse(document: object, place: str, source: str) -> Seeds:
     _check_keys(members, FILE_KEYS, place)
     version = members.get("version")
     if "version" not in members:
-        raise SeedsError(f'{place}: no \'version\'; add "version": {VERSION}')
+        raise SeedsError(f"{place}: no 'version'; add \"version\": {VERSION}")
     if isinstance(version, bool) or version != VERSION:
         raise SeedsError(f"{place}: version is {_show(version)}; this wsiseg reads version {VERSION}; convert the file or update wsiseg")
     slide = members.get("slide")
@@ -386,10 +386,10 @@ class _QuPathClicks:
         if not self.points and self.unclassified:
             raise SeedsError(f"{self.source}: {self.unclassified[0]}: the points have no class, so their cell type is unknown; {remedy}")
         if not self.points:
-            found = f"{self.features} objects, none of them" if self.features else "no objects, so no"
+            found = f"{self.features} objects, but no points" if self.features else "no objects"
             raise SeedsError(
-                f"{self.source}: {found} a classified point; seeds are points; in QuPath click cells with the Points tool (one class per cell "
-                "type) and use File > Export objects as GeoJSON"
+                f"{self.source}: {found} in it; seeds are points with a class; in QuPath click cells with the Points tool, one class per "
+                "cell type, and use File > Export objects as GeoJSON"
             )
         names = list(self.points)
         colors = default_colors(self.colors[name] for name in names)

@@ -36,8 +36,11 @@ MPP = 0.25
 
 MASK_FEATURES = 16
 HEAD_WIDTH = 16
-MEASUREMENTS = 9  #: log area, axis ratio, mean and sd of optical density per channel, edge contrast
-DESCRIPTOR_SIZE = 64
+MEASUREMENTS = 11  #: log area, axis ratio; optical density per channel: mean and sd inside, mean of a 2-um ring outside
+RING_CELLS = 9  #: the ring reaches 4 cells (2 um) out
+LEARNED = 64  #: length of the descriptor's learned half
+MEASURED_SHARE = 0.3  #: weight of the measurements in the cosine of two descriptors; the learned half has the rest
+DESCRIPTOR_SIZE = LEARNED + MEASUREMENTS
 
 # The three generated 1x1 convolutions: (inputs + relative x, y) -> HEAD_WIDTH -> HEAD_WIDTH -> 1.
 _HEAD_SHAPES = ((HEAD_WIDTH, MASK_FEATURES + 2), (HEAD_WIDTH, HEAD_WIDTH), (1, HEAD_WIDTH))
@@ -81,6 +84,7 @@ class Pyramid(nn.Module):
         self.smooth2 = nn.Sequential(_conv(32, 32), _conv(32, 32))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Run the encoder: standardised images in, p2, p4, p8 out."""
         c2 = self.stem(x)
         c4 = self.stage4(c2)
         c8 = self.stage8(c4)
@@ -120,9 +124,9 @@ class NucleiCompact(nn.Module):
             nn.Linear(128, 1),
         )
         self.describe = nn.Sequential(
-            nn.LayerNorm(64 + MEASUREMENTS), nn.Linear(64 + MEASUREMENTS, 128), nn.ReLU(inplace=True),
-            nn.Linear(128, DESCRIPTOR_SIZE),
+            nn.LayerNorm(64 + MEASUREMENTS), nn.Linear(64 + MEASUREMENTS, 128), nn.ReLU(inplace=True), nn.Linear(128, LEARNED)
         )  # fmt: skip
+        self.standardise = nn.BatchNorm1d(MEASUREMENTS, affine=False)
         self.pixel_mean: Tensor
         self.pixel_sd: Tensor
         self.register_buffer("pixel_mean", torch.tensor([0.70, 0.55, 0.70]).view(1, 3, 1, 1))
@@ -135,7 +139,10 @@ class NucleiCompact(nn.Module):
             if isinstance(module, nn.Sequential):
                 _fold(module)
         self._bf16 = bf16
-        return self.to(device).to(memory_format=torch.channels_last)
+        for parameter in self.parameters():
+            if parameter.ndim == 4:
+                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+        return self.to(device)
 
     @property
     def device(self) -> torch.device:
@@ -186,7 +193,7 @@ class NucleiCompact(nn.Module):
         -------
         WindowMasks
             ``logits`` (N, 64, 64) on cells of 2 px; ``origin_xy`` (N, 2) the outer corner of each window in model pixels;
-            ``quality`` (N,) predicted IoU in [0, 1]; ``descriptors`` (N, 64) unit norm.
+            ``quality`` (N,) predicted IoU in [0, 1]; ``descriptors`` (N, 75) unit norm: a learned half and standardised measurements.
         """
         extra = embeddings.extra
         at_point = torch.cat([_sample(extra[k], tile, points_xy, s) for k, s in (("p2", 2), ("p4", 4), ("p8", 8))], 1)
@@ -207,21 +214,24 @@ class NucleiCompact(nn.Module):
         logits = _generated_head(torch.cat([features, grid / 32], 1), self.controller(at_point))
         pooled, measured, stability = self._inside(embeddings, tile, origin, features, logits)
         quality = self.quality(torch.cat([at_point.detach(), pooled, measured, stability], 1))
-        descriptors = self.describe(torch.cat([pooled[:, :64], measured], 1))
+        learned = F.normalize(self.describe(torch.cat([pooled[:, :64], measured], 1)), dim=1)
+        descriptors = torch.cat(
+            [learned * (1 - MEASURED_SHARE) ** 0.5, F.normalize(measured.clamp(-4, 4), dim=1) * MEASURED_SHARE**0.5], 1
+        )
         return WindowMasks(
             logits=logits,
             origin_xy=origin * CELL_PX,
             cell_px=CELL_PX,
             quality=torch.sigmoid(quality[:, 0]),
             stability=stability[:, 0],
-            descriptors=F.normalize(descriptors, dim=1),
+            descriptors=descriptors,
             points_xy=points_xy,
         )
 
     def _inside(
         self, embeddings: Embeddings, tile: Tensor, origin: Tensor, features: Tensor, logits: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """What lies inside each mask: pooled F_l and mask features (N, 80), measurements (N, 9), stability (N, 1)."""
+        """What lies inside each mask: pooled F_l and mask features (N, 80), standardised measurements (N, 11), stability (N, 1)."""
         hard = (logits.detach() > 0).to(logits.dtype)
         area = hard.sum((1, 2)).clamp_min(1)
         coarse = F.avg_pool2d(hard[:, None], SNAP_CELLS)
@@ -231,21 +241,20 @@ class NucleiCompact(nn.Module):
         density = _windows(embeddings.extra["density"], tile, origin, WINDOW_CELLS)
         mean = (density * hard[:, None]).sum((2, 3)) / area[:, None]
         variance = ((density - mean[:, :, None, None]).square() * hard[:, None]).sum((2, 3)) / area[:, None]
-        # The ring two cells around the mask: how much darker is the nucleus than what surrounds it?
-        ring = F.max_pool2d(hard[:, None], 5, 1, 2)[:, 0] - hard
-        around = (density.mean(1) * ring).sum((1, 2)) / ring.sum((1, 2)).clamp_min(1)
+        ring = F.max_pool2d(hard[:, None], RING_CELLS, 1, RING_CELLS // 2) - hard[:, None]
+        around = (density * ring).sum((2, 3)) / ring.sum((2, 3)).clamp_min(1)
         measured = torch.cat(
             [
-                torch.log(area * (CELL_PX * MPP) ** 2)[:, None] - 3.0,
+                torch.log(area * (CELL_PX * MPP) ** 2)[:, None],
                 _axis_ratio(hard, area)[:, None],
                 mean,
-                variance.sqrt() * 2,
-                (mean.mean(1) - around)[:, None],
+                variance.clamp_min(1e-6).sqrt(),
+                around,
             ],
             1,
         )
         strict, loose = (logits.detach() > 1).sum((1, 2)), (logits.detach() > -1).sum((1, 2))
-        return torch.cat([pooled_low, pooled_mask], 1), measured, (strict / loose.clamp_min(1))[:, None]
+        return torch.cat([pooled_low, pooled_mask], 1), self.standardise(measured), (strict / loose.clamp_min(1))[:, None]
 
 
 def _fold(stack: nn.Sequential) -> None:

@@ -55,7 +55,8 @@ class Chain:
 def cosine_map(prototypes: NDArray[np.float32], features: NDArray[np.float32]) -> NDArray[np.float32]:
     """Largest cosine with any prototype, clamped to [0, 1]: (m, C), (C, h, w) -> (h, w)."""
     flat = prototypes @ features.reshape(features.shape[0], -1)
-    return np.clip(flat.max(0), 0, 1).reshape(features.shape[1:])  # D1
+    similarity: NDArray[np.float32] = np.clip(flat.max(0), 0, 1).reshape(features.shape[1:])  # D1
+    return similarity
 
 
 def hierarchical_seeds(
@@ -161,7 +162,8 @@ def resize_unit(features: NDArray[np.float32], shape: tuple[int, ...]) -> NDArra
         top, bottom = features[:, y0], features[:, y0 + 1]
         rows = top * (1 - fy) + bottom * fy
         features = rows[:, :, x0] * (1 - fx) + rows[:, :, x0 + 1] * fx
-    return features / np.maximum(np.linalg.norm(features, axis=0, keepdims=True), 1e-6)
+    unit: NDArray[np.float32] = features / np.maximum(np.linalg.norm(features, axis=0, keepdims=True), 1e-6)
+    return unit
 
 
 def _components(mask: NDArray[np.bool_], weight: NDArray[np.float32], min_cells: float) -> tuple[NDArray[np.float64], NDArray[np.intp]]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol, Self, cast
 
 from wsiseg.errors import ConfigError, SlideError
 from wsiseg.slide.mpp import check_override, require_cellular
-from wsiseg.slide.resample import read_region, thumbnail
+from wsiseg.slide.resample import FOREIGN_ERRORS, read_region, thumbnail
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -116,6 +116,10 @@ def open_slide(path: str | Path, *, mpp: float | None = None, reader: str = "aut
     for name in names:
         try:
             slide = _load(name)(address, mpp)
+            if reader == "auto" and slide.info.format == "generic-tiff" and _hides_damage(address):
+                slide.close()
+                refusals.append(f"{name}: does not notice damage in a deflate-compressed TIFF")
+                continue
         except SlideError as error:
             refusals.append(f"{name}: {error}")
             continue
@@ -132,23 +136,32 @@ def _load(name: str) -> Callable[[str, float | None], SlideReader]:
     return cast("Callable[[str, float | None], SlideReader]", getattr(importlib.import_module(module), function))
 
 
+def _hides_damage(path: str) -> bool:
+    """Whether OpenSlide would fill damaged tiles of this generic TIFF in silence: libtiff repeats grey after a deflate error."""
+    import tifffile
+
+    try:
+        with tifffile.TiffFile(path) as tiff:
+            return any(getattr(page, "compression", 1) in (8, 32946) for page in tiff.pages)
+    except FOREIGN_ERRORS:  # then TiffSlide could not read it either
+        return False
+
+
 def _check_file(path: Path) -> None:
     """Refuse what is no readable file, before a reader turns it into a riddle."""
+    if path.is_dir():
+        raise SlideError(f"{path}: is a folder, not a slide; give the file (for MRXS the .mrxs beside the folder, for DICOM one .dcm)")
     try:
-        if path.is_dir():
-            raise SlideError(f"{path}: is a folder, not a slide; give the slide file (for MRXS the .mrxs beside the folder, for DICOM one .dcm)")
-        if path.stat().st_size == 0:
-            raise SlideError(f"{path}: the file is empty (0 bytes); copy or download it again")
-        with path.open("rb"):
-            pass
+        with path.open("rb") as file:
+            empty = not file.read(1)
     except FileNotFoundError as error:
         raise SlideError(f"{path}: no such file; check the path") from error
     except PermissionError as error:
         raise SlideError(f"{path}: no permission to read it; change the file's permissions or run as a user who may") from error
-    except SlideError:
-        raise
     except OSError as error:
         raise SlideError(f"{path}: cannot be read ({error.strerror or error}); check the disk and the path") from error
+    if empty:
+        raise SlideError(f"{path}: the file is empty (0 bytes); copy or download it again")
 
 
 def _guess(address: str, remote: bool) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, cast
 
 import numpy as np
@@ -109,7 +110,7 @@ class ImageReader:
     """A `wsiseg.slide.SlideReader` over an image in memory."""
 
     def __init__(self, path: str, mpp: float | None) -> None:
-        with open(path, "rb") as file:
+        with Path(path).open("rb") as file:
             magic = file.read(4)
         loaded = _load_tiff(path) if magic in TIFF_MAGIC else _load_pillow(path)
         self._pixels: NDArray[np.uint8] | None = loaded.pixels
@@ -176,13 +177,13 @@ def _load_pillow(path: str) -> _Loaded:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # _check_size is the guard
-            with Image.open(path) as image:
-                _check_size(*image.size)
-                kind = (image.format or "image").lower()
-                if image.mode in ("P", "PA", "LA", "La", "RGBa") or "transparency" in image.info:
-                    image = image.convert("RGBA")  # noqa: PLW2901
-                elif image.mode not in ("1", "L", "RGB", "RGBA") and not image.mode.startswith(("I", "F")):
-                    image = image.convert("RGB")  # noqa: PLW2901
+            with Image.open(path) as file:
+                _check_size(*file.size)
+                kind, image = (file.format or "image").lower(), cast("Image.Image", file)
+                if file.mode in ("P", "PA", "LA", "La", "RGBa") or "transparency" in file.info:
+                    image = file.convert("RGBA")
+                elif file.mode not in ("1", "L", "RGB", "RGBA") and not file.mode.startswith(("I", "F")):
+                    image = file.convert("RGB")
                 pixels, alpha = np.asarray(image), image.mode == "RGBA"
     except Image.DecompressionBombError as error:
         raise SlideError(f"too large for a plain image (at most {MAX_IMAGE_PX / 1e6:.0f} megapixels): {ADVICE}") from error
@@ -208,7 +209,7 @@ def _load_tiff(path: str) -> _Loaded:
     try:
         with tifffile.TiffFile(path) as tiff:
             series = tiff.series[0]
-            page = cast("tifffile.TiffPage", series.keyframe)
+            page = series.keyframe
             _check_size(page.imagewidth, page.imagelength)
             if page.photometric in _PILLOW_PHOTOMETRIC:
                 return _load_pillow(path)
@@ -231,14 +232,15 @@ _PILLOW_PHOTOMETRIC = (3, 5, 8)  # palette, CMYK, L*a*b*: Pillow converts them
 
 def _first_plane(series: tifffile.TiffPageSeries) -> tuple[NDArray[Any], tuple[str, ...]]:
     """The first plane of a series as (h, w, channels), with a sentence about what is left out."""
-    axes, notes = series.axes, ()
+    axes = series.axes
+    notes: tuple[str, ...] = ()
     if "Y" not in axes or "X" not in axes:
         raise SlideError(f"its axes are {axes}, without Y and X")
     channel = next((axis for axis in "SC" if axis in axes), None)
     index = tuple(slice(None) if axis in ("Y", "X", channel) else 0 for axis in axes)
     left_out = [f"{axis} of {length}" for axis, length, at in zip(axes, series.shape, index, strict=True) if at == 0 and length > 1]
     if left_out:
-        notes = (f"only the first plane is used ({', '.join(left_out)})",)  # type: ignore[assignment]
+        notes = (f"only the first plane is used ({', '.join(left_out)})",)
     plane = series.asarray()[index]
     kept = [axis for axis, at in zip(axes, index, strict=True) if at != 0]
     if channel is None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-from xml.etree import ElementTree
+from xml.etree import ElementTree as ET
 
 from wsiseg.errors import ConfigError, SlideError
 
@@ -26,6 +26,18 @@ ANISOTROPY_NOTE, ANISOTROPY_LIMIT = 0.01, 0.10
 CONTRADICTION = 0.05  # relative difference between --mpp and the file
 OBJECTIVE_TOLERANCE = 1.7  # scanners of one power differ: 20x is 0.5 (Aperio) to 0.44 (3DHISTECH), 40x 0.25 to 0.17
 
+OME_MICRONS = {
+    "m": 1e6,
+    "cm": 1e4,
+    "mm": 1e3,
+    "\u00b5m": 1.0,
+    "\u03bcm": 1.0,
+    "um": 1.0,
+    "micron": 1.0,
+    "nm": 1e-3,
+    "pm": 1e-6,
+    "in": 25400.0,
+}
 STRETCHED = "pixels are far from square"  # how `require_cellular` recognises the warning
 
 
@@ -64,19 +76,18 @@ def pixel_size(x: object, y: object, source: str) -> PixelSize | None:
 
 def from_ome_xml(text: str | None, size_px0: tuple[int, int]) -> PixelSize | None:
     """PhysicalSizeX/Y of the OME image whose SizeX, SizeY are ``size_px0``; ``None`` when there is none, or its unit is no length."""
-    microns = {"m": 1e6, "mm": 1e3, "\u00b5m": 1.0, "\u03bcm": 1.0, "um": 1.0, "micron": 1.0, "nm": 1e-3, "pm": 1e-6, "cm": 1e4, "in": 25400.0}
     if not text or "<OME" not in text:
         return None
     try:
-        root = ElementTree.fromstring(text.strip().strip("\0"))
-    except (ElementTree.ParseError, ValueError):
+        root = ET.fromstring(text.strip().strip("\0"))  # noqa: S314 - expat limits entity expansion, and no entity is fetched
+    except (ET.ParseError, ValueError):
         return None
     for pixels in root.iterfind(".//{*}Pixels"):
         at = pixels.attrib
         if (at.get("SizeX"), at.get("SizeY")) != (str(size_px0[0]), str(size_px0[1])):
             continue
-        unit_x = microns.get(at.get("PhysicalSizeXUnit", "\u00b5m"))
-        unit_y = microns.get(at.get("PhysicalSizeYUnit", "\u00b5m"))
+        unit_x = OME_MICRONS.get(at.get("PhysicalSizeXUnit", "\u00b5m"))
+        unit_y = OME_MICRONS.get(at.get("PhysicalSizeYUnit", "\u00b5m"))
         size = pixel_size(at.get("PhysicalSizeX"), at.get("PhysicalSizeY"), "OME-XML PhysicalSizeX")
         if size and unit_x and unit_y:
             return PixelSize(size.x * unit_x, size.y * unit_y, size.source)
@@ -172,7 +183,9 @@ def check_override(mpp: float | None) -> None:
     """
     low, high = OVERRIDE_RANGE
     if mpp is not None and not (math.isfinite(mpp) and low <= mpp <= high):
-        raise ConfigError(f"--mpp: {mpp:g} is not allowed; give microns per pixel between {low:g} and {high:g} (40x is about 0.25, 20x about 0.5)")
+        raise ConfigError(
+            f"--mpp: {mpp:g} is not allowed; give microns per pixel from {low:g} to {high:g} (40x is about 0.25, 20x about 0.5)"
+        )
 
 
 def require_cellular(info: SlideInfo) -> None:

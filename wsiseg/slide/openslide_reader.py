@@ -101,7 +101,8 @@ class OpenSlideReader:
         if alpha.min() == 255:
             return np.ascontiguousarray(rgba[..., :3])
         blend = rgba[..., :3].astype(np.uint16) * alpha + self._background * (255 - alpha.astype(np.uint16))
-        return ((blend + 127) // 255).astype(np.uint8)
+        opaque: NDArray[np.uint8] = ((blend + 127) // 255).astype(np.uint8)
+        return opaque
 
     def _replace(self, broken: openslide.OpenSlide) -> None:
         """Share a fresh handle. The broken one may still be in use elsewhere: it is closed when the last thread drops it."""

@@ -1,7 +1,8 @@
 """Levels of the pyramid to model pixels, on one exact grid.
 
 Pixel i of a level with downsample d covers level-0 [i*d, (i+1)*d); model px i covers [i*scale, (i+1)*scale). The value of a model px
-depends on the slide only, never on the box it was read in: boxes of neighbouring tiles agree where they overlap.
+depends on the slide only, not on the box it was read in: boxes of neighbouring tiles agree where they overlap, but for the rounding of
+Pillow's 32-bit window (about one value in a thousand differs by one grey level).
 """
 
 from __future__ import annotations
@@ -186,6 +187,5 @@ def read_padded(box: Box, size: tuple[int, int], fetch: Callable[[Box], NDArray[
 def unreadable(path: str, level: int, box: Box, error: BaseException) -> SlideError:
     """The error of a read: slide, level, box, cause."""
     cause = " ".join(str(error).split())[:200] or type(error).__name__
-    return SlideError(
-        f"{path}: cannot read level {level}, x {box.x0} to {box.x1}, y {box.y0} to {box.y1} px ({cause}); the file is damaged or cut short: copy it again"
-    )
+    where = f"level {level}, x {box.x0} to {box.x1}, y {box.y0} to {box.y1} px"
+    return SlideError(f"{path}: cannot read {where} ({cause}); the file is damaged or cut short: copy it again")

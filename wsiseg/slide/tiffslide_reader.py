@@ -91,7 +91,7 @@ class TiffSlideReader:
             warnings=(*damage, *doubts, *notes, *remarks, *uneven_levels(sizes)),
         )
 
-    def _plan_rgb(self, sizes: tuple[tuple[int, int], ...], page: Any) -> tuple[str, ...]:
+    def _plan_rgb(self, sizes: tuple[tuple[int, int], ...], page: tifffile.TiffPage) -> tuple[str, ...]:
         """Settle the conversion to RGB; reads pixels only where the number type leaves the scaling open."""
         level, (width, height) = len(sizes) - 1, sizes[-1]
         size = SAMPLE_PX if page.dtype != np.uint8 else 1
@@ -138,10 +138,10 @@ def open_tiffslide(path: str, mpp: float | None) -> TiffSlideReader:
     return TiffSlideReader(path, mpp)
 
 
-class _LevelSlide(TiffSlide):  # type: ignore[misc]
+class _LevelSlide(TiffSlide):
     """A TiffSlide whose ``read_region`` takes locations in px of the level."""
 
-    def _read_region_loc_transform(self, location: tuple[int, int], level: int) -> tuple[int, int]:
+    def _read_region_loc_transform(self, location: tuple[int, int], level: int) -> tuple[int, int]:  # noqa: ARG002
         return location
 
 
@@ -220,19 +220,19 @@ def _is_plain(level: tifffile.TiffPageSeries) -> bool:
     return one_page and page.planarconfig == 1 and page.imagedepth == 1 and len(page.dataoffsets) > 0
 
 
-def _chunk_shape(page: Any) -> tuple[int, int]:
+def _chunk_shape(page: tifffile.TiffPage) -> tuple[int, int]:
     """(height, width) of a tile or strip."""
     if page.is_tiled:
         return int(page.tilelength), int(page.tilewidth)
     return min(int(page.rowsperstrip), int(page.imagelength)), int(page.imagewidth)
 
 
-def _chunk_bytes(page: Any) -> int:
+def _chunk_bytes(page: tifffile.TiffPage) -> int:
     high, wide = _chunk_shape(page)
-    return high * wide * int(page.samplesperpixel) * int(page.dtype.itemsize)
+    return high * wide * int(page.samplesperpixel) * int(np.dtype(page.dtype).itemsize)
 
 
-def _pixel_size(slide: TiffSlide, size_px0: tuple[int, int], page: Any) -> tuple[PixelSize | None, tuple[str, ...]]:
+def _pixel_size(slide: TiffSlide, size_px0: tuple[int, int], page: tifffile.TiffPage) -> tuple[PixelSize | None, tuple[str, ...]]:
     tiff, properties = slide.ts_tifffile, slide.properties
     ome = from_ome_xml(tiff.ome_metadata, size_px0)
     if ome:

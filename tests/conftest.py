@@ -1,0 +1,48 @@
+"""Shared fixtures: the folder of real data (skipped when absent), a model that answers with discs, and small synthetic slides."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    folder = SHARED / "data"
+    if not folder.is_dir():
+        pytest.skip("the folder ../shared with real slides and labelled images is not here")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cmu(shared_data: Path) -> Path:
+    """The H&E slide with a correct mpp: 2220 x 2967 px, 0.499 um/px."""
+    return shared_data / "slides" / "CMU-1-Small-Region.svs"
+
+
+@pytest.fixture(scope="session")
+def cmu_crop(cmu: Path) -> np.ndarray:
+    """700 x 700 px of it, dense in nuclei."""
+    from wsiseg.geometry import Box
+    from wsiseg.slide import open_slide
+
+    with open_slide(cmu) as reader:
+        return reader.read(0, Box(800, 800, 1500, 1500))
+
+
+@pytest.fixture(scope="session")
+def model():
+    from wsiseg.models import load_model
+
+    return load_model("nuclei-compact", "cpu")
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    from wsiseg.demo import write_demo
+
+    return write_demo(tmp_path_factory.mktemp("demo"))
