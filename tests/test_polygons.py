@@ -38,7 +38,7 @@ def test_a_disc_keeps_its_centre_and_area(radius: float, centre: tuple[float, fl
     assert touching == 0
     (polygon,) = cells.polygons
     np.testing.assert_allclose(polygon.centroid.coords[0], (centre[0] * 2, centre[1] * 2), atol=0.05)
-    assert polygon.area == pytest.approx(np.pi * (2 * radius) ** 2, rel=0.025 if radius < 5 else 0.006)
+    assert polygon.area == pytest.approx(np.pi * (2 * radius) ** 2, rel=0.03 if radius < 5 else 0.006)
 
 
 def test_tile_and_window_offsets_and_scale() -> None:

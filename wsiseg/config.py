@@ -172,12 +172,15 @@ class TypingConfig:
         Types whose calibration points are closer than this are reported as not separable.
     click_reach_um
         A click may miss its cell by this much.
+    click_min_score
+        Predicted IoU x stability that a clicked cell needs: half of what an automatic prompt needs, since a person saw a cell there.
     """
 
     min_score: float = 0.5
     min_margin: float = 0.15
     separable: float = 0.02
     click_reach_um: float = 4.0
+    click_min_score: float = 0.2
 
 
 @dataclass(frozen=True)

@@ -69,6 +69,6 @@ def _write_pyramid(path: Path, image: np.ndarray[tuple[int, ...], np.dtype[np.ui
             small = image.reshape(image.shape[0] // step, step, image.shape[1] // step, step, 3).mean((1, 3)).round().astype(np.uint8)
             per_cm = 1e4 / (MPP * step)
             tiff.write(
-                small, tile=(_TILE, _TILE), photometric="rgb", compression="jpeg", compressionargs={"level": 95}, subfiletype=int(level > 0), metadata=None,
-                resolution=(per_cm, per_cm), resolutionunit="CENTIMETER", software=False,
+                small, tile=(_TILE, _TILE), photometric="rgb", compression="jpeg", compressionargs={"level": 95}, metadata=None,
+                subfiletype=int(level > 0), resolution=(per_cm, per_cm), resolutionunit="CENTIMETER", software=False,
             )  # fmt: skip

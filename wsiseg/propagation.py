@@ -79,7 +79,8 @@ def assign_types(descriptors: NDArray[np.float16], bank: Bank, config: TypingCon
 
 def _balance(groups: list[NDArray[np.float32]]) -> NDArray[np.float32]:
     """Mean of the groups' means: a centre without prevalence (the plain mean of the cells would be the common type itself)."""
-    return np.mean([g.mean(0) for g in groups], axis=0).astype(np.float32)
+    centre: NDArray[np.float32] = np.mean([g.mean(0) for g in groups], axis=0).astype(np.float32)
+    return centre
 
 
 def _affinity(z: NDArray[np.float32], anchors: list[NDArray[np.float32]], centre: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -114,8 +115,8 @@ def _calibrate(
     labels = [*names, "negative clicks"]
     for t in range(affinity.shape[1]):
         others = np.concatenate([rows for k, rows in enumerate(sure) if k != t])
-        typical = float(np.median(affinity[sure[t], t])) if len(sure[t]) else 1.0
         other = float(np.median(affinity[others, t])) if len(others) else 0.0
+        typical = float(np.median(affinity[sure[t], t])) if len(sure[t]) else other
         if typical - other < config.separable:
             warnings.append(f"type {labels[t]} is hardly told apart from the others by this model; click a few more typical cells of each")
         score[:, t] = (affinity[:, t] - other) / max(typical - other, config.separable)

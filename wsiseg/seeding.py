@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -104,31 +105,36 @@ def _open_window(
     candidates = np.empty((0, 2), np.float32)
     if maps is not None:
         candidates = apg_points(maps[0].float().cpu().numpy(), side // maps.shape[-1], model.mpp, config.apg)
-    distance = np.hypot(*(candidates - click).T)
-    near = candidates[np.argsort(distance, kind="stable")]
+    order = np.argsort(np.hypot(*(candidates - click).T), kind="stable")
     reach = config.typing.click_reach_um / model.mpp
+    lenient = dataclasses.replace(config.masks, min_score=config.typing.click_min_score)
     # The click itself first: on a large or hollow nucleus it may be far from the automatic prompt and still be right.
-    for prompt in [click, *near[np.sort(distance, kind="stable") <= reach]]:
-        for masks in decode(model, embeddings, 0, np.array([prompt], np.float32), config.masks):
-            if len(masks.logits) and (masks.logits > 0).any() and _near(masks, click, reach):
+    for prompt in np.vstack([click, candidates[order]]):
+        for masks in decode(model, embeddings, 0, prompt[None], lenient):
+            gap = _gap(masks, click)
+            if gap <= reach:
                 high, low = (x[0].float().cpu().numpy() for x in (embeddings.high, embeddings.low))
                 return _Window(box, embeddings, high, low, prompt, masks.descriptors[0].float().numpy())
-    where = f"{seeds.source}: {place} = [{point[0]:g}, {point[1]:g}]: no cell there"
-    if not len(near):
-        raise SeedsError(f"{where}, nor within {config.cop.window_um / 2:g} um (glass or empty tissue?); click on a nucleus")
-    hit = lattice.to_level0(near[0] + (box.x0, box.y0))
+            if np.isfinite(gap):
+                hit = lattice.to_level0(prompt + (box.x0, box.y0))
+                raise SeedsError(
+                    f"{seeds.source}: {place} = [{point[0]:g}, {point[1]:g}]: no cell there; the nearest is at [{hit[0]:.0f}, {hit[1]:.0f}], "
+                    f"{gap * model.mpp:.0f} um away; move the click onto a nucleus"
+                )
     raise SeedsError(
-        f"{where}; the nearest cell is at [{hit[0]:.0f}, {hit[1]:.0f}], {distance.min() * model.mpp:.0f} um away; move the click onto a nucleus"
+        f"{seeds.source}: {place} = [{point[0]:g}, {point[1]:g}]: no cell there, nor within {config.cop.window_um / 2:g} um "
+        "(glass or empty tissue?); click on a nucleus"
     )
 
 
-def _near(masks: WindowMasks, click: NDArray[np.float32], reach: float) -> bool:
-    """Whether a decoded mask comes within ``reach`` model px of the click."""
-    logits, origin, cell = masks.logits[0], masks.origin_xy[0], masks.cell_px
-    y, x = torch.nonzero(logits > 0, as_tuple=True)
-    dx = (x + 0.5) * cell + origin[0] - float(click[0])
-    dy = (y + 0.5) * cell + origin[1] - float(click[1])
-    return bool(torch.hypot(dx, dy).min() <= reach)
+def _gap(masks: WindowMasks, click: NDArray[np.float32]) -> float:
+    """Distance from the click to the first mask, model px; infinite when there is none."""
+    if not len(masks.logits) or not (masks.logits[0] > 0).any():
+        return float("inf")
+    y, x = torch.nonzero(masks.logits[0] > 0, as_tuple=True)
+    dx = (x + 0.5) * masks.cell_px + masks.origin_xy[0, 0] - float(click[0])
+    dy = (y + 0.5) * masks.cell_px + masks.origin_xy[0, 1] - float(click[1])
+    return float(torch.hypot(dx, dy).min())
 
 
 def _reliable(

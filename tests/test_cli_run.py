@@ -1,0 +1,237 @@
+"""Wrong input ends in one line, without a traceback and with nothing written."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from wsiseg.cli import main
+
+
+def wsiseg(*arguments: object) -> tuple[int, str]:
+    result = CliRunner().invoke(main, [str(a) for a in arguments])
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.output
+
+
+def complains(out: Path, sentence: str, *arguments: object, code: int = 1) -> None:
+    """The command fails in one line that holds ``sentence``, and ``out`` does not come into being."""
+    status, output = wsiseg(*arguments, "--out", out)
+    assert status == code, output
+    lines = [line for line in output.splitlines() if line.strip()]
+    assert "Traceback" not in output
+    assert sentence in lines[-1], output
+    if code == 1:
+        assert len(lines) == 1, output
+    assert not out.exists()
+
+
+def seeds_file(folder: Path, content: object) -> Path:
+    path = folder / "seeds.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return path
+
+
+def types(*points: tuple[float, float], name: str = "a", **more: object) -> dict[str, object]:
+    return {"version": 1, "types": [{"name": name, "points": [list(p) for p in points]}], **more}
+
+
+def test_the_demo_runs(tmp_path: Path) -> None:
+    """README's main job: write the demo, run the command that it prints, get typed cells."""
+    status, line = wsiseg("demo", tmp_path / "demo")
+    assert status == 0
+    command = line.split()
+    assert command[0] == "wsiseg"
+    status, output = wsiseg(*command[1:])
+    assert status == 0, output
+    manifest = json.loads((tmp_path / "demo/out/ihc/manifest.json").read_text())
+    assert manifest["types"]["epithelium"] > 20
+    assert manifest["types"]["stroma"] > 20
+    again, _ = wsiseg("demo", tmp_path / "demo")
+    assert again == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        ("absent.svs", None, "absent.svs"),
+        ("text.svs", b"this is not a slide\n" * 50, "text file, not a slide"),
+        ("empty.svs", b"", "empty"),
+    ],
+)
+def test_slides_that_are_none(name: str, content: bytes | None, sentence: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content)
+    complains(tmp_path / "out", sentence, "run", path)
+
+
+def test_truncated_slide(cmu: Path, tmp_path: Path) -> None:
+    path = tmp_path / "cut.svs"
+    path.write_bytes(cmu.read_bytes()[:300_000])
+    complains(tmp_path / "out", "cut.svs", "run", path)
+
+
+def test_slide_without_mpp(shared_data: Path, tmp_path: Path) -> None:
+    complains(tmp_path / "out", "--mpp", "run", shared_data / "slides/TCGA-CR-7395-01A-01-TS1.svs")
+
+
+def test_slide_too_coarse_for_cells(shared_data: Path, tmp_path: Path) -> None:
+    complains(tmp_path / "out", "too coarse for cells", "run", shared_data / "slides/camelyon_overview_multiframe.dcm")
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("", "empty"),
+        ("{", "JSON"),
+        ({"version": 1, "types": [{"name": "a", "points": [[10, 10]], "colour": "#fff"}]}, "colour"),
+        (types((-5, 10)), "types[0].points[0]"),
+        (types((5000, 10)), "512"),
+        ({"version": 1, "types": [{"name": "a", "points": [[10, 10]]}, {"name": "A", "points": [[20, 20]]}]}, "types[1]"),
+        (types((10, 10), slide="other.svs"), "other.svs"),
+        (types((26, 316)), "no cell there"),
+        ({"version": 1, "types": []}, "types"),
+    ],
+    ids=["empty", "not json", "unknown key", "negative", "outside", "duplicate names", "other slide", "glass", "no types"],
+)
+def test_seeds_that_cannot_be_used(content: object, sentence: str, demo: tuple[Path, Path], tmp_path: Path) -> None:
+    complains(tmp_path / "out", sentence, "run", demo[0], "--seeds", seeds_file(tmp_path, content))
+
+
+def test_other_wrong_options(demo: tuple[Path, Path], tmp_path: Path) -> None:
+    out, slide = tmp_path / "out", demo[0]
+    complains(out, "No such file", "run", slide, "--seeds", tmp_path / "absent.json")
+    complains(out, "mpp is 0; it must lie between 0.01 and 100", "run", slide, "--mpp", 0)
+    complains(out, "no such model", "run", slide, "--model", "sam9")
+    complains(out, "not a device", "run", slide, "--device", "gpu7")
+    complains(out, "tile_um is 3", "run", slide, "--tile-size", 3)
+    complains(out, "format shp is not known", "run", slide, "--format", "shp")
+    complains(out, "needs clicks", "run", slide, "--method", "cop")
+    complains(out, "'magic' is not one of", "run", slide, "--method", "magic", code=2)
+    complains(out, "No such option", "run", slide, "--sedes", "x", code=2)
+    broken = tmp_path / "w.safetensors"
+    broken.write_bytes(b"garbage")
+    complains(out, "not a readable safetensors file", "run", slide, "--model", broken)
+
+
+def test_folders_that_cannot_be_used(demo: tuple[Path, Path], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    status, output = wsiseg("run", demo[0], "--out", tmp_path / "file")
+    assert status == 1
+    assert "--out" in output
+    status, output = wsiseg("run", demo[0], "--out", "/proc/wsiseg")
+    assert status == 1
+    assert "cannot be written" in output
+    (tmp_path / "out/ihc").mkdir(parents=True)
+    (tmp_path / "out/ihc/notes.txt").write_text("mine")
+    status, output = wsiseg("run", demo[0], "--out", tmp_path / "out")
+    assert status == 1
+    assert "holds files but no readable manifest.json" in output
+    assert [p.name for p in (tmp_path / "out/ihc").iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_folder_without_permission(demo: tuple[Path, Path], tmp_path: Path) -> None:
+    locked = tmp_path / "locked"
+    locked.mkdir(mode=0o500)
+    status, output = wsiseg("run", demo[0], "--out", locked)
+    assert status == 1
+    assert "cannot be written (Permission denied)" in output
+
+
+def test_another_configuration_is_not_replaced_unasked(demo: tuple[Path, Path], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert wsiseg("run", demo[0], "--out", out)[0] == 0
+    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    status, output = wsiseg("run", demo[0], "--out", out, "--tile-size", 64)
+    assert status == 1
+    assert "--overwrite" in output
+    assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
+    assert wsiseg("run", demo[0], "--out", out, "--tile-size", 64, "--overwrite")[0] == 0
+    manifest = out / "ihc" / "manifest.json"
+    assert wsiseg("run", demo[0], "--out", out, "--config", manifest)[0] == 0  # the manifest's own configuration is the same run
+    assert json.loads(manifest.read_text())["counts"]["blocks_resumed"] == 1
+
+
+def test_two_slides_of_one_name_and_one_bad_slide(demo: tuple[Path, Path], tmp_path: Path) -> None:
+    twin = tmp_path / "elsewhere" / "ihc.tiff"
+    twin.parent.mkdir()
+    twin.write_bytes(demo[0].read_bytes())
+    status, output = wsiseg("run", demo[0], tmp_path / "absent.svs", twin, "--out", tmp_path / "out")
+    assert status == 3
+    assert "absent.svs" in output
+    folders = sorted(p.name for p in (tmp_path / "out").iterdir())
+    assert len(folders) == 2
+    assert folders[0] == "ihc"
+    assert folders[1].startswith("ihc-")
+
+
+def test_a_blank_slide_gives_empty_files(tmp_path: Path) -> None:
+    import geopandas
+    import numpy as np
+    from PIL import Image
+
+    from wsiseg.formats.geojson import validate_geojson
+
+    Image.fromarray(np.full((600, 600, 3), 243, np.uint8)).save(tmp_path / "blank.png")
+    status, output = wsiseg("run", tmp_path / "blank.png", "--mpp", 0.5, "--out", tmp_path / "out")
+    assert status == 0, output
+    assert len(geopandas.read_parquet(tmp_path / "out/blank/cells.parquet")) == 0
+    assert validate_geojson(tmp_path / "out/blank/cells.geojson.gz") == []
+
+
+def test_a_tile_that_cannot_be_read_is_listed(demo: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exit 3 and a sentence; the same command reads just the missing block again and then gives the undisturbed bytes."""
+    from wsiseg import pipeline
+    from wsiseg.errors import SlideError
+
+    arguments = ("run", demo[0], "--tile-size", 64, "--no-tissue")
+    assert wsiseg(*arguments, "--out", tmp_path / "good")[0] == 0
+    real = pipeline.read_region
+
+    def failing(reader, box, lattice):
+        if box.x0 < 0 and box.y0 < 0:
+            raise SlideError("slide: a tile is damaged")
+        return real(reader, box, lattice)
+
+    monkeypatch.setattr(pipeline, "read_region", failing)
+    status, output = wsiseg(*arguments, "--out", tmp_path / "holes")
+    assert status == 3
+    assert "Missing: slide: a tile is damaged" in output
+    assert "1 of 16 tiles are missing" in output
+    monkeypatch.undo()
+    assert wsiseg(*arguments, "--out", tmp_path / "holes")[0] == 0
+    for name in ("cells.parquet", "cells.geojson.gz"):
+        assert (tmp_path / "holes/ihc" / name).read_bytes() == (tmp_path / "good/ihc" / name).read_bytes()
+
+
+def test_info_and_seeds_check_and_doctor(demo: tuple[Path, Path]) -> None:
+    status, output = wsiseg("info", demo[0])
+    assert status == 0
+    assert "512 x 512 px" in output
+    assert "0.5 um" in output
+    status, output = wsiseg("info", demo[0], "--json")
+    assert json.loads(output)["size"] == "512 x 512 px"
+    status, output = wsiseg("seeds", "check", demo[1], "--slide", demo[0])
+    assert status == 0
+    assert "epithelium: 1 click" in output
+    status, output = wsiseg("doctor")
+    assert status == 0, output
+    assert "model nuclei-compact" in output
+
+
+def test_quiet_in_a_pipe(demo: tuple[Path, Path], tmp_path: Path) -> None:
+    """Nothing but the result on stdout, nothing on stderr, no bar."""
+    command = [sys.executable, "-m", "wsiseg", "run", str(demo[0]), "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+    assert done.stdout.count("\n") == 1
+    assert "cells" in done.stdout

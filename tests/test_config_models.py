@@ -1,0 +1,126 @@
+"""Configuration and model loading: what is refused, and how."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from wsiseg.config import RunConfig, from_mapping, read_config
+from wsiseg.errors import ConfigError, WeightsError
+from wsiseg.models import MODELS, WEIGHTS_FOLDER, file_hash, find_weights, load_model, pick_device
+
+
+def test_config_round_trip(tmp_path: Path) -> None:
+    """The resolved configuration of a manifest is accepted back and means the same."""
+    config = from_mapping({"tiling": {"tile_um": 64}, "method": "cop", "mpp": 0.5}, "here")
+    path = tmp_path / "manifest.json"
+    path.write_text(json.dumps({"config": dataclasses.asdict(config), "status": "complete"}))
+    assert read_config(path) == config
+    (tmp_path / "c.toml").write_text('method = "cop"\nmpp = 0.5\n[tiling]\ntile_um = 64\n')
+    assert read_config(tmp_path / "c.toml") == config
+
+
+@pytest.mark.parametrize(
+    ("mapping", "sentence"),
+    [
+        ({"tilling": {}}, "unknown key tilling; allowed here: .*tiling"),
+        ({"tiling": {"tile": 3}}, "unknown key tiling.tile; allowed here: .*tile_um"),
+        ({"tiling": 3}, "tiling must be a table"),
+        ({"tiling": {"tile_um": "big"}}, "tiling.tile_um is 'big'; it must be of type float"),
+        ({"tiling": {"tile_um": 1}}, "tiling.tile_um is 1; it must lie between 16 and 4096"),
+        ({"method": "magic"}, "method is 'magic'; choose from auto, apg, cop"),
+        ({"workers": True}, "workers is True; it must be of type int"),
+        ({"mpp": 0}, "mpp is 0; it must lie between 0.01 and 100"),
+        ({"mpp": float("nan")}, "mpp is nan"),
+        ({"formats": ["shp"]}, "format shp is not known; choose from geojson, parquet"),
+        ({"formats": []}, "format .none. is not known"),
+    ],
+)  # fmt: skip
+def test_config_refuses(mapping: dict[str, object], sentence: str) -> None:
+    with pytest.raises(ConfigError, match=f"^settings: {sentence}"):
+        from_mapping(mapping, "settings")
+
+
+def test_config_file_refuses(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot read the configuration"):
+        read_config(tmp_path / "absent.toml")
+    (tmp_path / "bad.toml").write_text("= 3")
+    with pytest.raises(ConfigError, match="neither TOML nor JSON"):
+        read_config(tmp_path / "bad.toml")
+
+
+def test_hash_covers_what_and_not_how() -> None:
+    config = RunConfig()
+    assert dataclasses.replace(config, workers=4, device="cpu", formats=("parquet",)).hash() == config.hash()
+    assert dataclasses.replace(config, method="cop").hash() != config.hash()
+    assert config.hash(seeds="a") != config.hash(seeds="b")
+
+
+def test_weights_in_the_box_are_the_registered_ones() -> None:
+    card, path = find_weights("nuclei-compact")
+    assert file_hash(path) == card.sha256
+    assert path.stat().st_size < 25e6
+
+
+def test_unknown_model() -> None:
+    with pytest.raises(WeightsError, match=r"--model sam9: no such model and no such file; models: nuclei-compact"):
+        find_weights("sam9")
+
+
+def broken_weights(kind: str, folder: Path) -> Path:
+    path = folder / "w.safetensors"
+    good = WEIGHTS_FOLDER / MODELS["nuclei-compact"].weights
+    if kind == "garbage":
+        path.write_bytes(b"not a tensor in sight" * 10)
+    elif kind == "truncated":
+        path.write_bytes(good.read_bytes()[:-5000])
+    elif kind == "empty":
+        path.write_bytes(b"")
+    else:
+        tensors = load_file(good)
+        if kind == "missing":
+            del tensors["maps.weight"]
+        elif kind == "shape":
+            tensors["maps.weight"] = torch.zeros(4, 32, 1, 1)
+        elif kind == "nan":
+            tensors["maps.weight"] = tensors["maps.weight"] * np.nan
+        save_file(tensors, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("kind", "sentence"),
+    [
+        ("garbage", "not a readable safetensors file"),
+        ("truncated", "not a readable safetensors file"),
+        ("empty", "not a readable safetensors file"),
+        ("missing", r"1 missing \(first: maps.weight\) tensors"),
+        ("shape", r"1 misshapen \(first: maps.weight\) tensors"),
+        ("nan", r"1 tensors hold NaN or infinity \(first: maps.weight\)"),
+    ],
+)
+def test_damaged_weights(kind: str, sentence: str, tmp_path: Path) -> None:
+    path = broken_weights(kind, tmp_path)
+    with pytest.raises(WeightsError, match=sentence) as caught:
+        load_model(str(path), "cpu")
+    assert str(caught.value).startswith(str(path))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:x", "tpu", "mps"])
+def test_unknown_devices(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"--device {name}: "):
+        pick_device(name)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_absent_gpu() -> None:
+    with pytest.raises(ConfigError, match="--device cuda: no usable CUDA device"):
+        pick_device("cuda")
+    assert pick_device("auto").type == "cpu"
