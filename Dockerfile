@@ -1,7 +1,7 @@
 # syntax=docker/dockerfile:1
 #
 #   docker build -t wsiseg .                                                              CUDA: torch of PyPI for linux/amd64
-#   docker build -t wsiseg:cpu --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cpu .   CPU only, a fifth of the size
+#   docker build -t wsiseg:cpu --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cpu .   CPU only, much smaller
 #   docker run --rm --gpus all -u "$(id -u):$(id -g)" -v "$PWD:/data" wsiseg run slide.svs --seeds seeds.json
 #
 # The CUDA build of torch brings CUDA's libraries as wheels: the host needs the NVIDIA driver and its container toolkit only.

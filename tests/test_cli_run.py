@@ -6,12 +6,15 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from click.testing import CliRunner
 
 from wsiseg.cli import main
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 def wsiseg(*arguments: object) -> tuple[int, str]:
@@ -113,7 +116,7 @@ def test_other_wrong_options(demo: tuple[Path, Path], tmp_path: Path) -> None:
     complains(out, "no such model", "run", slide, "--model", "sam9")
     complains(out, "not a device", "run", slide, "--device", "gpu7")
     complains(out, "tile_um is 3", "run", slide, "--tile-size", 3)
-    complains(out, "format shp is not known", "run", slide, "--format", "shp")
+    complains(out, "unknown format 'shp'; allowed are geojson, parquet", "run", slide, "--format", "shp")
     complains(out, "needs clicks", "run", slide, "--method", "cop")
     complains(out, "'magic' is not one of", "run", slide, "--method", "magic", code=2)
     complains(out, "No such option", "run", slide, "--sedes", "x", code=2)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -14,6 +14,9 @@ from safetensors.torch import load_file, save_file
 from wsiseg.config import RunConfig, from_mapping, read_config
 from wsiseg.errors import ConfigError, WeightsError
 from wsiseg.models import MODELS, WEIGHTS_FOLDER, file_hash, find_weights, load_model, pick_device
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 def test_config_round_trip(tmp_path: Path) -> None:
@@ -38,8 +41,7 @@ def test_config_round_trip(tmp_path: Path) -> None:
         ({"workers": True}, "workers is True; it must be of type int"),
         ({"mpp": 0}, "mpp is 0; it must lie between 0.01 and 100"),
         ({"mpp": float("nan")}, "mpp is nan"),
-        ({"formats": ["shp"]}, "format shp is not known; choose from geojson, parquet"),
-        ({"formats": []}, "format .none. is not known"),
+        ({"formats": []}, "formats is empty"),
     ],
 )  # fmt: skip
 def test_config_refuses(mapping: dict[str, object], sentence: str) -> None:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import geopandas
 import numpy as np
@@ -21,7 +22,9 @@ from wsiseg.config import RunConfig, TilingConfig, from_mapping
 from wsiseg.formats.geojson import validate_geojson
 from wsiseg.formats.geoparquet import read_geoparquet
 from wsiseg.pipeline import segment_image, segment_slide
-from wsiseg.records import Cells
+
+if TYPE_CHECKING:
+    from wsiseg.records import Cells
 
 FILES = ("cells.parquet", "cells.geojson.gz")
 
@@ -152,7 +155,7 @@ def test_shuffled_blocks_give_the_same_bytes(
     assert files_of(Path(manifest["folder"])) == files_of(reference[0])
 
 
-def test_kill_9_loses_nothing(cmu: Path, config: RunConfig, region: Path, seeds: Path, reference: tuple[Path, dict[str, object]], tmp_path: Path) -> None:
+def test_kill_9_loses_nothing(cmu: Path, region: Path, seeds: Path, reference: tuple[Path, dict[str, object]], tmp_path: Path) -> None:
     """Killed three times in the middle, the same command ends with the same bytes and does not repeat finished parts."""
     settings = tmp_path / "settings.json"
     settings.write_text(json.dumps({"tiling": {"tile_um": 128, "block_tiles": 1}, "roi": str(region), "seeds": str(seeds)}))

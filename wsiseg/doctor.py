@@ -71,7 +71,8 @@ def _gpu() -> Check:
     if torch.cuda.is_available():
         return Check("GPU", ok=True, found=torch.cuda.get_device_name(0), needed=False)
     built = f"was built for CUDA {torch.version.cuda}" if torch.version.cuda else "is a CPU build"
-    return Check("GPU", ok=False, found=f"none; torch {torch.__version__} {built}; runs use the CPU", remedy="for a GPU, install a CUDA build of torch", needed=False)
+    found = f"none; torch {torch.__version__} {built}; runs use the CPU"
+    return Check("GPU", ok=False, found=found, remedy="for a GPU, install a CUDA build of torch", needed=False)
 
 
 def _disk() -> Check:

@@ -16,8 +16,7 @@ import torch
 from wsiseg import __version__, runs
 from wsiseg.config import RunConfig
 from wsiseg.errors import SlideError
-from wsiseg.formats.geojson import write_geojson
-from wsiseg.formats.geoparquet import write_geoparquet
+from wsiseg.formats import FILE_NAMES, load_writer
 from wsiseg.formats.parts import part_is_current, read_part, write_part
 from wsiseg.masks import decode
 from wsiseg.meter import Clock, peak_bytes
@@ -153,13 +152,14 @@ def segment_slide(
             if on_progress:
                 on_progress(sum(c["tiles"] for c in finished), plan.tile_count, sum(c["outlines"] for c in finished))
 
-    cells, typing, counts = _finish(plan, clock)
+    cells, typing, counts, files = _finish(plan, clock)
     counts = {k: sum(c[k] for c in finished) for k in (finished[0] if finished else ())} | counts
     manifest |= {
         "status": "incomplete" if failures else "complete",
         "failures": failures,
         "warnings": plan.warnings,
         "counts": {"cells": len(cells), "blocks": len(plan.blocks), "blocks_resumed": len(plan.blocks) - len(todo)} | counts,
+        "files": files,
         "types": {name: int((typing.codes == k).sum()) for k, name in enumerate(typing.names)},
         "seconds": {k: round(v, 3) for k, v in clock.seconds.items()} | {"total": round(time.perf_counter() - started, 3)},
         "model_share": round((clock.seconds["encode"] + clock.seconds["decode"]) / max(clock.seconds["tiles"], 1e-9), 4),
@@ -179,19 +179,20 @@ def _resume(plan: Plan) -> tuple[list[dict[str, int]], list[Block]]:
     return finished, todo
 
 
-def _finish(plan: Plan, clock: Clock) -> tuple[Cells, Typing, dict[str, int]]:
+def _finish(plan: Plan, clock: Clock) -> tuple[Cells, Typing, dict[str, int], list[str]]:
     """Parts -> stitched, typed cells -> files."""
     job, info = plan.job, plan.info
     outlines = [read_part(job.parts / f"{b.name}.parquet")[0] for b in plan.blocks]
     cells, typing, counts = settle(Cells.concatenate(outlines, plan.tools.model.descriptor_size), job, info, clock, plan.warnings)
     details: dict[str, object] = {"model": job.config.model, "method": job.config.method}
     provenance = Provenance("wsiseg", __version__, Path(job.slide).name, plan.run_hash, details)
+    files = []
     with clock("write"):
-        if "parquet" in job.config.formats:
-            write_geoparquet(plan.folder.path / "cells.parquet", cells, typing, info, provenance)
-        if "geojson" in job.config.formats:
-            write_geojson(plan.folder.path / "cells.geojson.gz", cells, typing, info, provenance)
-    return cells, typing, counts
+        for name in job.config.formats:
+            written = load_writer(name)(plan.folder.path / FILE_NAMES[name], cells, typing, info, provenance)
+            files.append((written or plan.folder.path / FILE_NAMES[name]).name)
+    plan.folder.keep_only(files)
+    return cells, typing, counts, files
 
 
 def settle(outlines: Cells, job: Job, info: SlideInfo, clock: Clock, warnings: list[str]) -> tuple[Cells, Typing, dict[str, int]]:

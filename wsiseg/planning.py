@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from wsiseg.config import RunConfig
 from wsiseg.errors import ConfigError, SlideError
+from wsiseg.formats import load_writer
 from wsiseg.formats.regions import read_regions
 from wsiseg.formats.seeds import check_seeds, read_seeds
 from wsiseg.geometry import Lattice
@@ -101,6 +102,8 @@ def plan_run(slide: str, config: RunConfig, out: Path) -> Plan:
         The first thing that is wrong, in one line.
     """
     _, weights = find_weights(config.model)
+    for name in config.formats:
+        load_writer(name)
     seeds = read_seeds(Path(config.seeds)) if config.seeds else None
     method = _choose_method(config, seeds)
     reader = open_slide(slide, mpp=config.mpp, reader=config.reader)

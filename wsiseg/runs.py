@@ -50,6 +50,12 @@ class RunFolder:
             return None
         return content if isinstance(content, dict) else None
 
+    def keep_only(self, files: list[str]) -> None:
+        """Remove final files of an earlier finish that are not among ``files``."""
+        for name in FINAL_FILES:
+            if name not in files:
+                (self.path / name).unlink(missing_ok=True)
+
     def write_manifest(self, content: dict[str, Any]) -> None:
         """Replace the manifest, whole or not at all."""
         write_json(self.manifest, content)
@@ -98,8 +104,7 @@ def claim_folder(folder: RunFolder, run_hash: str, *, overwrite: bool) -> None:
     except OSError as error:
         raise RunError(f"{folder.path}: cannot be written ({error.strerror}); pass --out with a folder that you may write to") from error
     if overwrite and (manifest is None or manifest.get("run_hash") != run_hash):
-        for name in FINAL_FILES:
-            (folder.path / name).unlink(missing_ok=True)
+        folder.keep_only([])
 
 
 def drop_stale_parts(folder: RunFolder, names: set[str]) -> None:

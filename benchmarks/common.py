@@ -1,0 +1,80 @@
+"""What the benchmarks share: labelled images, one encoding per image, and the table they print."""
+
+from __future__ import annotations
+
+import csv
+import json
+import platform
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from PIL import Image
+
+from wsiseg.geometry import Box, Lattice
+from wsiseg.masks import decode
+from wsiseg.polygons import trace
+from wsiseg.prompts.apg import apg_points
+from wsiseg.records import Cells, Embeddings
+from wsiseg.stitching import stitch
+
+if TYPE_CHECKING:
+    from wsiseg.config import RunConfig
+
+RESULTS = Path(__file__).parent / "results"
+MPP = 0.25
+
+
+def instance_images(data: Path, name: str) -> list[tuple[str, np.ndarray, np.ndarray]]:
+    """(id, image, label) of `instances/<name>`, in order of id."""
+    folder = data / "instances" / name
+    return [
+        (p.stem, np.asarray(Image.open(p).convert("RGB")), np.asarray(Image.open(folder / "label" / p.name)).astype(np.int64))
+        for p in sorted((folder / "image").glob("*.png"))
+    ]
+
+
+def point_images(data: Path, name: str) -> list[tuple[str, np.ndarray, np.ndarray]]:
+    """(id, image, rows of x, y, type) of `points/<name>`; x, y in the corner frame."""
+    folder = data / "points" / name
+    out = []
+    for p in sorted((folder / "image").glob("*.png")):
+        with (folder / "points" / f"{p.stem}.csv").open() as stream:
+            rows = np.array([(float(r["x"]) + 0.5, float(r["y"]) + 0.5, int(r["type"])) for r in csv.DictReader(stream)])
+        out.append((p.stem, np.asarray(Image.open(p).convert("RGB")), rows))
+    return out
+
+
+def encode(model, image: np.ndarray) -> Embeddings:
+    """The whole image as one tile at the model's scale, reflected up to the lattice."""
+    pad = [(0, -n % model.stride_px) for n in image.shape[:2]]
+    padded = np.pad(image, [*pad, (0, 0)], mode="reflect")
+    with torch.inference_mode():
+        return model.encode(torch.from_numpy(padded).permute(2, 0, 1)[None].to(model.device))
+
+
+def automatic_points(embeddings: Embeddings, config: RunConfig) -> np.ndarray:
+    return apg_points(embeddings.maps[0].float().cpu().numpy(), 2, MPP, config.apg)
+
+
+def cells_of(model, embeddings: Embeddings, points: np.ndarray, shape: tuple[int, int], config: RunConfig) -> Cells:
+    """Decode, trace and settle the prompts of one encoded image."""
+    height, width = shape
+    box, lattice = Box(0, 0, width, height), Lattice(MPP, MPP)
+    traced = [trace(m, box, lattice, config.masks)[0] for m in decode(model, embeddings, 0, points.astype(np.float32), config.masks)]
+    cells = Cells.concatenate(traced, model.descriptor_size)
+    return stitch(cells, (width, height), config.masks.min_area_um2 / MPP**2, config.stitching)[0]
+
+
+def write_results(name: str, rows: list[dict[str, object]], note: str) -> None:
+    """`results/<name>.md` and `.json`, with the versions they were measured with."""
+    RESULTS.mkdir(exist_ok=True)
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "threads": torch.get_num_threads()}
+    (RESULTS / f"{name}.json").write_text(json.dumps({"versions": versions, "rows": rows}, indent=1) + "\n")
+    keys = list(rows[0])
+    lines = ["| " + " | ".join(keys) + " |", "|" + "---|" * len(keys)]
+    lines += ["| " + " | ".join(f"{r[k]:.3f}" if isinstance(r[k], float) else str(r[k]) for k in keys) + " |" for r in rows]
+    text = f"# {name}\n\n{note}\n\n" + "\n".join(lines) + "\n\nMeasured with " + ", ".join(f"{k} {v}" for k, v in versions.items()) + ".\n"
+    (RESULTS / f"{name}.md").write_text(text)
+    print(text)

@@ -1,0 +1,35 @@
+"""Polygons -> label image, for metrics that count pixels."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import shapely
+from skimage.draw import polygon as fill
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+
+def rasterise(polygons: NDArray[np.object_], shape: tuple[int, int]) -> NDArray[np.int32]:
+    """Label image of polygons.
+
+    Parameters
+    ----------
+    polygons
+        shapely Polygons of shape (N,), px of the image, corner frame.
+    shape
+        (height, width).
+
+    Returns
+    -------
+    ndarray
+        int32 of ``shape``: 0 is background, i + 1 the i-th polygon. A pixel belongs to the polygon that holds its centre, the later one if two do.
+    """
+    label = np.zeros(shape, np.int32)
+    for i, one in enumerate(polygons):
+        x, y = shapely.get_coordinates(one.exterior).T
+        rows, columns = fill(y - 0.5, x - 0.5, shape)
+        label[rows, columns] = i + 1
+    return label
