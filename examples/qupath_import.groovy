@@ -2,8 +2,7 @@
 // Automate > Script editor; set the folder that --out named; Run.
 def out = '/path/to/wsiseg-out'
 
-def server = getCurrentServer()
-def file = new File(server.getURIs().iterator().next())
+def file = new File(getCurrentServer().getURIs().iterator().next().path)
 def stem = file.name.replaceFirst(/(?i)\.ome\.tiff$|\.[^.]+$/, '')
 def cells = ['cells.geojson.gz', 'cells.geojson.zip'].collect { new File(new File(out, stem), it) }.find { it.exists() }
 

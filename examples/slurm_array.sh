@@ -20,4 +20,4 @@ for file in "${slide%.*}.seeds.json" "${slide%.*}.geojson"; do
     if [ -f "$file" ]; then seeds=(--seeds "$file"); break; fi
 done
 
-exec wsiseg run "$slide" "${seeds[@]}" --out "$out"
+exec wsiseg run "$slide" ${seeds[@]+"${seeds[@]}"} --out "$out" # the odd form is for bash 4.2, to which an empty array is unset

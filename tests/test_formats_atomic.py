@@ -70,3 +70,26 @@ def test_every_registered_writer_loads_and_has_a_file_name() -> None:
     assert all(callable(load_writer(name)) for name in FORMATS)
     with pytest.raises(ConfigError, match="unknown format 'gpkg'; allowed are geojson, parquet"):
         load_writer("gpkg")
+
+
+def test_leftovers_of_dead_writers_are_removed_and_live_ones_kept(tmp_path: Path) -> None:
+    """What a killed process left goes; what a running one is writing stays, as do files that are not ours."""
+    import os
+    import subprocess
+    import sys
+
+    from wsiseg.formats.atomic import _host
+    from wsiseg.runs import RunFolder, drop_stale_files
+
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    (tmp_path / "parts").mkdir()
+    left = [tmp_path / f"{folder}.cells.parquet.{_host()}.{dead.pid}.ab12cd34.partial" for folder in ("", "parts/")]
+    kept = [tmp_path / f".cells.parquet.{who}.ab12cd34.partial" for who in (f"{_host()}.{os.getpid()}", f"elsewhere.{dead.pid}")]
+    kept += [tmp_path / "parts/0000-0000.parquet", tmp_path / "mine.txt"]
+    stale = tmp_path / "parts/0009-0009.parquet"
+    for path in (*left, *kept, stale):
+        path.touch()
+    drop_stale_files(RunFolder(tmp_path), {"0000-0000"})
+    assert not any(p.exists() for p in (*left, stale))
+    assert all(p.exists() for p in kept)

@@ -22,11 +22,12 @@ def table(prevalence: list[float], n: int = 4000, noise: float = 0.35, seed: int
 def bank_of(z: np.ndarray, kinds: np.ndarray, types: list[int], negative: list[int] | None = None, clicks: int = 1) -> Bank:
     rows = [np.flatnonzero(kinds == t)[:clicks] for t in types]
     other = np.concatenate([np.flatnonzero(kinds == t)[:1] for t in negative or []]).astype(int) if negative else np.empty(0, int)
+    against = tuple(z[other].astype(np.float32) if t == 0 else z[:0].astype(np.float32) for t in range(len(types)))
     empty = tuple(np.empty((0, 1), np.float32) for _ in types)
     return Bank(
         names=tuple(f"type {t}" for t in types), colors=tuple((t, 0, 0) for t in types),
         clicks=tuple(np.zeros((len(r), 2)) for r in rows), clicked=tuple(z[r].astype(np.float32) for r in rows),
-        negative=z[other].astype(np.float32), high=empty, low=empty, floors=np.zeros(len(types), np.float32),
+        negative=against, cells=Cells.empty(z.shape[1]), high=empty, low=empty, floors=np.zeros(len(types), np.float32),
     )  # fmt: skip
 
 
@@ -51,15 +52,26 @@ def test_order_of_the_cells_does_not_matter() -> None:
     np.testing.assert_array_equal(a.codes[order], b.codes)
 
 
-def test_negative_clicks_compete() -> None:
-    """A third kind that nobody asked for is taken by the type it resembles unless a negative click claims it."""
-    z, kinds = table([0.4, 0.3, 0.3], noise=0.15)
+def test_a_negative_click_keeps_its_type_away() -> None:
+    """A third kind resembles type 0 and nobody asked for it: a negative click of type 0 on it takes it away from type 0 only."""
+    rng = np.random.default_rng(0)
+    kinds = rng.integers(0, 3, 3000)
+    directions = np.stack([np.eye(24)[0], np.eye(24)[1], 0.8 * np.eye(24)[0] + 0.6 * np.eye(24)[2]])
+    z = 2 * np.eye(24)[23] + directions[kinds] + 0.05 * rng.standard_normal((3000, 24))
+    z = (z / np.linalg.norm(z, axis=1, keepdims=True)).astype(np.float16)
     without, _ = assign_types(z, bank_of(z, kinds, [0, 1]), TypingConfig())
-    with_negative, _ = assign_types(z, bank_of(z, kinds, [0, 1], negative=[2]), TypingConfig())
-    third = kinds == 2
-    assert (with_negative.codes[third] == 0).mean() > 0.95
-    assert (with_negative.codes[third] == 0).mean() > (without.codes[third] == 0).mean()
-    assert with_negative.codes.max() == 2
+    against, _ = assign_types(z, bank_of(z, kinds, [0, 1], negative=[2]), TypingConfig())
+    assert (without.codes[kinds == 2] == 1).mean() > 0.9
+    assert (against.codes[kinds == 2] == 1).mean() < 0.05
+    for t in (0, 1):
+        assert (against.codes[kinds == t] == t + 1).mean() > 0.95
+
+
+def test_a_negative_click_on_another_types_cell_does_that_type_no_harm() -> None:
+    z, kinds = table([0.4, 0.3, 0.3], noise=0.15)
+    typing, _ = assign_types(z, bank_of(z, kinds, [0, 1, 2], negative=[1]), TypingConfig())
+    for t in range(3):
+        assert (typing.codes[kinds == t] == t + 1).mean() > 0.9
 
 
 def test_types_that_cannot_be_told_apart_are_reported() -> None:
@@ -96,5 +108,9 @@ def test_clicked_cells_keep_their_type() -> None:
     bank = bank_of(z, kinds, [0, 1])
     bank = Bank(**{**bank.__dict__, "clicks": (np.array([[5.0, 5.0]]), np.array([[32.0, 5.0]]))})
     typing = Typing(("unassigned", "a", "b"), ((0, 0, 0),) * 3, np.array([2, 0, 1], np.int32), np.zeros(3, np.float32), np.zeros(3, np.float32))
-    assert keep_clicks(cells, typing, bank, 3.0).codes.tolist() == [1, 2, 1]
-    assert keep_clicks(cells, typing, bank, 1.0).codes.tolist() == [1, 0, 1]
+    kept, doubts = keep_clicks(cells, typing, bank, 3.0)
+    assert kept.codes.tolist() == [1, 2, 1]
+    assert doubts == []
+    kept, doubts = keep_clicks(cells, typing, bank, 1.0)
+    assert kept.codes.tolist() == [1, 0, 1]
+    assert doubts == ["the click on type 1 at [32, 5] meets no cell of the result"]

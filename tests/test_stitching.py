@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import shapely
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -53,6 +54,15 @@ def test_a_cluster_goes_and_its_members_stay() -> None:
     assert counts.clusters == 1
 
 
+@pytest.mark.parametrize("scores", [[0.6, 0.9], [0.9, 0.6]])
+def test_of_two_nested_outlines_the_better_stays(scores: list[float]) -> None:
+    """A disc inside a disc: no cell lies in another, and no hole is filled back in."""
+    centre = shapely.Point(50, 50)
+    out, counts = stitch(cells_of([centre.buffer(20), centre.buffer(6)], scores), SIZE, 1, StitchingConfig())
+    assert out.scores.tolist() == [np.float32(0.9)]
+    assert counts.overlapped == 1
+
+
 def test_a_chain_keeps_both_ends() -> None:
     """A (best) drops B, and B, being gone, drops nothing: C stays."""
     out, _ = stitch(cells_of([square(0, 0), square(6, 0), square(12, 0)], [0.9, 0.8, 0.7]), SIZE, 1, StitchingConfig(max_overlap=0.15))
@@ -84,8 +94,9 @@ def brute_force(cells: Cells, config: StitchingConfig) -> set[tuple[float, float
     clusters = {i for i in range(len(shapes)) if holds(i) >= config.cluster_size}
     kept: list[int] = []
     for i in range(len(shapes)):
-        claimed = sum(shapes[i].intersection(shapes[j]).area for j in kept)
-        if i not in clusters and claimed <= config.max_overlap * shapes[i].area:
+        shared = {j: shapes[i].intersection(shapes[j]).area for j in kept}
+        nested = any(s > 0 and s >= config.nested * min(shapes[i].area, shapes[j].area) for j, s in shared.items())
+        if i not in clusters and not nested and sum(shared.values()) <= config.max_overlap * shapes[i].area:
             kept.append(i)
     return {tuple(cells.points_xy[order[i]]) for i in kept}
 

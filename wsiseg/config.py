@@ -14,6 +14,7 @@ from typing import Any, Literal
 from wsiseg.errors import ConfigError
 
 if typing.TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
 Method = Literal["auto", "apg", "cop"]
@@ -106,6 +107,10 @@ class CopConfig:
         Size of a type's bank.
     floor_percentile
         A place enters a tile's candidates when its similarity reaches this percentile of the reliable set's own (leave one out).
+    click_reach_um
+        A click may miss its cell by this much.
+    click_min_score
+        Predicted IoU x stability that a clicked cell needs: half of what an automatic prompt needs, since a person saw a cell there.
     """
 
     gate: Literal["product", "candidate"] = "candidate"
@@ -116,6 +121,8 @@ class CopConfig:
     max_hops: int = 30
     prototypes: int = 16
     floor_percentile: float = 5.0
+    click_reach_um: float = 4.0
+    click_min_score: float = 0.2
 
 
 @dataclass(frozen=True)
@@ -152,11 +159,14 @@ class StitchingConfig:
         An outline that holds at least ``cluster_size`` others to this share is a cluster, and dropped.
     cluster_size
         See ``contained``.
+    nested
+        Of two outlines that share this much of the smaller one, the worse is dropped: no cell lies inside another.
     """
 
     max_overlap: float = 0.3
     contained: float = 0.9
     cluster_size: int = 2
+    nested: float = 0.6
 
 
 @dataclass(frozen=True)
@@ -170,22 +180,16 @@ class TypingConfig:
         ``unassigned``.
     separable
         Types whose calibration points are closer than this are reported as not separable.
-    click_reach_um
-        A click may miss its cell by this much.
-    click_min_score
-        Predicted IoU x stability that a clicked cell needs: half of what an automatic prompt needs, since a person saw a cell there.
     """
 
     min_score: float = 0.5
     min_margin: float = 0.15
     separable: float = 0.02
-    click_reach_um: float = 4.0
-    click_min_score: float = 0.2
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """One run. Fields under ``HOW_NOT_WHAT`` change how fast it goes, not what comes out, and stay out of the hash."""
+    """One run."""
 
     model: str = "nuclei-compact"
     method: Method = "auto"
@@ -205,13 +209,30 @@ class RunConfig:
     workers: int = 1
     formats: tuple[str, ...] = ("geojson", "parquet")
 
-    def hash(self, **facts: str) -> str:
-        """Short digest of everything that decides the cells; ``facts`` adds hashes of files (slide, weights, seeds)."""
-        what = {k: v for k, v in dataclasses.asdict(self).items() if k not in HOW_NOT_WHAT}
-        return hashlib.sha256(json.dumps([what, facts], sort_keys=True).encode()).hexdigest()[:16]
+    def hash(self, **facts: object) -> str:
+        """Short digest of everything that decides the cells; ``facts`` adds what the fields only point to (slide, weights, seeds, scale)."""
+        what = {k: v for k, v in dataclasses.asdict(self).items() if k not in NOT_HASHED}
+        return hashlib.sha256(json.dumps([REVISION, what, facts], sort_keys=True).encode()).hexdigest()[:16]
 
 
-HOW_NOT_WHAT = ("device", "workers", "formats", "seeds", "roi")  # the contents of seeds and roi are hashed as facts
+#: Raised when the same inputs give other cells than before: parts of an older wsiseg are then made again.
+REVISION = 1
+#: How fast it goes and what is written; and what is hashed by its content instead of its name.
+NOT_HASHED = ("device", "workers", "formats", "model", "mpp", "reader", "seeds", "roi")
+
+_POSITIVE, _SHARE = (1e-6, 1e6), (0.0, 1.0)
+#: Allowed range of every number.
+LIMITS: dict[str, tuple[float, float]] = {
+    "mpp": (0.01, 100), "workers": (1, 1024),
+    "tissue.overview_mpp": (0.25, 64), "tissue.min_area_um2": (0, 1e9), "tissue.max_hole_um2": (0, 1e9), "tissue.margin_um": (0, 1e4),
+    "tiling.tile_um": (16, 4096), "tiling.halo_um": (0, 512), "tiling.block_tiles": (1, 64), "tiling.origin_um": (-1e6, 1e6),
+    "apg.foreground": _SHARE, "apg.centre": _SHARE, "apg.boundary": _SHARE, "apg.min_component_um2": (0, 1e4),
+    "cop.window_um": (32, 1024), "cop.min_component_um2": (0, 1e4), "cop.dedup_um": (0, 100), "cop.max_hops": (1, 10_000),
+    "cop.prototypes": (1, 1024), "cop.floor_percentile": (0, 100), "cop.click_reach_um": (0.1, 100), "cop.click_min_score": _SHARE,
+    "masks.min_score": _SHARE, "masks.min_area_um2": (0, 1e4), "masks.simplify_um": (0, 10), "masks.prompts_per_batch": (1, 65536),
+    "stitching.max_overlap": _SHARE, "stitching.contained": (0.01, 1), "stitching.cluster_size": (1, 1000), "stitching.nested": (0.01, 1),
+    "typing.min_score": (-10, 10), "typing.min_margin": (0, 10), "typing.separable": _POSITIVE,
+}  # fmt: skip
 
 
 def from_mapping(mapping: dict[str, Any], where: str, base: RunConfig | None = None) -> RunConfig:
@@ -256,25 +277,22 @@ def check(config: RunConfig, where: str = "configuration") -> None:
     ConfigError
         The first value that is out of range, with the range.
     """
-    limits: list[tuple[str, float, float, float]] = [
-        ("tiling.tile_um", config.tiling.tile_um, 16, 4096),
-        ("tiling.halo_um", config.tiling.halo_um, 0, 512),
-        ("tiling.block_tiles", config.tiling.block_tiles, 1, 64),
-        ("workers", config.workers, 1, 1024),
-        ("masks.prompts_per_batch", config.masks.prompts_per_batch, 1, 65536),
-        ("masks.min_score", config.masks.min_score, 0, 1),
-        ("stitching.max_overlap", config.stitching.max_overlap, 0, 1),
-        ("cop.prototypes", config.cop.prototypes, 1, 1024),
-        ("cop.window_um", config.cop.window_um, 32, 1024),
-        ("tissue.overview_mpp", config.tissue.overview_mpp, 0.25, 64),
-    ]
-    if config.mpp is not None:
-        limits.append(("mpp", config.mpp, 0.01, 100))
-    for name, value, low, high in limits:
-        if not low <= value <= high:
+    for name, value in _numbers(config):
+        low, high = LIMITS[name]
+        if not low <= value <= high:  # false for NaN as well
             raise ConfigError(f"{where}: {name} is {value:g}; it must lie between {low:g} and {high:g}")
     if not config.formats:
         raise ConfigError(f"{where}: formats is empty; name at least one, for example parquet")
+
+
+def _numbers(section: Any, prefix: str = "") -> Iterator[tuple[str, float]]:  # noqa: ANN401
+    """Every number of the configuration with its dotted name; settings that are ``None`` are left out."""
+    for item in dataclasses.fields(section):
+        value = getattr(section, item.name)
+        if dataclasses.is_dataclass(value):
+            yield from _numbers(value, f"{prefix}{item.name}.")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield prefix + item.name, value
 
 
 def _merge(current: Any, mapping: Any, where: str, prefix: str) -> Any:  # noqa: ANN401

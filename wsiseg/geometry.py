@@ -66,11 +66,11 @@ class Lattice:
         """Level-0 px per model px."""
         return self.model_mpp / self.slide_mpp
 
-    def to_level0(self, points_xy: NDArray[np.floating]) -> NDArray[np.floating]:
+    def to_level0(self, points_xy: NDArray[np.float64]) -> NDArray[np.float64]:
         """Model px -> level-0 px."""
         return points_xy * self.scale
 
-    def to_model(self, points_xy: NDArray[np.floating]) -> NDArray[np.floating]:
+    def to_model(self, points_xy: NDArray[np.float64]) -> NDArray[np.float64]:
         """Level-0 px -> model px."""
         return points_xy / self.scale
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from wsiseg.records import WindowMasks
@@ -11,12 +12,15 @@ from wsiseg.records import WindowMasks
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    import numpy as np
     from numpy.typing import NDArray
 
     from wsiseg.config import MaskConfig
     from wsiseg.models.contract import PromptableModel
     from wsiseg.records import Embeddings
+
+
+#: Batches are filled up to a multiple of this: small matrix products round differently with the number of threads.
+PADDING = 32
 
 
 @torch.inference_mode()
@@ -42,10 +46,13 @@ def decode(
         Of the points whose predicted IoU x stability reaches ``config.min_score``, in order.
     """
     for start in range(0, len(points_xy), config.prompts_per_batch):
-        points = torch.from_numpy(points_xy[start : start + config.prompts_per_batch]).to(model.device)
+        batch = points_xy[start : start + config.prompts_per_batch]
+        padded = np.concatenate([batch, np.repeat(batch[-1:], -len(batch) % PADDING, 0)])
+        points = torch.from_numpy(padded).to(model.device)
         which = torch.full((len(points),), tile, dtype=torch.long, device=model.device)
         masks = model.decode(embeddings, which, points)
         keep = masks.quality * masks.stability >= config.min_score
+        keep[len(batch) :] = False
         yield WindowMasks(
             logits=masks.logits[keep].float().cpu(),
             origin_xy=masks.origin_xy[keep].cpu(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,12 +16,12 @@ import torch
 
 from wsiseg import __version__, runs
 from wsiseg.config import RunConfig
-from wsiseg.errors import SlideError
+from wsiseg.errors import FormatError, RunError, SlideError
 from wsiseg.formats import FILE_NAMES, load_writer
 from wsiseg.formats.parts import part_is_current, read_part, write_part
 from wsiseg.masks import decode
 from wsiseg.meter import Clock, peak_bytes
-from wsiseg.planning import describe, image_tools, open_tools, plan_run
+from wsiseg.planning import describe, image_tools, open_tools, plan_run, slide_path
 from wsiseg.polygons import trace
 from wsiseg.prompts import find_points
 from wsiseg.propagation import assign_types, keep_clicks
@@ -38,6 +39,11 @@ if TYPE_CHECKING:
     from wsiseg.models.contract import PromptableModel
     from wsiseg.planning import Job, Plan, Tools
     from wsiseg.records import Block, Seeds, SlideInfo, Tile
+
+
+logger = logging.getLogger(__name__)
+
+BLOCK_COUNTS = ("tiles", "tiles_failed", "prompts", "larger_than_window", "outlines")
 
 
 @dataclass(frozen=True)
@@ -73,7 +79,7 @@ def segment_block(tools: Tools, block: Block) -> BlockReport:
     """A block's tiles into one part file; the next tile is read while one is worked on. A tile that cannot be read is tried twice."""
     job, clock = tools.job, Clock()
     outlines, failures = [], []
-    counts = dict.fromkeys(("tiles", "tiles_failed", "prompts", "larger_than_window", "outlines"), 0)
+    counts = dict.fromkeys(BLOCK_COUNTS, 0)
 
     def read(tile: Tile) -> NDArray[np.uint8]:
         with clock("read"):
@@ -106,7 +112,7 @@ def segment_block(tools: Tools, block: Block) -> BlockReport:
 
 
 def segment_slide(
-    slide: str, config: RunConfig, out: Path, *, overwrite: bool = False, on_progress: Callable[[int, int, int], None] | None = None
+    slide: str | Path, config: RunConfig, out: str | Path, *, overwrite: bool = False, on_progress: Callable[[int, int, int], None] | None = None
 ) -> dict[str, Any]:
     """Segment and type one slide.
 
@@ -134,38 +140,43 @@ def segment_slide(
         Wrong input; nothing has been written then.
     """
     started, clock, peaks = time.perf_counter(), Clock(), [0]
+    slide, out = str(slide), Path(out)
     with clock("plan"):
-        plan = plan_run(slide, config, out)
-    runs.claim_folder(plan.folder, plan.run_hash, overwrite=overwrite)
-    manifest = describe(plan) | {"wsiseg": __version__, "versions": runs.versions()}
-    plan.folder.write_manifest(manifest | {"status": "running"})
-    runs.drop_stale_parts(plan.folder, {b.name for b in plan.blocks})
+        plan = plan_run(slide, config, out, overwrite=overwrite)
+    with plan.tools.reader:
+        manifest = describe(plan) | {"wsiseg": __version__, "versions": runs.versions(), "status": "running"}
+        folder = runs.claim_folder(out, slide_path(slide), manifest, overwrite=overwrite)
+        plan = plan.at(folder.parts)
+        runs.drop_stale_files(folder, {b.name for b in plan.blocks})
 
-    finished, todo, failures = *_resume(plan), list[str]()
-    setup = partial(open_tools, plan.job) if config.workers > 1 else lambda: plan.tools
-    with clock("tiles"):
-        for report in map_blocks(segment_block, todo, setup, workers=config.workers):
-            finished.append(report.counts)
-            failures += report.failures
-            clock.add(report.seconds)
-            peaks.append(report.peak_bytes)
-            if on_progress:
-                on_progress(sum(c["tiles"] for c in finished), plan.tile_count, sum(c["outlines"] for c in finished))
+        finished, todo = _resume(plan)
+        failures: list[str] = []
+        with clock("tiles"):
+            for report in map_blocks(segment_block, todo, partial(open_tools, plan.job), workers=config.workers, tools=plan.tools):
+                finished.append(report.counts)
+                failures += report.failures
+                clock.add(report.seconds)
+                peaks.append(report.peak_bytes)
+                if on_progress:
+                    on_progress(sum(c["tiles"] for c in finished), plan.tile_count, sum(c["outlines"] for c in finished))
 
-    cells, typing, counts, files = _finish(plan, clock)
-    counts = {k: sum(c[k] for c in finished) for k in (finished[0] if finished else ())} | counts
+    cells, typing, counts, files, doubts = _finish(plan, folder, clock)
+    model_seconds = (clock.seconds["encode"] + clock.seconds["decode"]) / max(min(config.workers, len(todo)), 1)
     manifest |= {
+        "folder": str(folder.path),
         "status": "incomplete" if failures else "complete",
         "failures": failures,
-        "warnings": plan.warnings,
-        "counts": {"cells": len(cells), "blocks": len(plan.blocks), "blocks_resumed": len(plan.blocks) - len(todo)} | counts,
+        "warnings": plan.warnings + doubts,
+        "counts": {"cells": len(cells), "blocks": len(plan.blocks), "blocks_resumed": len(plan.blocks) - len(todo)}
+        | {k: sum(c[k] for c in finished) for k in BLOCK_COUNTS}
+        | counts,
         "files": files,
         "types": {name: int((typing.codes == k).sum()) for k, name in enumerate(typing.names)},
         "seconds": {k: round(v, 3) for k, v in clock.seconds.items()} | {"total": round(time.perf_counter() - started, 3)},
-        "model_share": round((clock.seconds["encode"] + clock.seconds["decode"]) / max(clock.seconds["tiles"], 1e-9), 4),
+        "model_share": round(model_seconds / max(clock.seconds["tiles"], 1e-9), 4),
         "peak_ram_mb": round(max(*peaks, peak_bytes()) / 2**20, 1),
     }
-    plan.folder.write_manifest(manifest)
+    folder.write_manifest(manifest)
     return manifest
 
 
@@ -173,40 +184,51 @@ def _resume(plan: Plan) -> tuple[list[dict[str, int]], list[Block]]:
     """Counts of the blocks whose part is there, whole and without failed tiles; and the blocks still to do."""
     finished, todo = [], []
     for block in plan.blocks:
-        path = plan.folder.parts / f"{block.name}.parquet"
-        counts = read_part(path)[1] if part_is_current(path, plan.job.parts_hash) else {"tiles_failed": 1}
+        path = plan.job.parts / f"{block.name}.parquet"
+        try:
+            counts = read_part(path)[1] if part_is_current(path, plan.job.parts_hash) else {"tiles_failed": 1}
+        except FormatError:  # a good footer over damaged pages
+            counts = {"tiles_failed": 1}
         todo.append(block) if counts["tiles_failed"] else finished.append(counts)
     return finished, todo
 
 
-def _finish(plan: Plan, clock: Clock) -> tuple[Cells, Typing, dict[str, int], list[str]]:
-    """Parts -> stitched, typed cells -> files."""
+def _finish(plan: Plan, folder: runs.RunFolder, clock: Clock) -> tuple[Cells, Typing, dict[str, int], list[str], list[str]]:
+    """Parts -> stitched, typed cells -> files. Also returns counts, the files' names, and doubts about the types."""
     job, info = plan.job, plan.info
-    outlines = [read_part(job.parts / f"{b.name}.parquet")[0] for b in plan.blocks]
-    cells, typing, counts = settle(Cells.concatenate(outlines, plan.tools.model.descriptor_size), job, info, clock, plan.warnings)
+    paths = [job.parts / f"{b.name}.parquet" for b in plan.blocks]
+    foreign = [p for p in paths if not part_is_current(p, job.parts_hash)]
+    if foreign:
+        raise RunError(f"{foreign[0]}: was changed by another run while this one went on; run the command again, one run per folder")
+    outlines = Cells.concatenate([read_part(p)[0] for p in paths], plan.tools.model.descriptor_size)
+    cells, typing, counts, doubts = settle(outlines, job, info, clock)
     details: dict[str, object] = {"model": job.config.model, "method": job.config.method}
     provenance = Provenance("wsiseg", __version__, Path(job.slide).name, plan.run_hash, details)
     files = []
     with clock("write"):
         for name in job.config.formats:
-            written = load_writer(name)(plan.folder.path / FILE_NAMES[name], cells, typing, info, provenance)
-            files.append((written or plan.folder.path / FILE_NAMES[name]).name)
-    plan.folder.keep_only(files)
-    return cells, typing, counts, files
+            written = load_writer(name)(folder.path / FILE_NAMES[name], cells, typing, info, provenance)
+            files.append((written or folder.path / FILE_NAMES[name]).name)
+    return cells, typing, counts, files, doubts
 
 
-def settle(outlines: Cells, job: Job, info: SlideInfo, clock: Clock, warnings: list[str]) -> tuple[Cells, Typing, dict[str, int]]:
-    """Outlines of all tiles, any order -> stitched cells and their types; doubts about the types are added to ``warnings``."""
-    config, bank = job.config, job.bank
+def settle(outlines: Cells, job: Job, info: SlideInfo, clock: Clock) -> tuple[Cells, Typing, dict[str, int], list[str]]:
+    """Outlines of all tiles, any order -> stitched cells, their types, counts, and doubts about the types.
+
+    The clicked cells compete with the rest, so that a cell that somebody clicked is in the result even if no automatic prompt found it.
+    """
+    config, bank, doubts = job.config, job.bank, list[str]()
+    if bank is not None:
+        outlines = Cells.concatenate([outlines, bank.cells.take(job.area.holds(bank.cells.points_xy))], bank.cells.descriptors.shape[1])
     with clock("stitch"):
         cells, counts = stitch(outlines, info.size_px0, config.masks.min_area_um2 / info.mpp**2, config.stitching)
     typing = Typing.untyped(len(cells))
     if bank is not None:
         with clock("type"):
             typing, doubts = assign_types(cells.descriptors, bank, config.typing)
-            typing = keep_clicks(cells, typing, bank, config.typing.click_reach_um / info.mpp)
-            warnings.extend(doubts)
-    return cells, typing, dataclasses.asdict(counts)
+            typing, missed = keep_clicks(cells, typing, bank, config.cop.click_reach_um / info.mpp)
+            doubts = doubts + missed
+    return cells, typing, dataclasses.asdict(counts), doubts
 
 
 def segment_image(
@@ -243,5 +265,7 @@ def segment_image(
     outlines = [
         segment_tile(tile, read_region(tools.reader, tile.outer, tools.job.lattice), tools, clock)[0] for block in blocks for tile in block.tiles
     ]
-    cells, typing, _ = settle(Cells.concatenate(outlines, tools.model.descriptor_size), tools.job, info, clock, [])
+    cells, typing, _, doubts = settle(Cells.concatenate(outlines, tools.model.descriptor_size), tools.job, info, clock)
+    for doubt in doubts:
+        logger.warning("%s", doubt)
     return cells, typing

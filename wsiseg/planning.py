@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wsiseg.config import RunConfig
+from wsiseg.config import CopConfig, RunConfig, StitchingConfig, TypingConfig, check
 from wsiseg.errors import ConfigError, SlideError
 from wsiseg.formats import load_writer
 from wsiseg.formats.regions import read_regions
 from wsiseg.formats.seeds import check_seeds, read_seeds
 from wsiseg.geometry import Lattice
-from wsiseg.models import file_hash, find_weights, load_model
-from wsiseg.runs import RunFolder, find_folder
+from wsiseg.models import file_hash, find_weights, load_model, pick_device
+from wsiseg.runs import check_folder, find_folder
 from wsiseg.seeding import build_bank
 from wsiseg.slide import open_slide, require_cellular, thumbnail
 from wsiseg.slide.array_reader import ArrayReader
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
     from wsiseg.records import Bank, Block, Seeds, SlideInfo
     from wsiseg.slide import SlideReader
 
+logger = logging.getLogger(__name__)
+
 NATIVE_MPP = 0.25  #: scale of the default model; `survey` counts tiles without loading it
 
 # `auto`: the way in that types better on typed data, by model; see docs/methods.md for the table.
@@ -39,7 +43,7 @@ BEST_METHOD: dict[str, Method] = {"nuclei-compact": "apg"}
 
 @dataclass(frozen=True)
 class Job:
-    """What every worker is told: small and picklable. ``config.method`` is resolved (not ``auto``)."""
+    """What every worker is told: picklable. ``config`` is resolved: no ``auto`` in its method and precision."""
 
     slide: str
     config: RunConfig
@@ -67,9 +71,13 @@ class Plan:
     tools: Tools
     info: SlideInfo
     blocks: list[Block]
-    folder: RunFolder
     run_hash: str
     warnings: list[str]
+
+    def at(self, parts: Path) -> Plan:
+        """The plan with the folder of parts that was claimed for it."""
+        job = dataclasses.replace(self.job, parts=parts)
+        return dataclasses.replace(self, job=job, tools=dataclasses.replace(self.tools, job=job))
 
     @property
     def tile_count(self) -> int:
@@ -84,8 +92,8 @@ def open_tools(job: Job) -> Tools:
     return Tools(job, reader, load_model(config.model, config.device, config.precision))
 
 
-def plan_run(slide: str, config: RunConfig, out: Path) -> Plan:
-    """Check a run and lay it out; writes nothing.
+def plan_run(slide: str, config: RunConfig, out: Path, *, overwrite: bool = False) -> Plan:
+    """Check a run and lay it out; writes nothing. The caller closes ``tools.reader``.
 
     Parameters
     ----------
@@ -93,46 +101,62 @@ def plan_run(slide: str, config: RunConfig, out: Path) -> Plan:
         Path or URL.
     config
         What to do; ``seeds`` and ``roi`` are paths.
-    out
-        Folder of all runs.
+    out, overwrite
+        Folder of all runs, and whether another run may be replaced.
 
     Raises
     ------
     WsisegError
         The first thing that is wrong, in one line.
     """
+    check(config)
     _, weights = find_weights(config.model)
     for name in config.formats:
         load_writer(name)
     seeds = read_seeds(Path(config.seeds)) if config.seeds else None
-    method = _choose_method(config, seeds)
-    reader = open_slide(slide, mpp=config.mpp, reader=config.reader)
-    info = reader.info
-    require_cellular(info)
-    warnings = list(info.warnings)
-    if seeds:
-        seeds, more = check_seeds(seeds, info)
-        warnings += more
-    roi = read_regions(Path(config.roi), info) if config.roi else None
-    model = load_model(config.model, config.device, config.precision)
-    lattice = Lattice(info.mpp, model.mpp)
-    tissue = None
-    if config.tissue.enabled:
-        tissue = find_tissue(*thumbnail(reader, config.tissue.overview_mpp), config.tissue, mpp=info.mpp)
-        warnings += tissue.warnings
-    area = SearchArea(tissue, roi)
-    bank = build_bank(reader, model, seeds, lattice, config) if seeds else None
+    with contextlib.ExitStack() as stack:
+        reader = stack.enter_context(open_slide(slide, mpp=config.mpp, reader=config.reader))
+        info = reader.info
+        require_cellular(info)
+        warnings = list(info.warnings)
+        if seeds:
+            seeds, more = check_seeds(seeds, info)
+            warnings += more
+        roi = read_regions(Path(config.roi), info) if config.roi else None
+        resolved = _resolve(config, seeds)
 
-    resolved = dataclasses.replace(config, method=method)
-    facts = {"slide": _slide_key(slide), "weights": file_hash(weights), "roi": _text_hash(config.roi)}
-    seeds_hash = _text_hash(config.seeds)
-    # Types and overlaps are settled after the parts: another threshold there does not make them stale. Nor do other seeds under APG.
-    segmenting = dataclasses.replace(resolved, typing=type(config.typing)(), stitching=type(config.stitching)())
-    parts_hash = segmenting.hash(**facts, seeds=seeds_hash if method == "cop" else "")
-    folder = find_folder(out, slide if "://" in slide else str(Path(slide).resolve()))
-    blocks = plan_blocks(info.size_px0, lattice, config.tiling, stride_px=model.stride_px, reach_px=model.reach_px, wanted=area.wanted)
-    job = Job(slide, resolved, lattice, area, bank, folder.parts, parts_hash)
-    return Plan(job, Tools(job, reader, model), info, blocks, folder, resolved.hash(**facts, seeds=seeds_hash), warnings)
+        facts: dict[str, object] = {
+            "slide": _slide_key(slide), "levels": info.level_sizes, "reader": info.reader, "mpp": info.mpp,
+            "weights": file_hash(weights), "roi": _content_hash(config.roi),
+        }  # fmt: skip
+        run_hash = resolved.hash(**facts, seeds=_content_hash(config.seeds))
+        # What is settled after the parts does not make them stale: types, overlaps, and under APG the seeds.
+        segmenting = dataclasses.replace(resolved, typing=TypingConfig(), stitching=StitchingConfig())
+        if resolved.method == "cop":
+            parts_hash = segmenting.hash(**facts, seeds=_content_hash(config.seeds))
+        else:
+            parts_hash = dataclasses.replace(segmenting, cop=CopConfig()).hash(**facts)
+        folder = find_folder(out, slide_path(slide))
+        check_folder(folder, run_hash, overwrite=overwrite)
+
+        model = load_model(config.model, config.device, resolved.precision)
+        lattice = Lattice(info.mpp, model.mpp)
+        tissue = None
+        if config.tissue.enabled:
+            tissue = find_tissue(*thumbnail(reader, config.tissue.overview_mpp), config.tissue, mpp=info.mpp)
+            warnings += tissue.warnings
+        area = SearchArea(tissue, roi)
+        bank = build_bank(reader, model, seeds, lattice, resolved, chains=resolved.method == "cop") if seeds else None
+        blocks = plan_blocks(info.size_px0, lattice, config.tiling, stride_px=model.stride_px, reach_px=model.reach_px, wanted=area.wanted)
+        job = Job(slide, resolved, lattice, area, bank, folder.parts, parts_hash)
+        plan = Plan(job, Tools(job, reader, model), info, blocks, run_hash, warnings)
+        stack.pop_all()
+    return plan
+
+
+def slide_path(slide: str) -> str:
+    """The slide's name in manifests: absolute path, or URL."""
+    return slide if "://" in slide else str(Path(slide).resolve())
 
 
 def image_tools(
@@ -141,23 +165,30 @@ def image_tools(
     """The tools for one image in memory (H, W, 3) at ``config.mpp``."""
     if config.mpp is None:
         raise ConfigError("image: microns per pixel are not known; set mpp (for example mpp=0.25)")
+    check(config, "image")
     reader = ArrayReader(image, config.mpp)
     if seeds:
-        seeds, _ = check_seeds(seeds, reader.info)
-    model = model or load_model(config.model, config.device, config.precision)
+        seeds, doubts = check_seeds(dataclasses.replace(seeds, slide=None), reader.info)
+        for doubt in doubts:
+            logger.warning("%s", doubt)
+    resolved = _resolve(config, seeds)
+    model = model or load_model(config.model, config.device, resolved.precision)
     lattice = Lattice(config.mpp, model.mpp)
-    bank = build_bank(reader, model, seeds, lattice, config) if seeds else None
-    resolved = dataclasses.replace(config, method=_choose_method(config, seeds))
+    bank = build_bank(reader, model, seeds, lattice, resolved, chains=resolved.method == "cop") if seeds else None
     job = Job("image", resolved, lattice, SearchArea(None, None), bank, Path(), "")
     return Tools(job, reader, model), reader.info
 
 
-def _choose_method(config: RunConfig, seeds: Seeds | None) -> Method:
+def _resolve(config: RunConfig, seeds: Seeds | None) -> RunConfig:
+    """The configuration without ``auto`` in what decides the result."""
     if config.method == "cop" and seeds is None:
         raise ConfigError("--method cop: needs clicks; pass --seeds FILE, or use --method apg")
-    if config.method != "auto":
-        return config.method
-    return BEST_METHOD.get(config.model, "apg") if seeds else "apg"
+    method, precision = config.method, config.precision
+    if method == "auto":
+        method = BEST_METHOD.get(config.model, "apg") if seeds else "apg"
+    if precision == "auto":
+        precision = "bf16" if pick_device(config.device).type == "cuda" else "fp32"
+    return dataclasses.replace(config, method=method, precision=precision)
 
 
 def _slide_key(slide: str) -> str:
@@ -173,7 +204,7 @@ def _slide_key(slide: str) -> str:
     return f"{size}-{digest.hexdigest()}"
 
 
-def _text_hash(path: str | None) -> str:
+def _content_hash(path: str | None) -> str:
     return file_hash(Path(path)) if path else ""
 
 
@@ -182,7 +213,7 @@ def describe(plan: Plan) -> dict[str, Any]:
     info, config = plan.info, plan.job.config
     return {
         "slide": {
-            "path": plan.job.slide if "://" in plan.job.slide else str(Path(plan.job.slide).resolve()),
+            "path": slide_path(plan.job.slide),
             "reader": info.reader,
             "format": info.format,
             "size_px0": list(info.size_px0),
@@ -193,7 +224,6 @@ def describe(plan: Plan) -> dict[str, Any]:
         "config": dataclasses.asdict(config),
         "seeds": config.seeds,
         "model": {"name": config.model, "sha256": file_hash(find_weights(config.model)[1]), "device": str(plan.tools.model.device)},
-        "folder": str(plan.folder.path),
         "run_hash": plan.run_hash,
         "parts_hash": plan.job.parts_hash,
         "frame": "slide level-0 px, x right, y down, origin at the outer corner of pixel (0, 0)",

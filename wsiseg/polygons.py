@@ -74,7 +74,7 @@ def trace(masks: WindowMasks, outer: Box, lattice: Lattice, config: MaskConfig) 
     big = shapely.area(polygons) * lattice.slide_mpp**2 >= config.min_area_um2
     cells = Cells(
         polygons=polygons,
-        points_xy=(prompts[rows].astype(np.float64) + (outer.x0, outer.y0)) * lattice.scale,
+        points_xy=lattice.to_level0(prompts[rows].astype(np.float64) + (outer.x0, outer.y0)),
         scores=(masks.quality * masks.stability).numpy()[rows],
         descriptors=masks.descriptors.numpy()[rows],
     )

@@ -9,7 +9,7 @@ c_i^t    score          (a_i^t - m_neg) / (m_pos - m_neg): 0 = typical other, 1 
 
 Label = argmax_t c where c reaches ``min_score`` and leads by ``min_margin``; otherwise ``unassigned``. The calibration has no prevalence in it:
 a type that makes up 70 % of the slide is covered as well as one of 1 % (mean + sd, as in the image-level method, can cover at most half).
-Negative clicks compete like a type of their own, whose cells come out unassigned.
+A cell that looks more like a negative click of type t than like t itself cannot be t; other types are not touched by it.
 """
 
 from __future__ import annotations
@@ -54,11 +54,12 @@ def assign_types(descriptors: NDArray[np.float16], bank: Bank, config: TypingCon
     if not len(descriptors):
         return Typing(names, colors, np.empty(0, np.int32), np.empty(0, np.float32), np.empty(0, np.float32)), []
     z = descriptors.astype(np.float32)
-    anchors = [p for p in (*bank.clicked, bank.negative) if len(p)]
+    anchors = list(bank.clicked)
     warnings: list[str] = []
     if len(anchors) == 1:
         centre = z.mean(0, dtype=np.float64).astype(np.float32)
-        score = _calibrate_alone(_affinity(z, anchors, centre))
+        affinity = _affinity(z, anchors, centre)
+        score = _calibrate_alone(affinity)
     else:
         affinity = _affinity(z, anchors, _balance(anchors))
         # One round of transduction: each type's sure cells sharpen its prototypes and the centre; the clicks stay in.
@@ -66,13 +67,17 @@ def assign_types(descriptors: NDArray[np.float16], bank: Bank, config: TypingCon
             (z[rows] if len(rows) else a).mean(0, keepdims=True) for rows, a in zip(_sure_cells(affinity), anchors, strict=True)
         ]
         anchors = [np.vstack([a, m]) for a, m in zip(anchors, means, strict=True)]
-        affinity = _affinity(z, anchors, _balance(means))
+        centre = _balance(means)
+        affinity = _affinity(z, anchors, centre)
         score, warnings = _calibrate(affinity, _sure_cells(affinity), names[1:], config)
+    for t, negative in enumerate(bank.negative):
+        if len(negative):
+            score[_affinity(z, [negative], centre)[:, 0] >= affinity[:, t], t] = 0
     order = np.argsort(-score, 1, kind="stable")
     best = order[:, 0]
     top = np.take_along_axis(score, order[:, :1], 1)[:, 0]
     second = np.take_along_axis(score, order[:, 1:2], 1)[:, 0] if score.shape[1] > 1 else np.zeros_like(top)
-    verdict = (top >= config.min_score) & (top - second >= config.min_margin) & (best < len(bank.names))
+    verdict = (top >= config.min_score) & (top - second >= config.min_margin)
     codes = np.where(verdict, best + 1, 0).astype(np.int32)
     return Typing(names, colors, codes, top.astype(np.float32), (top - second).astype(np.float32)), warnings
 
@@ -112,13 +117,12 @@ def _calibrate(
 ) -> tuple[NDArray[np.float32], list[str]]:
     """Two-point calibration of each type against the others."""
     score, warnings = np.empty_like(affinity), []
-    labels = [*names, "negative clicks"]
     for t in range(affinity.shape[1]):
         others = np.concatenate([rows for k, rows in enumerate(sure) if k != t])
         other = float(np.median(affinity[others, t])) if len(others) else 0.0
         typical = float(np.median(affinity[sure[t], t])) if len(sure[t]) else other
         if typical - other < config.separable:
-            warnings.append(f"type {labels[t]} is hardly told apart from the others by this model; click a few more typical cells of each")
+            warnings.append(f"type {names[t]} is hardly told apart from the others by this model; click a few more typical cells of each")
         score[:, t] = (affinity[:, t] - other) / max(typical - other, config.separable)
     return score, warnings
 
@@ -144,7 +148,7 @@ def _calibrate_alone(affinity: NDArray[np.float32]) -> NDArray[np.float32]:
     return np.ones_like(affinity)
 
 
-def keep_clicks(cells: Cells, typing: Typing, bank: Bank, reach_px0: float) -> Typing:
+def keep_clicks(cells: Cells, typing: Typing, bank: Bank, reach_px0: float) -> tuple[Typing, list[str]]:
     """Give every clicked cell the type it was clicked as.
 
     Parameters
@@ -155,14 +159,22 @@ def keep_clicks(cells: Cells, typing: Typing, bank: Bank, reach_px0: float) -> T
         Its ``clicks`` are level-0 px.
     reach_px0
         A click beside its cell finds it within this distance.
+
+    Returns
+    -------
+    typing
+        Score and margin of a clicked cell are at least 1.
+    warnings
+        A sentence per click that meets no cell (it lies outside the region or tissue that was searched).
     """
-    if not len(cells):
-        return typing
-    codes, scores = typing.codes.copy(), typing.scores.copy()
+    codes, scores, margins = typing.codes.copy(), typing.scores.copy(), typing.margins.copy()
+    warnings = []
     tree = shapely.STRtree(cells.polygons)
     for t, clicks in enumerate(bank.clicks):
         for point in shapely.points(clicks):
-            near = tree.query_nearest(point, max_distance=reach_px0)
-            if len(near):
-                codes[near[0]], scores[near[0]] = t + 1, max(scores[near[0]], 1.0)
-    return Typing(typing.names, typing.colors, codes, scores, typing.margins)
+            near = tree.query_nearest(point, max_distance=reach_px0) if len(cells) else []
+            if not len(near):
+                warnings.append(f"the click on {bank.names[t]} at [{point.x:g}, {point.y:g}] meets no cell of the result")
+                continue
+            codes[near[0]], scores[near[0]], margins[near[0]] = t + 1, max(scores[near[0]], 1.0), max(margins[near[0]], 1.0)
+    return Typing(typing.names, typing.colors, codes, scores, margins), warnings

@@ -208,7 +208,9 @@ class Bank:
     clicked
         Per type, (k, D) float32: descriptors of the clicked cells.
     negative
-        (k, D) float32: descriptors of cells clicked as belonging to no type.
+        Per type, (k, D) float32: descriptors of cells clicked as *not* of it.
+    cells
+        The clicked cells themselves, type by type in the order of ``clicks``.
     high, low
         Per type, (m, C) float32: F_h and F_l at the reliable places, the clicks' own first.
     floors
@@ -219,7 +221,8 @@ class Bank:
     colors: tuple[tuple[int, int, int], ...]
     clicks: tuple[NDArray[np.float64], ...]
     clicked: tuple[NDArray[np.float32], ...]
-    negative: NDArray[np.float32]
+    negative: tuple[NDArray[np.float32], ...]
+    cells: Cells
     high: tuple[NDArray[np.float32], ...]
     low: tuple[NDArray[np.float32], ...]
     floors: NDArray[np.float32]

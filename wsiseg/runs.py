@@ -3,24 +3,26 @@
 ::
 
     OUT/<slide-stem>/          a second slide of the same stem gets a suffix from its path
-      manifest.json            config, versions, counts, timings, failures; written first (status "running") and last
+      manifest.json            config, versions, counts, timings, failures; created first (it is the claim on the folder) and replaced last
       parts/<row>-<column>.parquet
       cells.parquet  cells.geojson.gz
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
 import platform
-import shutil
+import tempfile
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from wsiseg.errors import RunError
-from wsiseg.formats.atomic import write_json
+from wsiseg.formats.atomic import PARTIAL_PATTERN, is_abandoned, write_json
 
 FINAL_FILES = ("cells.parquet", "cells.geojson.gz", "cells.geojson.zip")
 _LIBRARIES = ("torch", "numpy", "scipy", "shapely", "scikit-image", "openslide-python", "tiffslide", "pyarrow", "geopandas", "distributed")
@@ -43,18 +45,14 @@ class RunFolder:
         return self.path / "parts"
 
     def read_manifest(self) -> dict[str, Any] | None:
-        """The manifest, or ``None`` when there is none that can be read."""
+        """The manifest, or ``None`` when there is none of wsiseg's."""
         try:
             content = json.loads(self.manifest.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
-        return content if isinstance(content, dict) else None
-
-    def keep_only(self, files: list[str]) -> None:
-        """Remove final files of an earlier finish that are not among ``files``."""
-        for name in FINAL_FILES:
-            if name not in files:
-                (self.path / name).unlink(missing_ok=True)
+        shape = {"run_hash": str, "slide": dict, "config": dict}
+        ours = isinstance(content, dict) and all(isinstance(content.get(k), kind) for k, kind in shape.items())
+        return content if ours else None
 
     def write_manifest(self, content: dict[str, Any]) -> None:
         """Replace the manifest, whole or not at all."""
@@ -63,17 +61,13 @@ class RunFolder:
 
 def find_folder(out: Path, slide: str) -> RunFolder:
     """The folder of a slide below ``out``: its stem, with a suffix when another slide holds that name."""
-    stem = Path(slide).name
-    stem = stem[: -len(".ome.tiff")] if stem.lower().endswith(".ome.tiff") else Path(slide).stem
-    folder = RunFolder(out / (stem or "slide"))
-    manifest = folder.read_manifest()
-    if manifest and manifest.get("slide", {}).get("path") not in (None, slide):
-        folder = RunFolder(out / f"{stem}-{hashlib.sha256(slide.encode()).hexdigest()[:6]}")
-    return folder
+    plain, suffixed = _candidates(out, slide)
+    manifest = plain.read_manifest()
+    return suffixed if manifest and manifest["slide"].get("path") != slide else plain
 
 
-def claim_folder(folder: RunFolder, run_hash: str, *, overwrite: bool) -> None:
-    """Make the folder ready for this run, or refuse; nothing is deleted unless ``overwrite``.
+def check_folder(folder: RunFolder, run_hash: str, *, overwrite: bool) -> None:
+    """Refuse a folder that holds another run, or something that is no run; touches nothing.
 
     Parameters
     ----------
@@ -82,49 +76,121 @@ def claim_folder(folder: RunFolder, run_hash: str, *, overwrite: bool) -> None:
     run_hash
         Digest of everything that decides the result.
     overwrite
+        Accept both.
+
+    Raises
+    ------
+    RunError
+        With what is there and what to do.
+    """
+    try:
+        if folder.path.exists() and not folder.path.is_dir():
+            raise RunError(f"{folder.path}: is a file, a folder is needed; pass another --out")
+        manifest = folder.read_manifest()
+        if overwrite:
+            return
+        if manifest is None and folder.path.is_dir() and not _only_beginnings(folder):
+            raise RunError(f"{folder.path}: holds files but no manifest.json of wsiseg; pass another --out, or --overwrite to use it all the same")
+        if manifest and manifest["run_hash"] != run_hash:
+            made, config = manifest.get("seeds") or "none", manifest["config"]
+            raise RunError(
+                f"{folder.path}: holds a run of another configuration (model {config.get('model')}, method {config.get('method')}, seeds {made}); "
+                "pass another --out, or --overwrite to replace it"
+            )
+    except PermissionError as error:
+        raise _unwritable(folder.path, error) from error
+
+
+def claim_folder(out: Path, slide: str, manifest: dict[str, Any], *, overwrite: bool) -> RunFolder:
+    """Make the slide's folder this run's: two slides of one name that start at the same moment get two folders.
+
+    Parameters
+    ----------
+    out, slide
+        As for :func:`find_folder`.
+    manifest
+        Of a run that begins; it is created exclusively, which is the claim.
+    overwrite
         Give up an earlier run with another configuration. Its finished parts are used again where they are the same.
 
     Raises
     ------
     RunError
-        The folder holds another run, or something that is not a run, or cannot be written.
+        The folder holds another run or cannot be written.
     """
-    manifest = folder.read_manifest()
-    if folder.path.exists() and not folder.path.is_dir():
-        raise RunError(f"{folder.path}: is a file, a folder is needed; pass another --out")
-    if manifest is None and folder.path.is_dir() and any(folder.path.iterdir()) and not overwrite:
-        raise RunError(f"{folder.path}: holds files but no readable manifest.json; pass another --out, or --overwrite to use it all the same")
-    if manifest and manifest.get("run_hash") != run_hash and not overwrite:
-        raise RunError(f"{folder.path}: holds a run of {_difference(manifest)}; pass another --out, or --overwrite to replace it")
-    try:
-        folder.parts.mkdir(parents=True, exist_ok=True)
-        probe = folder.parts / ".writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise RunError(f"{folder.path}: cannot be written ({error.strerror}); pass --out with a folder that you may write to") from error
-    if overwrite and (manifest is None or manifest.get("run_hash") != run_hash):
-        folder.keep_only([])
+    for folder in _candidates(out, slide):
+        previous = folder.read_manifest()
+        if previous and previous["slide"].get("path") != slide:
+            continue
+        check_folder(folder, manifest["run_hash"], overwrite=overwrite)
+        try:
+            folder.path.mkdir(parents=True, exist_ok=True)
+            if not _create(folder, manifest, exclusive=previous is None and not folder.manifest.exists()):
+                continue  # another slide was quicker
+            folder.parts.mkdir(exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder.parts):
+                pass
+        except OSError as error:
+            raise error if isinstance(error, RunError) else _unwritable(folder.path, error) from error
+        if previous and previous["run_hash"] != manifest["run_hash"]:
+            for name in FINAL_FILES:
+                (folder.path / name).unlink(missing_ok=True)
+        return folder
+    raise RunError(f"{out}: two other slides hold the name of {slide}; pass another --out")
 
 
-def drop_stale_parts(folder: RunFolder, names: set[str]) -> None:
-    """Remove parts that no block of this run has, and leftovers of interrupted writes."""
-    for path in folder.parts.iterdir():
-        if path.stem not in names or path.suffix != ".parquet":
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+def drop_stale_files(folder: RunFolder, names: set[str]) -> None:
+    """Remove parts that no block of this run has, and what killed processes left half-written."""
+    for path in folder.parts.glob("*.parquet"):
+        if path.stem not in names:
+            path.unlink(missing_ok=True)
+    for path in [*folder.path.glob(PARTIAL_PATTERN), *folder.parts.glob(PARTIAL_PATTERN)]:
+        if is_abandoned(path):
+            path.unlink(missing_ok=True)
 
 
 def versions() -> dict[str, str]:
     """Versions of what takes part in the result."""
     found = {"python": platform.python_version()}
     for library in _LIBRARIES:
-        try:
+        with contextlib.suppress(PackageNotFoundError):
             found[library] = version(library)
-        except PackageNotFoundError:
-            continue
     return found
 
 
-def _difference(manifest: dict[str, Any]) -> str:
-    made = manifest.get("config", {})
-    return f"another configuration (model {made.get('model', '?')}, method {made.get('method', '?')}, seeds {manifest.get('seeds') or 'none'})"
+def _candidates(out: Path, slide: str) -> tuple[RunFolder, RunFolder]:
+    name = Path(slide).name
+    for ending in (".ome.tiff", ".ome.tif"):
+        name = name[: -len(ending)] if name.lower().endswith(ending) else name
+    stem = (Path(name).stem if name == Path(slide).name else name) or "slide"
+    return RunFolder(out / stem), RunFolder(out / f"{stem}-{hashlib.sha256(slide.encode()).hexdigest()[:6]}")
+
+
+def _create(folder: RunFolder, manifest: dict[str, Any], *, exclusive: bool) -> bool:
+    """Write the first manifest; ``False`` when ``exclusive`` and a run of another slide has come between."""
+    if exclusive:
+        draft = folder.path / f".manifest.{os.getpid()}.draft"
+        write_json(draft, manifest)
+        try:
+            os.link(draft, folder.manifest)
+        except FileExistsError:
+            current = folder.read_manifest()
+            if current and current["slide"].get("path") != manifest["slide"]["path"]:
+                return False
+        except OSError:  # a file system without hard links: the last writer wins, as before
+            folder.write_manifest(manifest)
+        finally:
+            draft.unlink(missing_ok=True)
+    else:
+        folder.write_manifest(manifest)
+    return True
+
+
+def _only_beginnings(folder: RunFolder) -> bool:
+    """Whether a folder without manifest holds nothing but what a run killed at its very start leaves."""
+    inside = [p for p in folder.path.rglob("*") if p != folder.parts]
+    return all(p.name.startswith(".") and p.suffix in (".partial", ".draft") for p in inside)
+
+
+def _unwritable(path: Path, error: OSError) -> RunError:
+    return RunError(f"{path}: cannot be written ({error.strerror}); pass --out with a folder that you may write to")

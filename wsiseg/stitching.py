@@ -1,13 +1,15 @@
 """Outlines of all tiles -> cells: overlaps are settled once, for the whole slide, in an order that does not depend on the tiling.
 
 Every tile hands over the outlines whose prompt lies in its core, each exactly once. Here they are visited from the best score down (ties: by
-prompt position, a total order); an outline goes when too much of it is already claimed, or when it is a cluster; what little overlap
+prompt position, a total order); an outline goes when too much of it is already claimed, when it lies in a better one or round it, or when
+it is a cluster of others; what little overlap
 remains is cut from the lower-scored outline. This is the score-ordered merge of APG v2, on polygons instead of a label image: it needs no
 pixels, no tile order, and no special case at tile borders.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -69,7 +71,7 @@ def stitch(cells: Cells, size_px0: tuple[int, int], min_area_px0: float, config:
     rows = np.flatnonzero(big)
     rows = rows[_z_order(cells.points_xy[rows])]
     out = cells.take(rows)
-    return type(out)(polygons[rows], out.points_xy, out.scores, out.descriptors), counts
+    return dataclasses.replace(out, polygons=polygons[rows]), counts
 
 
 def _clip(polygons: NDArray[np.object_], size_px0: tuple[int, int]) -> NDArray[np.object_]:
@@ -105,8 +107,10 @@ def _choose(
     rows, starts = np.unique(low, return_index=True)
     for row, start, stop in zip(rows, starts, np.r_[starts, len(low)][1:], strict=True):
         if kept[row]:
-            claimed = shared[start:stop][kept[high[start:stop]]].sum()
-            kept[row] = claimed <= config.max_overlap * area[row]
+            better = kept[high[start:stop]]
+            claimed, sizes = shared[start:stop][better], area[high[start:stop]][better]
+            nested = (claimed >= config.nested * np.minimum(sizes, area[row])).any()
+            kept[row] = claimed.sum() <= config.max_overlap * area[row] and not nested
     return kept, int(cluster.sum())
 
 

@@ -21,7 +21,7 @@ _TOOLS = "wsiseg_tools"
 
 
 def map_blocks(
-    work: Callable[[Tools, Item], Summary], blocks: Sequence[Item], setup: Callable[[], Tools], *, workers: int = 1
+    work: Callable[[Tools, Item], Summary], blocks: Sequence[Item], setup: Callable[[], Tools], *, workers: int = 1, tools: Tools | None = None
 ) -> Iterator[Summary]:
     """Yield ``work(tools, block)`` of every block as it finishes.
 
@@ -33,33 +33,35 @@ def map_blocks(
         What to work on; order of the results is not promised.
     workers
         1: in this process. More: that many local processes.
+    tools
+        This process's own, when it has them already.
     """
-    if workers == 1 or len(blocks) <= 1:
-        tools = setup()
+    workers = min(workers, len(blocks))
+    if workers > 1:
+        yield from _map_in_processes(work, blocks, setup, workers)
+    elif blocks:
+        tools = setup() if tools is None else tools
         for block in blocks:
             yield work(tools, block)
-        return
-    yield from _map_in_processes(work, blocks, setup, min(workers, len(blocks)))
 
 
 def _map_in_processes(
     work: Callable[[Tools, Item], Summary], blocks: Sequence[Item], setup: Callable[[], Tools], workers: int
 ) -> Iterator[Summary]:
-    import dask
-    from distributed import Client, LocalCluster, as_completed
+    import distributed
 
-    # No dashboard, no fixed port, no file outside a temporary folder that Dask removes: two runs on one machine never meet.
-    settings = {"distributed.worker.daemon": False, "distributed.admin.tick.limit": "1h", "distributed.logging.distributed": "error"}
+    logging.getLogger("distributed").setLevel(logging.ERROR)
+    # No fixed port (0: any free one, this machine only) and no file outside a temporary folder: two runs on one machine never meet.
     with (
-        dask.config.set(settings),
-        LocalCluster(
-            n_workers=workers, threads_per_worker=1, processes=True, dashboard_address=None, silence_logs=logging.ERROR, memory_limit=0
+        distributed.LocalCluster(
+            n_workers=workers, threads_per_worker=1, processes=True, dashboard_address="127.0.0.1:0", silence_logs=logging.ERROR, memory_limit=0
         ) as cluster,
-        Client(cluster) as client,
+        distributed.Client(cluster) as client,
     ):
-        threads = max((os.cpu_count() or 1) // workers, 1)
-        futures = [client.submit(_run, work, setup, threads, block, pure=False, retries=1) for block in blocks]
-        for future in as_completed(futures):
+        threads = max(len(os.sched_getaffinity(0)) // workers, 1)
+        recipe = client.scatter(setup, broadcast=True, hash=False)  # once per worker, not with every block
+        futures = [client.submit(_run, work, recipe, threads, block, pure=False, retries=1) for block in blocks]
+        for future in distributed.as_completed(futures):
             yield future.result()
             future.release()
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import platform
 import secrets
+import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -23,6 +25,10 @@ REPAIRABLE = {
 }  # fmt: skip
 
 
+PARTIAL_PATTERN = ".*.partial"  #: temporary names, wherever a process was killed while writing
+_DAY = 86_400  # seconds
+
+
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """A temporary name that becomes ``path`` when the block ends well.
@@ -35,14 +41,14 @@ def atomic_path(path: Path) -> Iterator[Path]:
     Yields
     ------
     Path
-        ``.<name>.<pid>.<random>.partial`` in the same folder, not yet existing; the block must write it and close it.
+        ``.<name>.<host>.<pid>.<random>.partial`` in the same folder, not yet existing; the block must write it and close it.
 
     Raises
     ------
     RunError
         The disk is full or the folder cannot be written. The temporary file is removed after any exception.
     """
-    partial = path.parent / f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.partial"
+    partial = path.parent / f".{path.name}.{_host()}.{os.getpid()}.{secrets.token_hex(4)}.partial"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield partial
@@ -58,6 +64,24 @@ def atomic_path(path: Path) -> Iterator[Path]:
             partial.unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # some network file systems, and Windows, cannot sync a folder
         _sync(path.parent, os.O_RDONLY)
+
+
+def is_abandoned(partial: Path) -> bool:
+    """Whether the writer of a temporary file is gone: its process on this host has ended, or the file is of another host and a day old."""
+    fields = partial.name.split(".")
+    if len(fields) < 6 or fields[-4] != _host() or not fields[-3].isdigit():
+        return time.time() - partial.stat().st_mtime > _DAY
+    try:
+        os.kill(int(fields[-3]), 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def _host() -> str:
+    return "".join(c if c.isalnum() else "-" for c in platform.node()) or "host"
 
 
 def write_json(path: Path, value: object) -> None:

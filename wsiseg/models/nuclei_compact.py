@@ -169,12 +169,15 @@ class NucleiCompact(nn.Module):
             p2, p4, p8 = self.pyramid(standard)
         if self._bf16:
             p2, p4, p8 = p2.float(), p4.float(), p8.float()
+        # One product for both heads: on its own, the three-channel one rounds differently with the number of threads.
+        weight, bias = (torch.cat([getattr(self.maps, k), getattr(self.mask_features, k)]) for k in ("weight", "bias"))
+        maps, mask = F.conv2d(p2, weight, bias).split([3, MASK_FEATURES], 1)
         density = -torch.log(F.avg_pool2d(unit, CELL_PX).clamp_min(1 / 255))
         return Embeddings(
             high=F.normalize(self.high(p4), dim=1),
             low=F.normalize(self.low(p8), dim=1),
-            maps=self.maps(p2),
-            extra={"mask": self.mask_features(p2), "p2": p2, "p4": p4, "p8": p8, "density": density},
+            maps=maps,
+            extra={"mask": mask, "p2": p2, "p4": p4, "p8": p8, "density": density},
         )
 
     def decode(self, embeddings: Embeddings, tile: Tensor, points_xy: Tensor) -> WindowMasks:

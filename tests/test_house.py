@@ -1,0 +1,285 @@
+"""What surrounds the code says what is so: README, docs, examples, pins, CI."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import click
+import jsonschema
+import pytest
+from click.testing import CliRunner
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from wsiseg.cli import main
+
+ROOT = Path(__file__).parent.parent
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").glob("*.md")]
+MODEL_CARD = ROOT / "wsiseg/models/weights/nuclei-compact.md"
+TEXT_SUFFIXES = {"", ".py", ".md", ".toml", ".txt", ".json", ".sh", ".groovy", ".cff", ".yml", ".yaml", ".smk"}
+SKIPPED_FOLDERS = {"__pycache__", "build", "dist", "venv", "wsiseg-out"}
+
+
+def block(name: str) -> list[str]:
+    """The lines of the README's code block that is marked ``name``."""
+    text = (ROOT / "README.md").read_text()
+    found = re.search(rf"<!-- block: {name} -->\n```bash\n(.*?)```", text, re.DOTALL)
+    assert found, f"README has no block {name}"
+    return found[1].splitlines()
+
+
+def code(page: Path) -> list[str]:
+    """Code spans, and lines of code blocks with their continuations joined."""
+    text = page.read_text()
+    if page.suffix != ".md":
+        return text.replace("\\\n", " ").splitlines()
+    blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    rest = re.sub(r"^```\w*\n.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+    return [line for b in blocks for line in b.replace("\\\n", " ").splitlines()] + re.findall(r"`([^`\n]+)`", rest)
+
+
+def commands() -> dict[str, click.Command]:
+    """Every command by its words: ``run``, ``seeds check``, ..."""
+    context, found = click.Context(main), {}
+    for name in main.list_commands(context):
+        command = main.get_command(context, name)
+        assert command is not None
+        found[name] = command
+        if isinstance(command, click.Group):
+            found |= {f"{name} {inner}": c for inner, c in command.commands.items()}
+    return found
+
+
+def options(command: click.Command) -> set[str]:
+    return {"-h", "--help"} | {o for p in command.params if isinstance(p, click.Option) for o in (*p.opts, *p.secondary_opts)}
+
+
+def project_files() -> list[Path]:
+    """Text files of the project; not what tools leave behind."""
+    found = []
+    for folder, folders, names in os.walk(ROOT):
+        folders[:] = [f for f in folders if f not in SKIPPED_FOLDERS and (f == ".ci" or not f.startswith("."))]
+        found += [Path(folder, n) for n in names if Path(n).suffix in TEXT_SUFFIXES]
+    return found
+
+
+def test_ci_runs_the_test_commands_of_the_readme() -> None:
+    """``.ci/run`` says what the README says and nothing else; only where the environment lies differs."""
+    script = [line for line in (ROOT / ".ci/run").read_text().splitlines() if line and not line.startswith("#")]
+    set_up = [line for line in script if re.match(r'set -euo|cd "\$|venv=|trap ', line)]
+    said = [line.replace('"$venv"', ".venv").replace('"$venv/bin/activate"', ".venv/bin/activate") for line in script if line not in set_up]
+    assert said == block("test")
+    assert len(set_up) == 4
+    assert os.access(ROOT / ".ci/run", os.X_OK)
+
+
+def test_the_readmes_first_command_ends_in_what_demo_prints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run command of the README is the one that ``wsiseg demo`` prints (that it works is tested in test_cli_run.py)."""
+    lines = block("run")
+    assert lines[-2] == "wsiseg demo demo"
+    monkeypatch.chdir(tmp_path)
+    assert CliRunner().invoke(main, lines[-2].split()[1:]).output.strip() == lines[-1]
+
+
+def test_every_page_is_on_the_map() -> None:
+    index = (ROOT / "docs/index.md").read_text()
+    for page in (ROOT / "docs").glob("*.md"):
+        assert page.name == "index.md" or f"({page.name})" in index, page
+    readme = (ROOT / "README.md").read_text()
+    assert all(f"(docs/{page.name})" in readme for page in (ROOT / "docs").glob("*.md"))
+    listed = (ROOT / "examples/README.md").read_text()
+    for example in (ROOT / "examples").iterdir():
+        assert example.is_dir() or example.name == "README.md" or f"({example.name})" in listed, example
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text()):
+        path = (page.parent / target).resolve()
+        assert "://" in target or path.exists() or path == MODEL_CARD, f"{page.name}: {target}"
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "Dockerfile", ROOT / "examples/slurm_array.sh"], ids=lambda p: str(p.relative_to(ROOT)))
+def test_commands_and_options_exist(page: Path) -> None:
+    """Every ``wsiseg X`` and every option in code is one that the program has."""
+    known = commands()
+    everywhere = set().union(*map(options, known.values())) | {"--version"}
+    for line in code(page):
+        for call in re.split(r"&&|\|\||;", line):
+            found = re.search(r"(?<![\w./-])wsiseg ((?:[a-z]+ ?)+|-)", call)
+            if not found:
+                continue
+            words = found[1].split()
+            if words[0] in ("-", "COMMAND") or line.lstrip().startswith(("pip ", "docker build")):
+                continue
+            name = " ".join(words[:2]) if " ".join(words[:2]) in known else words[0]
+            assert name in known, f"{page.name}: {line}"
+            for option in re.findall(r"(?<=\s)--?[a-z][a-z-]*", call[found.end(1) :]):
+                assert option in options(known[name]), f"{page.name}: {option} in {line}"
+        if line.startswith("-") and page.parent != ROOT / ".ci" and not line.startswith("--build-arg"):
+            option = re.split(r"[ =]", line)[0]
+            assert option in everywhere, f"{page.name}: {line}"
+
+
+@pytest.mark.parametrize("page", ["seeds.md", "troubleshooting.md"])
+def test_every_sentence_of_the_tables_is_in_the_code(page: str) -> None:
+    """First column of the tables headed "it says": literal pieces of messages."""
+    source = "\n".join(p.read_text() for p in (ROOT / "wsiseg").rglob("*.py")).replace("\\'", "'").replace('\\"', '"')
+    pieces = []
+    for table in re.findall(r"^\| it says .*?\n\n", (ROOT / "docs" / page).read_text() + "\n\n", re.DOTALL | re.MULTILINE):
+        pieces += [piece for row in table.strip().splitlines()[2:] for piece in re.findall(r"`([^`]+)`", row.split("|")[1])]
+    assert len(pieces) > 20
+    missing = [piece for piece in pieces if piece not in source]
+    assert not missing
+
+
+def test_every_command_and_column_is_in_the_docs() -> None:
+    text = "\n".join(page.read_text() for page in PAGES)
+    for name in commands():
+        assert name == "seeds" or f"wsiseg {name}" in text
+    from wsiseg.formats.geoparquet import _schema
+    from wsiseg.records import Cells, Provenance, SlideInfo, Typing
+
+    info = SlideInfo("a", "image", "png", ((1, 1),), (1.0,), 0.5, "--mpp")
+    schema = _schema(Cells.empty(4), Typing.untyped(0), info, Provenance("wsiseg", "0", "a", ""))
+    table = (ROOT / "docs/output.md").read_text().split("## cells.parquet")[1].split("## ")[0]
+    documented = {name for row in table.splitlines() if row.startswith("| `") for name in re.findall(r"`(\w+)`", row.split("|")[1])}
+    assert documented == set(schema.names)
+
+
+def test_nothing_points_outside_the_project() -> None:
+    """No path of a machine; the folder beside the checkout only where real data are read."""
+    may_look_beside = ("tests", "benchmarks", "training", ".ci")
+    workplace, beside = "/" + "work/", "../" + "shared"
+    for path in project_files():
+        text = path.read_text(errors="ignore")
+        place = path.relative_to(ROOT)
+        assert workplace not in text, place
+        assert beside not in text or place.parts[0] in may_look_beside, place
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda p: p.name)
+def test_examples_are_short(example: Path) -> None:
+    assert len(example.read_text().splitlines()) <= 40
+
+
+@pytest.fixture(scope="module")
+def array_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A task of the array script on the demo slide, with the example's clicks beside it; returns the folder of the run."""
+    folder = tmp_path_factory.mktemp("examples")
+    assert CliRunner().invoke(main, ["demo", str(folder)]).exit_code == 0
+    (folder / "ihc.seeds.json").write_bytes((ROOT / "examples/seeds.json").read_bytes())
+    (folder / "slides.txt").write_text(f"nowhere.svs\n{folder / 'ihc.tiff'}\n")
+    script = ["bash", str(ROOT / "examples/slurm_array.sh"), str(folder / "slides.txt"), str(folder / "out")]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(script, env={**os.environ, "PATH": path, "SLURM_ARRAY_TASK_ID": "2"}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    beyond = subprocess.run(script, env={**os.environ, "PATH": path, "SLURM_ARRAY_TASK_ID": "3"}, capture_output=True, text=True, check=False)
+    assert beyond.returncode == 2
+    assert "no line 3" in beyond.stderr
+    return folder / "out/ihc"
+
+
+def test_the_array_script_and_the_reader_agree(array_run: Path) -> None:
+    """The counts that ``read_cells.py`` prints are those of the run."""
+    types = json.loads((array_run / "manifest.json").read_text())["types"]
+    done = run_example("read_cells.py", str(array_run / "cells.parquet"))
+    printed = {row.split()[0]: int(row.split()[1]) for row in done.splitlines() if row.split()[:1] and row.split()[0] in types}
+    assert printed == {name: n for name, n in types.items() if n}
+    assert types["epithelium"]
+    assert types["stroma"]
+
+
+def test_manifest_keys_are_in_the_docs(array_run: Path) -> None:
+    manifest = json.loads((array_run / "manifest.json").read_text())
+    table = (ROOT / "docs/output.md").read_text().split("## manifest.json")[1]
+    documented = {name for row in table.splitlines() if row.startswith("| `") for name in re.findall(r"`(\w+)`", row.split("|")[1])}
+    assert set(manifest) | set(manifest["counts"]) == documented
+
+
+def test_the_library_example_counts_types() -> None:
+    rows = dict(line.split() for line in run_example("segment_image.py").splitlines())
+    assert int(rows["epithelium"]) > 0
+    assert int(rows["stroma"]) > 0
+    assert int(rows["all"]) == int(rows["epithelium"]) + int(rows["stroma"]) + int(rows["unassigned"])
+
+
+def run_example(name: str, *arguments: str) -> str:
+    done = subprocess.run([sys.executable, ROOT / "examples" / name, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_seeds_in_the_docs_are_valid(tmp_path: Path) -> None:
+    """``examples/seeds.json`` and the files shown in README and docs pass the schema and the reader."""
+    from wsiseg.formats.seeds import read_seeds
+
+    schema = json.loads((ROOT / "wsiseg/formats/seeds.schema.json").read_text())
+    shown = [text for page in PAGES for text in re.findall(r"^```json\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)]
+    for text in [(ROOT / "examples/seeds.json").read_text(), *shown]:
+        jsonschema.validate(json.loads(text), schema)
+        (tmp_path / "seeds.json").write_text(text)
+        assert read_seeds(tmp_path / "seeds.json").types
+    assert len(shown) >= 2
+
+
+def test_settings_shown_in_the_docs_are_valid(tmp_path: Path) -> None:
+    from wsiseg.config import read_config
+
+    for page in PAGES:
+        for text in re.findall(r"^```toml\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE):
+            (tmp_path / "settings.toml").write_text(text)
+            read_config(tmp_path / "settings.toml")
+
+
+def test_help_imports_nothing_heavy() -> None:
+    """``wsiseg --help`` stays quick: neither torch nor dask nor numpy."""
+    script = (
+        "import sys\nsys.argv = ['wsiseg', '--help']\nfrom wsiseg.cli import main\n"
+        "try:\n    main()\nfinally:\n    print('HEAVY', sorted({'torch', 'dask', 'distributed', 'numpy', 'pandas'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert "Exit status" in done.stdout
+    assert done.stdout.splitlines()[-1] == "HEAVY []"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], *([*name.split(), "--help"] for name in commands())], ids=" ".join)
+def test_help_keeps_its_lines(arguments: list[str]) -> None:
+    """A marker of click that is shown instead of obeyed runs the examples together."""
+    assert "\\b" not in CliRunner().invoke(main, arguments).output
+
+
+def test_everything_needed_is_pinned() -> None:
+    """Every requirement has a pin that it admits; torch's names no build, so that an installed one is kept."""
+    pins = {}
+    for line in (ROOT / "constraints.txt").read_text().splitlines():
+        if line and not line.startswith("#"):
+            name, version = line.split("==")
+            assert re.fullmatch(r"[0-9][\w.]*", version), line
+            pins[canonicalize_name(name)] = version
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    groups = [r for group in project["dependency-groups"].values() for r in group if isinstance(r, str)]
+    for text in project["project"]["dependencies"] + groups:
+        requirement = Requirement(text)
+        assert requirement.specifier.contains(pins[canonicalize_name(requirement.name)], prereleases=True), text
+    assert pins["torch"] == "2.13.0"
+
+
+def test_licences_are_there() -> None:
+    """The licence in full; every collection of the training recipe, and both algorithms, with their sources."""
+    assert "END OF TERMS AND CONDITIONS" in (ROOT / "LICENSE").read_text()
+    notice = (ROOT / "NOTICE").read_text()
+    data = ("TNBC", "licenses/by/4.0", "DSB 2018", "CC0", "NuCLS", "BRCA-M2C", "Copyright (c) 2022, TopoXLab")
+    for word in (*data, "micro-sam", "Chain-of-Prompts", "scikit-image"):
+        assert word in notice
+    version = re.search(r'__version__ = "(.+)"', (ROOT / "wsiseg/__init__.py").read_text())
+    assert version
+    assert f"version: {version[1]}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"[{version[1]}]" in (ROOT / "CHANGELOG.md").read_text()
