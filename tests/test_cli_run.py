@@ -137,7 +137,7 @@ def test_folders_that_cannot_be_used(demo: tuple[Path, Path], tmp_path: Path) ->
     (tmp_path / "out/ihc/notes.txt").write_text("mine")
     status, output = wsiseg("run", demo[0], "--out", tmp_path / "out")
     assert status == 1
-    assert "holds files but no readable manifest.json" in output
+    assert "holds files but no manifest.json of wsiseg" in output
     assert [p.name for p in (tmp_path / "out/ihc").iterdir()] == ["notes.txt"]
 
 
@@ -175,6 +175,40 @@ def test_two_slides_of_one_name_and_one_bad_slide(demo: tuple[Path, Path], tmp_p
     assert len(folders) == 2
     assert folders[0] == "ihc"
     assert folders[1].startswith("ihc-")
+
+
+def test_a_run_killed_at_its_very_start_goes_on(demo: tuple[Path, Path], tmp_path: Path) -> None:
+    """Only an empty parts folder and a half-written file are there: no reason to refuse."""
+    (tmp_path / "out/ihc/parts").mkdir(parents=True)
+    (tmp_path / "out/ihc/.manifest.json.host.1.ab.partial").write_text("{")
+    status, output = wsiseg("run", demo[0], "--out", tmp_path / "out")
+    assert status == 0, output
+
+
+def test_a_foreign_manifest_is_not_ours(demo: tuple[Path, Path], tmp_path: Path) -> None:
+    (tmp_path / "out/ihc").mkdir(parents=True)
+    (tmp_path / "out/ihc/manifest.json").write_text('{"slide": "x"}')
+    status, output = wsiseg("run", demo[0], "--out", tmp_path / "out")
+    assert status == 1
+    assert "no manifest.json of wsiseg" in output
+
+
+def test_damaged_pages_of_a_part_are_made_again(demo: tuple[Path, Path], tmp_path: Path) -> None:
+    """The footer is whole, the pages are not."""
+    assert wsiseg("run", demo[0], "--out", tmp_path / "out")[0] == 0
+    (part,) = (tmp_path / "out/ihc/parts").glob("*.parquet")
+    good = part.read_bytes()
+    part.write_bytes(good[:200] + bytes(b ^ 255 for b in good[200:600]) + good[600:])
+    status, output = wsiseg("run", demo[0], "--out", tmp_path / "out")
+    assert status == 0, output
+    assert part.read_bytes() == good
+
+
+def test_two_types_may_not_click_one_cell(demo: tuple[Path, Path], tmp_path: Path) -> None:
+    content = json.loads(demo[1].read_text())
+    x, y = content["types"][1]["points"][0]
+    content["types"][0]["points"].append([x + 1, y + 1])
+    complains(tmp_path / "out", "hits the same cell as types[0].points[1], of another type", "run", demo[0], "--seeds", seeds_file(tmp_path, content))
 
 
 def test_a_blank_slide_gives_empty_files(tmp_path: Path) -> None:

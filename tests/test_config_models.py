@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from wsiseg.config import RunConfig, from_mapping, read_config
+from wsiseg.config import LIMITS, RunConfig, _numbers, from_mapping, read_config
 from wsiseg.errors import ConfigError, WeightsError
 from wsiseg.models import MODELS, WEIGHTS_FOLDER, file_hash, find_weights, load_model, pick_device
 
@@ -55,6 +55,18 @@ def test_config_file_refuses(tmp_path: Path) -> None:
     (tmp_path / "bad.toml").write_text("= 3")
     with pytest.raises(ConfigError, match="neither TOML nor JSON"):
         read_config(tmp_path / "bad.toml")
+
+
+def test_every_number_has_its_limits() -> None:
+    """Each number of the configuration is checked, and its default lies inside."""
+    config = dataclasses.replace(RunConfig(), mpp=0.5)
+    names = dict(_numbers(config))
+    assert names.keys() == LIMITS.keys()
+    for name in names:
+        section, _, key = name.rpartition(".")
+        for wrong in (float("nan"), float("inf"), LIMITS[name][1] * 2 + 1):
+            with pytest.raises(ConfigError, match=name):
+                from_mapping({section: {key: wrong}} if section else {key: wrong}, "x")
 
 
 def test_hash_covers_what_and_not_how() -> None:

@@ -82,3 +82,24 @@ def test_bf16_stays_close(model, picture) -> None:
     with torch.inference_mode():
         a, b = (m.encode(picture).maps[0, 0].sigmoid() > 0.5 for m in (model, low))
     assert (a == b).float().mean() > 0.99
+
+
+def test_the_number_of_threads_does_not_show(model, picture) -> None:
+    """The same bits from one thread and from two: processes on one machine share its cores."""
+    config = MaskConfig(min_score=0.0)
+    before = torch.get_num_threads()
+    seen = []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            with torch.inference_mode():
+                e = model.encode(picture)
+            found = [e.maps, e.high, e.low]
+            for count in (1, 5, 9, 33, 140):
+                points = (np.random.default_rng(count).random((count, 2)) * 448).astype(np.float32)
+                for masks in decode(model, e, 0, points, config):
+                    found += [masks.logits, masks.quality, masks.stability, masks.descriptors]
+            seen.append(found)
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True))

@@ -70,7 +70,7 @@ class TilingConfig:
 
 @dataclass(frozen=True)
 class ApgConfig:
-    """Automatic prompt generation: Archit et al., arXiv 2603.17845, the published thresholds.
+    """Automatic prompt generation: Archit and Pape, arXiv:2603.17845, the published thresholds.
 
     Attributes
     ----------

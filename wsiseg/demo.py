@@ -32,7 +32,7 @@ def write_demo(folder: Path) -> tuple[Path, Path]:
     Parameters
     ----------
     folder
-        Made when missing. Files of these names that are already there are left alone when they are the same, and refused otherwise.
+        Made when missing. Files of these names that are already there are left alone.
 
     Returns
     -------
@@ -41,7 +41,7 @@ def write_demo(folder: Path) -> tuple[Path, Path]:
     Raises
     ------
     RunError
-        The folder cannot be written, or holds other files of these names.
+        The folder cannot be written.
     """
     slide, seeds = folder / "ihc.tiff", folder / "seeds.json"
     try:

@@ -1,4 +1,4 @@
-"""What works on this machine: each check really does the thing, small."""
+"""What works on this machine: readers read, the model encodes; GPU and disk are looked at."""
 
 from __future__ import annotations
 

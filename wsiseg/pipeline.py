@@ -101,7 +101,11 @@ def segment_block(tools: Tools, block: Block) -> BlockReport:
             except SlideError as error:
                 failures.append(str(error))
                 continue
-            cells, found = segment_tile(tile, pixels, tools, clock)
+            try:
+                cells, found = segment_tile(tile, pixels, tools, clock)
+            except torch.OutOfMemoryError as error:
+                size = f"{tile.outer.width} px"
+                raise RunError(f"{job.slide}: out of GPU memory on a tile of {size}; pass a smaller --tile-size, or --device cpu") from error
             outlines.append(cells)
             counts |= {k: counts[k] + v for k, v in found.items()}
     cells = Cells.concatenate(outlines, tools.model.descriptor_size)

@@ -188,11 +188,12 @@ class SeedType:
 
 @dataclass(frozen=True)
 class Seeds:
-    """A seeds file. ``source`` is the path it was read from, ``slide`` the slide name it states, if any."""
+    """A seeds file. ``source`` is the path it was read from, ``slide`` the slide name it states, if any; ``notes`` say what was passed over."""
 
     types: tuple[SeedType, ...]
     source: str
     slide: str | None = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ class _Commands(click.Group):
 @click.command(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="wsiseg")
 def main() -> None:
-    r"""Click one cell per type, get every cell of a whole-slide image outlined and typed.
+    """Click one cell per type, get every cell of a whole-slide image outlined and typed.
 
     \b
     wsiseg demo ihc                                   writes a small slide and clicks
@@ -60,7 +60,7 @@ def main() -> None:
     wsiseg COMMAND --help                             tells the rest
 
     Exit status: 0 done, 1 wrong input or data, 2 wrong usage, 3 finished with holes.
-    """
+    """  # noqa: D301 - click's mark for lines that stay as they are
 
 
 def set_verbosity(verbose: int, quiet: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import click
@@ -14,4 +15,4 @@ def command(folder: Path) -> None:
     from wsiseg.demo import write_demo
 
     slide, seeds = write_demo(folder)
-    click.echo(f"wsiseg run {slide} --seeds {seeds} --out {folder / 'out'}")
+    click.echo(shlex.join(["wsiseg", "run", str(slide), "--seeds", str(seeds), "--out", str(folder / "out")]))

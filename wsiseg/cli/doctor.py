@@ -8,7 +8,7 @@ import click
 @click.command(short_help="Check what works on this machine.")
 @click.pass_context
 def command(ctx: click.Context) -> None:
-    """Try readers, model, device, writers and disk; each failure comes with its remedy. Exit status 1 when something needed is missing."""
+    """Try readers, model, GPU and disk; each failure comes with its remedy. Exit status 1 when something needed is missing."""
     from wsiseg.doctor import examine
 
     checks = examine()

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import click
+
+from wsiseg.config import RunConfig
 
 
 @click.command(short_help="What is known of a slide before a run.")
 @click.argument("slide")
 @click.option("--mpp", type=float, metavar="UM", help="Microns per level-0 pixel, when the slide does not say.")
-@click.option("--reader", type=click.Choice(["auto", "openslide", "tiffslide", "image"]), default="auto", show_default=True)
+@click.option("--reader", type=click.Choice(get_args(get_type_hints(RunConfig)["reader"])), default="auto", show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
 def command(slide: str, mpp: float | None, reader: str, as_json: bool) -> None:
     """Print format, size, levels, microns per pixel and where they are from, bounds, tissue, tiles, and what looks doubtful in SLIDE."""

@@ -55,7 +55,7 @@ def command(
     quiet: bool,
     **options: Any,  # noqa: ANN401
 ) -> None:
-    r"""Outline every cell of SLIDE and, with --seeds, give each a type.
+    """Outline every cell of SLIDE and, with --seeds, give each a type.
 
     Writes OUT/<slide-stem>/cells.parquet, cells.geojson.gz (drop it on the slide in QuPath) and manifest.json. Stopped at any moment, the same
     command goes on where it was. A flag beats the --config file, which beats the default.
@@ -63,7 +63,7 @@ def command(
     \b
     wsiseg run slide.svs --seeds seeds.json
     wsiseg run scan.tif --mpp 0.25 --roi tumour.geojson --out results
-    """
+    """  # noqa: D301 - click's mark for lines that stay as they are
     set_verbosity(verbose, quiet)
     config = read_config(config_file) if config_file else RunConfig()
     config = from_mapping(_as_settings(options), "command line", config)
@@ -88,7 +88,7 @@ def command(
     for line in failed:
         click.echo(f"Error: {line}", err=True)
     if failed or holes:
-        ctx.exit(3)
+        ctx.exit(1 if len(failed) == len(slides) else 3)
 
 
 def _as_settings(options: dict[str, Any]) -> dict[str, Any]:

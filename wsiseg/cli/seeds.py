@@ -21,7 +21,7 @@ def check(seeds: Path, slide: str | None, mpp: float | None) -> None:
     from wsiseg.formats.seeds import check_seeds, read_seeds
 
     found = read_seeds(seeds)
-    warnings: list[str] = []
+    warnings = list(found.notes)
     if slide:
         from wsiseg.slide import open_slide
 

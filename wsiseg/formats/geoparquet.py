@@ -111,7 +111,7 @@ def read_geoparquet(path: Path) -> tuple[Cells, Typing, dict[str, object]]:
         raise FormatError(f"{path}: no {error} in it, so not a cells.parquet of wsiseg; give the file that `wsiseg run` wrote") from error
     except (*UNREADABLE, shapely.errors.GEOSException) as error:
         reason = str(error).split("\n", 1)[0]
-        raise FormatError(f"{path}: not a readable cells.parquet ({reason}); write it again with `wsiseg merge`") from error
+        raise FormatError(f"{path}: not a readable cells.parquet ({reason}); run the command that made it again") from error
     return cells, typing, note
 
 

@@ -47,9 +47,7 @@ PALETTE: tuple[Color, ...] = (
 
 @dataclass(frozen=True)
 class QuPathSeeds(Seeds):
-    """Seeds whose points are relative to the slide's OpenSlide bounds. ``notes`` say what was passed over while reading."""
-
-    notes: tuple[str, ...] = ()
+    """Seeds whose points are relative to the slide's OpenSlide bounds."""
 
 
 def read_seeds(path: Path) -> Seeds:
@@ -110,9 +108,9 @@ def check_seeds(seeds: Seeds, info: SlideInfo) -> tuple[Seeds, list[str]]:
     if seeds.slide is not None and _file_name(seeds.slide) != slide:
         raise SeedsError(
             f"{seeds.source}: slide: these seeds are for {_file_name(seeds.slide)!r}, but the slide is {slide!r}; "
-            "give the seeds of this slide, or correct or remove 'slide' in the file (for clicks of another slide use --bank)"
+            "give the seeds of this slide, or correct or remove 'slide' in the file"
         )
-    warnings = list(seeds.notes) if isinstance(seeds, QuPathSeeds) else []
+    warnings = list(seeds.notes)
     shift = (0, 0)
     if isinstance(seeds, QuPathSeeds) and info.bounds is not None:
         shift = info.bounds[:2]

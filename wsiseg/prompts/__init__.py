@@ -52,7 +52,7 @@ def find_points(embeddings: Embeddings, width_px: int, mpp: float, config: RunCo
         for gate, floor in zip(gates, bank.floors, strict=True):
             passed |= gate[row, column] >= floor
         return points[passed]
-    # No instance maps, or the paper's own localisation: components of each type's similarity, best type first where they coincide.
+    # No instance maps, or the paper's own localisation: components of each type's similarity; where two coincide, the first type's stays.
     min_cells = config.cop.min_component_um2 / (cell_px * mpp) ** 2
     found = [component_points(g, floor, min_cells) * cell_px for g, floor in zip(gates, bank.floors, strict=True)]
     return _apart(np.concatenate(found).astype(np.float32), config.cop.dedup_um / mpp)

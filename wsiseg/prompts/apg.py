@@ -12,7 +12,7 @@ D2 components smaller than ``min_component_um2`` are dropped. D3 maps stay at th
 
 References
 ----------
-.. [1] Archit et al., Segment Anything for histopathology and microscopy without prompts (APG), MIDL 2026, arXiv:2603.17845.
+.. [1] Archit, Pape: Revisiting foundation models for cell instance segmentation, MIDL 2026, arXiv:2603.17845.
 """
 
 from __future__ import annotations

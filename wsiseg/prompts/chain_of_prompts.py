@@ -8,7 +8,7 @@ S        gated             (h, w), [0, 1]                           S_h * S_l
 tau      threshold         scalar                                   mean(S) + sd(S)
 R        reliable          (K, 2) grid cells                        reliable set
 Steps:   hierarchical_seeds() (HSG)  ->  farthest_point_recursion() (FPR, public, last)
-         gate_map(), gated() : the same similarity against a bank of prototypes, for tiles that hold no click
+         gate_map(), component_points(): the same similarity against a bank of prototypes, for tiles that hold no click
 
 Departures: D1 both maps are cosines (F_h is unit norm), clamped to [0, 1]. D2 ``gate="candidate"`` thresholds S_h per pixel, then S_l over the
 components' centroids; the paper's text multiplies the maps first (``gate="product"``). D3 lengths are microns, not grid cells. D4 a centroid
@@ -17,7 +17,8 @@ the tile's mean + sd: that statistic is scale-free and finds "reliable" places i
 
 References
 ----------
-.. [1] Chain-of-Prompts: one click per cell type, arXiv:2605.29429.
+.. [1] Jo et al.: Chain-of-Prompts, One Click per Cell Type Suffices: Training-free Group Interaction for Cell Instance Segmentation,
+   MICCAI 2026, arXiv:2605.29429.
 """
 
 from __future__ import annotations
