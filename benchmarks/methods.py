@@ -19,8 +19,8 @@ from scipy.spatial import cKDTree
 
 from wsiseg.config import RunConfig
 from wsiseg.errors import SeedsError
+from wsiseg.image import segment_image
 from wsiseg.models import load_model
-from wsiseg.pipeline import segment_image
 from wsiseg.records import Seeds, SeedType
 
 SLIDE_MPP = 0.5

@@ -21,7 +21,8 @@ import shapely
 from wsiseg.config import RunConfig, TilingConfig, from_mapping
 from wsiseg.formats.geojson import validate_geojson
 from wsiseg.formats.geoparquet import read_geoparquet
-from wsiseg.pipeline import segment_image, segment_slide
+from wsiseg.image import segment_image
+from wsiseg.pipeline import segment_slide
 
 if TYPE_CHECKING:
     from wsiseg.records import Cells

@@ -15,20 +15,18 @@ import numpy as np
 import torch
 
 from wsiseg import __version__, runs
-from wsiseg.config import RunConfig
 from wsiseg.errors import FormatError, RunError, SlideError
 from wsiseg.formats import FILE_NAMES, load_writer
 from wsiseg.formats.parts import part_is_current, read_part, write_part
 from wsiseg.masks import decode
 from wsiseg.meter import Clock, peak_bytes
-from wsiseg.planning import describe, image_tools, open_tools, plan_run, slide_path
+from wsiseg.planning import describe, open_tools, plan_run, slide_path
 from wsiseg.polygons import trace
 from wsiseg.prompts import find_points
 from wsiseg.propagation import assign_types, keep_clicks
 from wsiseg.records import Cells, Provenance, Typing
 from wsiseg.slide import read_region
 from wsiseg.stitching import stitch
-from wsiseg.tiles import plan_blocks
 from wsiseg.workers import map_blocks
 
 if TYPE_CHECKING:
@@ -36,9 +34,9 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from wsiseg.models.contract import PromptableModel
+    from wsiseg.config import RunConfig
     from wsiseg.planning import Job, Plan, Tools
-    from wsiseg.records import Block, Seeds, SlideInfo, Tile
+    from wsiseg.records import Block, SlideInfo, Tile
 
 
 logger = logging.getLogger(__name__)
@@ -233,43 +231,3 @@ def settle(outlines: Cells, job: Job, info: SlideInfo, clock: Clock) -> tuple[Ce
             typing, missed = keep_clicks(cells, typing, bank, config.cop.click_reach_um / info.mpp)
             doubts = doubts + missed
     return cells, typing, dataclasses.asdict(counts), doubts
-
-
-def segment_image(
-    image: NDArray[np.uint8], *, mpp: float, seeds: Seeds | None = None, config: RunConfig | None = None, model: PromptableModel | None = None
-) -> tuple[Cells, Typing]:
-    """Segment and type one image in memory; writes nothing.
-
-    Parameters
-    ----------
-    image
-        uint8 RGB of shape (H, W, 3).
-    mpp
-        Microns per pixel.
-    seeds
-        Clicks in px of the image, corner frame; without them every cell stays unassigned.
-    config
-        Defaults when absent. The whole image is searched.
-    model
-        A loaded model, to use it for many images; loaded from ``config`` when absent.
-
-    Returns
-    -------
-    cells
-        Polygons in px of the image.
-    typing
-        One verdict per cell.
-    """
-    config = dataclasses.replace(config or RunConfig(), mpp=mpp)
-    tools, info = image_tools(image, config, seeds, model)
-    blocks = plan_blocks(
-        info.size_px0, tools.job.lattice, config.tiling, stride_px=tools.model.stride_px, reach_px=tools.model.reach_px, wanted=lambda *_: True
-    )
-    clock = Clock()
-    outlines = [
-        segment_tile(tile, read_region(tools.reader, tile.outer, tools.job.lattice), tools, clock)[0] for block in blocks for tile in block.tiles
-    ]
-    cells, typing, _, doubts = settle(Cells.concatenate(outlines, tools.model.descriptor_size), tools.job, info, clock)
-    for doubt in doubts:
-        logger.warning("%s", doubt)
-    return cells, typing

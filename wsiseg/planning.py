@@ -20,13 +20,10 @@ from wsiseg.models import file_hash, find_weights, load_model, pick_device
 from wsiseg.runs import check_folder, find_folder
 from wsiseg.seeding import build_bank
 from wsiseg.slide import open_slide, require_cellular, thumbnail
-from wsiseg.slide.array_reader import ArrayReader
 from wsiseg.tiles import plan_blocks
 from wsiseg.tissue import SearchArea, find_tissue
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
 
     from wsiseg.config import Method
     from wsiseg.models.contract import PromptableModel
@@ -123,7 +120,7 @@ def plan_run(slide: str, config: RunConfig, out: Path, *, overwrite: bool = Fals
             seeds, more = check_seeds(seeds, info)
             warnings += more
         roi = read_regions(Path(config.roi), info) if config.roi else None
-        resolved = _resolve(config, seeds)
+        resolved = resolve(config, seeds)
 
         facts: dict[str, object] = {
             "slide": _slide_key(slide), "levels": info.level_sizes, "reader": info.reader, "mpp": info.mpp,
@@ -159,27 +156,7 @@ def slide_path(slide: str) -> str:
     return slide if "://" in slide else str(Path(slide).resolve())
 
 
-def image_tools(
-    image: NDArray[np.uint8], config: RunConfig, seeds: Seeds | None = None, model: PromptableModel | None = None
-) -> tuple[Tools, SlideInfo]:
-    """The tools for one image in memory (H, W, 3) at ``config.mpp``."""
-    if config.mpp is None:
-        raise ConfigError("image: microns per pixel are not known; set mpp (for example mpp=0.25)")
-    check(config, "image")
-    reader = ArrayReader(image, config.mpp)
-    if seeds:
-        seeds, doubts = check_seeds(dataclasses.replace(seeds, slide=None), reader.info)
-        for doubt in doubts:
-            logger.warning("%s", doubt)
-    resolved = _resolve(config, seeds)
-    model = model or load_model(config.model, config.device, resolved.precision)
-    lattice = Lattice(config.mpp, model.mpp)
-    bank = build_bank(reader, model, seeds, lattice, resolved, chains=resolved.method == "cop") if seeds else None
-    job = Job("image", resolved, lattice, SearchArea(None, None), bank, Path(), "")
-    return Tools(job, reader, model), reader.info
-
-
-def _resolve(config: RunConfig, seeds: Seeds | None) -> RunConfig:
+def resolve(config: RunConfig, seeds: Seeds | None) -> RunConfig:
     """The configuration without ``auto`` in what decides the result."""
     if config.method == "cop" and seeds is None:
         raise ConfigError("--method cop: needs clicks; pass --seeds FILE, or use --method apg")
