@@ -55,8 +55,8 @@ def test_the_demo_runs(tmp_path: Path) -> None:
     status, output = wsiseg(*command[1:])
     assert status == 0, output
     manifest = json.loads((tmp_path / "demo/out/ihc/manifest.json").read_text())
-    assert manifest["types"]["epithelium"] > 20
-    assert manifest["types"]["stroma"] > 20
+    assert manifest["types"]["epithelium"] >= 10
+    assert manifest["types"]["stroma"] >= 50
     again, _ = wsiseg("demo", tmp_path / "demo")
     assert again == 0
 

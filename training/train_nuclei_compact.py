@@ -174,6 +174,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--init", type=Path, help="continue from these weights (safetensors)")
+    parser.add_argument("--rate", type=float, default=2e-3, help="largest learning rate")
     options = parser.parse_args()
     device = torch.device("cuda" if options.device == "auto" and torch.cuda.is_available() else options.device.replace("auto", "cpu"))
     random.seed(options.seed)
@@ -187,8 +188,8 @@ def main() -> None:
     heads = TypeHeads(LEARNED, 64).to(device)
     average = copy.deepcopy(model).eval()
     parameters = [*model.parameters(), *heads.parameters()]
-    optimiser = torch.optim.AdamW(parameters, lr=2e-3, weight_decay=0.02)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-3, total_steps=options.steps, pct_start=0.06)
+    optimiser = torch.optim.AdamW(parameters, lr=options.rate, weight_decay=0.02)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, options.rate, total_steps=options.steps, pct_start=0.06)
     outlines = [f for name in MASK_SHARES for f in load_instances(options.data, name)]
     stream = _stream(outlines, MASK_SHARES, options.batch, options.seed)
     log = (options.out / "curve.jsonl").open("w")
