@@ -198,7 +198,8 @@ def test_damaged_pages_of_a_part_are_made_again(demo: tuple[Path, Path], tmp_pat
     assert wsiseg("run", demo[0], "--out", tmp_path / "out")[0] == 0
     (part,) = (tmp_path / "out/ihc/parts").glob("*.parquet")
     good = part.read_bytes()
-    part.write_bytes(good[:200] + bytes(b ^ 255 for b in good[200:600]) + good[600:])
+    middle = len(good) // 3
+    part.write_bytes(good[:middle] + bytes(b ^ 255 for b in good[middle : middle + 64]) + good[middle + 64 :])
     status, output = wsiseg("run", demo[0], "--out", tmp_path / "out")
     assert status == 0, output
     assert part.read_bytes() == good

@@ -132,7 +132,7 @@ class MaskConfig:
     Attributes
     ----------
     min_score
-        Predicted IoU x stability; lowest of the sweep that still gains (benchmarks/results/apg_sweep.md).
+        Predicted IoU x stability; from 0.2 to 0.5 it hardly matters, above it cells are lost (benchmarks/results/apg_sweep.md).
     min_area_um2
         A sphere of 2.5 um; smaller outlines are debris or slivers.
     simplify_um
