@@ -148,8 +148,8 @@ def test_shuffled_blocks_give_the_same_bytes(
 
     in_order = pipeline.map_blocks
 
-    def shuffled(work, blocks, setup, *, workers):
-        return in_order(work, random.Random(3).sample(blocks, len(blocks)), setup, workers=workers)
+    def shuffled(work, blocks, setup, **options):
+        return in_order(work, random.Random(3).sample(blocks, len(blocks)), setup, **options)
 
     monkeypatch.setattr(pipeline, "map_blocks", shuffled)
     manifest = segment_slide(str(cmu), config, tmp_path)
