@@ -149,12 +149,13 @@ class MaskConfig:
 
 @dataclass(frozen=True)
 class StitchingConfig:
-    """How overlapping outlines are settled: best score first (APG v2's merge, algorithm and values from micro-sam's ``dev`` branch).
+    """How overlapping outlines are settled: best score first, as in the merge of APG v2 (micro-sam's ``dev`` branch).
 
     Attributes
     ----------
     max_overlap
-        An outline is dropped when more than this share of it belongs to better ones.
+        An outline is dropped when more than this share of it belongs to better ones. Upstream has 0.15; between 0.15 and 0.5 the
+        development sets do not tell (benchmarks/results/apg_sweep.md), and what overlaps is trimmed here anyway.
     contained
         An outline that holds at least ``cluster_size`` others to this share is a cluster, and dropped.
     cluster_size
