@@ -1,1 +1,6 @@
-"""How good is it: metrics of instance segmentation, each with its formula and source."""
+"""How good is it: metrics of instance segmentation and typing, each with its formula and source."""
+
+from wsiseg.evaluation.compare import evaluate
+from wsiseg.evaluation.scores import Evaluation
+
+__all__ = ["Evaluation", "evaluate"]

@@ -18,7 +18,7 @@ def rasterise(polygons: NDArray[np.object_], shape: tuple[int, int]) -> NDArray[
     Parameters
     ----------
     polygons
-        shapely Polygons of shape (N,), px of the image, corner frame.
+        shapely Polygons or MultiPolygons of shape (N,), px of the image, corner frame. Holes stay open.
     shape
         (height, width).
 
@@ -29,7 +29,18 @@ def rasterise(polygons: NDArray[np.object_], shape: tuple[int, int]) -> NDArray[
     """
     label = np.zeros(shape, np.int32)
     for i, one in enumerate(polygons):
-        x, y = shapely.get_coordinates(one.exterior).T
-        rows, columns = fill(y - 0.5, x - 0.5, shape)
-        label[rows, columns] = i + 1
+        for part in shapely.get_parts(one):
+            rows, columns = _inside(part.exterior, shape)
+            if len(part.interiors):
+                flat = rows * shape[1] + columns
+                holes = [r * shape[1] + c for r, c in (_inside(hole, shape) for hole in part.interiors)]
+                flat = flat[~np.isin(flat, np.concatenate(holes))]
+                rows, columns = np.divmod(flat, shape[1])
+            label[rows, columns] = i + 1
     return label
+
+
+def _inside(ring: shapely.LinearRing, shape: tuple[int, int]) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    x, y = shapely.get_coordinates(ring).T
+    rows, columns = fill(y - 0.5, x - 0.5, shape)
+    return rows, columns

@@ -1,121 +1,278 @@
 """Instance metrics from one sparse table of overlaps between truth and prediction.
 
 Symbol   meaning
-g, p     an instance of the truth G, of the prediction P (label images, 0 = background)
+g, p     an instance of the truth G, of the prediction P (label images, 0 = background, or outlines that do not overlap)
 IoU      |g & p| / |g | p|
+
+Every metric is a ratio of sums over instances. The sums of an image are a `Tally`; the tallies of several images add up to the pooled ones.
+Where truth and prediction are both empty, every metric is 1.
 
 References
 ----------
 .. [1] Kumar et al., A Dataset and a Technique for Generalized Nuclear Segmentation, IEEE TMI 2017 (AJI), doi:10.1109/TMI.2017.2677499.
-.. [2] Kirillov et al., Panoptic Segmentation, CVPR 2019 (PQ), arXiv:1801.00868.
+.. [2] Kirillov et al., Panoptic Segmentation, CVPR 2019 (PQ, there with DQ called RQ), arXiv:1801.00868.
 .. [3] Caicedo et al., Nucleus segmentation across imaging experiments, Nature Methods 2019 (mSA), doi:10.1038/s41592-019-0612-7.
+.. [4] Graham et al., HoVer-Net, Medical Image Analysis 2019 (AJI+ in its code; DQ, SQ; centroids within 3 um), doi:10.1016/j.media.2019.101563.
+.. [5] Gamper et al., PanNuke Dataset Extension, Insights and Baselines, 2020 (bPQ, mPQ), arXiv:2003.10778.
+.. [6] Graham et al., CoNIC Challenge, Medical Image Analysis 2024 (mPQ+), doi:10.1016/j.media.2023.103047.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from scipy import sparse
-from scipy.optimize import linear_sum_assignment
-from scipy.sparse.csgraph import connected_components
+
+from wsiseg.evaluation.assignment import assign
+from wsiseg.evaluation.contingency import Overlaps, overlaps
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
     from numpy.typing import NDArray
 
+__all__ = [
+    "THRESHOLDS", "Overlaps", "Quality", "Tally", "aji", "aji_plus", "class_quality", "dice", "dq", "f1", "matched_iou", "mean_pq", "msa",
+    "overlaps", "pool", "pq", "score", "sq", "tally",
+]  # fmt: skip
+
 THRESHOLDS = np.arange(0.5, 1.0, 0.05)  #: of mSA
+_EPSILON = 1e-9  #: a quotient of px counts that equals a threshold may come out this much below it
 
 
 @dataclass(frozen=True)
-class Overlaps:
-    """Pairs that share pixels, and the sizes of all instances (ids are made consecutive)."""
+class Quality:
+    """What PQ is made of. ``hits``: pairs of IoU > 0.5, one-to-one by themselves [2]_; ``iou``: the sum of their IoU."""
 
-    truth: NDArray[np.intp]
-    prediction: NDArray[np.intp]
-    shared: NDArray[np.float64]
-    truth_size: NDArray[np.float64]
-    prediction_size: NDArray[np.float64]
-
-    @property
-    def union(self) -> NDArray[np.float64]:
-        """|g | p| of each pair."""
-        return self.truth_size[self.truth] + self.prediction_size[self.prediction] - self.shared
+    truth: int
+    prediction: int
+    hits: int
+    iou: float
 
     @property
-    def iou(self) -> NDArray[np.float64]:
-        """IoU of each pair."""
-        return self.shared / self.union
+    def dq(self) -> float:
+        """Detection quality: TP / (TP + FP / 2 + FN / 2)."""
+        return _ratio(2 * self.hits, self.truth + self.prediction)
+
+    @property
+    def sq(self) -> float:
+        """Segmentation quality: mean IoU of the hits; 0 where there is none."""
+        return _ratio(self.iou, self.hits) if self.hits or not self.truth + self.prediction else 0.0
+
+    @property
+    def pq(self) -> float:
+        """Panoptic quality: DQ x SQ."""
+        return _ratio(2 * self.iou, self.truth + self.prediction)
 
 
-def overlaps(truth: NDArray[np.integer], prediction: NDArray[np.integer]) -> Overlaps:
-    """Count shared pixels of two label images of one shape."""
-    if truth.shape != prediction.shape:
-        raise ValueError(f"label images differ in shape: truth {truth.shape}, prediction {prediction.shape}")
-    ids_g, g = np.unique(truth.ravel(), return_inverse=True)
-    ids_p, p = np.unique(prediction.ravel(), return_inverse=True)
-    table = sparse.coo_matrix((np.ones(g.size), (g, p)), shape=(len(ids_g), len(ids_p))).tocsr()
-    keep_g, keep_p = ids_g != 0, ids_p != 0
-    sizes_g, sizes_p = np.asarray(table.sum(1)).ravel(), np.asarray(table.sum(0)).ravel()
-    pairs = table[keep_g][:, keep_p].tocoo()
-    return Overlaps(pairs.row.astype(np.intp), pairs.col.astype(np.intp), pairs.data, sizes_g[keep_g], sizes_p[keep_p])
+@dataclass(frozen=True)
+class Tally:
+    """The sums of one image that its metrics are ratios of; `pool` adds those of several images.
+
+    Attributes
+    ----------
+    quality
+        Instances on both sides, and hits.
+    shared, size
+        |G & P| and |G| + |P|.
+    aji, aji_plus
+        Numerator and denominator of each.
+    hits_msa, hits_f1
+        Pairs at IoU >= each of `THRESHOLDS`, and >= each of ``thresholds``, one-to-one.
+    thresholds
+        Of F1.
+    """
+
+    quality: Quality
+    shared: float
+    size: float
+    aji: tuple[float, float]
+    aji_plus: tuple[float, float]
+    hits_msa: tuple[int, ...]
+    hits_f1: tuple[int, ...]
+    thresholds: tuple[float, ...]
+
+    def values(self) -> dict[str, float]:
+        """Every metric by its short name."""
+        both = self.quality.truth + self.quality.prediction
+        return {
+            "aji": _ratio(*self.aji),
+            "aji_plus": _ratio(*self.aji_plus),
+            "pq": self.quality.pq,
+            "dq": self.quality.dq,
+            "sq": self.quality.sq,
+            "msa": float(np.mean([_ratio(h, both - h) for h in self.hits_msa])),
+            "dice": _ratio(2 * self.shared, self.size),
+        } | {f"f1@{t:g}": _ratio(2 * h, both) for t, h in zip(self.thresholds, self.hits_f1, strict=True)}
+
+
+def tally(o: Overlaps, thresholds: Sequence[float] = (0.5,)) -> Tally:
+    """Sum up one image.
+
+    Parameters
+    ----------
+    o
+        Of truth and prediction.
+    thresholds
+        IoU in (0, 1] at which F1 is wanted.
+    """
+    good = o.iou > 0.5
+    return Tally(
+        Quality(len(o.truth_size), len(o.prediction_size), int(good.sum()), float(o.iou[good].sum())),
+        float(o.shared.sum()),
+        float(o.truth_size.sum() + o.prediction_size.sum()),
+        _aji_sums(o),
+        _aji_plus_sums(o),
+        tuple(_hits(o, t) for t in THRESHOLDS),
+        tuple(_hits(o, t) for t in thresholds),
+        tuple(thresholds),
+    )
+
+
+def pool(tallies: Iterable[Tally]) -> Tally:
+    """The tally of several images taken as one; at least one."""
+    every = list(tallies)
+    return Tally(
+        pool_quality(t.quality for t in every),
+        sum(t.shared for t in every),
+        sum(t.size for t in every),
+        (sum(t.aji[0] for t in every), sum(t.aji[1] for t in every)),
+        (sum(t.aji_plus[0] for t in every), sum(t.aji_plus[1] for t in every)),
+        tuple(map(sum, zip(*(t.hits_msa for t in every), strict=True))),
+        tuple(map(sum, zip(*(t.hits_f1 for t in every), strict=True))),
+        every[0].thresholds,
+    )
+
+
+def pool_quality(parts: Iterable[Quality]) -> Quality:
+    """The sum of qualities: of one class over images [6]_."""
+    rows = [dataclasses.astuple(q) for q in parts]
+    return Quality(*map(sum, zip(*rows, strict=True))) if rows else Quality(0, 0, 0, 0.0)
+
+
+def class_quality(o: Overlaps, truth_types: NDArray[np.object_], prediction_types: NDArray[np.object_]) -> dict[str, Quality]:
+    """What PQ of each class is made of: only instances of that class on both sides count.
+
+    Parameters
+    ----------
+    o
+        Of truth and prediction, all classes.
+    truth_types, prediction_types
+        Names of shape (N,) and (M,); the empty name is no class.
+    """
+    good = (o.iou > 0.5) & (truth_types[o.truth] == prediction_types[o.prediction])
+    of_hit, iou = truth_types[o.truth[good]], o.iou[good]
+    names = sorted({*truth_types, *prediction_types} - {""})
+    return {
+        c: Quality(int((truth_types == c).sum()), int((prediction_types == c).sum()), int((of_hit == c).sum()), float(iou[of_hit == c].sum()))
+        for c in names
+    }
+
+
+def mean_pq(images: Sequence[dict[str, Quality]]) -> tuple[dict[str, float], dict[str, float]]:
+    """PQ of each class in two ways; the means over classes are mPQ [5]_ and mPQ+ [6]_.
+
+    Parameters
+    ----------
+    images
+        `class_quality` of each image.
+
+    Returns
+    -------
+    tuple of (dict, dict)
+        Mean over the images whose truth holds the class, and PQ of all images pooled. Classes that no truth holds are left out.
+    """
+    names = sorted({c for image in images for c, q in image.items() if q.truth})
+    per_image = {c: float(np.mean([image[c].pq for image in images if c in image and image[c].truth])) for c in names}
+    pooled = {c: pool_quality(image[c] for image in images if c in image).pq for c in names}
+    return per_image, pooled
 
 
 def dice(o: Overlaps) -> float:
-    """Pixel Dice 2|G & P| / (|G| + |P|); two empty images give 1."""
-    total = o.truth_size.sum() + o.prediction_size.sum()
-    return float(2 * o.shared.sum() / total) if total else 1.0
+    """Pixel Dice 2|G & P| / (|G| + |P|)."""
+    return _ratio(2 * o.shared.sum(), o.truth_size.sum() + o.prediction_size.sum())
 
 
 def aji(o: Overlaps) -> float:
-    """Aggregated Jaccard index [1]_: every g with its best p; a p may serve several g, unused p count against."""
-    if not len(o.truth_size) and not len(o.prediction_size):
-        return 1.0
-    order = np.lexsort((-o.iou, o.truth))
-    first = order[np.unique(o.truth[order], return_index=True)[1]]
-    found, used = np.zeros(len(o.truth_size), bool), np.zeros(len(o.prediction_size), bool)
-    found[o.truth[first]], used[o.prediction[first]] = True, True
-    missed = o.truth_size[~found].sum() + o.prediction_size[~used].sum()
-    return float(o.shared[first].sum() / (o.union[first].sum() + missed))
+    """Aggregated Jaccard index [1]_: every g with its best p (the first of equals); a p may serve several g, unused p count against."""
+    return _ratio(*_aji_sums(o))
+
+
+def aji_plus(o: Overlaps) -> float:
+    """AJI with a one-to-one matching, the one of largest summed IoU [4]_. Neither of AJI and AJI+ is always the larger one."""
+    return _ratio(*_aji_plus_sums(o))
 
 
 def matched_iou(o: Overlaps) -> NDArray[np.float64]:
-    """IoU of the one-to-one matching that maximises their sum (Hungarian, solved within each group of touching instances)."""
-    n = len(o.truth_size)
-    graph = sparse.coo_matrix((np.ones(len(o.shared)), (o.truth, n + o.prediction)), shape=(n + len(o.prediction_size),) * 2)
-    _, group = connected_components(graph, directed=False)
-    of_pair = group[o.truth]
-    out = []
-    for rows in np.split(np.argsort(of_pair, kind="stable"), np.flatnonzero(np.diff(np.sort(of_pair))) + 1):
-        if not len(rows):
-            continue
-        g, gi = np.unique(o.truth[rows], return_inverse=True)
-        p, pi = np.unique(o.prediction[rows], return_inverse=True)
-        cost = np.zeros((len(g), len(p)))
-        cost[gi, pi] = o.iou[rows]
-        r, c = linear_sum_assignment(-cost)
-        out.append(cost[r, c])
-    matched = np.concatenate(out) if out else np.empty(0)
-    return matched[matched > 0]
+    """IoU of the one-to-one matching that maximises their sum."""
+    return np.asarray(o.iou[assign(o.truth, o.prediction, o.iou)])
+
+
+def dq(o: Overlaps) -> float:
+    """Detection quality [2]_ [4]_: F1 at IoU > 0.5."""
+    return tally(o, ()).quality.dq
+
+
+def sq(o: Overlaps) -> float:
+    """Segmentation quality [2]_ [4]_: mean IoU of the pairs with IoU > 0.5; 0 where there is none."""
+    return tally(o, ()).quality.sq
 
 
 def pq(o: Overlaps) -> float:
-    """Panoptic quality [2]_: sum of IoU > 0.5 over TP + FP / 2 + FN / 2; two empty images give 1."""
-    good = o.iou[o.iou > 0.5]  # such pairs are one-to-one
-    total = (len(o.truth_size) + len(o.prediction_size)) / 2
-    return float(good.sum() / total) if total else 1.0
+    """Panoptic quality [2]_: sum of IoU > 0.5 over TP + FP / 2 + FN / 2."""
+    return _ratio(2 * o.iou[o.iou > 0.5].sum(), len(o.truth_size) + len(o.prediction_size))
 
 
 def msa(o: Overlaps) -> float:
     """Mean segmentation accuracy [3]_: TP / (TP + FP + FN) at IoU >= 0.50, 0.55 ... 0.95, averaged."""
-    total = len(o.truth_size) + len(o.prediction_size)
-    if not total:
-        return 1.0
-    hits = (matched_iou(o)[:, None] >= THRESHOLDS - 1e-9).sum(0)
-    return float(np.mean(hits / (total - hits)))
+    both = len(o.truth_size) + len(o.prediction_size)
+    hits = [_hits(o, t) for t in THRESHOLDS]
+    return float(np.mean([_ratio(h, both - h) for h in hits]))
+
+
+def f1(o: Overlaps, threshold: float = 0.5) -> float:
+    """2 TP / (2 TP + FP + FN) at IoU >= ``threshold``."""
+    return _ratio(2 * _hits(o, threshold), len(o.truth_size) + len(o.prediction_size))
 
 
 def score(truth: NDArray[np.integer], prediction: NDArray[np.integer]) -> dict[str, float]:
     """AJI, PQ, mSA and Dice of two label images."""
     o = overlaps(truth, prediction)
     return {"aji": aji(o), "pq": pq(o), "msa": msa(o), "dice": dice(o)}
+
+
+def _aji_sums(o: Overlaps) -> tuple[float, float]:
+    order = np.lexsort((-o.iou, o.truth))
+    best = order[np.unique(o.truth[order], return_index=True)[1]]
+    return _with_rest(o, best)
+
+
+def _aji_plus_sums(o: Overlaps) -> tuple[float, float]:
+    return _with_rest(o, assign(o.truth, o.prediction, o.iou))
+
+
+def _with_rest(o: Overlaps, pairs: NDArray[np.intp]) -> tuple[float, float]:
+    """Shared sizes of the pairs, and their unions with all instances that are in none of them."""
+    lone_g, lone_p = np.ones(len(o.truth_size), bool), np.ones(len(o.prediction_size), bool)
+    lone_g[o.truth[pairs]], lone_p[o.prediction[pairs]] = False, False
+    rest = o.truth_size[lone_g].sum() + o.prediction_size[lone_p].sum()
+    return float(o.shared[pairs].sum()), float(o.union[pairs].sum() + rest)
+
+
+def _hits(o: Overlaps, threshold: float) -> int:
+    """The most pairs of IoU >= threshold, one-to-one. Not those of the matching of largest sum: it may give up one good pair for two poor ones."""
+    good = o.iou >= threshold - _EPSILON
+    g, p, iou = o.truth[good], o.prediction[good], o.iou[good]
+    if _all_differ(g) and _all_differ(p):  # always so above 0.5
+        return len(iou)
+    return len(assign(g, p, 1 + 1e-6 * iou))
+
+
+def _all_differ(rows: NDArray[np.intp]) -> bool:
+    return not len(rows) or int(np.bincount(rows).max()) == 1
+
+
+def _ratio(part: float, whole: float) -> float:
+    return float(part / whole) if whole else 1.0
