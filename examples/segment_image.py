@@ -13,7 +13,7 @@ image = data.immunohistochemistry()
 # Clicks on nuclei, in px of the image; colours as QuPath would draw them.
 seeds = Seeds(
     types=(
-        SeedType("epithelium", color=(200, 80, 0), points=((310, 127), (308, 368))),
+        SeedType("epithelium", color=(200, 80, 0), points=((310, 127), (424, 112))),
         SeedType("stroma", color=(0, 80, 200), points=((295.5, 281), (390, 364))),
     ),
     source="clicks of this script",

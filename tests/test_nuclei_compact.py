@@ -8,7 +8,8 @@ import torch
 
 from wsiseg.config import MaskConfig
 from wsiseg.masks import decode
-from wsiseg.models.nuclei_compact import NucleiCompact
+from wsiseg.models.nuclei_compact import MASKS, NucleiCompact
+from wsiseg.records import Hints
 
 
 @pytest.fixture
@@ -103,3 +104,116 @@ def test_the_number_of_threads_does_not_show(model, picture) -> None:
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
+
+
+def hints_of(n: int, **given: torch.Tensor) -> Hints:
+    """Hints that say nothing, but for what is given."""
+    plain = {"points_xy": torch.zeros(n, 1, 2), "labels": torch.zeros(n, 1), "boxes": torch.full((n, 4), torch.nan)}
+    return Hints(**{**plain, **given})
+
+
+@pytest.fixture
+def pair(model):
+    """Two touching dark discs of 11 px radius on pink, encoded; their centres."""
+    y, x = np.mgrid[:192, :192] + 0.5
+    image = np.full((192, 192, 3), (225, 180, 205), np.uint8)
+    centres = torch.tensor([[85.0, 96.0], [107.0, 96.0]])
+    for cx, cy in centres.tolist():
+        image[(np.hypot((x - cx) / 10.6, (y - cy) / 13)) < 1] = (95, 60, 140)
+    with torch.inference_mode():
+        return model.encode(torch.from_numpy(image).permute(2, 0, 1)[None]), centres
+
+
+def masks_on_tile(masks, size: int = 96) -> list[np.ndarray]:
+    """Each window's mask on the whole tile, in cells of 2 px."""
+    out = []
+    for logits, (ox, oy) in zip(masks.logits.numpy(), (masks.origin_xy // 2).tolist(), strict=True):
+        whole = np.zeros((size + 128, size + 128), bool)
+        whole[oy + 64 : oy + 128, ox + 64 : ox + 128] = logits > 0
+        out.append(whole[64 : 64 + size, 64 : 64 + size])
+    return out
+
+
+def overlap(a: np.ndarray, b: np.ndarray) -> float:
+    return (a & b).sum() / max((a | b).sum(), 1)
+
+
+def test_two_touching_nuclei_give_two_masks(model, pair) -> None:
+    e, centres = pair
+    with torch.inference_mode():
+        first, second = masks_on_tile(model.decode(e, torch.zeros(2, dtype=torch.long), centres))
+    assert overlap(first, second) < 0.2
+    y, x = np.mgrid[:96, :96] * 2 + 1
+    for mask, (cx, cy) in zip((first, second), centres.tolist(), strict=True):
+        assert overlap(mask, np.hypot((x - cx) / 10.6, (y - cy) / 13) < 1) > 0.7
+
+
+def test_hints_that_say_nothing_change_nothing(model, pair) -> None:
+    e, centres = pair
+    tile = torch.zeros(2, dtype=torch.long)
+    with torch.inference_mode():
+        plain, hinted = model.decode(e, tile, centres), model.decode(e, tile, centres, hints=hints_of(2))
+    assert torch.equal(plain.logits, hinted.logits)
+
+
+def test_a_box_decides_between_one_nucleus_and_its_neighbour(model, pair) -> None:
+    """The click is on the seam: the box says which of the two is meant."""
+    e, centres = pair
+    seam = torch.tensor([[96.0, 96.0]]).repeat(2, 1)
+    boxes = torch.tensor([[74.4, 83, 95.6, 109], [96.4, 83, 117.6, 109]])
+    tile, hints = torch.zeros(2, dtype=torch.long), hints_of(2, boxes=boxes)
+    with torch.inference_mode():
+        left, right = masks_on_tile(model.decode(e, tile, (boxes[:, :2] + boxes[:, 2:]) / 2, hints=hints))
+        by_click = masks_on_tile(model.decode(e, tile, seam, hints=hints))
+    y, x = np.mgrid[:96, :96] * 2 + 1
+    truth = [np.hypot((x - cx) / 10.6, (y - cy) / 13) < 1 for cx, cy in centres.tolist()]
+    for mask, mine, other in ((left, *truth), (right, *truth[::-1]), (by_click[0], *truth), (by_click[1], *truth[::-1])):
+        assert overlap(mask, mine) > max(0.5, 2 * overlap(mask, other))
+
+
+def test_further_points_pull_and_push(model) -> None:
+    """Two pale discs that overlap: a second point inside the other one joins it to the mask, a point outside keeps it out."""
+    y, x = np.mgrid[:192, :192] + 0.5
+    image = np.full((192, 192, 3), (225, 180, 205), np.uint8)
+    for cx in (88, 104):
+        image[np.hypot((x - cx) / 10.6, (y - 96) / 13) < 1] = (173, 132, 179)
+    other = torch.tensor([[[104.0, 96.0]]])
+    area = {}
+    with torch.inference_mode():
+        e = model.encode(torch.from_numpy(image).permute(2, 0, 1)[None])
+        for label in (1.0, 0.0, -1.0):
+            hints = hints_of(1, points_xy=other, labels=torch.tensor([[label]]))
+            (mask,) = masks_on_tile(model.decode(e, torch.zeros(1, dtype=torch.long), torch.tensor([[92.0, 96.0]]), hints=hints))
+            area[label] = mask[:, 50:].sum()  # the far half of the other disc
+    assert area[1.0] > area[0.0] > area[-1.0]
+
+
+def test_the_order_and_number_of_further_points(model, pair) -> None:
+    e, centres = pair
+    points, labels = torch.tensor([[[90.0, 92.0], [107.0, 96.0]]]), torch.tensor([[1.0, -1.0]])
+    none = Hints(torch.zeros(1, 0, 2), torch.zeros(1, 0), torch.tensor([[74.4, 83, 95.6, 109]]))
+    tile = torch.zeros(1, dtype=torch.long)
+    with torch.inference_mode():
+        plain = model.decode(e, tile, centres[:1])
+        a = model.decode(e, tile, centres[:1], hints=hints_of(1, points_xy=points, labels=labels))
+        b = model.decode(e, tile, centres[:1], hints=hints_of(1, points_xy=points.flip(1), labels=labels.flip(1)))
+        box_alone = model.decode(e, tile, centres[:1], hints=none)
+        nothing = model.decode(e, tile[:0], centres[:0], hints=hints_of(0))
+    np.testing.assert_allclose(a.logits, b.logits, atol=1e-3)
+    assert not torch.allclose(a.logits, plain.logits, atol=0.1)
+    assert not torch.allclose(box_alone.logits, plain.logits, atol=0.1)
+    assert nothing.logits.shape == (0, 64, 64)
+
+
+def test_several_masks_for_each_prompt(model, pair) -> None:
+    """The first is the one that is given alone; the others differ from it and from one another."""
+    e, centres = pair
+    tile = torch.zeros(2, dtype=torch.long)
+    with torch.inference_mode():
+        one, three = model.decode(e, tile, centres), model.decode(e, tile, centres, multimask=True)
+    assert three.logits.shape == (2 * MASKS, 64, 64)
+    np.testing.assert_allclose(three.logits[::MASKS], one.logits, atol=1e-4)
+    assert torch.equal(three.points_xy, centres.repeat_interleave(MASKS, 0))
+    assert (three.quality.view(2, MASKS).max(1).values > 0.5).all()
+    for a, b in ((0, 1), (0, 2), (1, 2)):
+        assert not torch.allclose(three.logits[a], three.logits[b], atol=0.1)

@@ -74,6 +74,21 @@ def test_small_and_empty_masks_are_left_out() -> None:
     assert len(cells) == 1
 
 
+def test_small_dents_are_filled_and_deep_ones_stay() -> None:
+    """A disc with a notch: 4 % of its hull is filled; a crescent, three fifths of its hull, keeps its shape. At 1 nothing is filled."""
+    y, x = np.mgrid[:64, :64] + 0.5
+    notch = np.minimum(disc(10.0)[0], np.hypot(x - 42, y - 32) - 4)[None]
+    crescent = np.minimum(disc(12.0)[0], np.hypot(x - 40, y - 32) - 10)[None]
+    for shape, rounded in ((notch, True), (crescent, False)):
+        masks = masks_of(shape, prompt=(48.0, 64.0))
+        as_it_is, settled = (
+            trace(masks, Box(0, 0, 128, 128), Lattice(0.25, 0.25), MaskConfig(min_area_um2=0.0, simplify_um=0.0, convex_above=share))[0].polygons[0]
+            for share in (1.0, 0.8)
+        )
+        assert as_it_is.area < 0.98 * as_it_is.convex_hull.area
+        assert settled.equals(as_it_is.convex_hull if rounded else as_it_is)
+
+
 def test_simplifying_costs_less_than_half_a_percent() -> None:
     shape = disc(8.0)
     plain, _ = trace(masks_of(shape), Box(0, 0, 128, 128), Lattice(0.25, 0.25), SIMPLIFY_NOTHING)

@@ -38,7 +38,7 @@ def trace(masks: WindowMasks, outer: Box, lattice: Lattice, config: MaskConfig) 
     lattice
         Between model px and level-0 px.
     config
-        ``min_area_um2`` and ``simplify_um``.
+        ``min_area_um2``, ``convex_above`` and ``simplify_um``.
 
     Returns
     -------
@@ -70,7 +70,7 @@ def trace(masks: WindowMasks, outer: Box, lattice: Lattice, config: MaskConfig) 
     offsets = np.repeat(np.arange(len(rings)), [len(r) for r in rings])
     polygons = shapely.polygons(shapely.linearrings(points, indices=offsets))
     polygons = shapely.simplify(polygons, config.simplify_um / lattice.slide_mpp)
-    polygons = _valid(polygons)
+    polygons = _rounded(_valid(polygons), config.convex_above)
     big = shapely.area(polygons) * lattice.slide_mpp**2 >= config.min_area_um2
     cells = Cells(
         polygons=polygons,
@@ -115,6 +115,12 @@ def _encloses(xy: NDArray[np.float64], point: NDArray[np.float32]) -> bool:
         return False
     xa, xb, ya, yb = x[:-1][crosses], x[1:][crosses], y[:-1][crosses], y[1:][crosses]
     return bool(((xa - ya * (xb - xa) / (yb - ya)) > 0).sum() % 2)
+
+
+def _rounded(polygons: NDArray[np.object_], convex_above: float) -> NDArray[np.object_]:
+    """Outlines that fill at least ``convex_above`` of their convex hull become the hull."""
+    hull = shapely.convex_hull(polygons)
+    return np.where(shapely.area(polygons) >= convex_above * shapely.area(hull), hull, polygons)
 
 
 def _valid(polygons: NDArray[np.object_]) -> NDArray[np.object_]:

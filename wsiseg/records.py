@@ -99,6 +99,25 @@ class Embeddings:
 
 
 @dataclass(frozen=True)
+class Hints:
+    """What N prompts say beside their point: more points, and a box. Model px of the tile, corner frame.
+
+    Attributes
+    ----------
+    points_xy
+        float32 of shape (N, K, 2).
+    labels
+        float32 of shape (N, K): 1 inside the object, -1 outside it, 0 not a point.
+    boxes
+        float32 of shape (N, 4): x0, y0, x1, y1; rows of NaN where there is no box.
+    """
+
+    points_xy: Tensor
+    labels: Tensor
+    boxes: Tensor
+
+
+@dataclass(frozen=True)
 class WindowMasks:
     """Masks of N prompts, each on its own window of the tile, on the model's device.
 

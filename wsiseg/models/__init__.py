@@ -39,7 +39,7 @@ MODELS = {
         name="nuclei-compact",
         network="wsiseg.models.nuclei_compact:NucleiCompact",
         weights="nuclei-compact.safetensors",
-        sha256="4c30963bed4e9d0871600e06690ffaad2cc88d1dfaf84cd5ebe5565fd1696919",
+        sha256="281e0a1b049805096c5a65b71c146d5a8f7e00fb593a58ca431a81160902ebde",
         licence="Apache-2.0",
         source="training/train_nuclei_compact.py; card: wsiseg/models/weights/nuclei-compact.md",
     )

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from wsiseg.records import Embeddings, WindowMasks
+    from wsiseg.records import Embeddings, Hints, WindowMasks
 
 
 class PromptableModel(Protocol):
@@ -40,6 +40,11 @@ class PromptableModel(Protocol):
         """uint8 RGB (B, 3, H, W) on ``device`` -> embeddings."""
         ...
 
-    def decode(self, embeddings: Embeddings, tile: Tensor, points_xy: Tensor) -> WindowMasks:
-        """One mask per point: ``tile`` int64 (N,), ``points_xy`` float32 (N, 2) model px of the tile -> masks on windows."""
+    def decode(
+        self, embeddings: Embeddings, tile: Tensor, points_xy: Tensor, *, hints: Hints | None = None, multimask: bool = False
+    ) -> WindowMasks:
+        """One mask per point: ``tile`` int64 (N,), ``points_xy`` float32 (N, 2) model px of the tile -> masks on windows.
+
+        ``hints`` adds points and boxes; ``multimask`` asks for several answers per prompt, prompt by prompt; ``quality`` says which is best.
+        """
         ...

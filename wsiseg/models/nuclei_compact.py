@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from wsiseg.records import Embeddings, WindowMasks
+from wsiseg.records import Embeddings, Hints, WindowMasks
 
 STRIDE_PX = 16  #: deepest stride of the pyramid: tiles that start on its multiples see the same lattice
 CELL_PX = 2  #: one mask logit covers 2 x 2 model pixels
@@ -45,6 +45,10 @@ DESCRIPTOR_SIZE = LEARNED + MEASUREMENTS
 # The three generated 1x1 convolutions: (inputs + relative x, y) -> HEAD_WIDTH -> HEAD_WIDTH -> 1.
 _HEAD_SHAPES = ((HEAD_WIDTH, MASK_FEATURES + 2), (HEAD_WIDTH, HEAD_WIDTH), (1, HEAD_WIDTH))
 _HEAD_PARAMETERS = sum(o * i + o for o, i in _HEAD_SHAPES)
+MASKS = 3  #: answers to one ambiguous prompt, as SAM gives; the first is the one that is given alone
+_POINT_WIDTH = 32 + 64 + 96  #: p2, p4 and p8 at a point
+_SIGNS = 8  #: what a mask says of its own quality: stability, certainty, each instance map inside and on the ring
+_HINT_SCALE = 32.0  #: px; distances from the point enter the network in units of this (8 um, a nucleus)
 
 
 def _conv(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
@@ -114,12 +118,12 @@ class NucleiCompact(nn.Module):
         self.mask_features = nn.Conv2d(32, MASK_FEATURES, 1)
         self.high = nn.Conv2d(64, 32, 1)
         self.low = nn.Conv2d(96, 64, 1)
-        point_width = 32 + 64 + 96
-        self.controller = nn.Sequential(
-            nn.Linear(point_width, 192), nn.ReLU(inplace=True), nn.Linear(192, _HEAD_PARAMETERS)
-        )
+        self.controller = nn.Sequential(nn.Linear(_POINT_WIDTH, 192), nn.ReLU(inplace=True), nn.Linear(192, _HEAD_PARAMETERS))
+        self.alternatives = nn.Linear(192, (MASKS - 1) * (HEAD_WIDTH + 1))
+        self.point_hint = _silent(_POINT_WIDTH + 3, 128, bias=False)
+        self.box_hint = _silent(4, 64, bias=True)
         self.quality = nn.Sequential(
-            nn.Linear(point_width + 64 + MASK_FEATURES + MEASUREMENTS + 1, 128),
+            nn.Linear(_POINT_WIDTH + 64 + MASK_FEATURES + MEASUREMENTS + _SIGNS, 128),
             nn.ReLU(inplace=True),
             nn.Linear(128, 1),
         )
@@ -165,10 +169,10 @@ class NucleiCompact(nn.Module):
         """
         unit = images.float() / 255
         standard = ((unit - self.pixel_mean) / self.pixel_sd).contiguous(memory_format=torch.channels_last)
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=self._bf16):
+        kind = images.device.type
+        with torch.autocast(kind, torch.bfloat16, enabled=self._bf16 or torch.is_autocast_enabled(kind)):
             p2, p4, p8 = self.pyramid(standard)
-        if self._bf16:
-            p2, p4, p8 = p2.float(), p4.float(), p8.float()
+        p2, p4, p8 = p2.float(), p4.float(), p8.float()
         # One product for both heads: on its own, the three-channel one rounds differently with the number of threads.
         weight, bias = (torch.cat([getattr(self.maps, k), getattr(self.mask_features, k)]) for k in ("weight", "bias"))
         maps, mask = F.conv2d(p2, weight, bias).split([3, MASK_FEATURES], 1)
@@ -177,11 +181,13 @@ class NucleiCompact(nn.Module):
             high=F.normalize(self.high(p4), dim=1),
             low=F.normalize(self.low(p8), dim=1),
             maps=maps,
-            extra={"mask": mask, "p2": p2, "p4": p4, "p8": p8, "density": density},
+            extra={"mask": mask, "maps": maps, "p2": p2, "p4": p4, "p8": p8, "density": density},
         )
 
-    def decode(self, embeddings: Embeddings, tile: Tensor, points_xy: Tensor) -> WindowMasks:
-        """One mask per point.
+    def decode(
+        self, embeddings: Embeddings, tile: Tensor, points_xy: Tensor, *, hints: Hints | None = None, multimask: bool = False
+    ) -> WindowMasks:
+        """Masks of N prompts.
 
         Parameters
         ----------
@@ -190,7 +196,12 @@ class NucleiCompact(nn.Module):
         tile
             int64 of shape (N,): which of the B tiles each point lies in.
         points_xy
-            float32 of shape (N, 2): model pixels of the tile, corner frame.
+            float32 of shape (N, 2): model pixels of the tile, corner frame. The window lies around this point; for a box alone it is the
+            box's centre.
+        hints
+            More points and boxes.
+        multimask
+            Give ``MASKS`` answers for every prompt instead of one: 3N masks, prompt by prompt. ``quality`` says which is best.
 
         Returns
         -------
@@ -199,7 +210,12 @@ class NucleiCompact(nn.Module):
             ``quality`` (N,) predicted IoU in [0, 1]; ``descriptors`` (N, 75) unit norm: a learned half and standardised measurements.
         """
         extra = embeddings.extra
-        at_point = torch.cat([_sample(extra[k], tile, points_xy, s) for k, s in (("p2", 2), ("p4", 4), ("p8", 8))], 1)
+        at_point = _at_points(extra, tile, points_xy)
+        hidden = self.controller[0](at_point)
+        if hints is not None:
+            hidden = hidden + self._hint(extra, tile, points_xy, hints)
+        hidden = F.relu(hidden)
+        parameters = self.controller[2](hidden)
         snap_px = SNAP_CELLS * CELL_PX
         origin = torch.floor(points_xy / snap_px).long() * SNAP_CELLS - (WINDOW_CELLS // 2 - SNAP_CELLS // 2)  # cells
         features = _windows(extra["mask"], tile, origin, WINDOW_CELLS)
@@ -214,9 +230,16 @@ class NucleiCompact(nn.Module):
             ],
             1,
         )
-        logits = _generated_head(torch.cat([features, grid / 32], 1), self.controller(at_point))
-        pooled, measured, stability = self._inside(embeddings, tile, origin, features, logits)
-        quality = self.quality(torch.cat([at_point.detach(), pooled, measured, stability], 1))
+        body = _generated_body(torch.cat([features, grid / 32], 1), parameters)
+        last = parameters[:, -(HEAD_WIDTH + 1) :].view(n, 1, HEAD_WIDTH + 1)
+        if multimask:
+            last = torch.cat([last, last + self.alternatives(hidden).view(n, MASKS - 1, HEAD_WIDTH + 1)], 1)
+            tile, origin, points_xy, at_point, features = (
+                v.repeat_interleave(MASKS, 0) for v in (tile, origin, points_xy, at_point, features)
+            )
+        logits = torch.baddbmm(last[..., -1:], last[..., :-1], body).view(-1, WINDOW_CELLS, WINDOW_CELLS)
+        pooled, measured, signs = self._inside(embeddings, tile, origin, features, logits)
+        quality = self.quality(torch.cat([at_point.detach(), pooled, measured, signs], 1))
         learned = F.normalize(self.describe(torch.cat([pooled[:, :64], measured], 1)), dim=1)
         descriptors = torch.cat(
             [learned * (1 - MEASURED_SHARE) ** 0.5, F.normalize(measured.clamp(-4, 4), dim=1) * MEASURED_SHARE**0.5], 1
@@ -226,15 +249,26 @@ class NucleiCompact(nn.Module):
             origin_xy=origin * CELL_PX,
             cell_px=CELL_PX,
             quality=torch.sigmoid(quality[:, 0]),
-            stability=stability[:, 0],
+            stability=signs[:, 0],
             descriptors=descriptors,
             points_xy=points_xy,
         )
 
+    def _hint(self, extra: dict[str, Tensor], tile: Tensor, points_xy: Tensor, hints: Hints) -> Tensor:
+        """What the hints add to the controller's hidden layer (N, 192): a sum over points, so their order does not matter."""
+        n, k = hints.labels.shape
+        relative = (hints.points_xy - points_xy[:, None]) / _HINT_SCALE
+        at = _at_points(extra, tile.repeat_interleave(k), hints.points_xy.reshape(-1, 2)).view(n, k, _POINT_WIDTH)
+        said = self.point_hint(torch.cat([at, relative, hints.labels[..., None]], 2)) * hints.labels.abs()[..., None]
+        has_box = hints.boxes.isfinite().all(1, keepdim=True)
+        box = torch.where(has_box, (hints.boxes - points_xy.repeat(1, 2)) / _HINT_SCALE, 0)
+        hidden: Tensor = said.sum(1) + self.box_hint(box) * has_box
+        return hidden
+
     def _inside(
         self, embeddings: Embeddings, tile: Tensor, origin: Tensor, features: Tensor, logits: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """What lies inside each mask: pooled F_l and mask features (N, 80), standardised measurements (N, 11), stability (N, 1)."""
+        """What lies inside each mask: pooled F_l and mask features (N, 80), standardised measurements (N, 11), signs of quality (N, 8)."""
         hard = (logits.detach() > 0).to(logits.dtype)
         area = hard.sum((1, 2)).clamp_min(1)
         coarse = F.avg_pool2d(hard[:, None], SNAP_CELLS)
@@ -257,7 +291,27 @@ class NucleiCompact(nn.Module):
             1,
         )
         strict, loose = (logits.detach() > 1).sum((1, 2)), (logits.detach() > -1).sum((1, 2))
-        return torch.cat([pooled_low, pooled_mask], 1), self.standardise(measured), (strict / loose.clamp_min(1))[:, None]
+        certainty = ((logits.detach() / 2).tanh().abs() * hard).sum((1, 2)) / area
+        maps = _windows(embeddings.extra["maps"].detach().sigmoid(), tile, origin, WINDOW_CELLS)
+        signs = torch.cat(
+            [
+                (strict / loose.clamp_min(1))[:, None],
+                certainty[:, None],
+                (maps * hard[:, None]).sum((2, 3)) / area[:, None],
+                (maps * ring).sum((2, 3)) / ring.sum((2, 3)).clamp_min(1),
+            ],
+            1,
+        )
+        return torch.cat([pooled_low, pooled_mask], 1), self.standardise(measured), signs
+
+
+def _silent(inputs: int, hidden: int, *, bias: bool) -> nn.Sequential:
+    """Two layers into the controller's hidden one that say nothing until training gives them a meaning."""
+    last = nn.Linear(hidden, 192, bias=bias)
+    nn.init.zeros_(last.weight)
+    if bias:
+        nn.init.zeros_(last.bias)
+    return nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU(inplace=True), last)
 
 
 def _fold(stack: nn.Sequential) -> None:
@@ -296,20 +350,23 @@ def _windows(feature: Tensor, tile: Tensor, origin: Tensor, size: int) -> Tensor
     return out * inside[:, None].to(feature.dtype)
 
 
-def _generated_head(x: Tensor, parameters: Tensor) -> Tensor:
-    """Three 1x1 convolutions whose weights are ``parameters`` (N, 593): (N, 18, h, w) -> logits (N, h, w)."""
-    n, _, height, width = x.shape
+def _at_points(extra: dict[str, Tensor], tile: Tensor, points_xy: Tensor) -> Tensor:
+    """The pyramid at N points -> (N, 192)."""
+    return torch.cat([_sample(extra[k], tile, points_xy, s) for k, s in (("p2", 2), ("p4", 4), ("p8", 8))], 1)
+
+
+def _generated_body(x: Tensor, parameters: Tensor) -> Tensor:
+    """All but the last of the generated 1x1 convolutions: (N, 18, h, w) -> (N, 16, h * w)."""
+    n = len(x)
     x = x.flatten(2)
     start = 0
-    for layer, (outputs, inputs) in enumerate(_HEAD_SHAPES):
+    for outputs, inputs in _HEAD_SHAPES[:-1]:
         weight = parameters[:, start : start + outputs * inputs].view(n, outputs, inputs)
         start += outputs * inputs
         bias = parameters[:, start : start + outputs].view(n, outputs, 1)
         start += outputs
-        x = torch.baddbmm(bias, weight, x)
-        if layer < len(_HEAD_SHAPES) - 1:
-            x = F.relu(x)
-    return x.view(n, height, width)
+        x = F.relu(torch.baddbmm(bias, weight, x))
+    return x
 
 
 def _axis_ratio(hard: Tensor, area: Tensor) -> Tensor:
