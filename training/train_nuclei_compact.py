@@ -1,14 +1,18 @@
 """Train ``nuclei-compact``: the recipe of the weights that ship in the package.
 
-    python training/train_nuclei_compact.py --data DATA --out OUT [--steps 4200] [--device auto]
+    python training/train_nuclei_compact.py --data DATA --out OUT --minutes 45 [--device auto]
 
-One run, two parts. First the network learns outlines from hand-drawn masks (tnbc, dsb2018_histology; silver masks of nucls_mini). Then its moving
-average draws one mask per annotated dot of brca_m2c/train (pseudo masks: real, permissively licensed H&E with cell types), and training
-goes on with both; types come from the dots. What may be trained on is the data folder's `train` splits only.
+First the network learns outlines from hand-drawn masks (tnbc, dsb2018_histology; silver masks of nucls_mini). Then its moving average draws
+one mask per annotated dot of brca_m2c/train (pseudo masks: real, permissively licensed H&E with cell types), and training goes on with both;
+later the better teacher draws them again. Types come from the dots. What may be trained on is the data folder's `train` splits only.
+
+A run that was killed goes on at its last save when the same command is given again. With `--steps` instead of `--minutes` an uninterrupted run
+on the same CPU, threads and workers gives the same bytes. `OUT` then holds the weights (a moving average), their card, the losses as rows and as
+a plot, and pictures.
 
 Losses, each a mean over what it covers:
     maps        cross-entropy + Dice of the foreground, L1 of the two distance maps (twice the weight inside nuclei)
-    mask        cross-entropy + Dice of every prompt's window
+    mask        cross-entropy + Dice of every prompt's window; of the best of three for some of them
     quality     cross-entropy of the predicted IoU with the true IoU (0 for clicks on background)
     high        pairs of places on F_h: nucleus-nucleus alike, nucleus-background not
     types       cosine classifier on the descriptors, and on F_l at the prompts (heads are thrown away)
@@ -19,6 +23,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import math
 import random
 import time
 from pathlib import Path
@@ -27,14 +32,20 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from data import CROP, INSTANCES, TYPES, Crops, Field, distances_of, load_instances, load_points
+from record import draw_curve, draw_pictures, list_images, write_card
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from wsiseg.models.nuclei_compact import CELL_PX, LEARNED, WINDOW_CELLS, NucleiCompact, _windows
-from wsiseg.records import Embeddings
+from wsiseg.models.nuclei_compact import CELL_PX, LEARNED, MASKS, WINDOW_CELLS, NucleiCompact, _windows
+from wsiseg.records import Embeddings, Hints
 
 MASK_SHARES = {"tnbc": 0.42, "dsb2018_histology": 0.46, "nucls_mini": 0.12}
-ALL_SHARES = {"tnbc": 0.26, "dsb2018_histology": 0.26, "nucls_mini": 0.10, "brca_m2c": 0.38}
+ALL_SHARES = {"tnbc": 0.28, "dsb2018_histology": 0.28, "nucls_mini": 0.09, "brca_m2c": 0.35}
+ROUNDS = (0.3, 0.56)  #: share of the run after which the pseudo masks are drawn (again)
+CALM = 0.8  #: from this share of the run on, crops are damaged and restained less often: the end is spent on images as they are
+CALM_STRENGTH = 0.35
+AMBIGUOUS = 12  #: prompts per batch that also train the alternative masks
+WARM_UP = 0.05  #: share of the run in which the learning rate rises; then it falls as a cosine
 
 
 class TypeHeads(nn.Module):
@@ -70,7 +81,8 @@ def losses(model: NucleiCompact, heads: TypeHeads, batch: dict[str, Tensor], amp
     b = len(images)
     tile = torch.arange(b, device=images.device).repeat_interleave(INSTANCES)
     points, owners = batch["points"].flatten(0, 1), batch["owners"].flatten()
-    masks = model.decode(e, tile, points)
+    hints = Hints(batch["hint_xy"].flatten(0, 1), batch["hint_labels"].flatten(0, 1), batch["boxes"].flatten(0, 1))
+    masks = model.decode(e, tile, points, hints=hints)
     origin = masks.origin_xy // CELL_PX
     label = batch["label"].float()[:, None] + 1  # 0 is "outside the crop" after windowing
     window = _windows(label, tile, origin * CELL_PX, WINDOW_CELLS * CELL_PX)
@@ -78,13 +90,16 @@ def losses(model: NucleiCompact, heads: TypeHeads, batch: dict[str, Tensor], amp
     known = _windows(weight[:, None], tile, origin, WINDOW_CELLS)[:, 0] * inside
     target = F.avg_pool2d((window == (owners + 1)[:, None, None, None]).float(), CELL_PX)[:, 0]
     click = owners > 0
-    bce = F.binary_cross_entropy_with_logits(masks.logits, target, reduction="none")
-    per = (bce * known).sum((1, 2)) / known.sum((1, 2)).clamp_min(1) * 8 + dice(masks.logits.sigmoid(), target, known, (1, 2))
-    out["mask"] = per[click].mean()
-    with torch.no_grad():
-        hard, truth = (masks.logits > 0) & (known > 0), (target >= 0.5) & (known > 0)
-        iou = (hard & truth).sum((1, 2)) / (hard | truth).sum((1, 2)).clamp_min(1) * click
-    out["quality"] = F.binary_cross_entropy(masks.quality, iou)
+    per, iou = _compare(masks.logits, target, known)
+    out["mask"] = (per * click).sum() / click.sum().clamp_min(1)
+    out["quality"] = F.binary_cross_entropy(masks.quality, iou * click)
+    few = click.nonzero()[:, 0]
+    few = few[torch.randperm(len(few), device=few.device)[:AMBIGUOUS]]
+    if len(few):
+        several = model.decode(e, tile[few], points[few], hints=Hints(hints.points_xy[few], hints.labels[few], hints.boxes[few]), multimask=True)
+        loss, true = _compare(several.logits, target[few].repeat_interleave(MASKS, 0), known[few].repeat_interleave(MASKS, 0))
+        out["mask"] = out["mask"] + 0.25 * loss.view(-1, MASKS).min(1).values.mean()
+        out["quality"] = out["quality"] + 0.25 * F.binary_cross_entropy(several.quality, true)
 
     # F_h: sample places at stride 4; pairs of background with background say nothing.
     coarse = F.avg_pool2d(foreground[:, None], 2)[:, 0].flatten(1)
@@ -111,6 +126,16 @@ def losses(model: NucleiCompact, heads: TypeHeads, batch: dict[str, Tensor], amp
             logits = 12 * low_at[mine] @ F.normalize(heads.low[k], dim=1).T
             out["types"] = out["types"] + 0.5 * _balanced(logits, types[mine])
     return out
+
+
+def _compare(logits: Tensor, target: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+    """Loss and true IoU of every mask (N, h, w), where ``known`` is not 0."""
+    bce = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+    per = (bce * known).sum((1, 2)) / known.sum((1, 2)).clamp_min(1) * 8 + dice(logits.sigmoid(), target, known, (1, 2))
+    with torch.no_grad():
+        hard, truth = (logits > 0) & (known > 0), (target >= 0.5) & (known > 0)
+        iou = (hard & truth).sum((1, 2)) / (hard | truth).sum((1, 2)).clamp_min(1)
+    return per, iou
 
 
 def _balanced(logits: Tensor, target: Tensor) -> Tensor:
@@ -156,70 +181,118 @@ def pseudo_masks(model: NucleiCompact, root: Path, device: torch.device) -> list
     return fields
 
 
-def _stream(fields: list[Field], shares: dict[str, float], batch: int, seed: int):  # noqa: ANN202
-    return iter(torch.utils.data.DataLoader(Crops(fields, shares, seed), batch_size=batch, num_workers=1, prefetch_factor=4))
+def _stream(crops: Crops, batch: int, workers: int):  # noqa: ANN202
+    return iter(torch.utils.data.DataLoader(crops, batch_size=batch, num_workers=workers, prefetch_factor=4 if workers else None))
 
 
 def _save(model: nn.Module, path: Path) -> None:
-    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, path)
+    part = path.with_suffix(".part")
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, part)
+    part.replace(path)
+
+
+def rate_at(progress: float) -> float:
+    """Share of the largest learning rate at ``progress`` in [0, 1] of the run."""
+    if progress < WARM_UP:
+        return 0.04 + 0.96 * progress / WARM_UP
+    return 0.5 * (1 + math.cos(math.pi * min((progress - WARM_UP) / (1 - WARM_UP), 1.0)))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=4200)
-    parser.add_argument("--outline-steps", type=int, default=1300, help="steps before the pseudo masks are drawn")
-    parser.add_argument("--batch", type=int, default=6)
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--minutes", type=float, default=45.0, help="how long to train; the learning rate follows the clock")
+    length.add_argument("--steps", type=int, help="how many steps to train instead")
+    parser.add_argument("--batch", type=int, help="crops per step (6; 64 on a GPU)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--init", type=Path, help="continue from these weights (safetensors)")
+    parser.add_argument("--workers", type=int, help="processes that make crops (1; 14 with a GPU)")
+    parser.add_argument("--init", type=Path, help="begin with these weights (safetensors)")
     parser.add_argument("--rate", type=float, default=2e-3, help="largest learning rate")
     options = parser.parse_args()
     device = torch.device("cuda" if options.device == "auto" and torch.cuda.is_available() else options.device.replace("auto", "cpu"))
+    size = options.batch or (6 if device.type == "cpu" else 64)
+    workers = options.workers or (1 if device.type == "cpu" else 14)
     random.seed(options.seed)
     np.random.seed(options.seed)
     torch.manual_seed(options.seed)
     options.out.mkdir(parents=True, exist_ok=True)
+    state_path = options.out / "state.pt"
 
     model = NucleiCompact().to(device).to(memory_format=torch.channels_last)
     if options.init:
-        model.load_state_dict(load_file(options.init))
+        missing, unexpected = model.load_state_dict(load_file(options.init), strict=False)
+        print(f"begun with {options.init}; not in it: {missing}; not used: {unexpected}", flush=True)
     heads = TypeHeads(LEARNED, 64).to(device)
     average = copy.deepcopy(model).eval()
     parameters = [*model.parameters(), *heads.parameters()]
     optimiser = torch.optim.AdamW(parameters, lr=options.rate, weight_decay=0.02)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, options.rate, total_steps=options.steps, pct_start=0.06)
+    kept = {"model": model, "heads": heads, "average": average, "optimiser": optimiser}
+    step, before, drawn = 0, 0.0, 0
+    if state_path.exists():
+        state = torch.load(state_path, map_location=device, weights_only=True)
+        for name, thing in kept.items():
+            thing.load_state_dict(state[name])
+        step, before, drawn = state["step"], state["seconds"], state["drawn"]
+        print(f"going on at step {step}", flush=True)
+
+    list_images(options.data, options.out)
     outlines = [f for name in MASK_SHARES for f in load_instances(options.data, name)]
-    stream = _stream(outlines, MASK_SHARES, options.batch, options.seed)
-    log = (options.out / "curve.jsonl").open("w")
-    started, running = time.time(), {}
-    for step in range(options.steps):
-        if step == options.outline_steps:
-            _save(average, options.out / "outlines.safetensors")
-            dots = pseudo_masks(average, options.data, device)
-            stream = _stream(outlines + dots, ALL_SHARES, options.batch, options.seed + 1)
+    rounds = (0.0, *ROUNDS) if options.init else ROUNDS
+    stream, running, calm = None, {}, False
+    curve = options.out / "curve.jsonl"
+    rows = [line for line in curve.read_text().splitlines() if json.loads(line)["step"] <= step] if curve.exists() else []
+    curve.write_text("".join(f"{line}\n" for line in rows))
+    log = curve.open("a")
+    started = time.time()
+    weights = options.out / "nuclei-compact.safetensors"
+    while True:
+        seconds = before + time.time() - started
+        progress = step / options.steps if options.steps else seconds / (60 * options.minutes)
+        finished = progress >= 1
+        if step and (finished or step % 250 == 0):
+            _save(average, weights)
+            part = state_path.with_suffix(".part")
+            torch.save({**{k: v.state_dict() for k, v in kept.items()}, "step": step, "seconds": seconds, "drawn": drawn}, part)
+            part.replace(state_path)
+        if step and (finished or step % 1000 == 0):
+            draw_curve(options.out)
+            draw_pictures(weights, options.data, options.out)
+        if finished:
+            write_card(weights, options.data, options.out, options, step, seconds)
+            break
+        due = sum(progress >= r for r in rounds)
+        if stream is None or due > drawn:
+            fields, shares = outlines, MASK_SHARES
+            if due:
+                fields, shares = outlines + pseudo_masks(average, options.data, device), ALL_SHARES
+            drawn, stream = due, None
+        if stream is None or (progress >= CALM and not calm):
+            calm = progress >= CALM
+            stream = _stream(Crops(fields, shares, options.seed + step, CALM_STRENGTH if calm else 1.0), size, workers)
         batch = {k: v.to(device, non_blocking=True) for k, v in next(stream).items()}
         parts = losses(model.train(), heads, batch, amp=True)
         total = parts["maps"] + parts["mask"] + 0.5 * parts["quality"] + 0.5 * parts["high"] + 0.4 * parts["types"]
         optimiser.zero_grad(set_to_none=True)
         total.backward()
         nn.utils.clip_grad_norm_(parameters, 5.0)
+        for group in optimiser.param_groups:
+            group["lr"] = options.rate * rate_at(progress)
         optimiser.step()
-        schedule.step()
-        decay = min(0.999, (step + 1) / (step + 20))
+        step += 1
+        decay = min(0.999, step / (step + 19))
         with torch.no_grad():
             for a, b in zip(average.state_dict().values(), model.state_dict().values(), strict=True):
                 a.lerp_(b, 1 - decay) if a.dtype.is_floating_point else a.copy_(b)
         for k, v in parts.items():
             running[k] = 0.98 * running.get(k, v.item()) + 0.02 * v.item()
-        if step % 50 == 49:
-            row = {"step": step + 1, "seconds": round(time.time() - started, 1), **{k: round(v, 4) for k, v in running.items()}}
+        if step % 50 == 0:
+            row = {"step": step, "seconds": round(seconds, 1), **{k: round(v, 4) for k, v in running.items()}}
             log.write(json.dumps(row) + "\n")
             log.flush()
             print(row, flush=True)
-        if step % 500 == 499 or step + 1 == options.steps:
-            _save(average, options.out / "nuclei-compact.safetensors")
 
 
 if __name__ == "__main__":

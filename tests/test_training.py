@@ -1,0 +1,93 @@
+"""The recipe runs from data on disk to a card, and a killed run goes on. On tiny made-up data: what it learns is for the benchmarks."""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from skimage.draw import disk
+
+from wsiseg.models import load_model
+
+RECIPE = Path(__file__).parents[1] / "training" / "train_nuclei_compact.py"
+
+
+def field(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, list[tuple[int, int]]]:
+    """Dark discs on pink: image, label, centres."""
+    image = np.full((192, 192, 3), (235, 190, 215), np.uint8)
+    label = np.zeros((192, 192), np.uint16)
+    centres = [(y, x) for y in range(24, 192, 36) for x in range(24, 192, 36)]
+    for i, centre in enumerate(centres, 1):
+        rows, columns = disk(centre, rng.uniform(8, 13))
+        image[rows, columns] = (90, 60, 140)
+        label[rows, columns] = i
+    return np.clip(image + rng.normal(0, 6, image.shape), 0, 255).astype(np.uint8), label, centres
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    rng = np.random.default_rng(0)
+    root = tmp_path / "data"
+    for name in ("tnbc", "dsb2018_histology", "nucls_mini"):
+        for kind in ("image", "label", "type"):
+            (root / "instances" / name / "train" / kind).mkdir(parents=True)
+        image, label, _ = field(rng)
+        folder = root / "instances" / name / "train"
+        Image.fromarray(image).save(folder / "image" / "a.png")
+        Image.fromarray(label).save(folder / "label" / "a.png")
+        if name == "nucls_mini":
+            Image.fromarray(((label % 4 + 1) * (label > 0)).astype(np.uint8)).save(folder / "type" / "a.png")
+    folder = root / "points" / "brca_m2c" / "train"
+    (folder / "image").mkdir(parents=True)
+    (folder / "points").mkdir()
+    image, _, centres = field(rng)
+    Image.fromarray(image[::2, ::2]).save(folder / "image" / "b.png")
+    with (folder / "points" / "b.csv").open("w", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(["x", "y", "type"])
+        writer.writerows((x / 2, y / 2, 1 + k % 3) for k, (y, x) in enumerate(centres))
+    return root
+
+
+def train(data: Path, out: Path, steps: int) -> str:
+    command = [sys.executable, str(RECIPE), "--data", str(data), "--out", str(out), "--steps", str(steps), "--batch", "2", "--device", "cpu"]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300, env={**os.environ, "MPLBACKEND": "Agg"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def test_the_recipe_from_data_to_card_and_on_after_a_stop(data, tmp_path) -> None:
+    out = tmp_path / "out"
+    train(data, out, 3)
+    weights = out / "nuclei-compact.safetensors"
+    first = weights.read_bytes()
+    load_model(str(weights), "cpu")
+    card = (out / "nuclei-compact.md").read_text()
+    assert "3 steps" in card
+    assert "CC BY 4.0" in card
+    with (out / "images.csv").open() as stream:
+        assert [row["set"] for row in csv.DictReader(stream)] == [f"{n}/train" for n in ("tnbc", "dsb2018_histology", "nucls_mini", "brca_m2c")]
+    assert "going on at step 3" in train(data, out, 5)
+    assert weights.read_bytes() != first
+    assert "5 steps" in (out / "nuclei-compact.md").read_text()
+
+
+def test_the_seed_alone_decides(data, tmp_path) -> None:
+    train(data, tmp_path / "a", 2)
+    train(data, tmp_path / "b", 2)
+    a, b = ((tmp_path / k / "nuclei-compact.safetensors").read_bytes() for k in "ab")
+    assert a == b
+
+
+def test_the_shipped_list_of_images_names_no_evaluation_set() -> None:
+    with (RECIPE.parent / "images.csv").open() as stream:
+        rows = list(csv.DictReader(stream))
+    assert {row["set"] for row in rows} == {"tnbc/train", "dsb2018_histology/train", "nucls_mini/train", "brca_m2c/train"}
+    assert all(row["licence"] in ("CC BY 4.0", "CC0 1.0", "BSD-3-Clause") for row in rows)
+    assert not any("TCGA-A7-A13E" in row["image"] for row in rows)
