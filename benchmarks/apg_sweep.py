@@ -22,12 +22,13 @@ from wsiseg.models import load_model
 
 MOVES: list[dict[str, dict[str, float]]] = [
     {},
-    *({"masks": {"min_score": v}} for v in (0.2, 0.3, 0.35, 0.45, 0.5, 0.6)),
+    *({"masks": {"min_score": v}} for v in (0.2, 0.25, 0.35, 0.4, 0.5, 0.6)),
     *({"stitching": {"max_overlap": v}} for v in (0.15, 0.2, 0.4, 0.5)),
     *({"apg": {"foreground": v}} for v in (0.3, 0.4, 0.6)),
     *({"apg": {"centre": v}} for v in (0.4, 0.6)),
     *({"apg": {"boundary": v}} for v in (0.4, 0.6, 0.7)),
     *({"masks": {"min_area_um2": v}} for v in (3, 8, 12)),
+    *({"masks": {"convex_above": v}} for v in (0.6, 0.8, 1.0)),
 ]
 
 
@@ -46,7 +47,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     options = parser.parse_args()
-    model = load_model("nuclei-compact")
+    model = load_model("nuclei-compact", "cpu")
     images = [(name, image, label, encode(model, image)) for name, image, label in development_images(options.data)]
     rows = []
     for move in MOVES:

@@ -67,14 +67,19 @@ def cells_of(model, embeddings: Embeddings, points: np.ndarray, shape: tuple[int
     return stitch(cells, (width, height), config.masks.min_area_um2 / MPP**2, config.stitching)[0]
 
 
+def table(rows: list[dict[str, object]]) -> str:
+    """Markdown."""
+    keys = list(rows[0])
+    lines = ["| " + " | ".join(keys) + " |", "|" + "---|" * len(keys)]
+    lines += ["| " + " | ".join(f"{r[k]:.3f}" if isinstance(r[k], float) else str(r[k]) for k in keys) + " |" for r in rows]
+    return "\n".join(lines)
+
+
 def write_results(name: str, rows: list[dict[str, object]], note: str) -> None:
     """`results/<name>.md` and `.json`, with the versions they were measured with."""
     RESULTS.mkdir(exist_ok=True)
     versions = {"python": platform.python_version(), "torch": torch.__version__, "threads": torch.get_num_threads()}
     (RESULTS / f"{name}.json").write_text(json.dumps({"versions": versions, "rows": rows}, indent=1) + "\n")
-    keys = list(rows[0])
-    lines = ["| " + " | ".join(keys) + " |", "|" + "---|" * len(keys)]
-    lines += ["| " + " | ".join(f"{r[k]:.3f}" if isinstance(r[k], float) else str(r[k]) for k in keys) + " |" for r in rows]
-    text = f"# {name}\n\n{note}\n\n" + "\n".join(lines) + "\n\nMeasured with " + ", ".join(f"{k} {v}" for k, v in versions.items()) + ".\n"
+    text = f"# {name}\n\n{note}\n\n{table(rows)}\n\nMeasured with " + ", ".join(f"{k} {v}" for k, v in versions.items()) + ".\n"
     (RESULTS / f"{name}.md").write_text(text)
     print(text)
