@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
 SAM_VIT_B_GMAC = 486 * 4  # one 1024-px input, and micro-sam's usual 512-px tile enlarged to it: four inputs for a megapixel
 
-
 SOURCES = {
     "tnbc": ("Naylor et al. 2019, zenodo.org/records/2579118", "CC BY 4.0"),
     "dsb2018_histology": ("Caicedo et al. 2019, BBBC038", "CC0 1.0"),

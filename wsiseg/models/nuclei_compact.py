@@ -48,7 +48,7 @@ _HEAD_PARAMETERS = sum(o * i + o for o, i in _HEAD_SHAPES)
 MASKS = 3  #: answers to one ambiguous prompt, as SAM gives; the first is the one that is given alone
 _POINT_WIDTH = 32 + 64 + 96  #: p2, p4 and p8 at a point
 _SIGNS = 8  #: what a mask says of its own quality: stability, certainty, each instance map inside and on the ring
-_HINT_SCALE = 32.0  #: px; distances from the point enter the network in units of this (8 um, a nucleus)
+_DISTANCE_PX = 32.0  #: distances from the point enter the network in units of this (8 um, a nucleus)
 
 
 def _conv(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
@@ -208,6 +208,7 @@ class NucleiCompact(nn.Module):
         WindowMasks
             ``logits`` (N, 64, 64) on cells of 2 px; ``origin_xy`` (N, 2) the outer corner of each window in model pixels;
             ``quality`` (N,) predicted IoU in [0, 1]; ``descriptors`` (N, 75) unit norm: a learned half and standardised measurements.
+            With ``multimask`` 3N of each.
         """
         extra = embeddings.extra
         at_point = _at_points(extra, tile, points_xy)
@@ -230,7 +231,7 @@ class NucleiCompact(nn.Module):
             ],
             1,
         )
-        body = _generated_body(torch.cat([features, grid / 32], 1), parameters)
+        body = _generated_body(torch.cat([features, grid / _DISTANCE_PX], 1), parameters)
         last = parameters[:, -(HEAD_WIDTH + 1) :].view(n, 1, HEAD_WIDTH + 1)
         if multimask:
             last = torch.cat([last, last + self.alternatives(hidden).view(n, MASKS - 1, HEAD_WIDTH + 1)], 1)
@@ -257,11 +258,11 @@ class NucleiCompact(nn.Module):
     def _hint(self, extra: dict[str, Tensor], tile: Tensor, points_xy: Tensor, hints: Hints) -> Tensor:
         """What the hints add to the controller's hidden layer (N, 192): a sum over points, so their order does not matter."""
         n, k = hints.labels.shape
-        relative = (hints.points_xy - points_xy[:, None]) / _HINT_SCALE
+        relative = (hints.points_xy - points_xy[:, None]) / _DISTANCE_PX
         at = _at_points(extra, tile.repeat_interleave(k), hints.points_xy.reshape(-1, 2)).view(n, k, _POINT_WIDTH)
         said = self.point_hint(torch.cat([at, relative, hints.labels[..., None]], 2)) * hints.labels.abs()[..., None]
         has_box = hints.boxes.isfinite().all(1, keepdim=True)
-        box = torch.where(has_box, (hints.boxes - points_xy.repeat(1, 2)) / _HINT_SCALE, 0)
+        box = torch.where(has_box, (hints.boxes - points_xy.repeat(1, 2)) / _DISTANCE_PX, 0)
         hidden: Tensor = said.sum(1) + self.box_hint(box) * has_box
         return hidden
 
