@@ -110,6 +110,37 @@ def build_bank(
     )
 
 
+def find_clicked(
+    reader: SlideReader, model: PromptableModel, point: tuple[float, float], lattice: Lattice, config: RunConfig, place: str
+) -> Cells:
+    """The cell that one click means, as :func:`build_bank` finds it.
+
+    Parameters
+    ----------
+    reader, model
+        The slide and the network.
+    point
+        The click, level-0 px.
+    lattice
+        Between model px and level-0 px.
+    config
+        ``cop``, ``apg`` and ``masks``.
+    place
+        What to call the click in the error: ``seeds.json: types[0].points[0]``.
+
+    Returns
+    -------
+    Cells
+        One cell.
+
+    Raises
+    ------
+    SeedsError
+        The click hits no cell; the sentence names the nearest one.
+    """
+    return _find_cell(_Desk(reader, model, lattice, config), place, point).cell
+
+
 def _find_cell(desk: _Desk, place: str, point: tuple[float, float]) -> _Clicked:
     """The cell under a click, or within its reach."""
     config, model = desk.config, desk.model

@@ -15,7 +15,7 @@ from wsiseg import __version__
 COMMANDS = {
     "run": "Segment and type slides: the whole path.",
     "info": "What is known of a slide before a run.",
-    "seeds": "Check a file of clicks.",
+    "seeds": "Check, convert and preview files of clicks.",
     "evaluate": "Score outlines and types against a truth.",
     "demo": "Write a small real slide with clicks, ready to run.",
     "doctor": "Check what works on this machine.",

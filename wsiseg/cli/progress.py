@@ -14,23 +14,24 @@ if TYPE_CHECKING:
 
 
 class Progress:
-    """``update(done, total, cells)`` draws tiles done, tiles per second, cells and time left."""
+    """``update(done, total, cells)`` draws tiles (or what ``unit`` says) done, their rate, cells and time left."""
 
-    def __init__(self, title: str, *, hidden: bool) -> None:
+    def __init__(self, title: str, *, hidden: bool, unit: str = "tiles") -> None:
         console = Console(stderr=True)
         self._bars = Bars(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("tiles"), TextColumn("{task.fields[detail]}"),
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit), TextColumn("{task.fields[detail]}"),
             TimeRemainingColumn(), console=console, disable=hidden or not console.is_terminal, transient=True,
         )  # fmt: skip
         self._task = self._bars.add_task(title, total=None, detail="planning")
         self._start: tuple[float, int] | None = None
+        self._unit = unit
 
     def update(self, done: int, total: int, cells: int) -> None:
         """Draw the state; the rate counts from the first call, so that resumed tiles do not flatter it."""
         now = time.monotonic()
         self._start = self._start or (now, done)
         rate = (done - self._start[1]) / max(now - self._start[0], 1e-6)
-        self._bars.update(self._task, completed=done, total=total, detail=f"{rate:.2f} tiles/s, {cells} cells")
+        self._bars.update(self._task, completed=done, total=total, detail=f"{rate:.2f} {self._unit}/s, {cells} cells")
 
     def __enter__(self) -> Self:
         self._bars.start()

@@ -3,19 +3,36 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, get_args, get_type_hints
 
 import click
 
+from wsiseg.config import RunConfig, from_mapping
 
-@click.group(short_help="Check a file of clicks.", name="seeds")
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from wsiseg.records import Seeds
+
+_DEFAULT = RunConfig()
+_MPP = click.option("--mpp", type=float, metavar="UM", help="Microns per level-0 pixel of the slide, when it does not say.")
+
+
+@click.group(short_help="Check, convert and preview files of clicks.", name="seeds")
 def command() -> None:
-    """Work with files of clicks."""
+    """Work with files of clicks: seeds.json, or points exported from QuPath.
+
+    \b
+    wsiseg seeds check clicks.geojson --slide slide.svs          what is in it, and whether it fits the slide
+    wsiseg seeds convert clicks.geojson seeds.json               from QuPath, and back
+    wsiseg seeds preview seeds.json slide.svs --out clicks.png   what each click hits
+    """  # noqa: D301 - click's mark for lines that stay as they are
 
 
-@command.command()
+@command.command(short_help="Say what is in a file of clicks, or what is wrong with it.")
 @click.argument("seeds", type=click.Path(path_type=Path))
 @click.option("--slide", help="Also check the clicks against this slide.")
-@click.option("--mpp", type=float, metavar="UM", help="Microns per level-0 pixel of the slide, when it does not say.")
+@_MPP
 def check(seeds: Path, slide: str | None, mpp: float | None) -> None:
     """Say what is in SEEDS, or what is wrong with it."""
     from wsiseg.formats.seeds import check_seeds, read_seeds
@@ -27,9 +44,83 @@ def check(seeds: Path, slide: str | None, mpp: float | None) -> None:
 
         with open_slide(slide, mpp=mpp, require_mpp=False) as reader:
             found, warnings = check_seeds(found, reader.info)
-    for kind in found.types:
+    _report(found, warnings)
+    click.echo(f"{seeds}: fine{f' for {slide}' if slide else ''}")
+
+
+@command.command(short_help="QuPath's points to seeds.json, or back.")
+@click.argument("source", metavar="IN", type=click.Path(path_type=Path))
+@click.argument("target", metavar="OUT", type=click.Path(path_type=Path))
+@click.option("--slide", help="Check the clicks against this slide, and count from where OUT needs it: the slide's corner, or QuPath's.")
+@_MPP
+@click.option("--overwrite", is_flag=True, help="Replace OUT.")
+def convert(source: Path, target: Path, slide: str | None, mpp: float | None, overwrite: bool) -> None:
+    """Turn points exported from QuPath into a seeds.json, or a seeds.json into points for QuPath.
+
+    What IN holds decides, whatever its name: GeoJSON (plain, .gz or .zip) and the points dialog's .tsv become a seeds.json, so OUT ends in
+    .json; a seeds.json becomes point annotations with classes, so OUT ends in .geojson or .geojson.gz.
+
+    QuPath has no clicks against a type. Such a click is a point of the type's class whose annotation is named "not this type", in both
+    directions.
+
+    Give --slide for slides with bounds (MRXS and some others): QuPath counts from the corner of the bounds. Without it no coordinate changes,
+    and a seeds.json made from QuPath's points says that they are still to be moved ("frame": "qupath"); every wsiseg command does that itself.
+
+    \b
+    wsiseg seeds convert clicks.geojson seeds.json --slide slide.mrxs
+    wsiseg seeds convert seeds.json clicks.geojson --slide slide.mrxs
+    """  # noqa: D301 - click's mark for lines that stay as they are
+    from wsiseg.formats.seeds import convert_seeds
+
+    if slide:
+        from wsiseg.slide import open_slide
+
+        with open_slide(slide, mpp=mpp, require_mpp=False) as reader:
+            written, warnings = convert_seeds(source, target, reader.info, overwrite=overwrite)
+    else:
+        written, warnings = convert_seeds(source, target, overwrite=overwrite)
+    _report(written, warnings)
+    click.echo(f"{target}: written")
+
+
+@command.command(short_help="Draw what each click hits, before a run.")
+@click.argument("seeds", type=click.Path(path_type=Path))
+@click.argument("slide")
+@click.option("--out", required=True, metavar="FILE.png", type=click.Path(path_type=Path), help="The picture to write.")
+@click.option("--mpp", type=float, metavar="UM", help="Microns per level-0 pixel, when the slide does not say or says wrong.")
+@click.option("--model", metavar="NAME|PATH", help=f"Model, or a .safetensors file of it.  [default: {_DEFAULT.model}]")
+@click.option("--device", metavar="NAME", help=f"auto, cpu, cuda or cuda:N.  [default: {_DEFAULT.device}]")
+@click.option(
+    "--reader", type=click.Choice(get_args(get_type_hints(RunConfig)["reader"])), help=f"Slide library.  [default: {_DEFAULT.reader}]"
+)
+@click.option("--overwrite", is_flag=True, help="Replace FILE.png.")
+def preview(seeds: Path, slide: str, out: Path, overwrite: bool, **options: str | float | None) -> None:
+    """Draw one panel per click of SEEDS on SLIDE: its surroundings, and the outline of the cell that a run takes it for.
+
+    A cross marks a click of the type, a diagonal cross a click against it. Under each panel stand the type, the click in level-0 px, and the
+    score of the outline (predicted IoU x stability, 0 to 1). A click that a run would refuse has a red frame and the reason: no cell there,
+    or the same cell as a click of another type. The picture is written all the same; then the first of them is the error, and the exit status
+    is 1.
+
+    \b
+    wsiseg seeds preview seeds.json slide.svs --out clicks.png
+    """  # noqa: D301 - click's mark for lines that stay as they are
+    from wsiseg.cli.progress import Progress
+    from wsiseg.errors import SeedsError
+    from wsiseg.preview import preview_seeds
+
+    config = from_mapping({name: value for name, value in options.items() if value is not None}, "command line")
+    with Progress(seeds.name, hidden=False, unit="clicks") as progress:
+        sheet = preview_seeds(seeds, slide, out, config, overwrite=overwrite, on_progress=progress.update)
+    _report(sheet.seeds, sheet.warnings)
+    click.echo(f"{out}: {sheet.drawn} of {sheet.clicks} clicks drawn, {sheet.bad} bad")
+    if sheet.faults:
+        raise SeedsError(sheet.faults[0])
+
+
+def _report(seeds: Seeds, warnings: Iterable[str]) -> None:
+    for kind in seeds.types:
         negative = f", {len(kind.negative)} negative" if kind.negative else ""
         click.echo(f"{kind.name}: {len(kind.points)} click{'s' if len(kind.points) != 1 else ''}{negative}")
     for warning in warnings:
         click.echo(f"Warning: {warning}", err=True)
-    click.echo(f"{seeds}: fine{f' for {slide}' if slide else ''}")

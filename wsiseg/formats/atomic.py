@@ -66,6 +66,24 @@ def atomic_path(path: Path) -> Iterator[Path]:
         _sync(path.parent, os.O_RDONLY)
 
 
+def require_free(path: Path, error: type[WsisegError], *, overwrite: bool) -> None:
+    """Refuse to replace a file that nobody asked to replace.
+
+    Parameters
+    ----------
+    path
+        Of the file that will be written.
+    error
+        The class to raise.
+    overwrite
+        A file may be replaced; a folder never.
+    """
+    if path.is_dir():
+        raise error(f"{path}: is a folder; a file is written here; give a file name")
+    if path.exists() and not overwrite:
+        raise error(f"{path}: there is a file of this name already; it is replaced only on request; give another name, or pass --overwrite")
+
+
 def is_abandoned(partial: Path) -> bool:
     """Whether the writer of a temporary file is gone: its process on this host has ended, or the file is of another host and a day old."""
     fields = partial.name.split(".")

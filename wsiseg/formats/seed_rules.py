@@ -1,0 +1,112 @@
+"""What every file of clicks keeps to, seeds.json and QuPath's points alike: names, numbers, colours, and no click that contradicts another."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from wsiseg.errors import SeedsError
+from wsiseg.records import UNASSIGNED, Seeds, SeedType
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+Point = tuple[float, float]
+Color = tuple[int, int, int]
+
+MAX_NAME = 100
+
+#: Colours of types that state none: Okabe and Ito (2008), "Color Universal Design", those that show best on pink and violet first.
+PALETTE: tuple[Color, ...] = (
+    (213, 94, 0), (0, 114, 178), (0, 158, 115), (240, 228, 66), (86, 180, 233), (230, 159, 0), (204, 121, 167), (0, 0, 0),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class QuPathSeeds(Seeds):
+    """Seeds whose points are relative to the slide's OpenSlide bounds."""
+
+
+def default_colors(stated: Iterable[Color | None]) -> list[Color]:
+    """The colours of types in their order: as stated, else the next of ``PALETTE`` that nobody states (from the 9th on, repeated)."""
+    stated = list(stated)
+    free = [color for color in PALETTE if color not in stated] or list(PALETTE)
+    missing = iter([free[k % len(free)] for k in range(stated.count(None))])
+    return [next(missing) if color is None else color for color in stated]
+
+
+def check_names(names: list[str], places: list[str]) -> None:
+    """Refuse names that could not be told apart, or that QuPath would read as something else."""
+    first: dict[str, str] = {}
+    for name, place in zip(names, places, strict=True):
+        where = f"{place}.name" if place.endswith("]") else place
+        if not name.strip():
+            raise SeedsError(f"{where}: the name is blank; write the name of a cell type")
+        if name != name.strip():
+            raise SeedsError(f"{where}: {show(name)} has blanks at its ends; remove them")
+        if ":" in name:
+            raise SeedsError(f"{where}: {show(name)} has a ':', where QuPath splits class names; use a plain name without ':'")
+        if not name.isprintable():
+            raise SeedsError(f"{where}: {show(name)} has a line break or a control character; use printable text")
+        if len(name) > MAX_NAME:
+            raise SeedsError(f"{where}: the name has {len(name)} characters; {MAX_NAME} are allowed; shorten it")
+        key = name.casefold()
+        if key == UNASSIGNED:
+            raise SeedsError(f"{where}: {show(name)} is reserved for cells without a type; choose another name")
+        if key in first:
+            raise SeedsError(f"{where}: {show(name)} is there twice (as {show(first[key])}, case does not count); join or rename one")
+        first[key] = name
+
+
+def check_clicks(kinds: tuple[SeedType, ...], places: list[str]) -> None:
+    """Refuse the same click for two types, or for and against one."""
+    owner: dict[Point, tuple[int, str]] = {}
+    for number, (kind, place) in enumerate(zip(kinds, places, strict=True)):
+        for index, point in enumerate(kind.points):
+            other, where = owner.setdefault(point, (number, f"{place}.points[{index}]"))
+            if other != number:
+                raise SeedsError(
+                    f"{place}.points[{index}]: the click ({point[0]:g}, {point[1]:g}) of {kind.name!r} is also a click of "
+                    f"{kinds[other].name!r} ({where.rsplit(': ', 1)[-1]}); a cell has one type; remove one of the two"
+                )
+        for index, point in enumerate(kind.negative):
+            if point in kind.points:
+                click = f"({point[0]:g}, {point[1]:g})"
+                raise SeedsError(f"{place}.negative[{index}]: the click {click} is for and against {kind.name!r}; remove one of the two")
+
+
+def coordinate(value: object, place: str) -> float:
+    """A finite number, or a sentence."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise SeedsError(f"{place}: {show(value)} is no number; coordinates are finite numbers, in level-0 px, without quotes")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise SeedsError(f"{place}: {number} is not finite; coordinates are finite numbers, in level-0 px")
+    return number
+
+
+def is_number(value: object) -> bool:
+    """Whether a JSON value is a number; ``true`` is none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def show(value: object) -> str:
+    """``value`` as JSON, at most 40 characters of it."""
+    text = json.dumps(value, ensure_ascii=True, default=str)
+    return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+def short(point: Point) -> list[float]:
+    """A click for JSON: whole numbers without ``.0``."""
+    return [int(number) if float(number).is_integer() else float(number) for number in point]
+
+
+def file_name(path: str) -> str:
+    """The last part of a path of any system."""
+    return re.split(r"[/\\]", path.rstrip("/\\"))[-1]
