@@ -75,11 +75,17 @@ def table(rows: list[dict[str, object]]) -> str:
     return "\n".join(lines)
 
 
-def write_results(name: str, rows: list[dict[str, object]], note: str) -> None:
-    """`results/<name>.md` and `.json`, with the versions they were measured with."""
+def write_results(name: str, rows: list[dict[str, object]] | dict[str, list[dict[str, object]]], note: str) -> None:
+    """`results/<name>.md` and `.json`, with the versions they were measured with. Several tables come as {title: rows}."""
     RESULTS.mkdir(exist_ok=True)
     versions = {"python": platform.python_version(), "torch": torch.__version__, "threads": torch.get_num_threads()}
-    (RESULTS / f"{name}.json").write_text(json.dumps({"versions": versions, "rows": rows}, indent=1) + "\n")
-    text = f"# {name}\n\n{note}\n\n{table(rows)}\n\nMeasured with " + ", ".join(f"{k} {v}" for k, v in versions.items()) + ".\n"
+    found = {"tables": rows} if isinstance(rows, dict) else {"rows": rows}
+    (RESULTS / f"{name}.json").write_text(json.dumps({"versions": versions, **found}, indent=1) + "\n")
+    measured = "Measured with " + ", ".join(f"{k} {v}" for k, v in versions.items()) + "."
+    if isinstance(rows, dict):
+        parts = [f"# {name}", note, measured, *(f"## {title}\n\n{table(part)}" for title, part in rows.items())]
+    else:
+        parts = [f"# {name}", note, table(rows), measured]
+    text = "\n\n".join(parts) + "\n"
     (RESULTS / f"{name}.md").write_text(text)
     print(text)

@@ -14,7 +14,8 @@ image = data.immunohistochemistry()
 seeds = Seeds(
     types=(
         SeedType("epithelium", color=(200, 80, 0), points=((310, 127), (424, 112))),
-        SeedType("stroma", color=(0, 80, 200), points=((295.5, 281), (390, 364))),
+        SeedType("stroma", color=(0, 140, 60), points=((189, 356), (332, 270))),
+        SeedType("immune", color=(0, 80, 200), points=((296, 280), (195, 452))),
     ),
     source="clicks of this script",
 )

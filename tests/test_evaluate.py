@@ -83,7 +83,7 @@ def parquet(path: Path, cells: list[tuple[int, int, str]], bounds: tuple[int, in
     n = len(cells)
     names = ("unassigned", *sorted({kind for *_, kind in cells} - {""}))
     codes = np.array([names.index(kind or "unassigned") for *_, kind in cells], np.int32)
-    typing = Typing(names, ((0, 0, 0),) * len(names), codes, np.ones(n, np.float32), np.ones(n, np.float32))
+    typing = Typing(names, ((0, 0, 0),) * len(names), codes, np.ones(n, np.float32), np.ones(n, np.float32), codes - 1)
     table = Cells(polygons(cells), np.zeros((n, 2)), np.ones(n, np.float32), np.empty((n, 0), np.float16))
     info = SlideInfo("slide.svs", "openslide", "aperio", ((500, 500),), (1.0,), mpp, "--mpp", bounds)
     write_geoparquet(path, table, typing, info, Provenance("wsiseg", "0", "slide.svs", "x"))

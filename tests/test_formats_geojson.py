@@ -49,7 +49,7 @@ def cells_of(polygons: Any) -> Cells:
 def make_typing(count: int) -> Typing:
     names, colors = ("unassigned", 'tu"mour µ 2.0', "b"), ((128, 128, 128), (200, 0, 0), (0, 80, 200))
     codes = (np.arange(count) % 3).astype(np.int32)
-    return Typing(names, colors, codes, np.full(count, 0.75, np.float32), np.full(count, 0.125, np.float32))
+    return Typing(names, colors, codes, np.full(count, 0.75, np.float32), np.full(count, 0.125, np.float32), np.zeros(count, np.int32))
 
 
 def read(path: Path) -> dict[str, Any]:

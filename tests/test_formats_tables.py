@@ -40,7 +40,7 @@ def make_typing(count: int) -> Typing:
     rng = np.random.default_rng(count)
     names, colors = ("unassigned", "tumour", "lymphocyte", "never seen"), ((128, 128, 128), (200, 0, 0), (0, 80, 200), (1, 2, 3))
     scores, margins = rng.random(count).astype(np.float32), rng.random(count).astype(np.float32)
-    return Typing(names, colors, rng.integers(0, 3, count).astype(np.int32), scores, margins)
+    return Typing(names, colors, rng.integers(0, 3, count).astype(np.int32), scores, margins, rng.integers(-1, 9, count).astype(np.int32))
 
 
 def assert_same(a: Cells, b: Cells) -> None:
@@ -112,7 +112,7 @@ def test_geopandas_opens_it_with_every_column_and_uses_the_covering(tmp_path: Pa
     cells, path = make_cells(50), tmp_path / "cells.parquet"
     write_geoparquet(path, cells, make_typing(50), INFO, PROVENANCE)
     frame = geopandas.read_parquet(path)
-    expected = "id type type_score type_margin score area_um2 x y prompt_x prompt_y geometry descriptor"
+    expected = "id type type_score type_margin prototype score area_um2 x y prompt_x prompt_y geometry descriptor"
     assert sorted(frame.columns) == sorted(expected.split())  # geopandas takes bbox for itself
     assert frame.crs is None
     assert frame["id"].tolist() == cell_ids("a.svs", cells)  # as in the GeoJSON

@@ -1,22 +1,38 @@
-"""Types from clicks: competition, calibration, abstention."""
+"""Types from clicks: reading the clicks, competition, rivals, local shares, abstention."""
 
 from __future__ import annotations
+
+import dataclasses
 
 import numpy as np
 import pytest
 import shapely
 
 from wsiseg.config import TypingConfig
-from wsiseg.propagation import assign_types, keep_clicks
-from wsiseg.records import Bank, Cells, Typing
+from wsiseg.propagation import assign_types, keep_clicks, read_clicks
+from wsiseg.records import Bank, Cells, TypeSpace, Typing
+
+SIZE = 24
 
 
-def table(prevalence: list[float], n: int = 4000, noise: float = 0.35, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Descriptors with a strong common mode and one direction per type -> (n, 24) float16, (n,) type index."""
+def space(kinds: int = 0, spread: float = 40.0, distance: float = 6.0) -> TypeSpace:
+    """Types of standard deviation 1; the first ``kinds`` axes point to known kinds."""
+    known = distance * np.eye(SIZE)[:kinds]
+    middle = known.mean(0) if kinds else np.zeros(SIZE)
+    one = np.ones(SIZE)
+    return TypeSpace(np.eye(SIZE, dtype=np.float32), middle, spread * one, known, 0.5 * one, 1.0 * one, tuple(f"kind {k}" for k in range(kinds)))
+
+
+def table(prevalence: list[float], n: int = 4000, distance: float = 6.0, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Cells around one mean per type, sd 1 -> (n, 24) float16, (n,) type index."""
     rng = np.random.default_rng(seed)
     kinds = rng.choice(len(prevalence), n, p=prevalence)
-    z = 2 * np.eye(24)[23] + np.eye(24)[kinds] + noise * rng.standard_normal((n, 24))
-    return (z / np.linalg.norm(z, axis=1, keepdims=True)).astype(np.float16), kinds
+    z = distance * np.eye(SIZE)[kinds] + rng.standard_normal((n, SIZE))
+    return z.astype(np.float16), kinds
+
+
+def places(n: int, seed: int = 0, size_um: float = 1000.0) -> np.ndarray:
+    return np.random.default_rng(seed).uniform(0, size_um, (n, 2))
 
 
 def bank_of(z: np.ndarray, kinds: np.ndarray, types: list[int], negative: list[int] | None = None, clicks: int = 1) -> Bank:
@@ -34,8 +50,8 @@ def bank_of(z: np.ndarray, kinds: np.ndarray, types: list[int], negative: list[i
 @pytest.mark.parametrize("prevalence", [[0.5, 0.5], [0.95, 0.05], [0.7, 0.25, 0.05]])
 def test_one_click_per_type_covers_common_and_rare_types(prevalence: list[float]) -> None:
     """A type of 95 % is covered as well as one of 5 %; mean + sd could cover at most half of the first."""
-    z, kinds = table(prevalence, noise=0.15)
-    typing, warnings = assign_types(z, bank_of(z, kinds, list(range(len(prevalence)))), TypingConfig())
+    z, kinds = table(prevalence, distance=9)
+    typing, warnings = assign_types(z, places(len(z)), bank_of(z, kinds, list(range(len(prevalence)))), space(), TypingConfig())
     assert warnings == []
     for t in range(len(prevalence)):
         mine = kinds == t
@@ -43,24 +59,83 @@ def test_one_click_per_type_covers_common_and_rare_types(prevalence: list[float]
         assert (typing.codes[~mine] == t + 1).mean() < 0.02
 
 
+def test_an_odd_click_is_put_right_by_the_kinds_and_by_the_other_clicks() -> None:
+    """The click on type 0 lies nearer to kind 1; since the other click is clearly kind 1, it can only be kind 0."""
+    z, kinds = table([0.5, 0.5])
+    bank = bank_of(z, kinds, [0, 1])
+    odd = 1.8 * np.eye(SIZE)[0] + 4.0 * np.eye(SIZE)[1]
+    bank = dataclasses.replace(bank, clicked=(odd[None].astype(np.float32), 6 * np.eye(SIZE, dtype=np.float32)[1:2]))
+    informed, _ = assign_types(z, places(len(z)), bank, space(kinds=2), TypingConfig())
+    plain, _ = assign_types(z, places(len(z)), bank, space(kinds=0), TypingConfig())
+    assert (informed.codes == kinds + 1).mean() > 0.97
+    assert (plain.codes == kinds + 1).mean() < (informed.codes == kinds + 1).mean() - 0.02
+    assert read_clicks(list(bank.clicked), space(kinds=2), TypingConfig())[0].kinds == (0, 1)
+
+
+def test_types_of_no_known_kind_are_told_apart_by_the_clicks() -> None:
+    """Both types lie far from both known kinds."""
+    rng = np.random.default_rng(0)
+    kinds = rng.integers(0, 2, 3000)
+    z = (12 * np.eye(SIZE)[5 + kinds] + rng.standard_normal((3000, SIZE))).astype(np.float16)
+    bank = bank_of(z, kinds, [0, 1])
+    assert read_clicks([x.astype(float) for x in bank.clicked], space(kinds=2), TypingConfig())[0].kinds == (-1, -1)
+    typing, _ = assign_types(z, places(len(z)), bank, space(kinds=2), TypingConfig())
+    assert (typing.codes == kinds + 1).mean() > 0.97
+
+
+def test_an_unclicked_kind_stays_unassigned() -> None:
+    z, kinds = table([0.4, 0.3, 0.3])
+    typing, _ = assign_types(z, places(len(z)), bank_of(z, kinds, [0, 1], clicks=3), space(kinds=3), TypingConfig())
+    assert (typing.codes[kinds == 2] == 0).mean() > 0.95
+    for t in (0, 1):
+        assert (typing.codes[kinds == t] == t + 1).mean() > 0.95
+
+
+def test_local_shares_settle_doubtful_cells() -> None:
+    """On the left there is no cell of type 1; cells between the types are given to it on the right only."""
+    rng = np.random.default_rng(1)
+    xy = places(6000, size_um=4000.0)
+    left = xy[:, 0] < 1800
+    kinds = np.where(left, 0, rng.integers(0, 2, 6000))
+    z = (3 * np.eye(SIZE)[kinds] + rng.standard_normal((6000, SIZE))).astype(np.float16)
+    bank = bank_of(z, kinds, [0, 1], clicks=20)
+    false = [
+        (assign_types(z, xy, bank, space(), dataclasses.replace(TypingConfig(), share_rounds=n))[0].codes[left] == 2).mean() for n in (0, 20)
+    ]
+    assert false[0] > 0.01
+    assert false[1] < false[0] / 3
+
+
+def test_a_bank_of_another_slide_finds_this_slides_shift() -> None:
+    """All cells of the second slide are displaced by more than types are apart from each other in that direction."""
+    z, kinds = table([0.5, 0.5])
+    bank = bank_of(z, kinds, [0, 1], clicks=5)
+    displaced = (z + np.float16(3) * np.eye(SIZE, dtype=np.float16)[0] - np.float16(3) * np.eye(SIZE, dtype=np.float16)[1]).astype(np.float16)
+    model = dataclasses.replace(space(kinds=2), shift=np.full(SIZE, 9.0))
+    here, _ = assign_types(displaced, places(len(z)), bank, model, TypingConfig())
+    carried, _ = assign_types(displaced, places(len(z)), dataclasses.replace(bank, foreign=True), model, TypingConfig())
+    assert (here.codes == kinds + 1).mean() < 0.8
+    assert (carried.codes == kinds + 1).mean() > 0.95
+
+
 def test_order_of_the_cells_does_not_matter() -> None:
     z, kinds = table([0.6, 0.4])
-    bank = bank_of(z, kinds, [0, 1])
+    xy, bank = places(len(z)), bank_of(z, kinds, [0, 1])
     order = np.random.default_rng(1).permutation(len(z))
-    a, _ = assign_types(z, bank, TypingConfig())
-    b, _ = assign_types(z[order], bank, TypingConfig())
-    np.testing.assert_array_equal(a.codes[order], b.codes)
+    a, _ = assign_types(z, xy, bank, space(), TypingConfig())
+    b, _ = assign_types(z[order], xy[order], bank, space(), TypingConfig())
+    for name in ("codes", "scores", "margins", "prototypes"):
+        np.testing.assert_array_equal(getattr(a, name)[order], getattr(b, name))
 
 
 def test_a_negative_click_keeps_its_type_away() -> None:
     """A third kind resembles type 0 and nobody asked for it: a negative click of type 0 on it takes it away from type 0 only."""
     rng = np.random.default_rng(0)
     kinds = rng.integers(0, 3, 3000)
-    directions = np.stack([np.eye(24)[0], np.eye(24)[1], 0.8 * np.eye(24)[0] + 0.6 * np.eye(24)[2]])
-    z = 2 * np.eye(24)[23] + directions[kinds] + 0.05 * rng.standard_normal((3000, 24))
-    z = (z / np.linalg.norm(z, axis=1, keepdims=True)).astype(np.float16)
-    without, _ = assign_types(z, bank_of(z, kinds, [0, 1]), TypingConfig())
-    against, _ = assign_types(z, bank_of(z, kinds, [0, 1], negative=[2]), TypingConfig())
+    directions = np.stack([10 * np.eye(SIZE)[0], 10 * np.eye(SIZE)[1], 9 * np.eye(SIZE)[0] + 7 * np.eye(SIZE)[2]])
+    z = (directions[kinds] + rng.standard_normal((3000, SIZE))).astype(np.float16)
+    without, _ = assign_types(z, places(3000), bank_of(z, kinds, [0, 1]), space(), TypingConfig())
+    against, _ = assign_types(z, places(3000), bank_of(z, kinds, [0, 1], negative=[2]), space(), TypingConfig())
     assert (without.codes[kinds == 2] == 1).mean() > 0.9
     assert (against.codes[kinds == 2] == 1).mean() < 0.05
     for t in (0, 1):
@@ -68,35 +143,43 @@ def test_a_negative_click_keeps_its_type_away() -> None:
 
 
 def test_a_negative_click_on_another_types_cell_does_that_type_no_harm() -> None:
-    z, kinds = table([0.4, 0.3, 0.3], noise=0.15)
-    typing, _ = assign_types(z, bank_of(z, kinds, [0, 1, 2], negative=[1]), TypingConfig())
+    z, kinds = table([0.4, 0.3, 0.3], distance=9)
+    typing, _ = assign_types(z, places(len(z)), bank_of(z, kinds, [0, 1, 2], negative=[1]), space(), TypingConfig())
     for t in range(3):
         assert (typing.codes[kinds == t] == t + 1).mean() > 0.9
 
 
 def test_types_that_cannot_be_told_apart_are_reported() -> None:
     rng = np.random.default_rng(0)
-    z = rng.standard_normal((500, 24)).astype(np.float16)
-    kinds = np.zeros(500, int)
-    bank = bank_of(z, kinds, [0, 0], clicks=1)
-    _, warnings = assign_types(z, bank, TypingConfig())
-    assert warnings
-    assert "hardly told apart" in warnings[0]
+    z = (0.1 * rng.standard_normal((500, SIZE))).astype(np.float16)
+    _, warnings = assign_types(z, places(500), bank_of(z, np.zeros(500, int), [0, 0]), space(), TypingConfig())
+    assert len(warnings) == 1
+    assert "types type 0 and type 0 are hardly told apart" in warnings[0]
 
 
 def test_one_type_alone() -> None:
-    """Two clear groups: the clicked one is the type. One group: everything is."""
-    z, kinds = table([0.5, 0.5], noise=0.1)
-    typing, _ = assign_types(z, bank_of(z, kinds, [0]), TypingConfig())
+    """Cells of another known kind are not given the only type there is."""
+    z, kinds = table([0.5, 0.5])
+    typing, _ = assign_types(z, places(len(z)), bank_of(z, kinds, [0]), space(kinds=2), TypingConfig())
     assert (typing.codes[kinds == 0] == 1).mean() > 0.95
     assert (typing.codes[kinds == 1] == 1).mean() < 0.05
-    same, _ = assign_types(z[kinds == 0], bank_of(z, kinds, [0]), TypingConfig())
-    assert (same.codes == 1).mean() > 0.95
+
+
+def test_the_most_similar_click_is_named() -> None:
+    z, kinds = table([0.5, 0.5])
+    z[kinds == 0] += np.float16(6) * np.eye(SIZE, dtype=np.float16)[7] * (np.arange((kinds == 0).sum()) % 2)[:, None].astype(np.float16)
+    bank = bank_of(z, kinds, [0, 1], clicks=2)
+    typing, _ = assign_types(z, places(len(z)), bank, space(), TypingConfig())
+    assert set(np.unique(typing.prototypes[typing.codes == 1])) == {0, 1}
+    assert set(np.unique(typing.prototypes[typing.codes == 2])) <= {2, 3}
+    assert (typing.prototypes[typing.codes == 0] == -1).all()
+    mine = np.flatnonzero(kinds == 0)
+    assert (typing.prototypes[mine] == np.arange(len(mine)) % 2).mean() > 0.9
 
 
 def test_no_cells() -> None:
     z, kinds = table([1.0], n=10)
-    typing, _ = assign_types(z[:0], bank_of(z, kinds, [0]), TypingConfig())
+    typing, _ = assign_types(z[:0], np.empty((0, 2)), bank_of(z, kinds, [0]), space(), TypingConfig())
     assert len(typing.codes) == 0
     assert typing.names == ("unassigned", "type 0")
 
@@ -107,9 +190,11 @@ def test_clicked_cells_keep_their_type() -> None:
     z, kinds = table([0.5, 0.5], n=20)
     bank = bank_of(z, kinds, [0, 1])
     bank = Bank(**{**bank.__dict__, "clicks": (np.array([[5.0, 5.0]]), np.array([[32.0, 5.0]]))})
-    typing = Typing(("unassigned", "a", "b"), ((0, 0, 0),) * 3, np.array([2, 0, 1], np.int32), np.zeros(3, np.float32), np.zeros(3, np.float32))
+    codes, none = np.array([2, 0, 1], np.int32), np.full(3, -1, np.int32)
+    typing = Typing(("unassigned", "a", "b"), ((0, 0, 0),) * 3, codes, np.zeros(3, np.float32), np.zeros(3, np.float32), none)
     kept, doubts = keep_clicks(cells, typing, bank, 3.0)
     assert kept.codes.tolist() == [1, 2, 1]
+    assert kept.prototypes.tolist() == [0, 1, -1]
     assert doubts == []
     kept, doubts = keep_clicks(cells, typing, bank, 1.0)
     assert kept.codes.tolist() == [1, 0, 1]

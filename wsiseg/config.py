@@ -177,20 +177,36 @@ class StitchingConfig:
 
 @dataclass(frozen=True)
 class TypingConfig:
-    """From similarity to types.
+    """From clicks to types. The numbers are priors of the model in propagation.py; benchmarks/results/cop.md has what other values give.
 
     Attributes
     ----------
+    unknown_kind
+        Prior probability that a clicked type is none of the kinds the model knows.
+    rival_kind, rival_other
+        Weight of a known kind that nobody clicked, and of anything else, beside a clicked type's 1: cells that are rather these stay
+        ``unassigned``. Without them every cell gets a clicked type.
     min_score, min_margin
-        Calibrated similarity (0 = typical other, 1 = typical member) and lead over the runner-up below which a cell stays
-        ``unassigned``.
+        Probability, and lead over the runner-up, below which a cell stays ``unassigned``. Higher values leave out right and wrong cells alike.
+    neighbourhood_um
+        How frequent types are is estimated on squares of this side and their neighbours.
+    neighbourhood_cells
+        The slide's shares count like this many cells of the square.
+    share_rounds
+        Rounds of estimating the shares; 0 leaves them out.
     separable
-        Types whose calibration points are closer than this are reported as not separable.
+        Types whose clouds are closer than this (in standard deviations; at 2, one in six cells is on the wrong side) are reported.
     """
 
+    unknown_kind: float = 0.3
+    rival_kind: float = 0.3
+    rival_other: float = 0.1
     min_score: float = 0.5
-    min_margin: float = 0.15
-    separable: float = 0.02
+    min_margin: float = 0.05
+    neighbourhood_um: float = 256.0
+    neighbourhood_cells: float = 20.0
+    share_rounds: int = 20
+    separable: float = 2.0
 
 
 @dataclass(frozen=True)
@@ -222,7 +238,7 @@ class RunConfig:
 
 
 #: Raised when the same inputs give other cells than before: parts of an older wsiseg are then made again.
-REVISION = 2
+REVISION = 3
 #: How fast it goes and what is written; and what is hashed by its content instead of its name.
 NOT_HASHED = ("device", "workers", "formats", "model", "mpp", "reader", "seeds", "roi")
 
@@ -238,7 +254,9 @@ LIMITS: dict[str, tuple[float, float]] = {
     "masks.min_score": _SHARE, "masks.min_area_um2": (0, 1e4), "masks.simplify_um": (0, 10), "masks.convex_above": _SHARE,
     "masks.prompts_per_batch": (1, 65536),
     "stitching.max_overlap": _SHARE, "stitching.contained": (0.01, 1), "stitching.cluster_size": (1, 1000), "stitching.nested": (0.01, 1),
-    "typing.min_score": (-10, 10), "typing.min_margin": (0, 10), "typing.separable": _POSITIVE,
+    "typing.unknown_kind": (1e-6, 1 - 1e-6), "typing.rival_kind": (1e-9, 1e6), "typing.rival_other": (1e-9, 1e6),
+    "typing.min_score": _SHARE, "typing.min_margin": _SHARE, "typing.neighbourhood_um": (8, 1e6), "typing.neighbourhood_cells": (0, 1e6),
+    "typing.share_rounds": (0, 1000), "typing.separable": (0, 100),
 }  # fmt: skip
 
 

@@ -66,7 +66,7 @@ def segment_image(
     outlines = [
         segment_tile(tile, read_region(tools.reader, tile.outer, tools.job.lattice), tools, clock)[0] for block in blocks for tile in block.tiles
     ]
-    cells, typing, _, doubts = settle(Cells.concatenate(outlines, tools.model.descriptor_size), tools.job, info, clock)
+    cells, typing, _, doubts = settle(Cells.concatenate(outlines, tools.model.descriptor_size), tools, info, clock)
     for doubt in doubts:
         logger.warning("%s", doubt)
     return cells, typing

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from wsiseg.config import RunConfig
-    from wsiseg.planning import Job, Plan, Tools
+    from wsiseg.planning import Plan, Tools
     from wsiseg.records import Block, SlideInfo, Tile
 
 
@@ -203,7 +203,7 @@ def _finish(plan: Plan, folder: runs.RunFolder, clock: Clock) -> tuple[Cells, Ty
     if foreign:
         raise RunError(f"{foreign[0]}: was changed by another run while this one went on; run the command again, one run per folder")
     outlines = Cells.concatenate([read_part(p)[0] for p in paths], plan.tools.model.descriptor_size)
-    cells, typing, counts, doubts = settle(outlines, job, info, clock)
+    cells, typing, counts, doubts = settle(outlines, plan.tools, info, clock)
     details: dict[str, object] = {"model": job.config.model, "method": job.config.method}
     provenance = Provenance("wsiseg", __version__, Path(job.slide).name, plan.run_hash, details)
     files = []
@@ -214,11 +214,12 @@ def _finish(plan: Plan, folder: runs.RunFolder, clock: Clock) -> tuple[Cells, Ty
     return cells, typing, counts, files, doubts
 
 
-def settle(outlines: Cells, job: Job, info: SlideInfo, clock: Clock) -> tuple[Cells, Typing, dict[str, int], list[str]]:
+def settle(outlines: Cells, tools: Tools, info: SlideInfo, clock: Clock) -> tuple[Cells, Typing, dict[str, int], list[str]]:
     """Outlines of all tiles, any order -> stitched cells, their types, counts, and doubts about the types.
 
     The clicked cells compete with the rest, so that a cell that somebody clicked is in the result even if no automatic prompt found it.
     """
+    job = tools.job
     config, bank, doubts = job.config, job.bank, list[str]()
     if bank is not None:
         outlines = Cells.concatenate([outlines, bank.cells.take(job.area.holds(bank.cells.points_xy))], bank.cells.descriptors.shape[1])
@@ -227,7 +228,7 @@ def settle(outlines: Cells, job: Job, info: SlideInfo, clock: Clock) -> tuple[Ce
     typing = Typing.untyped(len(cells))
     if bank is not None:
         with clock("type"):
-            typing, doubts = assign_types(cells.descriptors, bank, config.typing)
+            typing, doubts = assign_types(cells.descriptors, cells.points_xy * info.mpp, bank, tools.model.types, config.typing)
             typing, missed = keep_clicks(cells, typing, bank, config.cop.click_reach_um / info.mpp)
             doubts = doubts + missed
     return cells, typing, dataclasses.asdict(counts), doubts

@@ -1,19 +1,36 @@
-"""From a few clicks to a type for every cell: competition between types on the cells' descriptors.
+"""From a few clicks to a type for every cell: Bayes' rule in a space in which cells of one type are a round Gaussian cloud.
 
-Symbol   here           meaning
-z_i      z              descriptor of cell i, seen from the mean of the types' means, unit norm
-a_i^t    affinity       largest cosine of z_i with the prototypes of type t
-m_pos    typical        median of a^t over the cells that are surely t
-m_neg    other          median of a^t over the cells that are surely of another type
-c_i^t    score          (a_i^t - m_neg) / (m_pos - m_neg): 0 = typical other, 1 = typical member
+Symbol   here                shape     meaning
+z        z                   (N, D)    descriptor seen through ``TypeSpace.transform``: within a type the covariance is the identity
+o        shift               (D,)      what all cells of a slide share (stain, scanner, thickness), N(0, ``space.shift``)
+m_t      means               (T, D)    mean of type t on this slide: o + mu_t + d_t
+mu_t     ``kinds[k]``        (D,)      the kind of cell that t is, d_t ~ N(0, ``kind_spread``); or no known kind: ``middle``, d_t ~ N(0, ``spread``)
+a        reading             (T,)      which type is which kind; two types are never the same kind
+p_t      posterior           (N, T)    p(t | z), with the unclicked kinds and "anything else" as rivals that are dropped from the output
+pi_t     local share         (N, T)    how frequent t is around the cell
 
-Label = argmax_t c where c reaches ``min_score`` and leads by ``min_margin``; otherwise ``unassigned``. The calibration has no prevalence in it:
-a type that makes up 70 % of the slide is covered as well as one of 1 % (mean + sd, as in the image-level method, can cover at most half).
-A cell that looks more like a negative click of type t than like t itself cannot be t; other types are not touched by it.
+Steps:   read_clicks()   the clicks of all types together say which types are which kinds (all readings, weighted by their marginal likelihood),
+                         how the slide is shifted, and how sure all that is: one click moves a mean less than five
+         assign_types()  posterior of every cell, then its local share, then the verdict
+
+One click is one cell, perhaps an odd one. What is known of kinds of cells corrects it: of two clicks only one can be the lymphocyte. Types of
+no known kind have the wide prior and are told apart by the clicks alone. Nothing assumes how frequent a type is on the slide; around each cell
+shares are estimated by expectation maximisation [2]_, which removes most of a type that occurs nowhere near.
+
+The model is probabilistic linear discriminant analysis [1]_ with a mixture as the prior of the means and a shared shift. Chain-of-Prompts
+compares with clicks by cosine and extends the reliable set hop by hop; on descriptors of cells that was measured and lost to this
+(benchmarks/results/cop.md), so it stays where it is strong, in finding the cells (prompts/chain_of_prompts.py).
+
+References
+----------
+.. [1] Ioffe: Probabilistic Linear Discriminant Analysis, ECCV 2006.
+.. [2] Saerens, Latinne, Decaestecker: Adjusting the outputs of a classifier to new a priori probabilities, Neural Computation 14 (2002), eq. 2.7.
 """
 
 from __future__ import annotations
 
+import itertools
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,127 +42,269 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from wsiseg.config import TypingConfig
-    from wsiseg.records import Bank, Cells
+    from wsiseg.records import Bank, Cells, TypeSpace
 
 _GREY = (128, 128, 128)
-_SURE = 400  #: cells per type that calibrate it; enough for a median to a few per cent
+_ROWS = 65_536  #: cells worked on at once: a few hundred MB at 75 numbers each
+_CANDIDATES = 6  #: types that are tried for each known kind; more than that many clicked types of one kind is no use case
+_READINGS = 16  #: readings that are kept; the rest weighs nothing
+_SAMPLE = 50_000  #: cells from which another slide's shift is estimated
 
 
-def assign_types(descriptors: NDArray[np.float16], bank: Bank, config: TypingConfig) -> tuple[Typing, list[str]]:
+@dataclass(frozen=True)
+class Reading:
+    """One way to understand the clicks. ``kinds``: per type the index of its kind, or -1; means and variances without the shift: (T, D)."""
+
+    weight: float
+    kinds: tuple[int, ...]
+    shift: NDArray[np.float64]
+    means: NDArray[np.float64]
+    variances: NDArray[np.float64]
+
+
+def read_clicks(clicked: list[NDArray[np.float64]], space: TypeSpace, config: TypingConfig) -> list[Reading]:
+    """What the clicks may mean, the likeliest first.
+
+    Parameters
+    ----------
+    clicked
+        Per type, (n_t, D): the clicked cells in the space.
+    space, config
+        Of the model; priors.
+
+    Returns
+    -------
+    list of Reading
+        At most 16; weights sum to 1.
+    """
+    n = np.array([len(x) for x in clicked], float)[:, None]
+    mean = np.stack([x.mean(0) for x in clicked])
+    known = len(space.kinds)
+    prior_mean = np.vstack([space.kinds, space.middle])  # the last row stands for "no known kind", also as index -1
+    prior_variance = np.vstack([*([space.kind_spread] * known), space.spread])
+    log_prior = np.log(np.r_[np.full(known, (1 - config.unknown_kind) / max(known, 1)), config.unknown_kind])
+    kinds = _possible(mean, n, space, known)  # (M, T)
+    residual, variance = mean - prior_mean[kinds], prior_variance[kinds] + 1 / n  # (M, T, D)
+    # The shift integrated out: residuals of all types share it.
+    precision = (1 / variance).sum(1)
+    pull = (residual / variance).sum(1)
+    total = precision + 1 / space.shift
+    evidence = ((residual**2 / variance + np.log(variance)).sum((1, 2)) + (np.log(total * space.shift) - pull**2 / total).sum(1)) / -2
+    evidence += log_prior[kinds].sum(1)
+    order = np.argsort(-evidence, kind="stable")[:_READINGS]
+    weight = np.exp(evidence[order] - evidence[order[0]])
+    readings = []
+    for k, w in zip(order, weight / weight.sum(), strict=True):
+        shift = pull[k] / total[k]
+        gain = prior_variance[kinds[k]] / variance[k]
+        means = prior_mean[kinds[k]] + gain * (residual[k] - shift)
+        readings.append(Reading(float(w), tuple(int(i) for i in kinds[k]), shift, means, 1 + prior_variance[kinds[k]] * (1 - gain)))
+    return readings
+
+
+def _possible(mean: NDArray[np.float64], n: NDArray[np.float64], space: TypeSpace, known: int) -> NDArray[np.intp]:
+    """All ways (M, T) to give each known kind to at most one of the types that are nearest to it; -1 for the rest."""
+    variance = space.shift + space.kind_spread + 1 / n
+    far = ((mean[:, None] - space.kinds) ** 2 / variance[:, None]).sum(2)  # (T, known)
+    near = [[None, *np.argsort(far[:, k], kind="stable")[:_CANDIDATES]] for k in range(known)]
+    rows = []
+    for chosen in itertools.product(*near):
+        given = [t for t in chosen if t is not None]
+        if len(set(given)) == len(given):
+            row = np.full(len(mean), -1, np.intp)
+            for k, t in enumerate(chosen):
+                if t is not None:
+                    row[t] = k
+            rows.append(row)
+    return np.stack(rows)
+
+
+def carry_over(readings: list[Reading], z: NDArray[np.float32], space: TypeSpace, config: TypingConfig) -> list[Reading]:
+    """Readings of one slide's clicks for the cells of another, whose shift is found from the cells themselves.
+
+    Parameters
+    ----------
+    readings
+        Of the slide with the clicks.
+    z
+        (N, D): cells of the other slide, in the space.
+    space, config
+        As for the clicks.
+
+    Returns
+    -------
+    list of Reading
+        What was peculiar to the first slide (the deviation of its types from their kinds, its shift) stays behind.
+    """
+    z = z[:: max(len(z) // _SAMPLE, 1)].astype(np.float32)
+    carried = []
+    for reading in readings:
+        known = np.array(reading.kinds) >= 0
+        kinds = np.array(reading.kinds)
+        means = np.where(known[:, None], np.vstack([space.kinds, space.middle])[kinds], reading.means)
+        spread = np.where(known[:, None], space.kind_spread, space.spread / 2)  # half: the first slide's clicks vouch for the type
+        here = Reading(reading.weight, reading.kinds, reading.shift, means, 1 + spread)
+        for _ in range(10):
+            p = _posterior(z, here, space, config)
+            p = p[:, : len(means)] / np.maximum(p.sum(1, keepdims=True), 1e-12)
+            n = p.sum(0)[:, None]
+            seen = n[:, 0] >= 5  # a type that this slide does not have says nothing about its shift
+            variance = spread + 1 / np.maximum(n, 1)
+            residual = (p.T @ z) / np.maximum(n, 1e-9) - means
+            shift = (residual / variance)[seen].sum(0) / (1 / space.shift + (1 / variance)[seen].sum(0))
+            here = Reading(here.weight, here.kinds, shift, means, here.variances)
+        carried.append(here)
+    return carried
+
+
+def _posterior(z: NDArray[np.float32], reading: Reading, space: TypeSpace, config: TypingConfig) -> NDArray[np.float32]:
+    """p(t | z) of the clicked types under one reading, (N, T) followed by one column for all rivals together."""
+    free = [k for k in range(len(space.kinds)) if k not in reading.kinds]
+    means = reading.shift + np.vstack([reading.means, space.kinds[free], space.middle])
+    variances = np.vstack([reading.variances, *([1 + space.kind_spread] * len(free)), 1 + space.spread])
+    weights = np.log(np.r_[np.ones(len(reading.means)), np.full(len(free), config.rival_kind), config.rival_other])
+    constant = weights - (np.log(variances) + means**2 / variances).sum(1) / 2
+    # (z - m)^2 / v in two matrix products
+    log_p = (z**2) @ (-0.5 / variances).T.astype(np.float32) + z @ (means / variances).T.astype(np.float32) + constant.astype(np.float32)
+    log_p -= log_p.max(1, keepdims=True)
+    p: NDArray[np.float32] = np.exp(log_p)
+    p /= p.sum(1, keepdims=True)
+    types = len(reading.means)
+    return np.hstack([p[:, :types], p[:, types:].sum(1, keepdims=True)])
+
+
+def assign_types(
+    descriptors: NDArray[np.float16], xy_um: NDArray[np.float64], bank: Bank, space: TypeSpace, config: TypingConfig
+) -> tuple[Typing, list[str]]:
     """Type every cell.
 
     Parameters
     ----------
     descriptors
         (N, D), unit norm.
+    xy_um
+        (N, 2): where the cells are, microns.
     bank
-        The clicked cells' descriptors and the types' names.
+        The clicked cells' descriptors and the types' names; ``bank.foreign`` when they are of another slide.
+    space
+        Of the model that made the descriptors.
     config
-        Thresholds.
+        Priors and thresholds.
 
     Returns
     -------
     typing
-        One verdict per cell; independent of the order of the cells.
+        One verdict per cell; independent of the order of the cells. Scores are p(t | z) with the local share, margins the lead over the
+        runner-up, rivals included.
     warnings
         Sentences about types that cannot be told apart.
     """
     names, colors = (UNASSIGNED, *bank.names), (_GREY, *bank.colors)
-    if not len(descriptors):
-        return Typing(names, colors, np.empty(0, np.int32), np.empty(0, np.float32), np.empty(0, np.float32)), []
-    z = descriptors.astype(np.float32)
-    anchors = list(bank.clicked)
-    warnings: list[str] = []
-    if len(anchors) == 1:
-        centre = z.mean(0, dtype=np.float64).astype(np.float32)
-        affinity = _affinity(z, anchors, centre)
-        score = _calibrate_alone(affinity)
-    else:
-        affinity = _affinity(z, anchors, _balance(anchors))
-        # One round of transduction: each type's sure cells sharpen its prototypes and the centre; the clicks stay in.
-        means = [
-            (z[rows] if len(rows) else a).mean(0, keepdims=True) for rows, a in zip(_sure_cells(affinity), anchors, strict=True)
-        ]
-        anchors = [np.vstack([a, m]) for a, m in zip(anchors, means, strict=True)]
-        centre = _balance(means)
-        affinity = _affinity(z, anchors, centre)
-        score, warnings = _calibrate(affinity, _sure_cells(affinity), names[1:], config)
-    for t, negative in enumerate(bank.negative):
-        if len(negative):
-            score[_affinity(z, [negative], centre)[:, 0] >= affinity[:, t], t] = 0
-    order = np.argsort(-score, 1, kind="stable")
-    best = order[:, 0]
-    top = np.take_along_axis(score, order[:, :1], 1)[:, 0]
-    second = np.take_along_axis(score, order[:, 1:2], 1)[:, 0] if score.shape[1] > 1 else np.zeros_like(top)
-    verdict = (top >= config.min_score) & (top - second >= config.min_margin)
+    count = len(descriptors)
+    if not count:
+        empty = np.empty(0, np.float32)
+        return Typing(names, colors, np.empty(0, np.int32), empty, empty.copy(), np.empty(0, np.int32)), []
+    order = np.lexsort((xy_um[:, 1], xy_um[:, 0]))  # sums of floats depend on their order; the verdicts must not
+    z = np.empty((count, descriptors.shape[1]), np.float32)
+    for start in range(0, count, _ROWS):
+        rows = order[start : start + _ROWS]
+        z[start : start + _ROWS] = space.see(descriptors[rows])
+    clicked = [space.see(x).astype(np.float64) for x in bank.clicked]
+    readings = read_clicks(clicked, space, config)
+    if bank.foreign:
+        readings = carry_over(readings, z, space, config)
+    readings = [r for r in readings if r.weight > 1e-3]  # no verdict hangs on less
+    posterior = np.zeros((count, len(bank.names) + 1), np.float32)
+    nearest = np.empty(count, np.int32)
+    for start in range(0, count, _ROWS):
+        part = slice(start, start + _ROWS)
+        for reading in readings:
+            posterior[part] += np.float32(reading.weight) * _posterior(z[part], reading, space, config)
+        _against(posterior[part], z[part], clicked, [space.see(x) for x in bank.negative])
+    posterior = _with_local_share(posterior, xy_um[order], config)
+    ranked = np.argsort(-posterior, 1, kind="stable")
+    top, second = (np.take_along_axis(posterior, ranked[:, k : k + 1], 1)[:, 0] for k in (0, 1))
+    best = posterior[:, :-1].argmax(1)
+    verdict = (ranked[:, 0] == best) & (top >= config.min_score) & (top - second >= config.min_margin)
+    for start in range(0, count, _ROWS):
+        part = slice(start, start + _ROWS)
+        nearest[part] = _nearest_click(z[part], clicked, best[part])
+    back = np.empty(count, np.intp)
+    back[order] = np.arange(count)
     codes = np.where(verdict, best + 1, 0).astype(np.int32)
-    return Typing(names, colors, codes, top.astype(np.float32), (top - second).astype(np.float32)), warnings
+    scores = np.take_along_axis(posterior, best[:, None], 1)[:, 0]
+    margins = np.where(ranked[:, 0] == best, top - second, 0).astype(np.float32)
+    prototypes = np.where(verdict, nearest, -1).astype(np.int32)
+    typing = Typing(names, colors, codes[back], scores[back], margins[back], prototypes[back])
+    return typing, _confusable(readings[0], bank.names, config)
 
 
-def _balance(groups: list[NDArray[np.float32]]) -> NDArray[np.float32]:
-    """Mean of the groups' means: a centre without prevalence (the plain mean of the cells would be the common type itself)."""
-    centre: NDArray[np.float32] = np.mean([g.mean(0) for g in groups], axis=0).astype(np.float32)
-    return centre
+def _against(
+    posterior: NDArray[np.float32], z: NDArray[np.float32], clicked: list[NDArray[np.float64]], negative: list[NDArray[np.float32]]
+) -> None:
+    """A cell nearer to a negative click of type t than to every click of t is not t; the other types are not touched by it. In place."""
+    for t, against in enumerate(negative):
+        if len(against):
+            posterior[_gap(z, against) <= _gap(z, clicked[t].astype(np.float32)), t] = 0
+    posterior /= np.maximum(posterior.sum(1, keepdims=True), 1e-12)
 
 
-def _affinity(z: NDArray[np.float32], anchors: list[NDArray[np.float32]], centre: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Largest cosine of each cell with each group of anchors, seen from ``centre`` -> (N, groups)."""
-    z = _unit(z - centre)
-    return np.stack([(z @ _unit(group - centre).T).max(1) for group in anchors], 1)
+def _gap(z: NDArray[np.float32], anchors: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Squared distance to the nearest anchor, less what all anchors have in common -> (N,)."""
+    gap: NDArray[np.float32] = ((anchors**2).sum(1) - 2 * z @ anchors.T).min(1)
+    return gap
 
 
-def _unit(rows: NDArray[np.float32]) -> NDArray[np.float32]:
-    unit: NDArray[np.float32] = (rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-6)).astype(np.float32)
-    return unit
+def _nearest_click(z: NDArray[np.float32], clicked: list[NDArray[np.float64]], best: NDArray[np.intp]) -> NDArray[np.int32]:
+    """Of the clicks of the cell's best type, the index of the most similar one, counted through all types."""
+    first = np.cumsum([0, *(len(x) for x in clicked)])
+    nearest = np.empty(len(z), np.int32)
+    for t, anchors in enumerate(clicked):
+        mine = best == t
+        a = anchors.astype(np.float32)
+        nearest[mine] = first[t] + ((a**2).sum(1) - 2 * z[mine] @ a.T).argmin(1)
+    return nearest
 
 
-def _sure_cells(affinity: NDArray[np.float32]) -> list[NDArray[np.intp]]:
-    """Per type, the cells that lead most clearly: the better half of those it wins, at most ``_SURE``."""
-    order = np.sort(affinity, 1)
-    lead = order[:, -1] - order[:, -2]
-    winner = affinity.argmax(1)
-    out = []
-    for t in range(affinity.shape[1]):
-        mine = np.flatnonzero(winner == t)
-        mine = mine[np.argsort(-lead[mine], kind="stable")]
-        out.append(mine[: max(min((len(mine) + 1) // 2, _SURE), 1)])
+def _with_local_share(posterior: NDArray[np.float32], xy_um: NDArray[np.float64], config: TypingConfig) -> NDArray[np.float32]:
+    """Posteriors (N, T + 1) with the types' shares around each cell as prior.
+
+    Shares live on squares of ``neighbourhood_um`` and are smoothed over the 3 x 3 around each (weights 1, 2, 1). They are drawn towards the
+    slide's by ``neighbourhood_cells`` cells' worth.
+    """
+    square = np.floor((xy_um - xy_um.min(0)) / config.neighbourhood_um).astype(np.intp)
+    width, height = square.max(0) + 1
+    here = square[:, 1] * width + square[:, 0]
+    types = posterior.shape[1]
+    share = np.full((height * width, types), 1 / types)
+    out = posterior
+    for _ in range(config.share_rounds):
+        out = posterior * share[here].astype(np.float32)
+        out /= np.maximum(out.sum(1, keepdims=True), 1e-12)
+        count = np.stack([np.bincount(here, weights=out[:, t], minlength=height * width) for t in range(types)], 1).astype(np.float64)
+        overall = count.sum(0) / count.sum()
+        grid: NDArray[np.float64] = count.reshape(height, width, types)
+        for axis in (0, 1):
+            padded = np.pad(grid, [(1, 1) if k == axis else (0, 0) for k in range(3)])
+            n = grid.shape[axis]
+            grid = padded.take(range(n), axis) + 2 * grid + padded.take(range(2, n + 2), axis)
+        smooth = grid.reshape(-1, types) / 4  # the square's own cells count fully
+        share = (smooth + config.neighbourhood_cells * overall) / (smooth.sum(1, keepdims=True) + config.neighbourhood_cells)
     return out
 
 
-def _calibrate(
-    affinity: NDArray[np.float32], sure: list[NDArray[np.intp]], names: tuple[str, ...], config: TypingConfig
-) -> tuple[NDArray[np.float32], list[str]]:
-    """Two-point calibration of each type against the others."""
-    score, warnings = np.empty_like(affinity), []
-    for t in range(affinity.shape[1]):
-        others = np.concatenate([rows for k, rows in enumerate(sure) if k != t])
-        other = float(np.median(affinity[others, t])) if len(others) else 0.0
-        typical = float(np.median(affinity[sure[t], t])) if len(sure[t]) else other
-        if typical - other < config.separable:
-            warnings.append(f"type {names[t]} is hardly told apart from the others by this model; click a few more typical cells of each")
-        score[:, t] = (affinity[:, t] - other) / max(typical - other, config.separable)
-    return score, warnings
-
-
-def _calibrate_alone(affinity: NDArray[np.float32]) -> NDArray[np.float32]:
-    """One type and no competitor: two Gaussians on the affinity when they stand apart (Ashman's D > 2), else everything is the type."""
-    a = affinity[:, 0].astype(np.float64)
-    low, high = np.percentile(a, [25, 75])
-    sd = max(a.std(), 1e-6)
-    spread, weight = np.array([sd, sd]), np.array([0.5, 0.5])
-    centre = np.array([low, high])
-    for _ in range(60):
-        density = weight / spread * np.exp(-0.5 * ((a[:, None] - centre) / spread) ** 2) + 1e-300
-        share = density / density.sum(1, keepdims=True)
-        mass = share.sum(0) + 1e-9
-        centre = (share * a[:, None]).sum(0) / mass
-        spread = np.sqrt((share * (a[:, None] - centre) ** 2).sum(0) / mass) + 1e-4
-        weight = mass / len(a)
-    ashman = abs(centre[1] - centre[0]) * np.sqrt(2 / (spread**2).sum())
-    if ashman > 2 and weight.min() > 0.02:
-        score: NDArray[np.float32] = ((affinity - centre.min()) / np.ptp(centre)).astype(np.float32)
-        return score
-    return np.ones_like(affinity)
+def _confusable(reading: Reading, names: tuple[str, ...], config: TypingConfig) -> list[str]:
+    """A sentence for each pair of types whose clouds overlap too much."""
+    warnings = []
+    for a, b in itertools.combinations(range(len(names)), 2):
+        variance = (reading.variances[a] + reading.variances[b]) / 2
+        apart = float(np.sqrt(((reading.means[a] - reading.means[b]) ** 2 / variance).sum()))
+        if apart < config.separable:
+            warnings.append(
+                f"types {names[a]} and {names[b]} are hardly told apart by this model (distance {apart:.1f}, {config.separable:g} is needed); "
+                "click a few more typical cells of each"
+            )
+    return warnings
 
 
 def keep_clicks(cells: Cells, typing: Typing, bank: Bank, reach_px0: float) -> tuple[Typing, list[str]]:
@@ -163,18 +322,19 @@ def keep_clicks(cells: Cells, typing: Typing, bank: Bank, reach_px0: float) -> t
     Returns
     -------
     typing
-        Score and margin of a clicked cell are at least 1.
+        Score and margin of a clicked cell are 1.
     warnings
         A sentence per click that meets no cell (it lies outside the region or tissue that was searched).
     """
-    codes, scores, margins = typing.codes.copy(), typing.scores.copy(), typing.margins.copy()
+    codes, scores, margins, prototypes = typing.codes.copy(), typing.scores.copy(), typing.margins.copy(), typing.prototypes.copy()
+    first = np.cumsum([0, *(len(c) for c in bank.clicks)])
     warnings = []
     tree = shapely.STRtree(cells.polygons)
     for t, clicks in enumerate(bank.clicks):
-        for point in shapely.points(clicks):
+        for number, point in enumerate(shapely.points(clicks), first[t]):
             near = tree.query_nearest(point, max_distance=reach_px0) if len(cells) else []
             if not len(near):
                 warnings.append(f"the click on {bank.names[t]} at [{point.x:g}, {point.y:g}] meets no cell of the result")
                 continue
-            codes[near[0]], scores[near[0]], margins[near[0]] = t + 1, max(scores[near[0]], 1.0), max(margins[near[0]], 1.0)
-    return Typing(typing.names, typing.colors, codes, scores, margins), warnings
+            codes[near[0]], scores[near[0]], margins[near[0]], prototypes[near[0]] = t + 1, 1, 1, number
+    return Typing(typing.names, typing.colors, codes, scores, margins, prototypes), warnings

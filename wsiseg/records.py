@@ -235,6 +235,8 @@ class Bank:
         Per type, (m, C) float32: F_h and F_l at the reliable places, the clicks' own first.
     floors
         (T,) float32: similarity (product of the two cosines) from which a place is a candidate of the type.
+    foreign
+        The clicks are on another slide; ``clicks`` and ``cells`` say nothing about this one.
     """
 
     names: tuple[str, ...]
@@ -246,6 +248,41 @@ class Bank:
     high: tuple[NDArray[np.float32], ...]
     low: tuple[NDArray[np.float32], ...]
     floors: NDArray[np.float32]
+    foreign: bool = False
+
+
+@dataclass(frozen=True)
+class TypeSpace:
+    """How cell types lie in the descriptors of one model: learned with it, from dots of known type (training/fit_types.py).
+
+    Attributes
+    ----------
+    transform
+        float32 of shape (D, D): descriptors times this have covariance 1 within a type.
+    middle, spread
+        (D,): mean and variance of the means of types in general, in the space; a slide's own shift is not in it.
+    kinds
+        (K, D): means of the kinds of cell that the model knows; K = 0 is valid.
+    kind_spread
+        (D,): variance of a kind's mean on one slide about its ``kinds`` row.
+    shift
+        (D,): variance of what all cells of a slide share.
+    kind_names
+        Of the K kinds.
+    """
+
+    transform: NDArray[np.float32]
+    middle: NDArray[np.float64]
+    spread: NDArray[np.float64]
+    kinds: NDArray[np.float64]
+    kind_spread: NDArray[np.float64]
+    shift: NDArray[np.float64]
+    kind_names: tuple[str, ...] = ()
+
+    def see(self, descriptors: NDArray[np.float16] | NDArray[np.float32]) -> NDArray[np.float32]:
+        """Descriptors (N, D) in the space."""
+        seen: NDArray[np.float32] = descriptors.astype(np.float32) @ self.transform
+        return seen
 
 
 @dataclass(frozen=True)
@@ -261,7 +298,10 @@ class Typing:
     codes
         int32 of shape (N,): index into ``names``.
     scores, margins
-        float32 of shape (N,): calibrated similarity to the type (1 = typical member, 0 = typical other) and its lead over the runner-up.
+        float32 of shape (N,): probability of the likeliest type, in [0, 1], and its lead over the runner-up.
+    prototypes
+        int32 of shape (N,): the clicked cell of the type that is most similar, counted through all clicks in the order of the seeds;
+        -1 for unassigned cells.
     """
 
     names: tuple[str, ...]
@@ -269,12 +309,13 @@ class Typing:
     codes: NDArray[np.int32]
     scores: NDArray[np.float32]
     margins: NDArray[np.float32]
+    prototypes: NDArray[np.int32]
 
     @staticmethod
     def untyped(count: int) -> Typing:
         """Every cell unassigned: a run without seeds."""
         zeros = np.zeros(count, np.float32)
-        return Typing((UNASSIGNED,), ((128, 128, 128),), np.zeros(count, np.int32), zeros, zeros.copy())
+        return Typing((UNASSIGNED,), ((128, 128, 128),), np.zeros(count, np.int32), zeros, zeros.copy(), np.full(count, -1, np.int32))
 
 
 @dataclass(frozen=True)

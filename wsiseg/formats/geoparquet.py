@@ -4,6 +4,7 @@
       id           string                     UUID (ids.py), the same as in cells.geojson.gz
       type         dictionary<int32, string>  "unassigned" when no seed claims the cell; never null
       type_score, type_margin, score   float
+      prototype    int32                      number of the most similar click of the type, through all clicks in the order of the seeds; or -1
       area_um2     float                      of the polygon
       x, y         double                     centroid, px
       prompt_x, prompt_y   double             the point the cell was segmented from, px
@@ -106,6 +107,7 @@ def read_geoparquet(path: Path) -> tuple[Cells, Typing, dict[str, object]]:
         typing = Typing(
             names, colors, _codes(table["type"], names),
             table["type_score"].to_numpy().astype(np.float32), table["type_margin"].to_numpy().astype(np.float32),
+            table["prototype"].to_numpy().astype(np.int32),
         )  # fmt: skip
     except KeyError as error:
         raise FormatError(f"{path}: no {error} in it, so not a cells.parquet of wsiseg; give the file that `wsiseg run` wrote") from error
@@ -122,6 +124,7 @@ def _schema(cells: Cells, typing: Typing, info: SlideInfo, provenance: Provenanc
         ("type", pa.dictionary(pa.int32(), pa.string())),
         ("type_score", pa.float32()),
         ("type_margin", pa.float32()),
+        ("prototype", pa.int32()),
         ("score", pa.float32()),
         ("area_um2", pa.float32()),
         ("x", pa.float64()),
@@ -167,6 +170,7 @@ def _columns(cells: Cells, typing: Typing, info: SlideInfo, ids: list[str], rows
         "type": pa.DictionaryArray.from_arrays(codes, pa.array(typing.names, pa.string())),
         "type_score": np.asarray(typing.scores[rows], np.float32),
         "type_margin": np.asarray(typing.margins[rows], np.float32),
+        "prototype": np.asarray(typing.prototypes[rows], np.int32),
         "score": np.asarray(cells.scores[rows], np.float32),
         "area_um2": (shapely.area(polygons) * info.mpp**2).astype(np.float32),
         "x": np.ascontiguousarray(centroids[:, 0]),

@@ -39,7 +39,7 @@ MODELS = {
         name="nuclei-compact",
         network="wsiseg.models.nuclei_compact:NucleiCompact",
         weights="nuclei-compact.safetensors",
-        sha256="281e0a1b049805096c5a65b71c146d5a8f7e00fb593a58ca431a81160902ebde",
+        sha256="9f20521e7c929807cb34ef063beb37550d60bb33ca377cc479a12c4389ba90ee",
         licence="Apache-2.0",
         source="training/train_nuclei_compact.py; card: wsiseg/models/weights/nuclei-compact.md",
     )

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from wsiseg.records import Embeddings, Hints, WindowMasks
+    from wsiseg.records import Embeddings, Hints, TypeSpace, WindowMasks
 
 
 class PromptableModel(Protocol):
@@ -24,6 +24,8 @@ class PromptableModel(Protocol):
         A mask reaches at most this far from its point.
     descriptor_size
         Length of a cell's descriptor.
+    types
+        How types lie in the descriptors.
     device
         Where the weights are.
     """
@@ -32,6 +34,9 @@ class PromptableModel(Protocol):
     stride_px: int
     reach_px: int
     descriptor_size: int
+
+    @property
+    def types(self) -> TypeSpace: ...  # noqa: D102
 
     @property
     def device(self) -> torch.device: ...  # noqa: D102

@@ -21,12 +21,13 @@ from __future__ import annotations
 
 from typing import Self
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from wsiseg.records import Embeddings, Hints, WindowMasks
+from wsiseg.records import Embeddings, Hints, TypeSpace, WindowMasks
 
 STRIDE_PX = 16  #: deepest stride of the pyramid: tiles that start on its multiples see the same lattice
 CELL_PX = 2  #: one mask logit covers 2 x 2 model pixels
@@ -41,6 +42,7 @@ RING_CELLS = 9  #: the ring reaches 4 cells (2 um) out
 LEARNED = 64  #: length of the descriptor's learned half
 MEASURED_SHARE = 0.3  #: weight of the measurements in the cosine of two descriptors; the learned half has the rest
 DESCRIPTOR_SIZE = LEARNED + MEASUREMENTS
+KINDS = ("lymphocyte", "tumour or epithelial", "stromal")  #: kinds of cell whose place among the descriptors is part of the weights
 
 # The three generated 1x1 convolutions: (inputs + relative x, y) -> HEAD_WIDTH -> HEAD_WIDTH -> 1.
 _HEAD_SHAPES = ((HEAD_WIDTH, MASK_FEATURES + 2), (HEAD_WIDTH, HEAD_WIDTH), (1, HEAD_WIDTH))
@@ -135,6 +137,12 @@ class NucleiCompact(nn.Module):
         self.pixel_sd: Tensor
         self.register_buffer("pixel_mean", torch.tensor([0.70, 0.55, 0.70]).view(1, 3, 1, 1))
         self.register_buffer("pixel_sd", torch.tensor([0.20, 0.22, 0.17]).view(1, 3, 1, 1))
+        # How types lie in the descriptors; filled in after training (training/fit_types.py).
+        self.register_buffer("type_transform", torch.eye(DESCRIPTOR_SIZE))
+        self.register_buffer("type_kinds", torch.zeros(len(KINDS), DESCRIPTOR_SIZE))
+        self.register_buffer("type_middle", torch.zeros(DESCRIPTOR_SIZE))
+        for name in ("type_spread", "type_kind_spread", "type_shift"):
+            self.register_buffer(name, torch.ones(DESCRIPTOR_SIZE))
 
     def ready(self, device: torch.device, *, bf16: bool) -> Self:
         """Make it ready for inference: batch norms folded into their convolutions, frozen, on ``device``."""
@@ -152,6 +160,12 @@ class NucleiCompact(nn.Module):
     def device(self) -> torch.device:
         """Where the weights are."""
         return self.pixel_mean.device
+
+    @property
+    def types(self) -> TypeSpace:
+        """How types lie in the descriptors."""
+        part = {k.removeprefix("type_"): v.cpu().double().numpy() for k, v in self.named_buffers() if k.startswith("type_")}
+        return TypeSpace(part.pop("transform").astype(np.float32), **part, kind_names=KINDS)
 
     def encode(self, images: Tensor) -> Embeddings:
         """Encode tiles.
