@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import numpy as np
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -49,3 +51,19 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     from wsiseg.demo import write_demo
 
     return write_demo(tmp_path_factory.mktemp("demo"))
+
+
+@pytest.fixture(scope="session")
+def wsiseg() -> Callable[..., tuple[int, str]]:
+    """The command line in this process: arguments -> exit status and output; an exception that is no exit is raised."""
+    from click.testing import CliRunner
+
+    from wsiseg.cli import main
+
+    def call(*arguments: object) -> tuple[int, str]:
+        result = CliRunner().invoke(main, [str(a) for a in arguments])
+        if result.exception and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        return result.exit_code, result.output
+
+    return call

@@ -51,8 +51,8 @@ def bank_of(z: np.ndarray, kinds: np.ndarray, types: list[int], negative: list[i
 def test_one_click_per_type_covers_common_and_rare_types(prevalence: list[float]) -> None:
     """A type of 95 % is covered as well as one of 5 %; mean + sd could cover at most half of the first."""
     z, kinds = table(prevalence, distance=9)
-    typing, warnings = assign_types(z, places(len(z)), bank_of(z, kinds, list(range(len(prevalence)))), space(), TypingConfig())
-    assert warnings == []
+    typing, notes = assign_types(z, places(len(z)), bank_of(z, kinds, list(range(len(prevalence)))), space(), TypingConfig())
+    assert notes.warnings == ()
     for t in range(len(prevalence)):
         mine = kinds == t
         assert (typing.codes[mine] == t + 1).mean() > 0.9
@@ -152,9 +152,9 @@ def test_a_negative_click_on_another_types_cell_does_that_type_no_harm() -> None
 def test_types_that_cannot_be_told_apart_are_reported() -> None:
     rng = np.random.default_rng(0)
     z = (0.1 * rng.standard_normal((500, SIZE))).astype(np.float16)
-    _, warnings = assign_types(z, places(500), bank_of(z, np.zeros(500, int), [0, 0]), space(), TypingConfig())
-    assert len(warnings) == 1
-    assert "types type 0 and type 0 are hardly told apart" in warnings[0]
+    _, notes = assign_types(z, places(500), bank_of(z, np.zeros(500, int), [0, 0]), space(), TypingConfig())
+    assert len(notes.warnings) == 1
+    assert "types type 0 and type 0 are hardly told apart" in notes.warnings[0]
 
 
 def test_one_type_alone() -> None:

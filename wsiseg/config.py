@@ -218,6 +218,7 @@ class RunConfig:
     mpp: float | None = None
     reader: Literal["auto", "openslide", "tiffslide", "image"] = "auto"
     seeds: str | None = None
+    bank: str | None = None
     roi: str | None = None
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     tissue: TissueConfig = field(default_factory=TissueConfig)
@@ -240,7 +241,7 @@ class RunConfig:
 #: Raised when the same inputs give other cells than before: parts of an older wsiseg are then made again.
 REVISION = 3
 #: How fast it goes and what is written; and what is hashed by its content instead of its name.
-NOT_HASHED = ("device", "workers", "formats", "model", "mpp", "reader", "seeds", "roi")
+NOT_HASHED = ("device", "workers", "formats", "model", "mpp", "reader", "seeds", "bank", "roi")
 
 _POSITIVE, _SHARE = (1e-6, 1e6), (0.0, 1.0)
 #: Allowed range of every number.

@@ -66,8 +66,8 @@ def segment_image(
     outlines = [
         segment_tile(tile, read_region(tools.reader, tile.outer, tools.job.lattice), tools, clock)[0] for block in blocks for tile in block.tiles
     ]
-    cells, typing, _, doubts = settle(Cells.concatenate(outlines, tools.model.descriptor_size), tools, info, clock)
-    for doubt in doubts:
+    cells, typing, notes, _ = settle(Cells.concatenate(outlines, tools.model.descriptor_size), tools, info, clock)
+    for doubt in notes.warnings:
         logger.warning("%s", doubt)
     return cells, typing
 
@@ -84,7 +84,7 @@ def _open_tools(
         seeds, doubts = check_seeds(dataclasses.replace(seeds, slide=None), reader.info)
         for doubt in doubts:
             logger.warning("%s", doubt)
-    resolved = resolve(config, seeds)
+    resolved = resolve(config, clicked=seeds is not None)
     model = model or load_model(config.model, config.device, resolved.precision)
     lattice = Lattice(config.mpp, model.mpp)
     bank = build_bank(reader, model, seeds, lattice, resolved, chains=resolved.method == "cop") if seeds else None

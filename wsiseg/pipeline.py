@@ -17,14 +17,16 @@ import torch
 from wsiseg import __version__, runs
 from wsiseg.errors import FormatError, RunError, SlideError
 from wsiseg.formats import FILE_NAMES, load_writer
+from wsiseg.formats.bank import write_bank
 from wsiseg.formats.parts import part_is_current, read_part, write_part
 from wsiseg.masks import decode
 from wsiseg.meter import Clock, peak_bytes
+from wsiseg.models import file_hash, find_weights
 from wsiseg.planning import describe, open_tools, plan_run, slide_path
 from wsiseg.polygons import trace
 from wsiseg.prompts import find_points
-from wsiseg.propagation import assign_types, keep_clicks
-from wsiseg.records import Cells, Provenance, Typing
+from wsiseg.propagation import account, assign_types, keep_clicks
+from wsiseg.records import Cells, Provenance, Typing, TypingNotes
 from wsiseg.slide import read_region
 from wsiseg.stitching import stitch
 from wsiseg.workers import map_blocks
@@ -162,18 +164,19 @@ def segment_slide(
                 if on_progress:
                     on_progress(sum(c["tiles"] for c in finished), plan.tile_count, sum(c["outlines"] for c in finished))
 
-    cells, typing, counts, files, doubts = _finish(plan, folder, clock)
+    cells, typing, notes, counts, files = _finish(plan, folder, clock)
     model_seconds = (clock.seconds["encode"] + clock.seconds["decode"]) / max(min(config.workers, len(todo)), 1)
     manifest |= {
         "folder": str(folder.path),
         "status": "incomplete" if failures else "complete",
         "failures": failures,
-        "warnings": plan.warnings + doubts,
+        "warnings": [*plan.warnings, *notes.warnings],
         "counts": {"cells": len(cells), "blocks": len(plan.blocks), "blocks_resumed": len(plan.blocks) - len(todo)}
         | {k: sum(c[k] for c in finished) for k in BLOCK_COUNTS}
         | counts,
         "files": files,
         "types": {name: int((typing.codes == k).sum()) for k, name in enumerate(typing.names)},
+        "typing": account(typing, plan.job.bank, notes) if plan.job.bank else {},
         "seconds": {k: round(v, 3) for k, v in clock.seconds.items()} | {"total": round(time.perf_counter() - started, 3)},
         "model_share": round(model_seconds / max(clock.seconds["tiles"], 1e-9), 4),
         "peak_ram_mb": round(max(*peaks, peak_bytes()) / 2**20, 1),
@@ -195,15 +198,15 @@ def _resume(plan: Plan) -> tuple[list[dict[str, int]], list[Block]]:
     return finished, todo
 
 
-def _finish(plan: Plan, folder: runs.RunFolder, clock: Clock) -> tuple[Cells, Typing, dict[str, int], list[str], list[str]]:
-    """Parts -> stitched, typed cells -> files. Also returns counts, the files' names, and doubts about the types."""
+def _finish(plan: Plan, folder: runs.RunFolder, clock: Clock) -> tuple[Cells, Typing, TypingNotes, dict[str, int], list[str]]:
+    """Parts -> stitched, typed cells -> files. Also returns counts and the files' names."""
     job, info = plan.job, plan.info
     paths = [job.parts / f"{b.name}.parquet" for b in plan.blocks]
     foreign = [p for p in paths if not part_is_current(p, job.parts_hash)]
     if foreign:
         raise RunError(f"{foreign[0]}: was changed by another run while this one went on; run the command again, one run per folder")
     outlines = Cells.concatenate([read_part(p)[0] for p in paths], plan.tools.model.descriptor_size)
-    cells, typing, counts, doubts = settle(outlines, plan.tools, info, clock)
+    cells, typing, notes, counts = settle(outlines, plan.tools, info, clock)
     details: dict[str, object] = {"model": job.config.model, "method": job.config.method}
     provenance = Provenance("wsiseg", __version__, Path(job.slide).name, plan.run_hash, details)
     files = []
@@ -211,16 +214,19 @@ def _finish(plan: Plan, folder: runs.RunFolder, clock: Clock) -> tuple[Cells, Ty
         for name in job.config.formats:
             written = load_writer(name)(folder.path / FILE_NAMES[name], cells, typing, info, provenance)
             files.append((written or folder.path / FILE_NAMES[name]).name)
-    return cells, typing, counts, files, doubts
+        if job.bank is not None and not job.bank.foreign:
+            write_bank(folder.bank, job.bank, Path(job.slide).name, file_hash(find_weights(job.config.model)[1]))
+            files.append(folder.bank.name)
+    return cells, typing, notes, counts, files
 
 
-def settle(outlines: Cells, tools: Tools, info: SlideInfo, clock: Clock) -> tuple[Cells, Typing, dict[str, int], list[str]]:
-    """Outlines of all tiles, any order -> stitched cells, their types, counts, and doubts about the types.
+def settle(outlines: Cells, tools: Tools, info: SlideInfo, clock: Clock) -> tuple[Cells, Typing, TypingNotes, dict[str, int]]:
+    """Outlines of all tiles, any order -> stitched cells, their types with notes, and counts.
 
     The clicked cells compete with the rest, so that a cell that somebody clicked is in the result even if no automatic prompt found it.
     """
     job = tools.job
-    config, bank, doubts = job.config, job.bank, list[str]()
+    config, bank, notes = job.config, job.bank, TypingNotes()
     if bank is not None:
         outlines = Cells.concatenate([outlines, bank.cells.take(job.area.holds(bank.cells.points_xy))], bank.cells.descriptors.shape[1])
     with clock("stitch"):
@@ -228,7 +234,7 @@ def settle(outlines: Cells, tools: Tools, info: SlideInfo, clock: Clock) -> tupl
     typing = Typing.untyped(len(cells))
     if bank is not None:
         with clock("type"):
-            typing, doubts = assign_types(cells.descriptors, cells.points_xy * info.mpp, bank, tools.model.types, config.typing)
+            typing, notes = assign_types(cells.descriptors, cells.points_xy * info.mpp, bank, tools.model.types, config.typing)
             typing, missed = keep_clicks(cells, typing, bank, config.cop.click_reach_um / info.mpp)
-            doubts = doubts + missed
-    return cells, typing, dataclasses.asdict(counts), doubts
+            notes = dataclasses.replace(notes, warnings=(*notes.warnings, *missed))
+    return cells, typing, notes, dataclasses.asdict(counts)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from wsiseg.config import CopConfig, RunConfig, StitchingConfig, TypingConfig, check
 from wsiseg.errors import ConfigError, SlideError
 from wsiseg.formats import load_writer
+from wsiseg.formats.bank import read_bank
 from wsiseg.formats.regions import read_regions
 from wsiseg.formats.seeds import check_seeds, read_seeds
 from wsiseg.geometry import Lattice
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
     from wsiseg.config import Method
     from wsiseg.models.contract import PromptableModel
-    from wsiseg.records import Bank, Block, Seeds, SlideInfo
+    from wsiseg.records import Bank, Block, SlideInfo
     from wsiseg.slide import SlideReader
 
 logger = logging.getLogger(__name__)
@@ -110,7 +111,10 @@ def plan_run(slide: str, config: RunConfig, out: Path, *, overwrite: bool = Fals
     _, weights = find_weights(config.model)
     for name in config.formats:
         load_writer(name)
+    if config.seeds and config.bank:
+        raise ConfigError("--bank and --seeds: both say what the types are; pass one of them")
     seeds = read_seeds(Path(config.seeds)) if config.seeds else None
+    bank = load_bank(Path(config.bank), weights) if config.bank else None
     with contextlib.ExitStack() as stack:
         reader = stack.enter_context(open_slide(slide, mpp=config.mpp, reader=config.reader))
         info = reader.info
@@ -120,17 +124,20 @@ def plan_run(slide: str, config: RunConfig, out: Path, *, overwrite: bool = Fals
             seeds, more = check_seeds(seeds, info)
             warnings += more
         roi = read_regions(Path(config.roi), info) if config.roi else None
-        resolved = resolve(config, seeds)
+        resolved = resolve(config, clicked=seeds is not None or bank is not None)
+        if resolved.method == "cop" and bank is not None and not bank.high:
+            raise ConfigError(f"--bank {config.bank}: has no prototypes for --method cop; pass --method apg, or make it by a run with --method cop")
 
         facts: dict[str, object] = {
             "slide": _slide_key(slide), "levels": info.level_sizes, "reader": info.reader, "mpp": info.mpp,
             "weights": file_hash(weights), "roi": _content_hash(config.roi),
         }  # fmt: skip
-        run_hash = resolved.hash(**facts, seeds=_content_hash(config.seeds))
+        clicks = _content_hash(config.seeds or config.bank)
+        run_hash = resolved.hash(**facts, seeds=clicks)
         # What is settled after the parts does not make them stale: types, overlaps, and under APG the seeds.
         segmenting = dataclasses.replace(resolved, typing=TypingConfig(), stitching=StitchingConfig())
         if resolved.method == "cop":
-            parts_hash = segmenting.hash(**facts, seeds=_content_hash(config.seeds))
+            parts_hash = segmenting.hash(**facts, seeds=clicks)
         else:
             parts_hash = dataclasses.replace(segmenting, cop=CopConfig()).hash(**facts)
         folder = find_folder(out, slide_path(slide))
@@ -143,7 +150,8 @@ def plan_run(slide: str, config: RunConfig, out: Path, *, overwrite: bool = Fals
             tissue = find_tissue(*thumbnail(reader, config.tissue.overview_mpp), config.tissue, mpp=info.mpp)
             warnings += tissue.warnings
         area = SearchArea(tissue, roi)
-        bank = build_bank(reader, model, seeds, lattice, resolved, chains=resolved.method == "cop") if seeds else None
+        if seeds:
+            bank = build_bank(reader, model, seeds, lattice, resolved, chains=resolved.method == "cop")
         blocks = plan_blocks(info.size_px0, lattice, config.tiling, stride_px=model.stride_px, reach_px=model.reach_px, wanted=area.wanted)
         job = Job(slide, resolved, lattice, area, bank, folder.parts, parts_hash)
         plan = Plan(job, Tools(job, reader, model), info, blocks, run_hash, warnings)
@@ -156,13 +164,27 @@ def slide_path(slide: str) -> str:
     return slide if "://" in slide else str(Path(slide).resolve())
 
 
-def resolve(config: RunConfig, seeds: Seeds | None) -> RunConfig:
+def load_bank(path: Path, weights: Path) -> Bank:
+    """The bank of another slide, for a model with these weights.
+
+    Raises
+    ------
+    WsisegError
+        It is no bank, or other weights made it.
+    """
+    bank, note = read_bank(path)
+    if note["weights"] != file_hash(weights):
+        raise ConfigError(f"--bank {path}: was made with other weights than {weights.name}; pass --model with those, or make the bank again")
+    return bank
+
+
+def resolve(config: RunConfig, *, clicked: bool) -> RunConfig:
     """The configuration without ``auto`` in what decides the result."""
-    if config.method == "cop" and seeds is None:
-        raise ConfigError("--method cop: needs clicks; pass --seeds FILE, or use --method apg")
+    if config.method == "cop" and not clicked:
+        raise ConfigError("--method cop: needs clicks; pass --seeds FILE or --bank FILE, or use --method apg")
     method, precision = config.method, config.precision
     if method == "auto":
-        method = BEST_METHOD.get(config.model, "apg") if seeds else "apg"
+        method = BEST_METHOD.get(config.model, "apg") if clicked else "apg"
     if precision == "auto":
         precision = "bf16" if pick_device(config.device).type == "cuda" else "fp32"
     return dataclasses.replace(config, method=method, precision=precision)
@@ -199,7 +221,7 @@ def describe(plan: Plan) -> dict[str, Any]:
             "bounds": list(info.bounds) if info.bounds else None,
         },
         "config": dataclasses.asdict(config),
-        "seeds": config.seeds,
+        "seeds": config.seeds or config.bank,
         "model": {"name": config.model, "sha256": file_hash(find_weights(config.model)[1]), "device": str(plan.tools.model.device)},
         "run_hash": plan.run_hash,
         "parts_hash": plan.job.parts_hash,

@@ -31,12 +31,12 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import shapely
 
-from wsiseg.records import UNASSIGNED, Typing
+from wsiseg.records import UNASSIGNED, Typing, TypingNotes
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -175,7 +175,7 @@ def _posterior(z: NDArray[np.float32], reading: Reading, space: TypeSpace, confi
 
 def assign_types(
     descriptors: NDArray[np.float16], xy_um: NDArray[np.float64], bank: Bank, space: TypeSpace, config: TypingConfig
-) -> tuple[Typing, list[str]]:
+) -> tuple[Typing, TypingNotes]:
     """Type every cell.
 
     Parameters
@@ -196,14 +196,14 @@ def assign_types(
     typing
         One verdict per cell; independent of the order of the cells. Scores are p(t | z) with the local share, margins the lead over the
         runner-up, rivals included.
-    warnings
-        Sentences about types that cannot be told apart.
+    notes
+        What the types were taken for, and which cannot be told apart.
     """
     names, colors = (UNASSIGNED, *bank.names), (_GREY, *bank.colors)
     count = len(descriptors)
     if not count:
         empty = np.empty(0, np.float32)
-        return Typing(names, colors, np.empty(0, np.int32), empty, empty.copy(), np.empty(0, np.int32)), []
+        return Typing(names, colors, np.empty(0, np.int32), empty, empty.copy(), np.empty(0, np.int32)), TypingNotes()
     order = np.lexsort((xy_um[:, 1], xy_um[:, 0]))  # sums of floats depend on their order; the verdicts must not
     z = np.empty((count, descriptors.shape[1]), np.float32)
     for start in range(0, count, _ROWS):
@@ -236,7 +236,11 @@ def assign_types(
     margins = np.where(ranked[:, 0] == best, top - second, 0).astype(np.float32)
     prototypes = np.where(verdict, nearest, -1).astype(np.int32)
     typing = Typing(names, colors, codes[back], scores[back], margins[back], prototypes[back])
-    return typing, _confusable(readings[0], bank.names, config)
+    kinds = tuple(
+        {name: round(sum(r.weight for r in readings if r.kinds[t] == k), 3) for k, name in enumerate(space.kind_names)}
+        for t in range(len(bank.names))
+    )
+    return typing, TypingNotes(kinds, tuple(_confusable(readings[0], bank.names, config)))
 
 
 def _against(
@@ -326,15 +330,43 @@ def keep_clicks(cells: Cells, typing: Typing, bank: Bank, reach_px0: float) -> t
     warnings
         A sentence per click that meets no cell (it lies outside the region or tissue that was searched).
     """
-    codes, scores, margins, prototypes = typing.codes.copy(), typing.scores.copy(), typing.margins.copy(), typing.prototypes.copy()
-    first = np.cumsum([0, *(len(c) for c in bank.clicks)])
+    rows: list[NDArray[np.intp]] = []
     warnings = []
     tree = shapely.STRtree(cells.polygons)
-    for t, clicks in enumerate(bank.clicks):
-        for number, point in enumerate(shapely.points(clicks), first[t]):
+    for name, clicks in zip(bank.names, bank.clicks, strict=True):
+        mine = np.full(len(clicks), -1, np.intp)
+        for k, point in enumerate(shapely.points(clicks)):
             near = tree.query_nearest(point, max_distance=reach_px0) if len(cells) else []
-            if not len(near):
-                warnings.append(f"the click on {bank.names[t]} at [{point.x:g}, {point.y:g}] meets no cell of the result")
-                continue
-            codes[near[0]], scores[near[0]], margins[near[0]], prototypes[near[0]] = t + 1, 1, 1, number
-    return Typing(typing.names, typing.colors, codes, scores, margins, prototypes), warnings
+            if len(near):
+                mine[k] = near[0]
+            else:
+                warnings.append(f"the click on {name} at [{point.x:g}, {point.y:g}] meets no cell of the result")
+        rows.append(mine)
+    return claim(typing, rows), warnings
+
+
+def claim(typing: Typing, rows: list[NDArray[np.intp]]) -> Typing:
+    """``typing`` with the clicked cells' types as clicked: per type the rows of its clicks, in order; -1 where there is no cell."""
+    codes, scores, margins, prototypes = typing.codes.copy(), typing.scores.copy(), typing.margins.copy(), typing.prototypes.copy()
+    number = 0
+    for t, clicked in enumerate(rows):
+        for row in clicked:
+            if row >= 0:
+                codes[row], scores[row], margins[row], prototypes[row] = t + 1, 1, 1, number
+            number += 1
+    return Typing(typing.names, typing.colors, codes, scores, margins, prototypes)
+
+
+def account(typing: Typing, bank: Bank, notes: TypingNotes) -> dict[str, Any]:
+    """The manifest's account of the types: clicks (numbered as in ``prototypes``), kinds, cells, share unassigned."""
+    cells = np.bincount(typing.codes, minlength=len(typing.names))
+    types = {
+        name: {
+            "cells": int(cells[t + 1]),
+            "clicks": np.round(bank.clicks[t], 2).tolist() if not bank.foreign else len(bank.clicked[t]),
+            "negative": len(bank.negative[t]),
+            "kind": notes.kinds[t] if notes.kinds else {},
+        }
+        for t, name in enumerate(bank.names)
+    }
+    return {"types": types, "unassigned": round(float(cells[0]) / max(len(typing.codes), 1), 4)}

@@ -319,6 +319,22 @@ class Typing:
 
 
 @dataclass(frozen=True)
+class TypingNotes:
+    """What typing found out beside the verdicts.
+
+    Attributes
+    ----------
+    kinds
+        Per type, the probability of each known kind, by name; what is missing to 1 is "none of them".
+    warnings
+        Sentences about doubtful types and clicks.
+    """
+
+    kinds: tuple[dict[str, float], ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Provenance:
     """What every output file says of its origin (JSON-able)."""
 

@@ -6,6 +6,7 @@
       manifest.json            config, versions, counts, timings, failures; created first (it is the claim on the folder) and replaced last
       parts/<row>-<column>.parquet
       cells.parquet  cells.geojson.gz
+      bank.safetensors         of runs with clicks
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from typing import Any
 from wsiseg.errors import RunError
 from wsiseg.formats.atomic import PARTIAL_PATTERN, is_abandoned, write_json
 
-FINAL_FILES = ("cells.parquet", "cells.geojson.gz", "cells.geojson.zip")
+FINAL_FILES = ("bank.safetensors", "cells.parquet", "cells.geojson.gz", "cells.geojson.zip")
 _LIBRARIES = ("torch", "numpy", "scipy", "shapely", "scikit-image", "openslide-python", "tiffslide", "pyarrow", "geopandas", "distributed")
 
 
@@ -38,6 +39,11 @@ class RunFolder:
     def manifest(self) -> Path:
         """``manifest.json``."""
         return self.path / "manifest.json"
+
+    @property
+    def bank(self) -> Path:
+        """``bank.safetensors``."""
+        return self.path / "bank.safetensors"
 
     @property
     def parts(self) -> Path:

@@ -14,6 +14,7 @@ from wsiseg import __version__
 # name -> module below wsiseg.cli, and the line shown by `wsiseg --help` (so that help imports nothing else)
 COMMANDS = {
     "run": "Segment and type slides: the whole path.",
+    "type": "Type a finished run again, with other clicks.",
     "info": "What is known of a slide before a run.",
     "seeds": "Check, convert and preview files of clicks.",
     "evaluate": "Score outlines and types against a truth.",

@@ -24,6 +24,7 @@ def _choices(field: str) -> click.Choice[str]:
 @click.command(short_help="Segment and type slides.")
 @click.argument("slides", nargs=-1, required=True, metavar="SLIDE...")
 @click.option("--seeds", metavar="FILE", help="Clicks, one or more per cell type: seeds.json, or points exported from QuPath.")
+@click.option("--bank", metavar="FILE", help="bank.safetensors of another slide's run: its clicks type this one.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("wsiseg-out"), show_default=True, help="Folder of all runs.")
 @click.option("--method", type=_choices("method"), help=f"How prompts are found.  [default: {_DEFAULT.method}]")
 @click.option("--model", metavar="NAME|PATH", help=f"Model, or a .safetensors file of it.  [default: {_DEFAULT.model}]")

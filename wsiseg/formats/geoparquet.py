@@ -21,6 +21,8 @@ Specification: https://geoparquet.org/releases/v1.1.0/
 from __future__ import annotations
 
 import json
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -35,8 +37,10 @@ from wsiseg.formats.parts import UNREADABLE, descriptor_column, descriptors_from
 from wsiseg.records import Cells, Provenance, SlideInfo, Typing
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
+
+    from numpy.typing import NDArray
 
 __all__ = ["cell_ids", "read_geoparquet", "write_geoparquet"]
 
@@ -93,28 +97,109 @@ def read_geoparquet(path: Path) -> tuple[Cells, Typing, dict[str, object]]:
     FormatError
         The file is missing, damaged, or was not written by wsiseg.
     """
-    try:
+    source = read_table(path)
+    return source.cells(), source.typing(), source.note
+
+
+@dataclass(frozen=True)
+class CellTable:
+    """A cells.parquet as it lies in the file: polygons stay encoded until somebody asks for them."""
+
+    path: Path
+    table: pa.Table
+    note: dict[str, Any]
+
+    @property
+    def descriptors(self) -> NDArray[np.float16]:
+        """(N, D)."""
+        return descriptors_from(self.table, int(self.note["descriptor_size"]))
+
+    @property
+    def points_xy(self) -> NDArray[np.float64]:
+        """Prompts (N, 2), level-0 px."""
+        return np.stack([self.table["prompt_x"].to_numpy(), self.table["prompt_y"].to_numpy()], axis=1)
+
+    @property
+    def bounds(self) -> NDArray[np.float64]:
+        """(N, 4): xmin, ymin, xmax, ymax, level-0 px."""
+        box = self.table["bbox"].combine_chunks()
+        return np.stack([box.field(corner).to_numpy() for corner in CORNERS], axis=1)
+
+    def cells(self, rows: NDArray[np.intp] | None = None) -> Cells:
+        """All cells, or those of ``rows``."""
+        table = self.table if rows is None else self.table.take(rows)
+        with _complaints(self.path):
+            points = np.stack([table["prompt_x"].to_numpy(), table["prompt_y"].to_numpy()], axis=1)
+            scores = table["score"].to_numpy().astype(np.float32)
+            return Cells(polygons_from_wkb(table["geometry"]), points, scores, descriptors_from(table, int(self.note["descriptor_size"])))
+
+    def typing(self) -> Typing:
+        """The verdicts in the file."""
+        with _complaints(self.path):
+            names = tuple(str(kind["name"]) for kind in self.note["types"])
+            colors = tuple((int(r), int(g), int(b)) for r, g, b in (kind["color"] for kind in self.note["types"]))
+            scores, margins = (self.table[name].to_numpy().astype(np.float32) for name in ("type_score", "type_margin"))
+            return Typing(names, colors, _codes(self.table["type"], names), scores, margins, self.table["prototype"].to_numpy().astype(np.int32))
+
+
+def read_table(path: Path) -> CellTable:
+    """A cells.parquet without decoding its polygons.
+
+    Raises
+    ------
+    FormatError
+        The file is missing, damaged, or was not written by wsiseg.
+    """
+    with _complaints(path):
         table = pq.read_table(path, partitioning=None)
         note: dict[str, Any] = json.loads((table.schema.metadata or {})[b"wsiseg"])
-        names = tuple(str(kind["name"]) for kind in note["types"])
-        colors = tuple((int(r), int(g), int(b)) for r, g, b in (kind["color"] for kind in note["types"]))
-        cells = Cells(
-            polygons_from_wkb(table["geometry"]),
-            np.stack([table["prompt_x"].to_numpy(), table["prompt_y"].to_numpy()], axis=1),
-            table["score"].to_numpy().astype(np.float32),
-            descriptors_from(table, int(note["descriptor_size"])),
-        )
-        typing = Typing(
-            names, colors, _codes(table["type"], names),
-            table["type_score"].to_numpy().astype(np.float32), table["type_margin"].to_numpy().astype(np.float32),
-            table["prototype"].to_numpy().astype(np.int32),
-        )  # fmt: skip
+        columns = ("type", "type_score", "type_margin", "prototype", "score", "prompt_x", "prompt_y", "bbox", "geometry")
+        missing = [*(k for k in ("types", "descriptor_size", "slide") if k not in note), *(k for k in columns if k not in table.schema.names)]
+        if missing:
+            raise KeyError(missing[0])
+    return CellTable(path, table, note)
+
+
+@contextmanager
+def _complaints(path: Path) -> Iterator[None]:
+    """Errors in the file, in one line."""
+    try:
+        yield
     except KeyError as error:
-        raise FormatError(f"{path}: no {error} in it, so not a cells.parquet of wsiseg; give the file that `wsiseg run` wrote") from error
+        raise FormatError(f"{path}: no {error} in it, so not a cells.parquet of this wsiseg; give the file that `wsiseg run` wrote") from error
     except (*UNREADABLE, shapely.errors.GEOSException) as error:
         reason = str(error).split("\n", 1)[0]
         raise FormatError(f"{path}: not a readable cells.parquet ({reason}); run the command that made it again") from error
-    return cells, typing, note
+
+
+def write_retyped(path: Path, source: CellTable, typing: Typing, provenance: Provenance) -> None:
+    """The same cells in the same order with other types, atomically.
+
+    Parameters
+    ----------
+    path
+        The file to write; may be the one that ``source`` was read from.
+    source
+        The cells; their other columns are copied as they are.
+    typing
+        Of the same cells.
+    provenance
+        Version, hash and details of the new types.
+    """
+    codes = pa.DictionaryArray.from_arrays(pa.array(np.asarray(typing.codes, np.int32)), pa.array(typing.names, pa.string()))
+    fresh = {
+        "type": codes, "type_score": pa.array(typing.scores, pa.float32()), "type_margin": pa.array(typing.margins, pa.float32()),
+        "prototype": pa.array(typing.prototypes, pa.int32()),
+    }  # fmt: skip
+    schema = source.table.schema
+    note = source.note | {
+        "tool": provenance.tool, "version": provenance.version, "config_hash": provenance.config_hash, "details": provenance.details,
+        "types": [{"name": name, "color": list(color)} for name, color in zip(typing.names, typing.colors, strict=True)],
+    }  # fmt: skip
+    schema = schema.with_metadata({**schema.metadata, b"wsiseg": json.dumps(note, sort_keys=True, default=str).encode()})
+    table = pa.table([fresh.get(name, source.table[name]) for name in schema.names], schema=schema)
+    with atomic_path(path) as partial:
+        pq.write_table(table, partial, compression="zstd", use_dictionary=["type"], row_group_size=ROW_GROUP)
 
 
 def _schema(cells: Cells, typing: Typing, info: SlideInfo, provenance: Provenance) -> pa.Schema:

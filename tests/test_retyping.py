@@ -1,0 +1,171 @@
+"""Typing a finished run again: `wsiseg type`, banks, and what can be wrong with them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from wsiseg.errors import FormatError
+from wsiseg.formats.bank import read_bank, write_bank
+from wsiseg.formats.geojson import validate_geojson
+from wsiseg.formats.geoparquet import read_geoparquet
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    Command = Callable[..., tuple[int, str]]
+
+CLICKS = {"epithelium": [[424, 112]], "immune": [[296, 280]], "stroma": [[189, 356]]}
+
+
+def seeds_of(folder: Path, name: str, clicks: dict[str, list[list[float]]]) -> Path:
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps({"version": 1, "types": [{"name": n, "points": p} for n, p in clicks.items()]}))
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(wsiseg: Command, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of the demo with its seeds; not to be changed."""
+    folder = tmp_path_factory.mktemp("retyping")
+    assert wsiseg("demo", folder / "demo")[0] == 0
+    status, output = wsiseg("run", folder / "demo/ihc.tiff", "--seeds", seeds_of(folder, "a", CLICKS), "--out", folder / "out", "--device", "cpu")
+    assert status == 0, output
+    return folder / "out/ihc"
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(finished, tmp_path / "ihc")
+
+
+def test_the_same_clicks_give_the_same_types(wsiseg: Command, run: Path) -> None:
+    before = read_geoparquet(run / "cells.parquet")
+    status, output = wsiseg("type", run, "--seeds", seeds_of(run.parent, "same", CLICKS))
+    assert status == 0, output
+    after = read_geoparquet(run / "cells.parquet")
+    np.testing.assert_array_equal(before[1].codes, after[1].codes)
+    np.testing.assert_array_equal(before[0].descriptors, after[0].descriptors)
+    assert (before[0].polygons == after[0].polygons).all()
+
+
+def test_other_clicks_change_types_and_nothing_else(wsiseg: Command, run: Path) -> None:
+    old = pq.read_table(run / "cells.parquet")
+    status, output = wsiseg("type", run, "--seeds", seeds_of(run.parent, "other", {"gland": CLICKS["epithelium"], "rest": CLICKS["stroma"]}))
+    assert status == 0, output
+    new = pq.read_table(run / "cells.parquet")
+    assert set(new["type"].to_pylist()) <= {"gland", "rest", "unassigned"}
+    assert {"gland", "rest"} <= set(new["type"].to_pylist())
+    for name in old.schema.names:
+        if name not in ("type", "type_score", "type_margin", "prototype"):
+            assert new[name].equals(old[name]), name
+    manifest = json.loads((run / "manifest.json").read_text())
+    counts = {k: new["type"].to_pylist().count(k) for k in ("gland", "rest", "unassigned")}
+    assert manifest["types"] == {"unassigned": counts["unassigned"], "gland": counts["gland"], "rest": counts["rest"]}
+    assert manifest["typing"]["types"]["gland"]["clicks"] == [[424, 112]]
+    assert manifest["typing"]["types"]["gland"]["kind"]["tumour or epithelial"] > 0.5
+    assert validate_geojson(run / "cells.geojson.gz") == []
+    bank, note = read_bank(run / "bank.safetensors")
+    assert bank.names == ("gland", "rest")
+    assert note["slide"] == "ihc.tiff"
+
+
+def test_a_negative_click_takes_a_cell_away(wsiseg: Command, run: Path) -> None:
+    cells, typing, _ = read_geoparquet(run / "cells.parquet")
+    row = int(np.flatnonzero((typing.codes == 3) & (typing.scores < 1))[0])
+    centre = cells.polygons[row].centroid
+    seeds = run.parent / "negative.json"
+    types = [{"name": n, "points": p} for n, p in CLICKS.items()]
+    types[2]["negative"] = [[centre.x, centre.y]]
+    seeds.write_text(json.dumps({"version": 1, "types": types}))
+    status, output = wsiseg("type", run, "--seeds", seeds)
+    assert status == 0, output
+    assert read_geoparquet(run / "cells.parquet")[1].codes[row] != 3
+
+
+def test_a_bank_types_another_run(wsiseg: Command, run: Path, finished: Path) -> None:
+    """As a foreign bank, on the very slide it was made from: nearly the same types as from the clicks."""
+    status, output = wsiseg("type", run, "--bank", finished / "bank.safetensors")
+    assert status == 0, output
+    clicked, carried = (read_geoparquet(r / "cells.parquet")[1] for r in (finished, run))
+    assert carried.names == clicked.names
+    assert (carried.codes == clicked.codes).mean() > 0.8
+    assert json.loads((run / "manifest.json").read_text())["config"]["bank"] == str(finished / "bank.safetensors")
+    assert not (run / "bank.safetensors").exists()
+
+
+def test_run_takes_a_bank(wsiseg: Command, finished: Path, tmp_path: Path) -> None:
+    slide = finished.parent.parent / "demo/ihc.tiff"
+    for method in ("apg", "cop"):
+        status, output = wsiseg("run", slide, "--bank", finished / "bank.safetensors", "--out", tmp_path, "--method", method, "--device", "cpu")
+        if method == "cop":
+            assert status == 1
+            assert "has no prototypes for --method cop" in output
+        else:
+            assert status == 0, output
+            types = json.loads((tmp_path / "ihc/manifest.json").read_text())["types"]
+            assert types["epithelium"] > 10
+            assert types["stroma"] > 10
+
+
+def test_a_bank_of_cop_serves_cop(wsiseg: Command, finished: Path, tmp_path: Path) -> None:
+    slide, seeds = finished.parent.parent / "demo/ihc.tiff", finished.parent.parent / "a.json"
+    status, output = wsiseg("run", slide, "--seeds", seeds, "--method", "cop", "--out", tmp_path / "a", "--device", "cpu")
+    assert status == 0, output
+    bank = tmp_path / "a/ihc/bank.safetensors"
+    status, output = wsiseg("run", slide, "--bank", bank, "--method", "cop", "--out", tmp_path / "b", "--device", "cpu")
+    assert status == 0, output
+    counts = [json.loads((tmp_path / f"{k}/ihc/manifest.json").read_text())["counts"]["prompts"] for k in "ab"]
+    assert counts[0] == counts[1] > 0
+
+
+def test_a_bank_comes_back_as_written(finished: Path, tmp_path: Path) -> None:
+    bank, note = read_bank(finished / "bank.safetensors")
+    assert bank.foreign
+    write_bank(tmp_path / "again", bank, note["slide"], note["weights"])
+    again, _ = read_bank(tmp_path / "again")
+    for a, b in zip(bank.clicked, again.clicked, strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert [len(x) for x in bank.clicked] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"\x08\0\0\0\0\0\0\0{}      "])
+def test_what_is_no_bank_is_refused(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "bank.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(FormatError, match=r"not a bank of wsiseg .*; give the bank\.safetensors of a run"):
+        read_bank(path)
+
+
+def test_wrong_inputs_are_one_line_and_change_nothing(wsiseg: Command, run: Path, tmp_path: Path) -> None:
+    good = seeds_of(tmp_path, "good", CLICKS)
+    damaged = json.loads((run / "manifest.json").read_text())
+    before = (run / "cells.parquet").read_bytes()
+    cases = [
+        (["type", run], "pass one of the two"),
+        (["type", run, "--seeds", good, "--bank", run / "bank.safetensors"], "pass one of the two"),
+        (["type", tmp_path, "--seeds", good], "no manifest.json of wsiseg in it"),
+        (["type", run, "--seeds", seeds_of(tmp_path, "glass", {"a": [[5, 300]]})], "no cell there; the nearest is at ["),
+        (["type", run, "--seeds", seeds_of(tmp_path, "twice", {"a": [[424, 112]], "b": [[425, 112]]})], "hits the same cell as types[0].points[0]"),
+        (["type", run, "--bank", tmp_path / "none.safetensors"], "no such file; give the bank.safetensors"),
+        (["type", run, run, "--seeds", good], "clicks belong to one slide"),
+    ]
+    for arguments, sentence in cases:
+        status, output = wsiseg(*arguments)
+        assert status == 1, output
+        assert sentence in output
+        assert output.count("\n") == 1
+    assert (run / "cells.parquet").read_bytes() == before
+    (run / "manifest.json").write_text(json.dumps(damaged | {"status": "running"}))
+    assert "the run is not finished" in wsiseg("type", run, "--seeds", good)[1]
+    (run / "manifest.json").write_text(json.dumps(damaged | {"model": {"sha256": "0"}}))
+    assert "was made with other weights" in wsiseg("type", run, "--seeds", good)[1]
+    (run / "manifest.json").write_text(json.dumps(damaged))
+    (run / "cells.parquet").write_bytes(before[:-9])
+    assert "not a readable cells.parquet" in wsiseg("type", run, "--seeds", good)[1]

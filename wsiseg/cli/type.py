@@ -1,0 +1,38 @@
+"""``wsiseg type``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+
+@click.command(short_help="Type a finished run again.")
+@click.argument("runs", nargs=-1, required=True, metavar="RUN...", type=click.Path(path_type=Path))
+@click.option("--seeds", type=click.Path(path_type=Path), metavar="FILE", help="Clicks on RUN's slide: seeds.json, or points exported from QuPath.")
+@click.option("--bank", type=click.Path(path_type=Path), metavar="FILE", help="bank.safetensors of another slide's run: its clicks type this one.")
+@click.option("--model", metavar="NAME|PATH", help="The model of RUN, when it is not the one in the package.")
+@click.option("--config", "config_file", type=click.Path(path_type=Path), help="TOML or JSON file; its table `typing` is used.")
+def command(runs: tuple[Path, ...], seeds: Path | None, bank: Path | None, model: str | None, config_file: Path | None) -> None:
+    """Give the cells of the finished run in folder RUN new types; neither slide nor GPU is needed.
+
+    The types in cells.parquet and cells.geojson.gz, bank.safetensors and manifest.json of RUN are replaced; the outlines stay. With --bank, the
+    clicks made on one slide type any number of others.
+
+    \b
+    wsiseg type wsiseg-out/slide --seeds more-clicks.json
+    wsiseg type wsiseg-out/b wsiseg-out/c --bank wsiseg-out/a/bank.safetensors
+    """  # noqa: D301 - click's mark for lines that stay as they are
+    from wsiseg.config import read_config
+    from wsiseg.errors import ConfigError
+    from wsiseg.retyping import type_run
+
+    if seeds and len(runs) > 1:
+        raise ConfigError("--seeds: clicks belong to one slide; pass one RUN, or --bank for several")
+    typing = read_config(config_file).typing if config_file else None
+    for run in runs:
+        manifest = type_run(run, seeds=seeds, bank=bank, model=model, typing=typing)
+        for warning in manifest["warnings"]:
+            click.echo(f"Warning: {warning}", err=True)
+        typed = ", ".join(f"{name} {n}" for name, n in manifest["types"].items())
+        click.echo(f"{run}: {typed} in {manifest['seconds']['retype']:.1f} s")

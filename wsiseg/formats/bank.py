@@ -1,0 +1,107 @@
+"""bank.safetensors: what the clicks of one slide were, to type the cells of other slides with (``--bank``).
+
+    tensors    clicked.<t>, negative.<t>   float32 (n, D)   descriptors of the cells clicked as type t, and as not of it
+               clicks.<t>                  float64 (n, 2)   where, level-0 px of the slide that was clicked on
+               high.<t>, low.<t>           float32 (m, C)   Chain-of-Prompts' prototypes; only from runs with --method cop
+               floors                      float32 (T,)     their floors
+    metadata   "wsiseg": JSON with version, names and colours of the types, slide, sha256 of the model's weights
+
+Plain tensors: nothing in the file is ever run. Specification: https://huggingface.co/docs/safetensors
+"""  # fmt: skip
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from wsiseg.errors import FormatError
+from wsiseg.formats.atomic import atomic_path
+from wsiseg.records import UNASSIGNED, Bank, Cells
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+VERSION = 1
+
+
+def write_bank(path: Path, bank: Bank, slide: str, weights: str) -> None:
+    """Write a bank, atomically; same input, same bytes.
+
+    Parameters
+    ----------
+    path
+        The file to write.
+    bank
+        Of this slide, not a foreign one.
+    slide
+        Name of the slide that was clicked on.
+    weights
+        sha256 of the weights that made the descriptors; others do not understand them.
+    """
+    tensors: dict[str, NDArray[Any]] = {"floors": bank.floors.astype(np.float32)}
+    for name in ("clicked", "negative", "high", "low", "clicks"):
+        for t, rows in enumerate(getattr(bank, name)):
+            tensors[f"{name}.{t}"] = np.ascontiguousarray(rows)
+    note = {"version": VERSION, "names": bank.names, "colors": bank.colors, "slide": slide, "weights": weights}
+    data = save(tensors, metadata={"wsiseg": json.dumps(note, sort_keys=True)})
+    with atomic_path(path) as partial:
+        partial.write_bytes(data)
+
+
+def read_bank(path: Path) -> tuple[Bank, dict[str, Any]]:
+    """What :func:`write_bank` wrote.
+
+    Parameters
+    ----------
+    path
+        A bank.safetensors.
+
+    Returns
+    -------
+    tuple of (Bank, dict)
+        The bank is ``foreign``: its clicks are no places on the slide at hand. The note has ``slide`` and ``weights``.
+
+    Raises
+    ------
+    FormatError
+        The file is missing, damaged, or no bank.
+    """
+    try:
+        with safe_open(path, framework="numpy") as file:
+            note: dict[str, Any] = json.loads((file.metadata() or {})["wsiseg"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+        if note["version"] != VERSION:
+            raise FormatError(f"{path}: a bank of version {note['version']}; this wsiseg reads version {VERSION}; make the bank again")
+        names = tuple(str(name) for name in note["names"])
+        count = range(len(names))
+        clicked = tuple(tensors[f"clicked.{t}"].astype(np.float32) for t in count)
+        size = clicked[0].shape[1]
+        with_chain = "high.0" in tensors
+        bank = Bank(
+            names=names,
+            colors=tuple((int(r), int(g), int(b)) for r, g, b in note["colors"]),
+            clicks=tuple(np.empty((0, 2)) for _ in count),
+            clicked=clicked,
+            negative=tuple(tensors[f"negative.{t}"].astype(np.float32) for t in count),
+            cells=Cells.empty(size),
+            high=tuple(tensors[f"high.{t}"] for t in count) if with_chain else (),
+            low=tuple(tensors[f"low.{t}"] for t in count) if with_chain else (),
+            floors=tensors["floors"],
+            foreign=True,
+        )
+    except FileNotFoundError as error:
+        raise FormatError(f"{path}: no such file; give the bank.safetensors of a run with --seeds") from error
+    except (KeyError, IndexError, TypeError, ValueError, OSError, SafetensorError) as error:
+        if isinstance(error, FormatError):
+            raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise FormatError(f"{path}: not a bank of wsiseg ({reason}); give the bank.safetensors of a run with --seeds") from error
+    if UNASSIGNED in names or any(not len(rows) or rows.shape[1] != size or not np.isfinite(rows).all() for rows in clicked):
+        raise FormatError(f"{path}: damaged: a type without clicked cells, or numbers that are not finite; make the bank again")
+    return bank, note

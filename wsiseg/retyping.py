@@ -1,0 +1,198 @@
+"""Other clicks on a finished run: the cells are there, only their types are decided again. No slide, no GPU; seconds for a million cells."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import shapely
+from scipy.spatial import cKDTree
+
+from wsiseg import __version__
+from wsiseg.config import check, from_mapping
+from wsiseg.errors import ConfigError, FormatError, RunError, SeedsError
+from wsiseg.formats import FILE_NAMES
+from wsiseg.formats.bank import write_bank
+from wsiseg.formats.geojson import write_geojson
+from wsiseg.formats.geoparquet import CellTable, read_table, write_retyped
+from wsiseg.formats.seeds import check_seeds, read_seeds
+from wsiseg.models import file_hash, find_weights, load_model
+from wsiseg.planning import load_bank
+from wsiseg.propagation import account, assign_types, claim
+from wsiseg.records import Bank, Cells, Provenance, SlideInfo
+from wsiseg.runs import RunFolder
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from wsiseg.config import RunConfig, TypingConfig
+    from wsiseg.records import Seeds
+
+
+def type_run(
+    run: Path, *, seeds: Path | None = None, bank: Path | None = None, model: str | None = None, typing: TypingConfig | None = None
+) -> dict[str, Any]:
+    """Give the cells of a finished run new types; its files are replaced, one by one and whole.
+
+    Parameters
+    ----------
+    run
+        Folder of one slide's run.
+    seeds, bank
+        Clicks on this slide, or the bank of another one; one of the two.
+    model
+        Name or weights of the run's model, when they are not those of the package any more.
+    typing
+        Priors and thresholds; those of the run when absent.
+
+    Returns
+    -------
+    dict
+        The new manifest.
+
+    Raises
+    ------
+    WsisegError
+        The run is not finished, its table is damaged, the weights are others, or a click meets no cell. Nothing has been written then.
+    """
+    started = time.perf_counter()
+    if (seeds is None) == (bank is None):
+        raise ConfigError("types come from --seeds FILE or from --bank FILE; pass one of the two")
+    folder = RunFolder(run)
+    manifest = folder.read_manifest()
+    if manifest is None:
+        raise RunError(f"{run}: no manifest.json of wsiseg in it; pass the folder of one slide's run, for example wsiseg-out/slide")
+    if manifest.get("status") not in ("complete", "incomplete"):
+        raise RunError(f"{run}: the run is not finished (status {manifest.get('status')}); run its command again first")
+    config = from_mapping(manifest["config"], str(folder.manifest))
+    config = dataclasses.replace(config, seeds=str(seeds) if seeds else None, bank=str(bank) if bank else None, typing=typing or config.typing)
+    check(config, str(folder.manifest))
+    name = model or config.model
+    weights = find_weights(name)[1]
+    if file_hash(weights) != manifest["model"]["sha256"]:
+        raise ConfigError(f"{run}: was made with other weights than {weights.name} of this wsiseg; pass them with --model, or run the slide again")
+    table = read_table(folder.path / FILE_NAMES["parquet"])
+    info = _slide_info(manifest, table)
+    warnings: list[str] = []
+    rows: list[NDArray[np.intp]] = []
+    if seeds:
+        checked, warnings = check_seeds(read_seeds(seeds), info)
+        clicks, rows = bank_of_table(table, checked, config, info.mpp)
+    elif bank:
+        clicks = load_bank(bank, weights)
+    result, notes = assign_types(table.descriptors, table.points_xy * info.mpp, clicks, load_model(name, "cpu").types, config.typing)
+    result = claim(result, rows)
+    notes = dataclasses.replace(notes, warnings=(*warnings, *notes.warnings))
+
+    # Not the hash of `run` with these clicks: there a clicked cell also takes part in the segmentation.
+    clicked = file_hash(seeds or bank or Path())
+    digest = hashlib.sha256(json.dumps(["type", manifest["parts_hash"], clicked, dataclasses.asdict(config.typing)]).encode()).hexdigest()[:16]
+    provenance = Provenance("wsiseg", __version__, table.note["slide"], digest, {"model": config.model, "method": config.method})
+    write_retyped(folder.path / FILE_NAMES["parquet"], table, result, provenance)
+    files = [FILE_NAMES["parquet"]]
+    if "geojson" in config.formats:
+        files.append(write_geojson(folder.path / FILE_NAMES["geojson"], table.cells(), result, info, provenance).name)
+    if not clicks.foreign:
+        write_bank(folder.bank, clicks, table.note["slide"], file_hash(weights))
+        files.append(folder.bank.name)
+    else:
+        folder.bank.unlink(missing_ok=True)
+    manifest |= {
+        "config": dataclasses.asdict(config),
+        "seeds": config.seeds or config.bank,
+        "warnings": list(notes.warnings),
+        "run_hash": provenance.config_hash,
+        "types": {kind: int((result.codes == k).sum()) for k, kind in enumerate(result.names)},
+        "typing": account(result, clicks, notes),
+        "files": files,
+    }
+    manifest["seconds"] = manifest["seconds"] | {"retype": round(time.perf_counter() - started, 3)}
+    folder.write_manifest(manifest)
+    return manifest
+
+
+def bank_of_table(table: CellTable, seeds: Seeds, config: RunConfig, mpp: float) -> tuple[Bank, list[NDArray[np.intp]]]:
+    """The clicked cells, found in the table.
+
+    Parameters
+    ----------
+    table, seeds
+        Of the same slide; clicks in level-0 px.
+    config, mpp
+        ``cop.click_reach_um``; microns per px.
+
+    Returns
+    -------
+    bank, rows
+        Rows of the clicked cells, type by type.
+
+    Raises
+    ------
+    SeedsError
+        A click meets no cell, or clicks of two types meet the same.
+    """
+    find = _Finder(table, config.cop.click_reach_um / mpp, mpp)
+    owner: dict[int, tuple[str, str]] = {}
+    rows, negative = [], []
+    for t, kind in enumerate(seeds.types):
+        place = f"{seeds.source}: types[{t}]"
+        mine = [find(f"{place}.points[{i}]", point) for i, point in enumerate(kind.points)]
+        for i, row in enumerate(mine):
+            name, other = owner.setdefault(row, (kind.name, f"types[{t}].points[{i}]"))
+            if name != kind.name:
+                raise SeedsError(f"{place}.points[{i}]: hits the same cell as {other}, of another type; remove one of the two")
+        rows.append(np.array(mine, np.intp))
+        negative.append(np.array([find(f"{place}.negative[{i}]", point) for i, point in enumerate(kind.negative)], np.intp))
+    z = table.descriptors
+    bank = Bank(
+        names=tuple(t.name for t in seeds.types),
+        colors=tuple(t.color for t in seeds.types),
+        clicks=tuple(np.array(t.points, float).reshape(-1, 2) for t in seeds.types),
+        clicked=tuple(z[r].astype(np.float32) for r in rows),
+        negative=tuple(z[r].astype(np.float32) for r in negative),
+        cells=Cells.empty(z.shape[1]),
+        high=(),
+        low=(),
+        floors=np.empty(0, np.float32),
+    )
+    return bank, rows
+
+
+class _Finder:
+    """The row of the cell under a click, or within reach of it."""
+
+    def __init__(self, table: CellTable, reach_px0: float, mpp: float) -> None:
+        self.table, self.reach, self.mpp = table, reach_px0, mpp
+        self.bounds = table.bounds
+        self.centres = (self.bounds[:, :2] + self.bounds[:, 2:]) / 2
+
+    def __call__(self, place: str, point: tuple[float, float]) -> int:
+        where = f"{place} = [{point[0]:g}, {point[1]:g}]: no cell there"
+        if not len(self.bounds):
+            raise SeedsError(f"{where}: the run found no cells at all")
+        xy = np.array(point)
+        rows = np.flatnonzero(((self.bounds[:, :2] - self.reach <= xy) & (self.bounds[:, 2:] + self.reach >= xy)).all(1))
+        gaps = shapely.distance(self.table.cells(rows).polygons, shapely.Point(point)) if len(rows) else np.empty(0)
+        if not len(rows) or gaps.min() > self.reach:
+            gap, row = cKDTree(self.centres).query(xy)
+            x, y = self.centres[row]
+            raise SeedsError(f"{where}; the nearest is at [{x:.0f}, {y:.0f}], {gap * self.mpp:.0f} um away; move the click onto a nucleus")
+        return int(rows[gaps.argmin()])
+
+
+def _slide_info(manifest: dict[str, Any], table: CellTable) -> SlideInfo:
+    """What the run knew of the slide."""
+    try:
+        slide = manifest["slide"]
+        size, bounds = slide["size_px0"], slide["bounds"]
+        return SlideInfo(
+            slide["path"], slide["reader"], slide["format"], ((int(size[0]), int(size[1])),), (1.0,), float(slide["mpp"]), slide["mpp_source"],
+            tuple(bounds) if bounds else None,
+        )  # fmt: skip
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise FormatError(f"{table.path.parent / 'manifest.json'}: damaged ({error!r}); run the slide again") from error
