@@ -166,7 +166,7 @@ def _complaints(path: Path) -> Iterator[None]:
     try:
         yield
     except KeyError as error:
-        raise FormatError(f"{path}: no {error} in it, so not a cells.parquet of this wsiseg; give the file that `wsiseg run` wrote") from error
+        raise FormatError(f"{path}: no {error} in it, so not a cells.parquet of wsiseg; give the file that `wsiseg run` wrote") from error
     except (*UNREADABLE, shapely.errors.GEOSException) as error:
         reason = str(error).split("\n", 1)[0]
         raise FormatError(f"{path}: not a readable cells.parquet ({reason}); run the command that made it again") from error
