@@ -48,6 +48,7 @@ _GREY = (128, 128, 128)
 _ROWS = 65_536  #: cells worked on at once: a few hundred MB at 75 numbers each
 _CANDIDATES = 6  #: types that are tried for each known kind; more than that many clicked types of one kind is no use case
 _READINGS = 16  #: readings that are kept; the rest weighs nothing
+_MANY = 0.1  #: share of the cells from which an unclicked kind is worth a warning
 _SAMPLE = 50_000  #: cells from which another slide's shift is estimated
 
 
@@ -146,7 +147,7 @@ def carry_over(readings: list[Reading], z: NDArray[np.float32], space: TypeSpace
         here = Reading(reading.weight, reading.kinds, reading.shift, means, 1 + spread)
         for _ in range(10):
             p = _posterior(z, here, space, config)
-            p = p[:, : len(means)] / np.maximum(p.sum(1, keepdims=True), 1e-12)
+            p = p[:, : len(means)]
             n = p.sum(0)[:, None]
             seen = n[:, 0] >= 5  # a type that this slide does not have says nothing about its shift
             variance = spread + 1 / np.maximum(n, 1)
@@ -158,7 +159,7 @@ def carry_over(readings: list[Reading], z: NDArray[np.float32], space: TypeSpace
 
 
 def _posterior(z: NDArray[np.float32], reading: Reading, space: TypeSpace, config: TypingConfig) -> NDArray[np.float32]:
-    """p(t | z) of the clicked types under one reading, (N, T) followed by one column for all rivals together."""
+    """p(. | z) under one reading: (N, T) for the clicked types, (N, K) for the kinds that nobody clicked (0 for the others), (N, 1) for the rest."""
     free = [k for k in range(len(space.kinds)) if k not in reading.kinds]
     means = reading.shift + np.vstack([reading.means, space.kinds[free], space.middle])
     variances = np.vstack([reading.variances, *([1 + space.kind_spread] * len(free)), 1 + space.spread])
@@ -170,7 +171,9 @@ def _posterior(z: NDArray[np.float32], reading: Reading, space: TypeSpace, confi
     p: NDArray[np.float32] = np.exp(log_p)
     p /= p.sum(1, keepdims=True)
     types = len(reading.means)
-    return np.hstack([p[:, :types], p[:, types:].sum(1, keepdims=True)])
+    full = np.zeros((len(z), types + len(space.kinds) + 1), np.float32)
+    full[:, [*range(types), *(types + k for k in free), -1]] = p
+    return full
 
 
 def assign_types(
@@ -214,7 +217,7 @@ def assign_types(
     if bank.foreign:
         readings = carry_over(readings, z, space, config)
     readings = [r for r in readings if r.weight > 1e-3]  # no verdict hangs on less
-    posterior = np.zeros((count, len(bank.names) + 1), np.float32)
+    posterior = np.zeros((count, len(bank.names) + len(space.kinds) + 1), np.float32)
     nearest = np.empty(count, np.int32)
     for start in range(0, count, _ROWS):
         part = slice(start, start + _ROWS)
@@ -224,7 +227,7 @@ def assign_types(
     posterior = _with_local_share(posterior, xy_um[order], config)
     ranked = np.argsort(-posterior, 1, kind="stable")
     top, second = (np.take_along_axis(posterior, ranked[:, k : k + 1], 1)[:, 0] for k in (0, 1))
-    best = posterior[:, :-1].argmax(1)
+    best = posterior[:, : len(bank.names)].argmax(1)
     verdict = (ranked[:, 0] == best) & (top >= config.min_score) & (top - second >= config.min_margin)
     for start in range(0, count, _ROWS):
         part = slice(start, start + _ROWS)
@@ -240,7 +243,7 @@ def assign_types(
         {name: round(sum(r.weight for r in readings if r.kinds[t] == k), 3) for k, name in enumerate(space.kind_names)}
         for t in range(len(bank.names))
     )
-    return typing, TypingNotes(kinds, tuple(_confusable(readings[0], bank.names, config)))
+    return typing, TypingNotes(kinds, (*_confusable(readings[0], bank.names, config), *_unclicked(ranked[:, 0] - len(bank.names), space)))
 
 
 def _against(
@@ -271,7 +274,7 @@ def _nearest_click(z: NDArray[np.float32], clicked: list[NDArray[np.float64]], b
 
 
 def _with_local_share(posterior: NDArray[np.float32], xy_um: NDArray[np.float64], config: TypingConfig) -> NDArray[np.float32]:
-    """Posteriors (N, T + 1) with the types' shares around each cell as prior.
+    """Posteriors (N, types and rivals) with the shares around each cell as prior.
 
     Shares live on squares of ``neighbourhood_um`` and are smoothed over the 3 x 3 around each (weights 1, 2, 1). They are drawn towards the
     slide's by ``neighbourhood_cells`` cells' worth.
@@ -308,6 +311,16 @@ def _confusable(reading: Reading, names: tuple[str, ...], config: TypingConfig) 
                 f"types {names[a]} and {names[b]} are hardly told apart by this model (distance {apart:.1f}, {config.separable:g} is needed); "
                 "click a few more typical cells of each"
             )
+    return warnings
+
+
+def _unclicked(kind: NDArray[np.intp], space: TypeSpace) -> list[str]:
+    """A sentence for each known kind that many cells (index of their best kind: ``kind``) are, and nobody clicked."""
+    warnings = []
+    for k, name in enumerate(space.kind_names):
+        share = float((kind == k).mean())
+        if share >= _MANY:
+            warnings.append(f"{share:.0%} of the cells look {name}, a kind without a click, and stay {UNASSIGNED}; click one to have them typed")
     return warnings
 
 
