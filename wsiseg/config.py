@@ -125,6 +125,10 @@ class CopConfig:
     click_min_score: float = 0.2
 
 
+#: Chain-of-Prompts by one name: ours; as the paper's text has it; as the authors' demo does it.
+COP_FORMS = {"wsiseg": CopConfig(), "paper": CopConfig(gate="product", localise="components"), "demo": CopConfig(localise="components")}
+
+
 @dataclass(frozen=True)
 class MaskConfig:
     """Which decoded masks are cells.

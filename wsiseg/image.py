@@ -7,14 +7,20 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wsiseg.config import RunConfig, check
+import numpy as np
+import torch
+
+from wsiseg.config import COP_FORMS, RunConfig, check
 from wsiseg.errors import ConfigError
 from wsiseg.formats.seeds import check_seeds
-from wsiseg.geometry import Lattice
+from wsiseg.geometry import Box, Lattice, round_up
+from wsiseg.masks import decode
 from wsiseg.meter import Clock
 from wsiseg.models import load_model
 from wsiseg.pipeline import segment_tile, settle
 from wsiseg.planning import Job, Tools, resolve
+from wsiseg.prompts.chain_of_prompts import farthest_point_recursion
+from wsiseg.prompts.painting import Canvas
 from wsiseg.records import Cells, Typing
 from wsiseg.seeding import build_bank
 from wsiseg.slide import read_region
@@ -23,7 +29,6 @@ from wsiseg.tiles import plan_blocks
 from wsiseg.tissue import SearchArea
 
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import NDArray
 
     from wsiseg.models.contract import PromptableModel
@@ -70,6 +75,73 @@ def segment_image(
     for doubt in notes.warnings:
         logger.warning("%s", doubt)
     return cells, typing
+
+
+@torch.inference_mode()
+def chain_image(
+    image: NDArray[np.uint8], *, mpp: float, seeds: Seeds, like: str = "paper", config: RunConfig | None = None, model: PromptableModel | None = None
+) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.float64]]:
+    """Chain-of-Prompts on one image as published: no bank, no competition between types, the first click wins.
+
+    For comparison with the papers; :func:`segment_image` is what slides get.
+
+    Parameters
+    ----------
+    image
+        uint8 RGB of shape (H, W, 3), small enough to be encoded at once.
+    mpp
+        Microns per pixel.
+    seeds
+        Clicks in px of the image, corner frame; types in the order in which they claim cells.
+    like
+        Key of ``config.COP_FORMS``: ``paper`` gates the product of the similarities, ``demo`` the candidates.
+    config
+        Defaults when absent; its ``cop`` is replaced by the form, but for sizes in microns.
+    model
+        A loaded model; loaded from ``config`` when absent.
+
+    Returns
+    -------
+    labels
+        int32 of shape (h, w) at the model's scale: 0, or the number of the cell, from 1.
+    types
+        int32 of shape (n,): index of each cell's type in ``seeds.types``.
+    points
+        float64 of shape (n, 2): the prompt of each cell, px of ``labels``, corner frame.
+    """
+    if like not in COP_FORMS:
+        raise ConfigError(f"like={like!r}: choose from {', '.join(COP_FORMS)}")
+    form = COP_FORMS[like]
+    config = dataclasses.replace(config or RunConfig(), mpp=mpp, method="apg")
+    cop = dataclasses.replace(config.cop, gate=form.gate, localise=form.localise)
+    tools, _ = _open_tools(image, config, None, model)
+    net, lattice = tools.model, tools.job.lattice
+    width, height = (round(n * mpp / net.mpp) for n in (image.shape[1], image.shape[0]))
+    box = Box(0, 0, round_up(width, net.stride_px), round_up(height, net.stride_px))
+    pixels = read_region(tools.reader, box, lattice)
+    embeddings = net.encode(torch.from_numpy(pixels).permute(2, 0, 1)[None].to(net.device))
+    high, low = (x[0].float().cpu().numpy() for x in (embeddings.high, embeddings.low))
+    cell_px = box.width / high.shape[2]
+    masks_config = dataclasses.replace(config.masks, min_score=0.0)  # the method has no threshold on the score
+    canvas = Canvas.blank(height, width)
+    types: list[int] = []
+    points: list[NDArray[np.float64]] = []
+    used = np.empty((0, 2))
+    for t, kind in enumerate(seeds.types):
+        mine = np.empty((0, 2))
+        for click in lattice.to_model(np.array(kind.points, float)):
+            chain = farthest_point_recursion((click[0] / cell_px, click[1] / cell_px), high, low, cell_px * net.mpp, cop)
+            mine = np.vstack([mine, click, chain.points * cell_px])
+        if len(used):  # places that an earlier type has used are its
+            mine = mine[np.hypot(*(mine[:, None] - used[None]).T).min(0) * net.mpp > cop.dedup_um]
+        used = np.vstack([used, mine])
+        for masks in decode(net, embeddings, 0, mine.astype(np.float32), masks_config):
+            inside = (masks.logits > 0).repeat_interleave(masks.cell_px, 1).repeat_interleave(masks.cell_px, 2).numpy()
+            for mask, score, (x0, y0), point in zip(inside, masks.quality.tolist(), masks.origin_xy.tolist(), masks.points_xy.numpy(), strict=True):
+                if canvas.insert(mask, score, int(x0), int(y0)):
+                    types.append(t)
+                    points.append(point)
+    return canvas.labels, np.array(types, np.int32), np.array(points, np.float64).reshape(-1, 2)
 
 
 def _open_tools(
