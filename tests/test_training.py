@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import os
 import subprocess
 import sys
@@ -91,3 +92,32 @@ def test_the_shipped_list_of_images_names_no_evaluation_set() -> None:
     assert {row["set"] for row in rows} == {"tnbc/train", "dsb2018_histology/train", "nucls_mini/train", "brca_m2c/train"}
     assert all(row["licence"] in ("CC BY 4.0", "CC0 1.0", "BSD-3-Clause") for row in rows)
     assert not any("TCGA-A7-A13E" in row["image"] for row in rows)
+
+
+def test_the_type_space_is_found_again(monkeypatch) -> None:
+    """Cells drawn from known means, covariance and image shifts: what `fit` estimates is what they were drawn from."""
+    monkeypatch.syspath_prepend(str(RECIPE.parent))
+    fit_types = importlib.import_module("fit_types")
+    rng = np.random.default_rng(0)
+    size, scale = 8, np.linspace(0.5, 2, 8)
+    means = 10 * np.eye(size)[:4]
+    collections = {}
+    for name, codes in (("brca_m2c", {1: 0, 2: 1, 3: 2}), ("nucls_mini", {1: 1, 2: 2, 3: 0, 4: 3})):
+        images = []
+        for _ in range(30):
+            shift = 1.5 * rng.standard_normal(size)
+            types = rng.choice(list(codes), 400)
+            z = means[[codes[t] for t in types]] + shift + scale * rng.standard_normal((400, size))
+            images.append((z, types))
+        collections[name] = images
+    space = fit_types.fit(collections)
+    seen = [(space.see(z.astype(np.float32)), types) for z, types in collections["brca_m2c"]]
+    within = np.mean([np.cov(z[types == t], rowvar=False) for z, types in seen for t in (1, 2, 3)], 0)
+    # half of the covariance is rounded (SHRINK_WITHIN), so narrow directions come out narrower than 1, wide ones wider
+    wide = np.linalg.eigvalsh(within)
+    assert 0.15 < wide[0] < 1 < wide[-1] < 1.5
+    expected = means[:3] @ space.transform
+    apart = [np.linalg.norm(m[1:] - m[0], axis=1) for m in (space.kinds, expected)]
+    np.testing.assert_allclose(apart[0], apart[1], rtol=0.05)
+    np.testing.assert_allclose(space.shift, (1.5**2 * (space.transform**2).sum(0)), rtol=0.7)
+    assert space.kind_spread.mean() < 0.1 * space.spread[-3:].mean()
