@@ -17,7 +17,7 @@ from wsiseg.formats.seed_rules import file_name
 from wsiseg.formats.seeds import check_seeds, read_seeds
 from wsiseg.geometry import Box, Lattice
 from wsiseg.models import load_model
-from wsiseg.seeding import find_clicked
+from wsiseg.seeding import find_clicked, on_one_cell, same_cell
 from wsiseg.slide import open_slide, read_region, require_cellular
 
 if TYPE_CHECKING:
@@ -152,34 +152,18 @@ def _looked_at(click: _Click, reader: SlideReader, model: PromptableModel, confi
     return dataclasses.replace(click, cell=cell)
 
 
-def _on_one_cell(clicks: list[_Click]) -> list[tuple[int, int]]:
-    """Clicks for two types on one cell, by the rule of :func:`wsiseg.seeding.build_bank`: they share more than half of the smaller outline."""
-    found = [(k, c.cell.polygons[0]) for k, c in enumerate(clicks) if c.cell is not None and not c.negative]
-    polygons = np.fromiter((polygon for _, polygon in found), object, len(found))
-    pairs = []
-    for i, j in shapely.STRtree(polygons).query(polygons, predicate="intersects").T:
-        one, other = found[i][0], found[j][0]
-        shared = polygons[i].intersection(polygons[j]).area / min(polygons[i].area, polygons[j].area)
-        if i < j and clicks[one].kind != clicks[other].kind and shared > 0.5:
-            pairs.append((one, other))
-    return pairs
-
-
-def _refusal(click: _Click, other: _Click) -> str:
-    named = other.place.rpartition(": ")[2]
-    return f"{click.place}: hits the same cell as {named}, of another type; remove one of the two"
-
-
 def _marked(clicks: list[_Click]) -> tuple[list[_Click], tuple[str, ...]]:
     """The clicks with every fault, and what a run would say, in its order: no cell, two types on one cell, no cell under a negative click."""
     marked = list(clicks)
-    pairs = _on_one_cell(clicks)
+    found = [(k, c.cell.polygons[0]) for k, c in enumerate(clicks) if c.cell is not None and not c.negative]
+    shared = on_one_cell([clicks[k].kind for k, _ in found], np.fromiter((polygon for _, polygon in found), object, len(found)))
+    pairs = [(found[i][0], found[j][0]) for i, j in shared]
     for i, j in pairs:
         for this, that in ((i, j), (j, i)):
             if not marked[this].fault:
-                marked[this] = dataclasses.replace(marked[this], fault=_refusal(clicks[this], clicks[that]))
+                marked[this] = dataclasses.replace(marked[this], fault=same_cell(clicks[this].place, clicks[that].place))
     positive, negative = ([c.fault for c in clicks if c.fault and c.negative is against] for against in (False, True))
-    return marked, (*positive, *(_refusal(clicks[j], clicks[i]) for i, j in pairs), *negative)
+    return marked, (*positive, *(same_cell(clicks[j].place, clicks[i].place) for i, j in pairs), *negative)
 
 
 def _chosen(clicks: list[_Click]) -> list[_Click]:

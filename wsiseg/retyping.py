@@ -26,6 +26,7 @@ from wsiseg.planning import load_bank
 from wsiseg.propagation import account, assign_types, claim
 from wsiseg.records import Bank, Cells, Provenance, SlideInfo
 from wsiseg.runs import RunFolder
+from wsiseg.seeding import same_cell
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -143,9 +144,9 @@ def bank_of_table(table: CellTable, seeds: Seeds, config: RunConfig, mpp: float)
         place = f"{seeds.source}: types[{t}]"
         mine = [find(f"{place}.points[{i}]", point) for i, point in enumerate(kind.points)]
         for i, row in enumerate(mine):
-            name, other = owner.setdefault(row, (kind.name, f"types[{t}].points[{i}]"))
+            name, other = owner.setdefault(row, (kind.name, f"{place}.points[{i}]"))
             if name != kind.name:
-                raise SeedsError(f"{place}.points[{i}]: hits the same cell as {other}, of another type; remove one of the two")
+                raise SeedsError(same_cell(f"{place}.points[{i}]", other))
         rows.append(np.array(mine, np.intp))
         negative.append(np.array([find(f"{place}.negative[{i}]", point) for i, point in enumerate(kind.negative)], np.intp))
     z = table.descriptors

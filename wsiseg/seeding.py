@@ -170,12 +170,25 @@ def _find_cell(desk: _Desk, place: str, point: tuple[float, float]) -> _Clicked:
 def _refuse_shared_cells(clicked: list[list[_Clicked]]) -> None:
     """Clicks of two types on one cell contradict each other."""
     owners = [(t, c) for t, kind in enumerate(clicked) for c in kind]
-    polygons = np.array([c.cell.polygons[0] for _, c in owners], object)
+    pairs = on_one_cell([t for t, _ in owners], np.array([c.cell.polygons[0] for _, c in owners], object))
+    if pairs:
+        i, j = pairs[0]
+        raise SeedsError(same_cell(owners[j][1].place, owners[i][1].place))
+
+
+def on_one_cell(types: list[int], polygons: NDArray[np.object_]) -> list[tuple[int, int]]:
+    """Pairs of clicks for two types whose cells share more than half of the smaller one; the earlier click first."""
+    pairs = []
     for i, j in shapely.STRtree(polygons).query(polygons, predicate="intersects").T:
         shared = polygons[i].intersection(polygons[j]).area / min(polygons[i].area, polygons[j].area)
-        if i < j and owners[i][0] != owners[j][0] and shared > 0.5:
-            other = owners[i][1].place.rpartition(": ")[2]
-            raise SeedsError(f"{owners[j][1].place}: hits the same cell as {other}, of another type; remove one of the two")
+        if i < j and types[i] != types[j] and shared > 0.5:
+            pairs.append((int(i), int(j)))
+    return pairs
+
+
+def same_cell(place: str, other: str) -> str:
+    """The sentence on a click that hits the cell of another type's."""
+    return f"{place}: hits the same cell as {other.rpartition(': ')[2]}, of another type; remove one of the two"
 
 
 def _reliable(
