@@ -65,8 +65,8 @@ def test_an_odd_click_is_put_right_by_the_kinds_and_by_the_other_clicks() -> Non
     bank = bank_of(z, kinds, [0, 1])
     odd = 1.8 * np.eye(SIZE)[0] + 4.0 * np.eye(SIZE)[1]
     bank = dataclasses.replace(bank, clicked=(odd[None].astype(np.float32), 6 * np.eye(SIZE, dtype=np.float32)[1:2]))
-    informed, _ = assign_types(z, places(len(z)), bank, space(kinds=2), TypingConfig())
-    plain, _ = assign_types(z, places(len(z)), bank, space(kinds=0), TypingConfig())
+    informed, _ = assign_types(z, places(len(z)), bank, space(kinds=2), TypingConfig(drift=0))
+    plain, _ = assign_types(z, places(len(z)), bank, space(kinds=0), TypingConfig(drift=0))
     assert (informed.codes == kinds + 1).mean() > 0.97
     assert (plain.codes == kinds + 1).mean() < (informed.codes == kinds + 1).mean() - 0.02
     assert read_clicks(list(bank.clicked), space(kinds=2), TypingConfig())[0].kinds == (0, 1)
@@ -106,13 +106,35 @@ def test_local_shares_settle_doubtful_cells() -> None:
     assert false[1] < false[0] / 3
 
 
+def test_a_stain_that_changes_over_the_slide_is_followed() -> None:
+    """The right half is displaced by more than types are apart in that direction; the clicks are on the left."""
+    z, kinds = table([0.5, 0.5], n=8000)
+    xy = places(8000, size_um=3000.0)
+    right = xy[:, 0] > 1500
+    z[right] += np.float16(3) * np.eye(SIZE, dtype=np.float16)[0] - np.float16(3) * np.eye(SIZE, dtype=np.float16)[1]
+    left = np.flatnonzero(~right)
+    bank = bank_of(z[left], kinds[left], [0, 1], clicks=5)
+    model = dataclasses.replace(space(kinds=2), shift=np.full(SIZE, 9.0))
+    good = [(assign_types(z, xy, bank, model, TypingConfig(drift=d))[0].codes == kinds + 1)[right].mean() for d in (0, 0.25)]
+    assert good[0] < 0.8
+    assert good[1] > 0.95
+
+
+def test_a_click_between_two_kinds_is_called_doubtful() -> None:
+    z, kinds = table([0.5, 0.5])
+    between = 3 * np.eye(SIZE)[0] + 3 * np.eye(SIZE)[1]
+    bank = dataclasses.replace(bank_of(z, kinds, [0]), clicked=(between[None].astype(np.float32),))
+    _, notes = assign_types(z, places(len(z)), bank, space(kinds=2), TypingConfig())
+    assert any("the clicks on type 0 can be taken for kind" in w for w in notes.warnings)
+
+
 def test_a_bank_of_another_slide_finds_this_slides_shift() -> None:
     """All cells of the second slide are displaced by more than types are apart from each other in that direction."""
     z, kinds = table([0.5, 0.5])
     bank = bank_of(z, kinds, [0, 1], clicks=5)
     displaced = (z + np.float16(3) * np.eye(SIZE, dtype=np.float16)[0] - np.float16(3) * np.eye(SIZE, dtype=np.float16)[1]).astype(np.float16)
     model = dataclasses.replace(space(kinds=2), shift=np.full(SIZE, 9.0))
-    here, _ = assign_types(displaced, places(len(z)), bank, model, TypingConfig())
+    here, _ = assign_types(displaced, places(len(z)), bank, model, TypingConfig(drift=0))
     carried, _ = assign_types(displaced, places(len(z)), dataclasses.replace(bank, foreign=True), model, TypingConfig())
     assert (here.codes == kinds + 1).mean() < 0.8
     assert (carried.codes == kinds + 1).mean() > 0.95

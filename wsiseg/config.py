@@ -105,8 +105,9 @@ class CopConfig:
         The demo's cap on prompts per click.
     prototypes
         Size of a type's bank.
-    floor_percentile
-        A place enters a tile's candidates when its similarity reaches this percentile of the reliable set's own (leave one out).
+    floor_percentile, highest_floor
+        A place enters a tile's candidates when its similarity reaches this percentile of the reliable set's own (leave one out), or
+        ``highest_floor``: a click that found only its like would otherwise shut out a third of the cells (benchmarks/results/cop.md).
     click_reach_um
         A click may miss its cell by this much.
     click_min_score
@@ -121,6 +122,7 @@ class CopConfig:
     max_hops: int = 30
     prototypes: int = 16
     floor_percentile: float = 5.0
+    highest_floor: float = 0.4
     click_reach_um: float = 4.0
     click_min_score: float = 0.2
 
@@ -192,6 +194,9 @@ class TypingConfig:
         ``unassigned``. Without them every cell gets a clicked type.
     min_score, min_margin
         Probability, and lead over the runner-up, below which a cell stays ``unassigned``. Higher values leave out right and wrong cells alike.
+    drift, drift_um
+        Cells of a place share a shift beside the slide's own: its variance, relative to that between slides, on squares of this side. More
+        costs accuracy where the clicks are near, less where the stain changes.
     neighbourhood_um
         How frequent types are is estimated on squares of this side and their neighbours.
     neighbourhood_cells
@@ -207,6 +212,8 @@ class TypingConfig:
     rival_other: float = 0.1
     min_score: float = 0.5
     min_margin: float = 0.05
+    drift: float = 0.1
+    drift_um: float = 128.0
     neighbourhood_um: float = 256.0
     neighbourhood_cells: float = 20.0
     share_rounds: int = 20
@@ -255,12 +262,14 @@ LIMITS: dict[str, tuple[float, float]] = {
     "tiling.tile_um": (16, 4096), "tiling.halo_um": (0, 512), "tiling.block_tiles": (1, 64), "tiling.origin_um": (-1e6, 1e6),
     "apg.foreground": _SHARE, "apg.centre": _SHARE, "apg.boundary": _SHARE, "apg.min_component_um2": (0, 1e4),
     "cop.window_um": (32, 1024), "cop.min_component_um2": (0, 1e4), "cop.dedup_um": (0, 100), "cop.max_hops": (1, 10_000),
-    "cop.prototypes": (1, 1024), "cop.floor_percentile": (0, 100), "cop.click_reach_um": (0.1, 100), "cop.click_min_score": _SHARE,
+    "cop.prototypes": (1, 1024), "cop.floor_percentile": (0, 100), "cop.highest_floor": _SHARE,
+    "cop.click_reach_um": (0.1, 100), "cop.click_min_score": _SHARE,
     "masks.min_score": _SHARE, "masks.min_area_um2": (0, 1e4), "masks.simplify_um": (0, 10), "masks.convex_above": _SHARE,
     "masks.prompts_per_batch": (1, 65536),
     "stitching.max_overlap": _SHARE, "stitching.contained": (0.01, 1), "stitching.cluster_size": (1, 1000), "stitching.nested": (0.01, 1),
     "typing.unknown_kind": (1e-6, 1 - 1e-6), "typing.rival_kind": (1e-9, 1e6), "typing.rival_other": (1e-9, 1e6),
-    "typing.min_score": _SHARE, "typing.min_margin": _SHARE, "typing.neighbourhood_um": (8, 1e6), "typing.neighbourhood_cells": (0, 1e6),
+    "typing.min_score": _SHARE, "typing.min_margin": _SHARE, "typing.drift": (0, 100), "typing.drift_um": (8, 1e6),
+    "typing.neighbourhood_um": (8, 1e6), "typing.neighbourhood_cells": (0, 1e6),
     "typing.share_rounds": (0, 1000), "typing.separable": (0, 100),
 }  # fmt: skip
 

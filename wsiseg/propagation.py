@@ -48,6 +48,10 @@ _GREY = (128, 128, 128)
 _ROWS = 65_536  #: cells worked on at once: a few hundred MB at 75 numbers each
 _CANDIDATES = 6  #: types that are tried for each known kind; more than that many clicked types of one kind is no use case
 _READINGS = 16  #: readings that are kept; the rest weighs nothing
+_DRIFT_SAMPLE = 200_000  #: cells from which the shifts of places are estimated; every k-th in a space-filling order
+_DRIFT_ROUNDS = 5
+_FEW = 5  #: cells of a type, around a place or on a slide, below which it says nothing about the shift
+_UNSURE = 0.1  #: probability of a second kind from which a type's clicks are called doubtful
 _MANY = 0.1  #: share of the cells from which an unclicked kind is worth a warning
 _SAMPLE = 50_000  #: cells from which another slide's shift is estimated
 
@@ -149,7 +153,7 @@ def carry_over(readings: list[Reading], z: NDArray[np.float32], space: TypeSpace
             p = _posterior(z, here, space, config)
             p = p[:, : len(means)]
             n = p.sum(0)[:, None]
-            seen = n[:, 0] >= 5  # a type that this slide does not have says nothing about its shift
+            seen = n[:, 0] >= _FEW  # a type that this slide does not have says nothing about its shift
             variance = spread + 1 / np.maximum(n, 1)
             residual = (p.T @ z) / np.maximum(n, 1e-9) - means
             shift = (residual / variance)[seen].sum(0) / (1 / space.shift + (1 / variance)[seen].sum(0))
@@ -217,6 +221,7 @@ def assign_types(
     if bank.foreign:
         readings = carry_over(readings, z, space, config)
     readings = [r for r in readings if r.weight > 1e-3]  # no verdict hangs on less
+    z -= _drift(z, xy_um[order], readings[0], space, config)
     posterior = np.zeros((count, len(bank.names) + len(space.kinds) + 1), np.float32)
     nearest = np.empty(count, np.int32)
     for start in range(0, count, _ROWS):
@@ -243,7 +248,57 @@ def assign_types(
         {name: round(sum(r.weight for r in readings if r.kinds[t] == k), 3) for k, name in enumerate(space.kind_names)}
         for t in range(len(bank.names))
     )
-    return typing, TypingNotes(kinds, (*_confusable(readings[0], bank.names, config), *_unclicked(ranked[:, 0] - len(bank.names), space)))
+    doubts = (*_unsure(kinds, bank.names), *_confusable(readings[0], bank.names, config), *_unclicked(ranked[:, 0] - len(bank.names), space))
+    return typing, TypingNotes(kinds, doubts)
+
+
+def _drift(
+    z: NDArray[np.float32], xy_um: NDArray[np.float64], reading: Reading, space: TypeSpace, config: TypingConfig
+) -> NDArray[np.float32] | np.float32:
+    """How far the cells around each cell are shifted, beside the slide's own shift -> (N, D).
+
+    Squares of ``drift_um`` have a shift each, N(0, ``drift`` x ``space.shift``), found from their cells and those of the 3 x 3 around (weights
+    1, 2, 1) in the same way as another slide's: what all types of a place have in common is shift, the rest is type.
+    """
+    if not config.drift:
+        return np.float32(0)
+    here, height, width = _squares(xy_um, config.drift_um)
+    step = max(len(z) // _DRIFT_SAMPLE, 1)
+    seen, place = z[::step], here[::step]
+    rows = np.argsort(place, kind="stable")
+    seen, place = seen[rows], place[rows]
+    squares, first = np.unique(place, return_index=True)
+    free = [k for k in range(len(space.kinds)) if k not in reading.kinds]
+    anchors = reading.shift + np.vstack([reading.means, space.kinds[free]])
+    columns = [*range(len(reading.means)), *(len(reading.means) + k for k in free)]
+    shift = np.zeros((height * width, z.shape[1]))
+    for _ in range(_DRIFT_ROUNDS):
+        p = _posterior(seen - shift[place].astype(np.float32), reading, space, config)[:, columns]
+        n = np.zeros((height * width, len(columns), 1))
+        total = np.zeros((height * width, len(columns), z.shape[1]))
+        n[squares, :, 0] = np.add.reduceat(p, first, axis=0)
+        for a in range(len(columns)):
+            total[squares, a] = np.add.reduceat(p[:, a : a + 1] * seen, first, axis=0)
+        n, total = (_smooth(x.reshape(height, width, -1)).reshape(x.shape) for x in (n, total))
+        weight = np.where(n >= _FEW, 1 / (space.kind_spread + 1 / np.maximum(n, 1)), 0)
+        shift = ((total / np.maximum(n, 1e-9) - anchors) * weight).sum(1) / (1 / (config.drift * space.shift) + weight.sum(1))
+    return shift[here].astype(np.float32)
+
+
+def _squares(xy_um: NDArray[np.float64], side_um: float) -> tuple[NDArray[np.intp], int, int]:
+    """The square that each place lies in, counted row by row, and how many rows and columns there are."""
+    square = np.floor((xy_um - xy_um.min(0)) / side_um).astype(np.intp)
+    width, height = square.max(0) + 1
+    return square[:, 1] * width + square[:, 0], int(height), int(width)
+
+
+def _smooth(grid: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Weights 1, 2, 1 over the 3 x 3 around each square of (height, width, ...); a square's own part keeps its size."""
+    for axis in (0, 1):
+        padded = np.pad(grid, [(1, 1) if k == axis else (0, 0) for k in range(3)])
+        n = grid.shape[axis]
+        grid = padded.take(range(n), axis) + 2 * grid + padded.take(range(2, n + 2), axis)
+    return grid / 4
 
 
 def _against(
@@ -279,9 +334,7 @@ def _with_local_share(posterior: NDArray[np.float32], xy_um: NDArray[np.float64]
     Shares live on squares of ``neighbourhood_um`` and are smoothed over the 3 x 3 around each (weights 1, 2, 1). They are drawn towards the
     slide's by ``neighbourhood_cells`` cells' worth.
     """
-    square = np.floor((xy_um - xy_um.min(0)) / config.neighbourhood_um).astype(np.intp)
-    width, height = square.max(0) + 1
-    here = square[:, 1] * width + square[:, 0]
+    here, height, width = _squares(xy_um, config.neighbourhood_um)
     types = posterior.shape[1]
     share = np.full((height * width, types), 1 / types)
     out = posterior
@@ -290,14 +343,20 @@ def _with_local_share(posterior: NDArray[np.float32], xy_um: NDArray[np.float64]
         out /= np.maximum(out.sum(1, keepdims=True), 1e-12)
         count = np.stack([np.bincount(here, weights=out[:, t], minlength=height * width) for t in range(types)], 1).astype(np.float64)
         overall = count.sum(0) / count.sum()
-        grid: NDArray[np.float64] = count.reshape(height, width, types)
-        for axis in (0, 1):
-            padded = np.pad(grid, [(1, 1) if k == axis else (0, 0) for k in range(3)])
-            n = grid.shape[axis]
-            grid = padded.take(range(n), axis) + 2 * grid + padded.take(range(2, n + 2), axis)
-        smooth = grid.reshape(-1, types) / 4  # the square's own cells count fully
+        smooth = _smooth(count.reshape(height, width, types)).reshape(-1, types)
         share = (smooth + config.neighbourhood_cells * overall) / (smooth.sum(1, keepdims=True) + config.neighbourhood_cells)
     return out
+
+
+def _unsure(kinds: tuple[dict[str, float], ...], names: tuple[str, ...]) -> list[str]:
+    """A sentence for each type whose clicks can be taken for two kinds: the types may have changed places."""
+    warnings = []
+    for name, share in zip(names, kinds, strict=True):
+        likely = sorted(share, key=lambda kind: -share[kind])[:2]
+        if len(likely) == 2 and share[likely[1]] > _UNSURE:
+            said = " or ".join(f"{kind} ({share[kind]:.0%})" for kind in likely)
+            warnings.append(f"the clicks on {name} can be taken for {said}; click another typical cell of it")
+    return warnings
 
 
 def _confusable(reading: Reading, names: tuple[str, ...], config: TypingConfig) -> list[str]:

@@ -48,7 +48,7 @@ class _Desk:
         box = Box(x0, y0, x0 + side, y0 + side)
         pixels = read_region(self.reader, box, self.lattice)
         with torch.inference_mode():
-            return box, self.model.encode(torch.from_numpy(pixels).permute(2, 0, 1)[None].to(self.model.device))
+            return box, self.model.encode(torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].to(self.model.device))
 
 
 @dataclass(frozen=True)
@@ -232,7 +232,7 @@ def _reliable(
             kept.append(int(k))
     h, f = h[kept], f[kept]
     rows = _spread(f, config.cop.prototypes, min(len(first), len(kept)))
-    return h[rows], f[rows], _floor(h, f, rows, config.cop.floor_percentile)
+    return h[rows], f[rows], min(_floor(h, f, rows, config.cop.floor_percentile), config.cop.highest_floor)
 
 
 def _spread(rows: NDArray[np.float32], count: int, keep: int) -> NDArray[np.intp]:
