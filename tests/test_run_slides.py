@@ -27,7 +27,7 @@ from wsiseg.pipeline import segment_slide
 if TYPE_CHECKING:
     from wsiseg.records import Cells
 
-FILES = ("cells.parquet", "cells.geojson.gz")
+FILES = ("cells.parquet", "cells.geojson.gz", "bank.safetensors")
 
 
 def share_identical(a: Cells, b: Cells, iou: float = 0.9) -> float:
@@ -181,7 +181,7 @@ def test_kill_9_loses_nothing(cmu: Path, region: Path, seeds: Path, reference: t
     assert manifest["counts"]["blocks_resumed"] >= 8
     for name, written in finished.items():
         assert (folder / "parts" / name).stat().st_mtime_ns == written
-    assert not [p for p in folder.rglob("*") if p.is_file() and p.suffix not in (".parquet", ".json", ".gz")], "leftovers"
+    assert not [p for p in folder.rglob("*") if p.is_file() and p.suffix not in (".parquet", ".json", ".gz", ".safetensors")], "leftovers"
 
 
 def test_a_broken_part_is_made_again(cmu: Path, config: RunConfig, reference: tuple[Path, dict[str, object]]) -> None:
