@@ -9,7 +9,8 @@ import pytest
 import shapely
 
 from wsiseg.config import TypingConfig
-from wsiseg.propagation import assign_types, keep_clicks, read_clicks
+from wsiseg.discriminant import read_clicks
+from wsiseg.propagation import assign_types, keep_clicks
 from wsiseg.records import Bank, Cells, TypeSpace, Typing
 
 SIZE = 24

@@ -39,7 +39,7 @@ MODELS = {
         name="nuclei-compact",
         network="wsiseg.models.nuclei_compact:NucleiCompact",
         weights="nuclei-compact.safetensors",
-        sha256="9f20521e7c929807cb34ef063beb37550d60bb33ca377cc479a12c4389ba90ee",
+        sha256="2ede63198121d11c3a95baa80e43ae2e512ee5ac884b48db27605b60e5ed7332",
         licence="Apache-2.0",
         source="training/train_nuclei_compact.py; card: wsiseg/models/weights/nuclei-compact.md",
     )
