@@ -107,6 +107,18 @@ def test_local_shares_settle_doubtful_cells() -> None:
     assert false[1] < false[0] / 3
 
 
+def test_a_type_that_occurs_nowhere_is_given_to_hardly_any_cell() -> None:
+    """Mean + sd gives such a type about 16 % of the cells; three clicks on it elsewhere, none of its cells here."""
+    z, kinds = table([0.4, 0.4, 0.2], n=6000)
+    bank = bank_of(z, kinds, [0, 1, 2], clicks=3)
+    here = kinds < 2
+    cosine = z[here].astype(float) @ bank.clicked[2].mean(0)
+    assert 0.1 < (cosine > cosine.mean() + cosine.std()).mean() < 0.22
+    typing, _ = assign_types(z[here], places(int(here.sum())), bank, space(), TypingConfig())
+    assert (typing.codes == 3).mean() < 0.01
+    assert (typing.codes == kinds[here] + 1).mean() > 0.97
+
+
 def test_a_stain_that_changes_over_the_slide_is_followed() -> None:
     """The right half is displaced by more than types are apart in that direction; the clicks are on the left."""
     z, kinds = table([0.5, 0.5], n=8000)

@@ -122,7 +122,7 @@ class CopConfig:
     max_hops: int = 30
     prototypes: int = 16
     floor_percentile: float = 5.0
-    highest_floor: float = 0.4
+    highest_floor: float = 0.2
     click_reach_um: float = 4.0
     click_min_score: float = 0.2
 

@@ -27,7 +27,7 @@ WAYS: dict[str, dict[str, object]] = {
     DEFAULT: {},
     "cop, floor not limited": {"highest_floor": 1.0},
     "cop, highest_floor 0.6": {"highest_floor": 0.6},
-    "cop, highest_floor 0.2": {"highest_floor": 0.2},
+    "cop, highest_floor 0.4": {"highest_floor": 0.4},
     "cop, product gate": {"gate": "product"},
     "cop, components": {"localise": "components"},
     "cop, components, product gate": {"localise": "components", "gate": "product"},
