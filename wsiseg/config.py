@@ -108,6 +108,7 @@ class CopConfig:
     floor_percentile, highest_floor
         A place enters a tile's candidates when its similarity reaches this percentile of the reliable set's own (leave one out), or
         ``highest_floor``: a click that found only its like would otherwise shut out a third of the cells (benchmarks/results/cop.md).
+        The latter holds for ``localise = "maps"``.
     click_reach_um
         A click may miss its cell by this much.
     click_min_score

@@ -232,7 +232,9 @@ def _reliable(
             kept.append(int(k))
     h, f = h[kept], f[kept]
     rows = _spread(f, config.cop.prototypes, min(len(first), len(kept)))
-    return h[rows], f[rows], min(_floor(h, f, rows, config.cop.floor_percentile), config.cop.highest_floor)
+    floor = _floor(h, f, rows, config.cop.floor_percentile)
+    # Components of the similarity map grow together below it; the maps' components do not.
+    return h[rows], f[rows], min(floor, config.cop.highest_floor) if config.cop.localise == "maps" else floor
 
 
 def _spread(rows: NDArray[np.float32], count: int, keep: int) -> NDArray[np.intp]:
