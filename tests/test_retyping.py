@@ -14,6 +14,7 @@ from wsiseg.errors import FormatError
 from wsiseg.formats.bank import read_bank, write_bank
 from wsiseg.formats.geojson import validate_geojson
 from wsiseg.formats.geoparquet import read_geoparquet
+from wsiseg.retyping import type_run
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -76,6 +77,13 @@ def test_other_clicks_change_types_and_nothing_else(wsiseg: Command, run: Path) 
     assert note["slide"] == "ihc.tiff"
 
 
+def test_parquet_alone_leaves_no_old_types_behind(wsiseg: Command, run: Path) -> None:
+    status, output = wsiseg("type", run, "--seeds", seeds_of(run.parent, "p", {"gland": CLICKS["epithelium"]}), "--format", "parquet")
+    assert status == 0, output
+    assert not (run / "cells.geojson.gz").exists()
+    assert json.loads((run / "manifest.json").read_text())["files"] == ["cells.parquet", "bank.safetensors"]
+
+
 def test_a_negative_click_takes_a_cell_away(wsiseg: Command, run: Path) -> None:
     cells, typing, _ = read_geoparquet(run / "cells.parquet")
     row = int(np.flatnonzero((typing.codes == 3) & (typing.scores < 1))[0])
@@ -87,6 +95,81 @@ def test_a_negative_click_takes_a_cell_away(wsiseg: Command, run: Path) -> None:
     status, output = wsiseg("type", run, "--seeds", seeds)
     assert status == 0, output
     assert read_geoparquet(run / "cells.parquet")[1].codes[row] != 3
+
+
+def test_a_click_for_and_a_click_against_on_one_cell(wsiseg: Command, run: Path) -> None:
+    """The click for the type wins; the type does not vanish."""
+    seeds = run.parent / "both.json"
+    types = [{"name": n, "points": p} for n, p in CLICKS.items()]
+    types[0]["negative"] = [[425, 112]]
+    seeds.write_text(json.dumps({"version": 1, "types": types}))
+    status, output = wsiseg("type", run, "--seeds", seeds)
+    assert status == 0, output
+    assert json.loads((run / "manifest.json").read_text())["types"]["epithelium"] > 10
+
+
+def test_a_stopped_type_is_seen_and_done_again(wsiseg: Command, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    seeds = seeds_of(run.parent, "s", {"gland": CLICKS["epithelium"]})
+    with monkeypatch.context() as patch:
+        patch.setattr("wsiseg.retyping.write_geojson", stop)
+        with pytest.raises(KeyboardInterrupt):
+            type_run(run, seeds=seeds)
+    assert json.loads((run / "manifest.json").read_text())["status"] == "retyping"
+    status, output = wsiseg("type", run, "--seeds", seeds)
+    assert status == 0, output
+    manifest = json.loads((run / "manifest.json").read_text())
+    assert manifest["status"] == "complete"
+    assert set(manifest["types"]) == {"unassigned", "gland"}
+
+
+def test_the_runs_own_warnings_and_settings_stay(wsiseg: Command, run: Path, tmp_path: Path) -> None:
+    manifest = json.loads((run / "manifest.json").read_text())
+    manifest["warnings"].insert(0, "the scale is doubtful")
+    manifest["config"]["typing"]["rival_other"] = 0.7
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    (tmp_path / "c.toml").write_text("[typing]\nmin_score = 0.6\n")
+    status, output = wsiseg("type", run, "--seeds", seeds_of(tmp_path, "w", CLICKS), "--config", tmp_path / "c.toml")
+    assert status == 0, output
+    manifest = json.loads((run / "manifest.json").read_text())
+    assert manifest["warnings"][0] == "the scale is doubtful"
+    assert manifest["config"]["typing"]["rival_other"] == 0.7
+    assert manifest["config"]["typing"]["min_score"] == 0.6
+
+
+def test_a_bank_is_not_used_up(wsiseg: Command, run: Path, finished: Path) -> None:
+    """A run's own bank is refused for it, by `type` and by `run`, and stays; the other runs of the command are typed."""
+    bank = run / "bank.safetensors"
+    other = shutil.copytree(finished, run.parent / "other")
+    status, output = wsiseg("type", run, other, "--bank", bank)
+    assert status == 3
+    assert "is the bank of" in output
+    assert json.loads((other / "manifest.json").read_text())["config"]["bank"] == str(bank)
+    slide = finished.parent.parent / "demo/ihc.tiff"
+    status, output = wsiseg("run", slide, "--bank", bank, "--out", run.parent, "--overwrite")
+    assert status == 1
+    assert "is the bank of" in output
+    assert read_bank(bank)[0].names == ("epithelium", "immune", "stroma")
+
+
+def test_a_file_format_left_out_leaves_no_old_file(wsiseg: Command, finished: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(finished, tmp_path / "out" / "ihc")
+    slide, seeds = finished.parent.parent / "demo/ihc.tiff", finished.parent.parent / "a.json"
+    status, output = wsiseg("run", slide, "--seeds", seeds, "--out", tmp_path / "out", "--format", "geojson", "--device", "cpu")
+    assert status == 0, output
+    assert not (run / "cells.parquet").exists()
+    status, output = wsiseg("type", run, "--seeds", seeds)
+    assert status == 1
+    assert "no cells.parquet in it; run the slide again" in output
+
+
+def test_a_flag_beats_the_clicks_in_a_config_file(wsiseg: Command, finished: Path, tmp_path: Path) -> None:
+    slide = finished.parent.parent / "demo/ihc.tiff"
+    arguments = ("run", slide, "--config", finished / "manifest.json", "--bank", finished / "bank.safetensors", "--out", tmp_path)
+    status, output = wsiseg(*arguments)
+    assert status == 0, output
 
 
 def test_a_bank_types_another_run(wsiseg: Command, run: Path, finished: Path) -> None:
@@ -123,6 +206,9 @@ def test_a_bank_of_cop_serves_cop(wsiseg: Command, finished: Path, tmp_path: Pat
     assert status == 0, output
     counts = [json.loads((tmp_path / f"{k}/ihc/manifest.json").read_text())["counts"]["prompts"] for k in "ab"]
     assert counts[0] == counts[1] > 0
+    status, output = wsiseg("type", tmp_path / "a/ihc", "--seeds", seeds)
+    assert status == 1
+    assert "run the slide with --method apg" in output
 
 
 def test_a_bank_comes_back_as_written(finished: Path, tmp_path: Path) -> None:
@@ -155,6 +241,7 @@ def test_wrong_inputs_are_one_line_and_change_nothing(wsiseg: Command, run: Path
         (["type", run, "--seeds", seeds_of(tmp_path, "twice", {"a": [[424, 112]], "b": [[425, 112]]})], "hits the same cell as types[0].points[0]"),
         (["type", run, "--bank", tmp_path / "none.safetensors"], "no such file; give the bank.safetensors"),
         (["type", run, run, "--seeds", good], "clicks belong to one slide"),
+        (["type", run, "--seeds", good, "--format", "csv"], "unknown format 'csv'"),
     ]
     for arguments, sentence in cases:
         status, output = wsiseg(*arguments)

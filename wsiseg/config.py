@@ -269,7 +269,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "masks.prompts_per_batch": (1, 65536),
     "stitching.max_overlap": _SHARE, "stitching.contained": (0.01, 1), "stitching.cluster_size": (1, 1000), "stitching.nested": (0.01, 1),
     "typing.unknown_kind": (1e-6, 1 - 1e-6), "typing.rival_kind": (1e-9, 1e6), "typing.rival_other": (1e-9, 1e6),
-    "typing.min_score": _SHARE, "typing.min_margin": _SHARE, "typing.drift": (0, 100), "typing.drift_um": (8, 1e6),
+    "typing.min_score": _SHARE, "typing.min_margin": _SHARE, "typing.drift": (0, 100), "typing.drift_um": (64, 1e6),
     "typing.neighbourhood_um": (8, 1e6), "typing.neighbourhood_cells": (0, 1e6),
     "typing.share_rounds": (0, 1000), "typing.separable": (0, 100),
 }  # fmt: skip

@@ -114,7 +114,8 @@ def chain_image(
     form = COP_FORMS[like]
     config = dataclasses.replace(config or RunConfig(), mpp=mpp, method="apg")
     cop = dataclasses.replace(config.cop, gate=form.gate, localise=form.localise)
-    tools, _ = _open_tools(image, config, None, model)
+    tools, info = _open_tools(image, config, None, model)
+    seeds, _ = check_seeds(dataclasses.replace(seeds, slide=None), info)
     net, lattice = tools.model, tools.job.lattice
     width, height = (round(n * mpp / net.mpp) for n in (image.shape[1], image.shape[0]))
     box = Box(0, 0, round_up(width, net.stride_px), round_up(height, net.stride_px))

@@ -217,6 +217,7 @@ def _finish(plan: Plan, folder: runs.RunFolder, clock: Clock) -> tuple[Cells, Ty
         if job.bank is not None and not job.bank.foreign:
             write_bank(folder.bank, job.bank, Path(job.slide).name, file_hash(find_weights(job.config.model)[1]))
             files.append(folder.bank.name)
+        folder.drop_old_files(files)
     return cells, typing, notes, counts, files
 
 

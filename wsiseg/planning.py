@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from wsiseg.config import Method
     from wsiseg.models.contract import PromptableModel
     from wsiseg.records import Bank, Block, SlideInfo
+    from wsiseg.runs import RunFolder
     from wsiseg.slide import SlideReader
 
 logger = logging.getLogger(__name__)
@@ -142,6 +143,8 @@ def plan_run(slide: str, config: RunConfig, out: Path, *, overwrite: bool = Fals
             parts_hash = dataclasses.replace(segmenting, cop=CopConfig()).hash(**facts)
         folder = find_folder(out, slide_path(slide))
         check_folder(folder, run_hash, overwrite=overwrite)
+        if config.bank:
+            refuse_own_bank(folder, Path(config.bank))
 
         model = load_model(config.model, config.device, resolved.precision)
         lattice = Lattice(info.mpp, model.mpp)
@@ -162,6 +165,18 @@ def plan_run(slide: str, config: RunConfig, out: Path, *, overwrite: bool = Fals
 def slide_path(slide: str) -> str:
     """The slide's name in manifests: absolute path, or URL."""
     return slide if "://" in slide else str(Path(slide).resolve())
+
+
+def refuse_own_bank(folder: RunFolder, bank: Path) -> None:
+    """The bank of a run must not type that run: its own clicks would be lost.
+
+    Raises
+    ------
+    ConfigError
+        The bank lies in the folder.
+    """
+    if bank.resolve() == folder.bank.resolve():
+        raise ConfigError(f"--bank {bank}: is the bank of {folder.path} itself, which would be lost; leave that run out, or pass another --out")
 
 
 def load_bank(path: Path, weights: Path) -> Bank:

@@ -68,15 +68,18 @@ def assign_types(
     if not count:
         empty = np.empty(0, np.float32)
         return Typing(names, colors, np.empty(0, np.int32), empty, empty.copy(), np.empty(0, np.int32)), TypingNotes()
-    order = np.lexsort((xy_um[:, 1], xy_um[:, 0]))  # sums of floats depend on their order; the verdicts must not
+    order = np.lexsort((*descriptors[:, :2].T, xy_um[:, 1], xy_um[:, 0]))  # sums of floats depend on their order; the verdicts must not
     z = np.empty((count, descriptors.shape[1]), np.float32)
     for start in range(0, count, _ROWS):
         rows = order[start : start + _ROWS]
         z[start : start + _ROWS] = space.see(descriptors[rows])
     clicked = [space.see(x).astype(np.float64) for x in bank.clicked]
     readings = [r for r in read_clicks(clicked, space, config) if r.weight > 1e-3]  # no verdict hangs on less
+    negative = [space.see(x).astype(np.float64) for x in bank.negative]
     if bank.foreign:
+        there = readings[0].shift
         readings = carry_over(readings, z, space, config)
+        clicked, negative = ([x + (readings[0].shift - there) for x in cells] for cells in (clicked, negative))
     z -= drift(z, xy_um[order], readings[0], space, config)
     p = np.zeros((count, len(bank.names) + len(space.kinds) + 1), np.float32)
     nearest = np.empty(count, np.int32)
@@ -84,7 +87,7 @@ def assign_types(
         part = slice(start, start + _ROWS)
         for reading in readings:
             p[part] += np.float32(reading.weight) * posterior(z[part], reading, space, config)
-        _against(p[part], z[part], clicked, [space.see(x) for x in bank.negative])
+        _against(p[part], z[part], clicked, negative)
     p = _with_local_share(p, xy_um[order], config)
     ranked = np.argsort(-p, 1, kind="stable")
     top, second = (np.take_along_axis(p, ranked[:, k : k + 1], 1)[:, 0] for k in (0, 1))
@@ -109,12 +112,12 @@ def assign_types(
 
 
 def _against(
-    p: NDArray[np.float32], z: NDArray[np.float32], clicked: list[NDArray[np.float64]], negative: list[NDArray[np.float32]]
+    p: NDArray[np.float32], z: NDArray[np.float32], clicked: list[NDArray[np.float64]], negative: list[NDArray[np.float64]]
 ) -> None:
     """A cell nearer to a negative click of type t than to every click of t is not t; the other types are not touched by it. In place."""
     for t, against in enumerate(negative):
         if len(against):
-            p[_gap(z, against) <= _gap(z, clicked[t].astype(np.float32)), t] = 0
+            p[_gap(z, against.astype(np.float32)) < _gap(z, clicked[t].astype(np.float32)), t] = 0
     p /= np.maximum(p.sum(1, keepdims=True), 1e-12)
 
 
@@ -149,9 +152,9 @@ def _with_local_share(p: NDArray[np.float32], xy_um: NDArray[np.float64], config
         out = p * share[here].astype(np.float32)
         out /= np.maximum(out.sum(1, keepdims=True), 1e-12)
         count = np.stack([np.bincount(here, weights=out[:, t], minlength=height * width) for t in range(types)], 1).astype(np.float64)
-        overall = count.sum(0) / count.sum()
+        overall = count.sum(0) / max(count.sum(), 1e-12)
         around = smooth(count.reshape(height, width, types)).reshape(-1, types)
-        share = (around + config.neighbourhood_cells * overall) / (around.sum(1, keepdims=True) + config.neighbourhood_cells)
+        share = (around + config.neighbourhood_cells * overall) / np.maximum(around.sum(1, keepdims=True) + config.neighbourhood_cells, 1e-12)
     return out
 
 
@@ -211,13 +214,16 @@ def keep_clicks(cells: Cells, typing: Typing, bank: Bank, reach_px0: float) -> t
     """
     rows: list[NDArray[np.intp]] = []
     warnings = []
+    owner: dict[int, str] = {}
     tree = shapely.STRtree(cells.polygons)
     for name, clicks in zip(bank.names, bank.clicks, strict=True):
         mine = np.full(len(clicks), -1, np.intp)
         for k, point in enumerate(shapely.points(clicks)):
             near = tree.query_nearest(point, max_distance=reach_px0) if len(cells) else []
-            if len(near):
+            if len(near) and owner.setdefault(int(near[0]), name) == name:
                 mine[k] = near[0]
+            elif len(near):
+                warnings.append(f"the click on {name} at [{point.x:g}, {point.y:g}] meets the cell that was clicked as {owner[int(near[0])]}")
             else:
                 warnings.append(f"the click on {name} at [{point.x:g}, {point.y:g}] meets no cell of the result")
         rows.append(mine)
@@ -248,4 +254,4 @@ def account(typing: Typing, bank: Bank, notes: TypingNotes) -> dict[str, Any]:
         }
         for t, name in enumerate(bank.names)
     }
-    return {"types": types, "unassigned": round(float(cells[0]) / max(len(typing.codes), 1), 4)}
+    return {"types": types, "warnings": list(notes.warnings), "unassigned": round(float(cells[0]) / max(len(typing.codes), 1), 4)}

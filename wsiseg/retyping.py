@@ -14,15 +14,15 @@ import shapely
 from scipy.spatial import cKDTree
 
 from wsiseg import __version__
-from wsiseg.config import check, from_mapping
+from wsiseg.config import check, from_mapping, read_config
 from wsiseg.errors import ConfigError, FormatError, RunError, SeedsError
-from wsiseg.formats import FILE_NAMES
+from wsiseg.formats import FILE_NAMES, load_writer
 from wsiseg.formats.bank import write_bank
 from wsiseg.formats.geojson import write_geojson
 from wsiseg.formats.geoparquet import CellTable, read_table, write_retyped
 from wsiseg.formats.seeds import check_seeds, read_seeds
 from wsiseg.models import file_hash, find_weights, load_model
-from wsiseg.planning import load_bank
+from wsiseg.planning import load_bank, refuse_own_bank
 from wsiseg.propagation import account, assign_types, claim
 from wsiseg.records import Bank, Cells, Provenance, SlideInfo
 from wsiseg.runs import RunFolder
@@ -31,12 +31,20 @@ from wsiseg.seeding import same_cell
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from wsiseg.config import RunConfig, TypingConfig
-    from wsiseg.records import Seeds
+    from wsiseg.config import RunConfig
+    from wsiseg.records import Seeds, Typing
+
+RETYPING = "retyping"  #: status while the files are being replaced
 
 
 def type_run(
-    run: Path, *, seeds: Path | None = None, bank: Path | None = None, model: str | None = None, typing: TypingConfig | None = None
+    run: Path,
+    *,
+    seeds: Path | None = None,
+    bank: Path | None = None,
+    model: str | None = None,
+    settings: Path | None = None,
+    formats: tuple[str, ...] | None = None,
 ) -> dict[str, Any]:
     """Give the cells of a finished run new types; its files are replaced, one by one and whole.
 
@@ -48,8 +56,10 @@ def type_run(
         Clicks on this slide, or the bank of another one; one of the two.
     model
         Name or weights of the run's model, when they are not those of the package any more.
-    typing
-        Priors and thresholds; those of the run when absent.
+    settings
+        TOML or JSON file; its table ``typing`` changes the run's priors and thresholds.
+    formats
+        Files to write; those of the run when absent. ``parquet`` is always written; without ``geojson`` the file with the old types is removed.
 
     Returns
     -------
@@ -64,16 +74,21 @@ def type_run(
     started = time.perf_counter()
     if (seeds is None) == (bank is None):
         raise ConfigError("types come from --seeds FILE or from --bank FILE; pass one of the two")
-    folder = RunFolder(run)
-    manifest = folder.read_manifest()
-    if manifest is None:
-        raise RunError(f"{run}: no manifest.json of wsiseg in it; pass the folder of one slide's run, for example wsiseg-out/slide")
-    if manifest.get("status") not in ("complete", "incomplete"):
-        raise RunError(f"{run}: the run is not finished (status {manifest.get('status')}); run its command again first")
+    folder, manifest = _finished_run(run)
     config = from_mapping(manifest["config"], str(folder.manifest))
-    config = dataclasses.replace(config, seeds=str(seeds) if seeds else None, bank=str(bank) if bank else None, typing=typing or config.typing)
+    config = dataclasses.replace(config, seeds=str(seeds) if seeds else None, bank=str(bank) if bank else None, model=model or config.model)
+    if settings:
+        config = dataclasses.replace(config, typing=read_config(settings, config).typing)
+    if formats:
+        config = dataclasses.replace(config, formats=tuple(dict.fromkeys((*formats, "parquet"))))
+    for known in config.formats:
+        load_writer(known)
     check(config, str(folder.manifest))
-    name = model or config.model
+    if config.method == "cop":
+        raise RunError(f"{run}: has only cells that looked like its own clicks (--method cop); run the slide with --method apg")
+    if bank:
+        refuse_own_bank(folder, bank)
+    name = config.model
     weights = find_weights(name)[1]
     if file_hash(weights) != manifest["model"]["sha256"]:
         raise ConfigError(f"{run}: was made with other weights than {weights.name} of this wsiseg; pass them with --model, or run the slide again")
@@ -94,19 +109,14 @@ def type_run(
     clicked = file_hash(seeds or bank or Path())
     digest = hashlib.sha256(json.dumps(["type", manifest["parts_hash"], clicked, dataclasses.asdict(config.typing)]).encode()).hexdigest()[:16]
     provenance = Provenance("wsiseg", __version__, table.note["slide"], digest, {"model": config.model, "method": config.method})
-    write_retyped(folder.path / FILE_NAMES["parquet"], table, result, provenance)
-    files = [FILE_NAMES["parquet"]]
-    if "geojson" in config.formats:
-        files.append(write_geojson(folder.path / FILE_NAMES["geojson"], table.cells(), result, info, provenance).name)
-    if not clicks.foreign:
-        write_bank(folder.bank, clicks, table.note["slide"], file_hash(weights))
-        files.append(folder.bank.name)
-    else:
-        folder.bank.unlink(missing_ok=True)
+    cells = table.cells() if "geojson" in config.formats else None  # a damaged table is found before anything is written
+    folder.write_manifest(manifest | {"status": RETYPING, "status_before": manifest["status"]})
+    files = _write(folder, table, cells, result, clicks, info, provenance, file_hash(weights))
     manifest |= {
         "config": dataclasses.asdict(config),
         "seeds": config.seeds or config.bank,
-        "warnings": list(notes.warnings),
+        "warnings": [w for w in manifest["warnings"] if w not in manifest.get("typing", {}).get("warnings", [])] + list(notes.warnings),
+        "retyped": True,
         "run_hash": provenance.config_hash,
         "types": {kind: int((result.codes == k).sum()) for k, kind in enumerate(result.names)},
         "typing": account(result, clicks, notes),
@@ -115,6 +125,36 @@ def type_run(
     manifest["seconds"] = manifest["seconds"] | {"retype": round(time.perf_counter() - started, 3)}
     folder.write_manifest(manifest)
     return manifest
+
+
+def _finished_run(run: Path) -> tuple[RunFolder, dict[str, Any]]:
+    """The folder and its manifest."""
+    folder = RunFolder(run)
+    manifest = folder.read_manifest()
+    if manifest is None:
+        raise RunError(f"{run}: no manifest.json of wsiseg in it; pass the folder of one slide's run, for example wsiseg-out/slide")
+    if manifest.get("status") == RETYPING:  # an earlier `type` was stopped between two files; this one writes all of them
+        manifest["status"] = manifest.pop("status_before", "complete")
+    if manifest.get("status") not in ("complete", "incomplete"):
+        raise RunError(f"{run}: the run is not finished (status {manifest.get('status')}); run its command again first")
+    if not (folder.path / FILE_NAMES["parquet"]).exists():
+        raise RunError(f"{run}: no cells.parquet in it; run the slide again with --format geojson,parquet, its finished parts are used again")
+    return folder, manifest
+
+
+def _write(
+    folder: RunFolder, table: CellTable, cells: Cells | None, typing: Typing, clicks: Bank, info: SlideInfo, provenance: Provenance, weights: str
+) -> list[str]:
+    """The run's files with the new types, the GeoJSON when its ``cells`` are given; names of those written."""
+    write_retyped(folder.path / FILE_NAMES["parquet"], table, typing, provenance)
+    files = [FILE_NAMES["parquet"]]
+    if cells is not None:
+        files.append(write_geojson(folder.path / FILE_NAMES["geojson"], cells, typing, info, provenance).name)
+    if not clicks.foreign:
+        write_bank(folder.bank, clicks, table.note["slide"], weights)
+        files.append(folder.bank.name)
+    folder.drop_old_files(files)
+    return files
 
 
 def bank_of_table(table: CellTable, seeds: Seeds, config: RunConfig, mpp: float) -> tuple[Bank, list[NDArray[np.intp]]]:
@@ -180,8 +220,10 @@ class _Finder:
         rows = np.flatnonzero(((self.bounds[:, :2] - self.reach <= xy) & (self.bounds[:, 2:] + self.reach >= xy)).all(1))
         gaps = shapely.distance(self.table.cells(rows).polygons, shapely.Point(point)) if len(rows) else np.empty(0)
         if not len(rows) or gaps.min() > self.reach:
-            gap, row = cKDTree(self.centres).query(xy)
-            x, y = self.centres[row]
+            _, near = cKDTree(self.centres).query(xy, k=min(8, len(self.centres)))
+            near = np.atleast_1d(near)
+            gaps = shapely.distance(self.table.cells(near).polygons, shapely.Point(point))
+            gap, (x, y) = gaps.min(), self.centres[near[gaps.argmin()]]
             raise SeedsError(f"{where}; the nearest is at [{x:.0f}, {y:.0f}], {gap * self.mpp:.0f} um away; move the click onto a nucleus")
         return int(rows[gaps.argmin()])
 

@@ -60,6 +60,12 @@ class RunFolder:
         ours = isinstance(content, dict) and all(isinstance(content.get(k), kind) for k, kind in shape.items())
         return content if ours else None
 
+    def drop_old_files(self, files: list[str]) -> None:
+        """Remove final files of an earlier run that are not among the names ``files``."""
+        for name in FINAL_FILES:
+            if name not in files:
+                (self.path / name).unlink(missing_ok=True)
+
     def write_manifest(self, content: dict[str, Any]) -> None:
         """Replace the manifest, whole or not at all."""
         write_json(self.manifest, content)
@@ -99,6 +105,10 @@ def check_folder(folder: RunFolder, run_hash: str, *, overwrite: bool) -> None:
             raise RunError(f"{folder.path}: holds files but no manifest.json of wsiseg; pass another --out, or --overwrite to use it all the same")
         if manifest and manifest["run_hash"] != run_hash:
             made, config = manifest.get("seeds") or "none", manifest["config"]
+            if manifest.get("retyped"):
+                raise RunError(
+                    f"{folder.path}: was typed again with `wsiseg type` ({made}); use that for other clicks, or pass --overwrite to run it again"
+                )
             raise RunError(
                 f"{folder.path}: holds a run of another configuration (model {config.get('model')}, method {config.get('method')}, seeds {made}); "
                 "pass another --out, or --overwrite to replace it"

@@ -67,6 +67,8 @@ def command(
     """  # noqa: D301 - click's mark for lines that stay as they are
     set_verbosity(verbose, quiet)
     config = read_config(config_file) if config_file else RunConfig()
+    if options["seeds"] or options["bank"]:  # either flag beats both in the file
+        config = dataclasses.replace(config, seeds=None, bank=None)
     config = from_mapping(_as_settings(options), "command line", config)
 
     from wsiseg.cli.progress import Progress

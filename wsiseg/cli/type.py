@@ -12,8 +12,19 @@ import click
 @click.option("--seeds", type=click.Path(path_type=Path), metavar="FILE", help="Clicks on RUN's slide: seeds.json, or points exported from QuPath.")
 @click.option("--bank", type=click.Path(path_type=Path), metavar="FILE", help="bank.safetensors of another slide's run: its clicks type this one.")
 @click.option("--model", metavar="NAME|PATH", help="The model of RUN, when it is not the one in the package.")
+@click.option("--format", "formats", metavar="LIST", help="Files to write, comma-separated: parquet alone halves the time.  [default: those of RUN]")
 @click.option("--config", "config_file", type=click.Path(path_type=Path), help="TOML or JSON file; its table `typing` is used.")
-def command(runs: tuple[Path, ...], seeds: Path | None, bank: Path | None, model: str | None, config_file: Path | None) -> None:
+@click.pass_context
+def command(
+    ctx: click.Context,
+    /,
+    runs: tuple[Path, ...],
+    seeds: Path | None,
+    bank: Path | None,
+    model: str | None,
+    formats: str | None,
+    config_file: Path | None,
+) -> None:
     """Give the cells of the finished run in folder RUN new types; neither slide nor GPU is needed.
 
     The types in cells.parquet and cells.geojson.gz, bank.safetensors and manifest.json of RUN are replaced; the outlines stay. With --bank, the
@@ -23,16 +34,26 @@ def command(runs: tuple[Path, ...], seeds: Path | None, bank: Path | None, model
     wsiseg type wsiseg-out/slide --seeds more-clicks.json
     wsiseg type wsiseg-out/b wsiseg-out/c --bank wsiseg-out/a/bank.safetensors
     """  # noqa: D301 - click's mark for lines that stay as they are
-    from wsiseg.config import read_config
-    from wsiseg.errors import ConfigError
+    from wsiseg.errors import ConfigError, WsisegError
     from wsiseg.retyping import type_run
 
     if seeds and len(runs) > 1:
         raise ConfigError("--seeds: clicks belong to one slide; pass one RUN, or --bank for several")
-    typing = read_config(config_file).typing if config_file else None
+    wanted = tuple(f.strip() for f in formats.split(",") if f.strip()) if formats else None
+    failed = []
     for run in runs:
-        manifest = type_run(run, seeds=seeds, bank=bank, model=model, typing=typing)
-        for warning in manifest["warnings"]:
+        try:
+            manifest = type_run(run, seeds=seeds, bank=bank, model=model, settings=config_file, formats=wanted)
+        except WsisegError as error:
+            if len(runs) == 1:
+                raise
+            failed.append(str(error))
+            continue
+        for warning in manifest["typing"]["warnings"]:
             click.echo(f"Warning: {warning}", err=True)
         typed = ", ".join(f"{name} {n}" for name, n in manifest["types"].items())
         click.echo(f"{run}: {typed} in {manifest['seconds']['retype']:.1f} s")
+    for line in failed:
+        click.echo(f"Error: {line}", err=True)
+    if failed:
+        ctx.exit(1 if len(failed) == len(runs) else 3)

@@ -82,6 +82,7 @@ def read_bank(path: Path) -> tuple[Bank, dict[str, Any]]:
         count = range(len(names))
         clicked = tuple(tensors[f"clicked.{t}"].astype(np.float32) for t in count)
         size = clicked[0].shape[1]
+        note["weights"], note["slide"] = str(note["weights"]), str(note["slide"])
         with_chain = "high.0" in tensors
         bank = Bank(
             names=names,
@@ -102,6 +103,7 @@ def read_bank(path: Path) -> tuple[Bank, dict[str, Any]]:
             raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise FormatError(f"{path}: not a bank of wsiseg ({reason}); give the bank.safetensors of a run with --seeds") from error
-    if UNASSIGNED in names or any(not len(rows) or rows.shape[1] != size or not np.isfinite(rows).all() for rows in clicked):
+    sound = all(rows.ndim == 2 and rows.shape[1] == size and np.isfinite(rows).all() for rows in (*clicked, *bank.negative))
+    if UNASSIGNED in names or not sound or not all(len(rows) for rows in clicked):
         raise FormatError(f"{path}: damaged: a type without clicked cells, or numbers that are not finite; make the bank again")
     return bank, note

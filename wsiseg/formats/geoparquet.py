@@ -153,7 +153,9 @@ def read_table(path: Path) -> CellTable:
     with _complaints(path):
         table = pq.read_table(path, partitioning=None)
         note: dict[str, Any] = json.loads((table.schema.metadata or {})[b"wsiseg"])
-        columns = ("type", "type_score", "type_margin", "prototype", "score", "prompt_x", "prompt_y", "bbox", "geometry")
+        columns: tuple[str, ...] = ("type", "type_score", "type_margin", "prototype", "score", "prompt_x", "prompt_y", "bbox", "geometry")
+        if note.get("descriptor_size"):
+            columns += ("descriptor",)
         missing = [*(k for k in ("types", "descriptor_size", "slide") if k not in note), *(k for k in columns if k not in table.schema.names)]
         if missing:
             raise KeyError(missing[0])

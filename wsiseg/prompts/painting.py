@@ -84,8 +84,10 @@ class Canvas:
             shared = int((below == ids[0]).sum())
             if shared / (area + self.areas[ids[0] - 1] - shared) > SAME:
                 return False
-        self.areas.append(area)
         better = mask & (self.scores[window] < score)
+        if not better.any():
+            return False  # it would have a number, and no pixel
+        self.areas.append(area)
         self.labels[window][better] = len(self.areas)
         self.scores[window][better] = score
         return True
