@@ -107,6 +107,22 @@ def test_local_shares_settle_doubtful_cells() -> None:
     assert false[1] < false[0] / 3
 
 
+def test_softer_probabilities_let_the_neighbours_say_more() -> None:
+    """A tenth of the cells look a little like the third type, which is not here: they nearly vanish from it, the others keep theirs."""
+    z, kinds = table([0.4, 0.4, 0.2], n=6000, distance=3)
+    bank, here = bank_of(z, kinds, [0, 1, 2], clicks=20), kinds < 2
+    odd = here & (np.random.default_rng(3).random(len(z)) < 0.1)
+    z[odd] += np.float16(3) * np.eye(SIZE, dtype=np.float16)[2]
+    false, right = [], []
+    for temperature in (1.0, 4.0):
+        typing, _ = assign_types(z[here], places(int(here.sum())), bank, space(), TypingConfig(share_temperature=temperature, min_score=0.4))
+        false.append((typing.codes == 3).mean())
+        right.append((typing.codes == kinds[here] + 1).mean())
+    assert false[0] > 0.01
+    assert false[1] < false[0] / 4
+    assert right[1] > right[0] - 0.02
+
+
 def test_a_type_that_occurs_nowhere_is_given_to_hardly_any_cell() -> None:
     """Mean + sd gives such a type about 16 % of the cells; three clicks on it elsewhere, none of its cells here."""
     z, kinds = table([0.4, 0.4, 0.2], n=6000)

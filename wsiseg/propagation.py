@@ -147,6 +147,9 @@ def _with_local_share(p: NDArray[np.float32], xy_um: NDArray[np.float64], config
     here, height, width = squares(xy_um, config.neighbourhood_um)
     types = p.shape[1]
     share = np.full((height * width, types), 1 / types)
+    if config.share_rounds and config.share_temperature != 1:
+        p = p ** np.float32(1 / config.share_temperature)
+        p /= np.maximum(p.sum(1, keepdims=True), 1e-12)
     out = p
     for _ in range(config.share_rounds):
         out = p * share[here].astype(np.float32)

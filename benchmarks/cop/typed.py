@@ -205,6 +205,8 @@ def variants(space: TypeSpace) -> dict[str, tuple[TypeSpace, TypingConfig]]:
     out = {
         "defaults": (space, base),
         "no local shares": moved(share_rounds=0),
+        "share_temperature 2": moved(share_temperature=2.0),
+        "share_temperature 4": moved(share_temperature=4.0),
         "no drift": moved(drift=0.0),
         "drift 0.25": moved(drift=0.25),
         "drift 1": moved(drift=1.0),
