@@ -205,9 +205,8 @@ class TypingConfig:
     share_rounds
         Rounds of estimating the shares; 0 leaves them out.
     share_temperature
-        Probabilities are softened by this before the shares are estimated, so that the neighbours say more. At 4, a type that occurs nowhere near
-        gets about 1 % of the cells instead of 7 %, at no cost where the clicks are good (five per type, on the slide itself), and at a high one
-        where they are not (benchmarks/results/cop.md).
+        Probabilities are softened by this before the shares are estimated, so that the neighbours say more: fewer cells get a type that is not
+        near, and more of a rare type are lost (benchmarks/results/cop.md: c1, c2 and the ablation have it at 4).
     separable
         Types whose clouds are closer than this (in standard deviations; at 2, one in six cells is on the wrong side) are reported.
     """
