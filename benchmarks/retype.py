@@ -52,7 +52,7 @@ def make(folder: Path, count: int) -> None:
     slide = {"path": "table.svs", "reader": "openslide", "format": "aperio", "size_px0": [size, size], "mpp": 0.25, "mpp_source": "x", "bounds": None}
     model = {"name": "nuclei-compact", "sha256": file_hash(find_weights("nuclei-compact")[1])}
     manifest = {
-        "status": "complete", "run_hash": "0", "parts_hash": "0", "slide": slide, "model": model, "seconds": {},
+        "status": "complete", "run_hash": "0", "parts_hash": "0", "slide": slide, "model": model, "seconds": {}, "warnings": [],
         "config": dataclasses.asdict(RunConfig(method="apg", precision="fp32")),
     }  # fmt: skip
     (folder / "manifest.json").write_text(json.dumps(manifest))

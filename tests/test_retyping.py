@@ -253,6 +253,8 @@ def test_wrong_inputs_are_one_line_and_change_nothing(wsiseg: Command, run: Path
     assert "the run is not finished" in wsiseg("type", run, "--seeds", good)[1]
     (run / "manifest.json").write_text(json.dumps(damaged | {"model": {"sha256": "0"}}))
     assert "was made with other weights" in wsiseg("type", run, "--seeds", good)[1]
+    (run / "manifest.json").write_text(json.dumps({k: v for k, v in damaged.items() if k != "seconds"}))
+    assert "damaged (no 'seconds' in it)" in wsiseg("type", run, "--seeds", good)[1]
     (run / "manifest.json").write_text(json.dumps(damaged))
     (run / "cells.parquet").write_bytes(before[:-9])
     assert "not a readable cells.parquet" in wsiseg("type", run, "--seeds", good)[1]

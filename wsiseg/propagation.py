@@ -117,24 +117,24 @@ def _against(
     """A cell nearer to a negative click of type t than to every click of t is not t; the other types are not touched by it. In place."""
     for t, against in enumerate(negative):
         if len(against):
-            p[_gap(z, against.astype(np.float32)) < _gap(z, clicked[t].astype(np.float32)), t] = 0
+            p[_gaps(z, against).min(1) < _gaps(z, clicked[t]).min(1), t] = 0
     p /= np.maximum(p.sum(1, keepdims=True), 1e-12)
 
 
-def _gap(z: NDArray[np.float32], anchors: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Squared distance to the nearest anchor, less what all anchors have in common -> (N,)."""
-    gap: NDArray[np.float32] = ((anchors**2).sum(1) - 2 * z @ anchors.T).min(1)
-    return gap
+def _gaps(z: NDArray[np.float32], anchors: NDArray[np.float64]) -> NDArray[np.float32]:
+    """Squared distances to the anchors (n, D), less what all anchors have in common -> (N, n)."""
+    a = anchors.astype(np.float32)
+    gaps: NDArray[np.float32] = (a**2).sum(1) - 2 * z @ a.T
+    return gaps
 
 
 def _nearest_click(z: NDArray[np.float32], clicked: list[NDArray[np.float64]], best: NDArray[np.intp]) -> NDArray[np.int32]:
-    """Of the clicks of the cell's best type, the index of the most similar one, counted through all types."""
+    """Of the clicks of the cell's best type, the index of the most similar one, counted through all types -> (N,)."""
     first = np.cumsum([0, *(len(x) for x in clicked)])
     nearest = np.empty(len(z), np.int32)
     for t, anchors in enumerate(clicked):
         mine = best == t
-        a = anchors.astype(np.float32)
-        nearest[mine] = first[t] + ((a**2).sum(1) - 2 * z[mine] @ a.T).argmin(1)
+        nearest[mine] = first[t] + _gaps(z[mine], anchors).argmin(1)
     return nearest
 
 

@@ -137,6 +137,9 @@ def _finished_run(run: Path) -> tuple[RunFolder, dict[str, Any]]:
         manifest["status"] = manifest.pop("status_before", "complete")
     if manifest.get("status") not in ("complete", "incomplete"):
         raise RunError(f"{run}: the run is not finished (status {manifest.get('status')}); run its command again first")
+    missing = [key for key in ("parts_hash", "model", "warnings", "seconds") if key not in manifest]
+    if missing or "sha256" not in manifest["model"]:
+        raise RunError(f"{folder.manifest}: damaged (no {(missing or ['sha256'])[0]!r} in it); run the slide again: its parts are used")
     if not (folder.path / FILE_NAMES["parquet"]).exists():
         raise RunError(f"{run}: no cells.parquet in it; run the slide again with --format geojson,parquet, its finished parts are used again")
     return folder, manifest

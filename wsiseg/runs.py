@@ -61,10 +61,13 @@ class RunFolder:
         return content if ours else None
 
     def drop_old_files(self, files: list[str]) -> None:
-        """Remove final files of an earlier run that are not among the names ``files``."""
+        """Remove final files of an earlier run that are not among the names ``files``, and what killed processes left half-written here."""
         for name in FINAL_FILES:
             if name not in files:
                 (self.path / name).unlink(missing_ok=True)
+        for path in self.path.glob(PARTIAL_PATTERN):
+            if is_abandoned(path):
+                path.unlink(missing_ok=True)
 
     def write_manifest(self, content: dict[str, Any]) -> None:
         """Replace the manifest, whole or not at all."""
