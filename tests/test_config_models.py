@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from wsiseg.config import LIMITS, RunConfig, _numbers, from_mapping, read_config
+from wsiseg.config import LIMITS, RunConfig, TilingConfig, _numbers, from_mapping, read_config
 from wsiseg.errors import ConfigError, WeightsError
 from wsiseg.models import MODELS, WEIGHTS_FOLDER, file_hash, find_weights, load_model, pick_device
 
@@ -59,7 +59,7 @@ def test_config_file_refuses(tmp_path: Path) -> None:
 
 def test_every_number_has_its_limits() -> None:
     """Each number of the configuration is checked, and its default lies inside."""
-    config = dataclasses.replace(RunConfig(), mpp=0.5)
+    config = dataclasses.replace(RunConfig(), mpp=0.5, tiling=TilingConfig(tile_um=200.0, halo_um=24.0))
     names = dict(_numbers(config))
     assert names.keys() == LIMITS.keys()
     for name in names:
@@ -83,7 +83,7 @@ def test_weights_in_the_box_are_the_registered_ones() -> None:
 
 
 def test_unknown_model() -> None:
-    with pytest.raises(WeightsError, match=r"--model sam9: no such model and no such file; models: nuclei-compact"):
+    with pytest.raises(WeightsError, match=r"--model sam9: no such model and no such file; models here: nuclei-compact"):
         find_weights("sam9")
 
 

@@ -21,7 +21,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from train_nuclei_compact import _compare, _save, _stream, rate_at
 
-from wsiseg.models.nuclei_compact import CELL_PX, MASKS, WINDOW_CELLS, NucleiCompact, _windows
+from wsiseg.models.measurements import windows
+from wsiseg.models.nuclei_compact import CELL_PX, MASKS, WINDOW_CELLS, NucleiCompact
 
 SHARES = {"tnbc": 0.5, "dsb2018_histology": 0.5}  # hand-drawn outlines only
 PROMPTS = 40  #: per batch that are answered with three masks
@@ -70,8 +71,8 @@ def main() -> None:
             mine = owners[rows].repeat_interleave(count)
             origin = masks.origin_xy // CELL_PX
             which = tile[rows].repeat_interleave(count)
-            window = _windows(batch["label"].float()[:, None] + 1, which, masks.origin_xy, WINDOW_CELLS * CELL_PX)
-            known = _windows(batch["weight"][:, None], which, origin, WINDOW_CELLS)[:, 0] * (F.max_pool2d(window, CELL_PX)[:, 0] > 0)
+            window = windows(batch["label"].float()[:, None] + 1, which, masks.origin_xy, WINDOW_CELLS * CELL_PX)
+            known = windows(batch["weight"][:, None], which, origin, WINDOW_CELLS)[:, 0] * (F.max_pool2d(window, CELL_PX)[:, 0] > 0)
             target = F.avg_pool2d((window == (mine + 1)[:, None, None, None]).float(), CELL_PX)[:, 0]
             _, true = _compare(masks.logits, target, known)
             true = true * (mine > 0)

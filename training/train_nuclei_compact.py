@@ -36,7 +36,8 @@ from record import draw_curve, draw_pictures, list_images, write_card
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from wsiseg.models.nuclei_compact import CELL_PX, LEARNED, MASKS, WINDOW_CELLS, NucleiCompact, _windows
+from wsiseg.models.measurements import windows
+from wsiseg.models.nuclei_compact import CELL_PX, LEARNED, MASKS, WINDOW_CELLS, NucleiCompact
 from wsiseg.records import Embeddings, Hints
 
 MASK_SHARES = {"tnbc": 0.42, "dsb2018_histology": 0.46, "nucls_mini": 0.12}
@@ -85,9 +86,9 @@ def losses(model: NucleiCompact, heads: TypeHeads, batch: dict[str, Tensor], amp
     masks = model.decode(e, tile, points, hints=hints)
     origin = masks.origin_xy // CELL_PX
     label = batch["label"].float()[:, None] + 1  # 0 is "outside the crop" after windowing
-    window = _windows(label, tile, origin * CELL_PX, WINDOW_CELLS * CELL_PX)
+    window = windows(label, tile, origin * CELL_PX, WINDOW_CELLS * CELL_PX)
     inside = F.max_pool2d(window, CELL_PX)[:, 0] > 0
-    known = _windows(weight[:, None], tile, origin, WINDOW_CELLS)[:, 0] * inside
+    known = windows(weight[:, None], tile, origin, WINDOW_CELLS)[:, 0] * inside
     target = F.avg_pool2d((window == (owners + 1)[:, None, None, None]).float(), CELL_PX)[:, 0]
     click = owners > 0
     per, iou = _compare(masks.logits, target, known)

@@ -17,7 +17,7 @@ if typing.TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-Method = Literal["auto", "apg", "cop"]
+Method = Literal["auto", "apg", "cop", "amg"]
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,10 @@ class TissueConfig:
     margin_um: float = 32.0
 
 
+TILE_UM = 256.0  #: 1024 px at 0.25: the halo costs 27 %, the working set stays under 1 GB
+HALO_UM = 24.0  #: the encoder's receptive field has died away (benchmarks/results/tiling.md)
+
+
 @dataclass(frozen=True)
 class TilingConfig:
     """How the slide is cut.
@@ -52,18 +56,18 @@ class TilingConfig:
     Attributes
     ----------
     tile_um
-        Side of a tile's core. 256 um (1024 px at 0.25): the halo costs 27 %, the working set stays under 1 GB.
+        Side of a tile's core. ``None``: ``TILE_UM``, or what the halo leaves of the input of a model that takes one size.
     halo_um
-        Read around the core, and never less than half of the model's mask window (16 um): a mask that starts at the core's
-        border fits, and the encoder's receptive field has died away (benchmarks/results/tiling.md).
+        Read around the core, and never less than half of the model's mask window (16 um for nuclei-compact): a mask that starts at the
+        core's border fits. ``None``: ``HALO_UM``, or half of the mask window of a model that takes one size.
     block_tiles
         A block is this many tiles squared: the unit of work, of the part file and of resuming. 16 tiles are about 20 s on two CPU cores.
     origin_um
         Moves the grid; for checking that cells do not depend on it.
     """
 
-    tile_um: float = 256.0
-    halo_um: float = 24.0
+    tile_um: float | None = None
+    halo_um: float | None = None
     block_tiles: int = 4
     origin_um: float = 0.0
 
@@ -84,6 +88,23 @@ class ApgConfig:
     centre: float = 0.5
     boundary: float = 0.5
     min_component_um2: float = 0.5
+
+
+@dataclass(frozen=True)
+class GridConfig:
+    """A grid of points (``--method amg``): SAM's automatic mask generator, the plain baseline for models without instance maps.
+
+    Attributes
+    ----------
+    spacing_um
+        Between points. SAM's 32 per side of its input are 8 um at 0.25 mpp: a nucleus.
+    min_quality, min_stability
+        SAM's thresholds on predicted IoU and stability.
+    """
+
+    spacing_um: float = 8.0
+    min_quality: float = 0.88
+    min_stability: float = 0.95
 
 
 @dataclass(frozen=True)
@@ -240,6 +261,7 @@ class RunConfig:
     tissue: TissueConfig = field(default_factory=TissueConfig)
     tiling: TilingConfig = field(default_factory=TilingConfig)
     apg: ApgConfig = field(default_factory=ApgConfig)
+    grid: GridConfig = field(default_factory=GridConfig)
     cop: CopConfig = field(default_factory=CopConfig)
     masks: MaskConfig = field(default_factory=MaskConfig)
     stitching: StitchingConfig = field(default_factory=StitchingConfig)
@@ -266,6 +288,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "tissue.overview_mpp": (0.25, 64), "tissue.min_area_um2": (0, 1e9), "tissue.max_hole_um2": (0, 1e9), "tissue.margin_um": (0, 1e4),
     "tiling.tile_um": (16, 4096), "tiling.halo_um": (0, 512), "tiling.block_tiles": (1, 64), "tiling.origin_um": (-1e6, 1e6),
     "apg.foreground": _SHARE, "apg.centre": _SHARE, "apg.boundary": _SHARE, "apg.min_component_um2": (0, 1e4),
+    "grid.spacing_um": (0.5, 1000), "grid.min_quality": _SHARE, "grid.min_stability": _SHARE,
     "cop.window_um": (32, 1024), "cop.min_component_um2": (0, 1e4), "cop.dedup_um": (0, 100), "cop.max_hops": (1, 10_000),
     "cop.prototypes": (1, 1024), "cop.floor_percentile": (0, 100), "cop.highest_floor": _SHARE,
     "cop.click_reach_um": (0.1, 100), "cop.click_min_score": _SHARE,

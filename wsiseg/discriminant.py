@@ -26,11 +26,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from wsiseg.records import TypeSpace
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from wsiseg.config import TypingConfig
-    from wsiseg.records import TypeSpace
 
 _CANDIDATES = 6  #: types that are tried for each known kind; more than that many clicked types of one kind is no use case
 _READINGS = 16  #: readings that are kept; the rest weighs nothing
@@ -38,6 +39,7 @@ _FEW = 5  #: cells of a type, around a place or on a slide, below which it says 
 _SAMPLE = 50_000  #: cells from which another slide's shift is estimated
 _DRIFT_SAMPLE = 200_000  #: cells from which the shifts of places are estimated; every k-th from left to right
 _ROUNDS, _DRIFT_ROUNDS = 10, 5
+_DIRECTIONS, _WITHIN, _SHIFT = 32, 0.5, 0.1  #: of a space that is found on the slide itself (benchmarks/results/slide_space.md)
 
 
 @dataclass(frozen=True)
@@ -195,6 +197,28 @@ def drift(
         weight = np.where(n >= _FEW, 1 / (space.kind_spread + 1 / np.maximum(n, 1)), 0)
         shift = ((total / np.maximum(n, 1e-9) - anchors) * weight).sum(1) / (1 / (config.drift * space.shift) + weight.sum(1))
     return shift[here].astype(np.float32)
+
+
+def slide_space(descriptors: NDArray[np.float16] | NDArray[np.float32]) -> TypeSpace:
+    """A space for a model whose weights do not say how types lie among its descriptors: from the slide's own cells.
+
+    The main directions of the descriptors, each at the scale where ``_WITHIN`` of the variance is inside the types. No kinds are known, so
+    nothing but the clicks says what a type is.
+
+    Parameters
+    ----------
+    descriptors
+        (N, D): all cells, unit norm; in an order that does not depend on the tiles.
+    """
+    x = descriptors[:: max(len(descriptors) // _SAMPLE, 1)].astype(np.float64)
+    middle = x.mean(0)
+    variance, direction = np.linalg.eigh(np.cov(x.T) if len(x) > 1 else np.eye(x.shape[1]))
+    main = np.argsort(-variance)[: min(_DIRECTIONS, max(len(x) - 1, 1))]
+    transform = direction[:, main] / np.sqrt(np.maximum(variance[main] * _WITHIN, 1e-8))
+    ones = np.ones(len(main))
+    return TypeSpace(
+        transform.astype(np.float32), middle @ transform, ones * (1 - _WITHIN) / _WITHIN, np.empty((0, len(main))), ones, ones * _SHIFT
+    )
 
 
 def squares(xy_um: NDArray[np.float64], side_um: float) -> tuple[NDArray[np.intp], int, int]:

@@ -65,8 +65,9 @@ def segment_image(
     config = dataclasses.replace(config or RunConfig(), mpp=mpp)
     tools, info = _open_tools(image, config, seeds, model)
     blocks = plan_blocks(
-        info.size_px0, tools.job.lattice, config.tiling, stride_px=tools.model.stride_px, reach_px=tools.model.reach_px, wanted=lambda *_: True
-    )
+        info.size_px0, tools.job.lattice, config.tiling, stride_px=tools.model.stride_px, reach_px=tools.model.reach_px,
+        input_px=tools.model.input_px, wanted=lambda *_: True,
+    )  # fmt: skip
     clock = Clock()
     outlines = [
         segment_tile(tile, read_region(tools.reader, tile.outer, tools.job.lattice), tools, clock)[0] for block in blocks for tile in block.tiles
@@ -118,7 +119,9 @@ def chain_image(
     seeds, _ = check_seeds(dataclasses.replace(seeds, slide=None), info)
     net, lattice = tools.model, tools.job.lattice
     width, height = (round(n * mpp / net.mpp) for n in (image.shape[1], image.shape[0]))
-    box = Box(0, 0, round_up(width, net.stride_px), round_up(height, net.stride_px))
+    box = Box(0, 0, *(net.input_px or round_up(n, net.stride_px) for n in (width, height)))
+    if max(width, height) > min(box.width, box.height) and net.input_px:
+        raise ConfigError(f"image: {width} x {height} px at the model's scale, more than its input of {net.input_px} px; cut the image")
     pixels = read_region(tools.reader, box, lattice)
     embeddings = net.encode(torch.from_numpy(pixels).permute(2, 0, 1)[None].to(net.device))
     high, low = (x[0].float().cpu().numpy() for x in (embeddings.high, embeddings.low))
@@ -157,8 +160,8 @@ def _open_tools(
         seeds, doubts = check_seeds(dataclasses.replace(seeds, slide=None), reader.info)
         for doubt in doubts:
             logger.warning("%s", doubt)
-    resolved = resolve(config, clicked=seeds is not None)
-    model = model or load_model(config.model, config.device, resolved.precision)
+    model = model or load_model(config.model, config.device, config.precision)
+    resolved = resolve(config, config.model, maps=model.has_maps, clicked=seeds is not None)
     lattice = Lattice(config.mpp, model.mpp)
     bank = build_bank(reader, model, seeds, lattice, resolved, chains=resolved.method == "cop") if seeds else None
     job = Job("image", resolved, lattice, SearchArea(None, None), bank, Path(), "")

@@ -13,19 +13,24 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from numpy.typing import NDArray
+    from torch import Tensor
 
-    from wsiseg.config import MaskConfig
+    from wsiseg.config import GridConfig, MaskConfig
     from wsiseg.models.contract import PromptableModel
     from wsiseg.records import Embeddings
 
-
-#: Batches are filled up to a multiple of this: small matrix products round differently with the number of threads.
-PADDING = 32
+_WHOLE = 16  #: a mask on the whole tile has this many times the logits of one on its window
 
 
 @torch.inference_mode()
 def decode(
-    model: PromptableModel, embeddings: Embeddings, tile: int, points_xy: NDArray[np.float32], config: MaskConfig
+    model: PromptableModel,
+    embeddings: Embeddings,
+    tile: int,
+    points_xy: NDArray[np.float32],
+    config: MaskConfig,
+    *,
+    grid: GridConfig | None = None,
 ) -> Iterator[WindowMasks]:
     """Masks of the points of one tile, in batches, on the CPU.
 
@@ -39,26 +44,71 @@ def decode(
         float32 of shape (N, 2), model px of the tile, corner frame.
     config
         ``prompts_per_batch`` bounds the memory. Batches never mix tiles: a tile's masks do not depend on its neighbours in the queue.
+    grid
+        The points lie on a grid and may mean anything: all answers to each are taken, and have to be surer.
 
     Yields
     ------
     WindowMasks
-        Of the points whose predicted IoU x stability reaches ``config.min_score``, in order.
+        Of the points whose predicted IoU x stability reaches ``config.min_score``, in order; those that a model has to be asked for again,
+        because they reach the border of their window, come last.
     """
+    cut: list[NDArray[np.float32]] = []
     for start in range(0, len(points_xy), config.prompts_per_batch):
         batch = points_xy[start : start + config.prompts_per_batch]
-        padded = np.concatenate([batch, np.repeat(batch[-1:], -len(batch) % PADDING, 0)])
-        points = torch.from_numpy(padded).to(model.device)
-        which = torch.full((len(points),), tile, dtype=torch.long, device=model.device)
-        masks = model.decode(embeddings, which, points)
-        keep = masks.quality * masks.stability >= config.min_score
-        keep[len(batch) :] = False
-        yield WindowMasks(
-            logits=masks.logits[keep].float().cpu(),
-            origin_xy=masks.origin_xy[keep].cpu(),
-            cell_px=masks.cell_px,
-            quality=masks.quality[keep].float().cpu(),
-            stability=masks.stability[keep].float().cpu(),
-            descriptors=masks.descriptors[keep].half().cpu(),
-            points_xy=points[keep].cpu(),
-        )
+        masks = _ask(model, embeddings, tile, batch, config, grid, whole=False)
+        if model.sees_whole:
+            again = reaches_border(masks, model.input_px)
+            # One answer of several may be cut: the others come again with it, and the first time does not count.
+            asked = np.unique(masks.points_xy[again].numpy(), axis=0)
+            again = torch.from_numpy((masks.points_xy.numpy()[:, None] == asked).all(2).any(1)) if len(asked) else again
+            cut.append(asked)
+            masks = masks.take(~again)
+        yield masks
+    whole = np.concatenate(cut) if cut else np.empty((0, 2), np.float32)
+    step = max(config.prompts_per_batch // _WHOLE, 1)
+    for start in range(0, len(whole), step):
+        yield _ask(model, embeddings, tile, whole[start : start + step], config, grid, whole=True)
+
+
+def reaches_border(masks: WindowMasks, input_px: int | None) -> Tensor:
+    """Bool (N,): which masks touch a border of their window that is not the tile's."""
+    inside = masks.logits > 0
+    end = masks.origin_xy + torch.tensor(inside.shape[:0:-1]) * masks.cell_px
+    left, top = (inside[:, :, 0].any(1), inside[:, 0].any(1))
+    right, bottom = (inside[:, :, -1].any(1), inside[:, -1].any(1))
+    (x0, y0), (x1, y1) = masks.origin_xy.T, end.T
+    cut: Tensor = (left & (x0 > 0)) | (top & (y0 > 0)) | (right & (x1 != input_px)) | (bottom & (y1 != input_px))
+    return cut
+
+
+def _ask(
+    model: PromptableModel,
+    embeddings: Embeddings,
+    tile: int,
+    batch: NDArray[np.float32],
+    config: MaskConfig,
+    grid: GridConfig | None,
+    *,
+    whole: bool,
+) -> WindowMasks:
+    """The good masks of one batch, on the CPU."""
+    padded = np.concatenate([batch, np.repeat(batch[-1:], -len(batch) % model.prompts_multiple, 0)])
+    points = torch.from_numpy(padded).to(model.device)
+    which = torch.full((len(points),), tile, dtype=torch.long, device=model.device)
+    masks = model.decode(embeddings, which, points, multimask=grid is not None, whole=whole)
+    answers = len(masks.quality) // len(points)
+    keep = masks.quality * masks.stability >= config.min_score
+    if grid is not None:
+        keep &= (masks.quality >= grid.min_quality) & (masks.stability >= grid.min_stability)
+    keep[len(batch) * answers :] = False
+    return WindowMasks(
+        logits=masks.logits[keep].float().cpu(),
+        origin_xy=masks.origin_xy[keep].cpu(),
+        cell_px=masks.cell_px,
+        quality=masks.quality[keep].float().cpu(),
+        stability=masks.stability[keep].float().cpu(),
+        descriptors=masks.descriptors[keep].half().cpu(),
+        points_xy=masks.points_xy[keep].cpu(),
+        whole=masks.whole,
+    )

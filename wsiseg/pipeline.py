@@ -21,10 +21,12 @@ from wsiseg.formats.bank import write_bank
 from wsiseg.formats.parts import part_is_current, read_part, write_part
 from wsiseg.masks import decode
 from wsiseg.meter import Clock, peak_bytes
-from wsiseg.models import file_hash, find_weights
+from wsiseg.models import find_weights
+from wsiseg.models.cards import file_hash
 from wsiseg.planning import describe, open_tools, plan_run, slide_path
 from wsiseg.polygons import trace
 from wsiseg.prompts import find_points
+from wsiseg.prompts.grid import grid_points
 from wsiseg.propagation import account, assign_types, keep_clicks
 from wsiseg.records import Cells, Provenance, Typing, TypingNotes
 from wsiseg.slide import read_region
@@ -64,11 +66,16 @@ def segment_tile(tile: Tile, pixels: NDArray[np.uint8], tools: Tools, clock: Clo
     with clock("encode"):
         embeddings = model.encode(torch.from_numpy(pixels).permute(2, 0, 1)[None].to(model.device))
     with clock("prompt"):
-        points = find_points(embeddings, tile.outer.width, model.mpp, job.config, job.bank)
-        on_slide = points + np.array([tile.outer.x0, tile.outer.y0], float)
+        corner = np.array([tile.outer.x0, tile.outer.y0], float)
+        grid = job.config.grid if job.config.method == "amg" else None
+        if grid:
+            points = (grid_points(tile.core, grid.spacing_um / model.mpp) - corner).astype(np.float32)
+        else:
+            points = find_points(embeddings, tile.outer.width, model.mpp, job.config, job.bank)
+        on_slide = points + corner
         points = points[tile.core.contains(on_slide) & job.area.holds(job.lattice.to_level0(on_slide))]
     with clock("decode"):
-        batches = list(decode(model, embeddings, 0, points, job.config.masks))
+        batches = list(decode(model, embeddings, 0, points, job.config.masks, grid=grid))
     with clock("vectorise"):
         traced = [trace(masks, tile.outer, job.lattice, job.config.masks) for masks in batches]
     cells = Cells.concatenate([cells for cells, _ in traced], model.descriptor_size)

@@ -10,14 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wsiseg.config import CopConfig, RunConfig, StitchingConfig, TypingConfig, check
+from wsiseg.config import TILE_UM, CopConfig, RunConfig, StitchingConfig, TypingConfig, check
 from wsiseg.errors import ConfigError, SlideError
 from wsiseg.formats import load_writer
 from wsiseg.formats.bank import read_bank
 from wsiseg.formats.regions import read_regions
 from wsiseg.formats.seeds import check_seeds, read_seeds
 from wsiseg.geometry import Lattice
-from wsiseg.models import file_hash, find_weights, load_model, pick_device
+from wsiseg.models import find_weights, load_model, pick_device
+from wsiseg.models.cards import file_hash
 from wsiseg.runs import check_folder, find_folder
 from wsiseg.seeding import build_bank
 from wsiseg.slide import open_slide, require_cellular, thumbnail
@@ -26,7 +27,6 @@ from wsiseg.tissue import SearchArea, find_tissue
 
 if TYPE_CHECKING:
 
-    from wsiseg.config import Method
     from wsiseg.models.contract import PromptableModel
     from wsiseg.records import Bank, Block, SlideInfo
     from wsiseg.runs import RunFolder
@@ -35,9 +35,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 NATIVE_MPP = 0.25  #: scale of the default model; `survey` counts tiles without loading it
-
-# `auto`: the way in that types better on typed data, by model; see docs/methods.md for the table.
-BEST_METHOD: dict[str, Method] = {"nuclei-compact": "apg"}
 
 
 @dataclass(frozen=True)
@@ -109,7 +106,7 @@ def plan_run(slide: str, config: RunConfig, out: Path, *, overwrite: bool = Fals
         The first thing that is wrong, in one line.
     """
     check(config)
-    _, weights = find_weights(config.model)
+    card, weights = find_weights(config.model)
     for name in config.formats:
         load_writer(name)
     if config.seeds and config.bank:
@@ -125,7 +122,7 @@ def plan_run(slide: str, config: RunConfig, out: Path, *, overwrite: bool = Fals
             seeds, more = check_seeds(seeds, info)
             warnings += more
         roi = read_regions(Path(config.roi), info) if config.roi else None
-        resolved = resolve(config, clicked=seeds is not None or bank is not None)
+        resolved = resolve(config, card.name, maps=card.instance_decoder, clicked=seeds is not None or bank is not None)
         if resolved.method == "cop" and bank is not None and not bank.high:
             raise ConfigError(f"--bank {config.bank}: has no prototypes for --method cop; pass --method apg, or make it by a run with --method cop")
 
@@ -155,7 +152,10 @@ def plan_run(slide: str, config: RunConfig, out: Path, *, overwrite: bool = Fals
         area = SearchArea(tissue, roi)
         if seeds:
             bank = build_bank(reader, model, seeds, lattice, resolved, chains=resolved.method == "cop")
-        blocks = plan_blocks(info.size_px0, lattice, config.tiling, stride_px=model.stride_px, reach_px=model.reach_px, wanted=area.wanted)
+        blocks = plan_blocks(
+            info.size_px0, lattice, config.tiling, stride_px=model.stride_px, reach_px=model.reach_px,
+            input_px=model.input_px, wanted=area.wanted,
+        )  # fmt: skip
         job = Job(slide, resolved, lattice, area, bank, folder.parts, parts_hash)
         plan = Plan(job, Tools(job, reader, model), info, blocks, run_hash, warnings)
         stack.pop_all()
@@ -193,13 +193,24 @@ def load_bank(path: Path, weights: Path) -> Bank:
     return bank
 
 
-def resolve(config: RunConfig, *, clicked: bool) -> RunConfig:
-    """The configuration without ``auto`` in what decides the result."""
-    if config.method == "cop" and not clicked:
-        raise ConfigError("--method cop: needs clicks; pass --seeds FILE or --bank FILE, or use --method apg")
+def resolve(config: RunConfig, model: str, *, maps: bool, clicked: bool) -> RunConfig:
+    """The configuration without ``auto`` in what decides the result.
+
+    ``--method auto`` is automatic prompts where the model has instance maps: with them they type better on typed data than Chain-of-Prompts as
+    the way in (docs/methods.md has the table). Without maps the clicks lead to the cells; without clicks either, a grid does.
+
+    Raises
+    ------
+    ConfigError
+        The method needs what the model or the command does not have.
+    """
     method, precision = config.method, config.precision
     if method == "auto":
-        method = BEST_METHOD.get(config.model, "apg") if clicked else "apg"
+        method = "apg" if maps else "cop" if clicked else "amg"
+    if method == "cop" and not clicked:
+        raise ConfigError("--method cop: needs clicks; pass --seeds FILE or --bank FILE, or use --method apg")
+    if method == "apg" and not maps:
+        raise ConfigError(f"--method apg: {model} has no instance decoder; use --method cop with --seeds, or --method amg, or another model")
     if precision == "auto":
         precision = "bf16" if pick_device(config.device).type == "cuda" else "fp32"
     return dataclasses.replace(config, method=method, precision=precision)
@@ -272,7 +283,7 @@ def survey(slide: str, *, mpp: float | None = None, reader: str = "auto", config
             )
             warnings += tissue.warnings
             facts["tissue"] = f"{tissue.area_um2(info.mpp) / 1e6:.2f} mm2, margin included"
-            facts["tiles"] = f"{sum(len(b.tiles) for b in blocks)} of {config.tiling.tile_um:g} um, in {len(blocks)} blocks"
+            facts["tiles"] = f"{sum(len(b.tiles) for b in blocks)} of {config.tiling.tile_um or TILE_UM:g} um, in {len(blocks)} blocks"
             try:
                 require_cellular(info)
             except SlideError as error:

@@ -46,7 +46,7 @@ def trace(masks: WindowMasks, outer: Box, lattice: Lattice, config: MaskConfig) 
         One polygon per mask: the connected part that holds the prompt (else the largest), without holes. Masks that come out too small are
         left out; order is kept.
     touching
-        How many of them touch the border of their window: nuclei larger than the model's window, cut there.
+        How many touch the border of their window: nuclei larger than the model's window, cut there, or things larger than the halo, left out.
     """
     rings, rows, touching = [], [], 0
     logits = masks.logits.numpy()
@@ -58,7 +58,10 @@ def trace(masks: WindowMasks, outer: Box, lattice: Lattice, config: MaskConfig) 
         if not len(columns):
             continue
         x0, x1, y0, y1 = columns[0], columns[-1] + 1, lines[0], lines[-1] + 1
-        touching += bool(x0 == 0 or y0 == 0 or x1 == logit.shape[1] or y1 == logit.shape[0])
+        touches = bool(x0 == 0 or y0 == 0 or x1 == logit.shape[1] or y1 == logit.shape[0])
+        touching += touches
+        if touches and masks.whole:
+            continue  # larger than the halo, so no cell
         ring = _outline(logit, (x0, y0, x1, y1), (prompts[i] - origins[i]) / masks.cell_px)
         if ring is not None:
             rings.append(ring * masks.cell_px + origins[i])

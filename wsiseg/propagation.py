@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import shapely
 
-from wsiseg.discriminant import Reading, carry_over, drift, posterior, read_clicks, smooth, squares
+from wsiseg.discriminant import Reading, carry_over, drift, posterior, read_clicks, slide_space, smooth, squares
 from wsiseg.records import UNASSIGNED, Typing, TypingNotes
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ _MANY = 0.1  #: share of the cells from which an unclicked kind is worth a warni
 
 
 def assign_types(
-    descriptors: NDArray[np.float16], xy_um: NDArray[np.float64], bank: Bank, space: TypeSpace, config: TypingConfig
+    descriptors: NDArray[np.float16], xy_um: NDArray[np.float64], bank: Bank, space: TypeSpace | None, config: TypingConfig
 ) -> tuple[Typing, TypingNotes]:
     """Type every cell.
 
@@ -51,7 +51,7 @@ def assign_types(
     bank
         The clicked cells' descriptors and the types' names; ``bank.foreign`` when they are of another slide.
     space
-        Of the model that made the descriptors.
+        Of the model that made the descriptors; ``None``: found on the slide (discriminant.slide_space).
     config
         Priors and thresholds.
 
@@ -69,7 +69,8 @@ def assign_types(
         empty = np.empty(0, np.float32)
         return Typing(names, colors, np.empty(0, np.int32), empty, empty.copy(), np.empty(0, np.int32)), TypingNotes()
     order = np.lexsort((*descriptors[:, :2].T, xy_um[:, 1], xy_um[:, 0]))  # sums of floats depend on their order; the verdicts must not
-    z = np.empty((count, descriptors.shape[1]), np.float32)
+    space = space or slide_space(descriptors[order])
+    z = np.empty((count, space.transform.shape[1]), np.float32)
     for start in range(0, count, _ROWS):
         rows = order[start : start + _ROWS]
         z[start : start + _ROWS] = space.see(descriptors[rows])

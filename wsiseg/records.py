@@ -137,6 +137,8 @@ class WindowMasks:
         float of shape (N, D), unit norm.
     points_xy
         float of shape (N, 2): the prompts, model pixels of the tile.
+    whole
+        The windows are the whole tile: a mask that reaches their border is larger than the halo.
     """
 
     logits: Tensor
@@ -146,6 +148,14 @@ class WindowMasks:
     stability: Tensor
     descriptors: Tensor
     points_xy: Tensor
+    whole: bool = False
+
+    def take(self, rows: Tensor) -> WindowMasks:
+        """The masks at ``rows``, in that order."""
+        return WindowMasks(
+            self.logits[rows], self.origin_xy[rows], self.cell_px, self.quality[rows], self.stability[rows], self.descriptors[rows],
+            self.points_xy[rows], self.whole,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)

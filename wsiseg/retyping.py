@@ -21,7 +21,8 @@ from wsiseg.formats.bank import write_bank
 from wsiseg.formats.geojson import write_geojson
 from wsiseg.formats.geoparquet import CellTable, read_table, write_retyped
 from wsiseg.formats.seeds import check_seeds, read_seeds
-from wsiseg.models import file_hash, find_weights, load_model
+from wsiseg.models import find_weights, load_model
+from wsiseg.models.cards import file_hash
 from wsiseg.planning import load_bank, refuse_own_bank
 from wsiseg.propagation import account, assign_types, claim
 from wsiseg.records import Bank, Cells, Provenance, SlideInfo

@@ -43,7 +43,7 @@ class _Desk:
     def encode(self, centre: NDArray[np.float64]) -> tuple[Box, Embeddings]:
         """The window of ``cop.window_um`` around ``centre`` (model px), on the model's lattice."""
         stride = self.model.stride_px
-        side = round_up(self.config.cop.window_um / self.model.mpp, stride)
+        side = self.model.input_px or round_up(self.config.cop.window_um / self.model.mpp, stride)
         x0, y0 = (int(np.floor((c - side / 2) / stride)) * stride for c in centre)
         box = Box(x0, y0, x0 + side, y0 + side)
         pixels = read_region(self.reader, box, self.lattice)

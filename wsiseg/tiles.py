@@ -13,6 +13,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from wsiseg.config import HALO_UM, TILE_UM
+from wsiseg.errors import ConfigError
 from wsiseg.geometry import Box, Lattice, round_up
 from wsiseg.records import Block, Tile
 
@@ -29,6 +31,7 @@ def plan_blocks(
     *,
     stride_px: int,
     reach_px: int,
+    input_px: int | None = None,
     wanted: Callable[[float, float, float, float], bool],
 ) -> list[Block]:
     """Cut a slide into blocks of tiles, in reading order.
@@ -45,6 +48,8 @@ def plan_blocks(
         The model's deepest stride; cores and halos are its multiples.
     reach_px
         The halo is at least this (half of the model's mask window).
+    input_px
+        What the model takes, when that is one size: cores are what the halo leaves of it.
     wanted
         Called with a core's box in level-0 px ``(x0, y0, x1, y1)``; tiles for which it is false are left out.
 
@@ -52,9 +57,13 @@ def plan_blocks(
     -------
     list of Block
         Without empty blocks; possibly empty.
+
+    Raises
+    ------
+    ConfigError
+        Core and halo do not fit into the model's input.
     """
-    tile = round_up(config.tile_um / lattice.model_mpp, stride_px)
-    halo = round_up(max(config.halo_um / lattice.model_mpp, reach_px), stride_px)
+    tile, halo = _sizes(lattice.model_mpp, config, stride_px, reach_px, input_px)
     origin = -(round(config.origin_um / lattice.model_mpp / stride_px) * stride_px % tile)
     width, height = lattice.model_size(size_px0)
     columns, rows = -(-(width - origin) // tile), -(-(height - origin) // tile)
@@ -72,3 +81,17 @@ def plan_blocks(
             if tiles:
                 blocks.append(Block(f"{block_row // step:04d}-{block_column // step:04d}", tuple(tiles)))
     return blocks
+
+
+def _sizes(mpp: float, config: TilingConfig, stride_px: int, reach_px: int, input_px: int | None) -> tuple[int, int]:
+    """Side of a core and width of its halo, model px."""
+    if input_px is None:
+        halo_um = HALO_UM if config.halo_um is None else config.halo_um
+        return round_up((config.tile_um or TILE_UM) / mpp, stride_px), round_up(max(halo_um / mpp, reach_px), stride_px)
+    halo = round_up(max((config.halo_um or 0) / mpp, reach_px), stride_px)
+    tile = round_up(config.tile_um / mpp, stride_px) if config.tile_um else input_px - 2 * halo
+    tile += (input_px - tile) % 2 * stride_px  # an even rest makes two halos
+    if tile < stride_px or tile + 2 * halo > input_px:
+        room = f"{input_px * mpp:g} um with a halo of {halo * mpp:g} um or more on each side"
+        raise ConfigError(f"--tile-size, --halo: the model takes tiles of {room}; leave --tile-size out, or make it smaller")
+    return tile, (input_px - tile) // 2

@@ -17,6 +17,7 @@ COMMANDS = {
     "type": "Type a finished run again, with other clicks.",
     "info": "What is known of a slide before a run.",
     "seeds": "Check, convert and preview files of clicks.",
+    "models": "List, check, import and download models.",
     "evaluate": "Score outlines and types against a truth.",
     "demo": "Write a small real slide with clicks, ready to run.",
     "doctor": "Check what works on this machine.",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 import click
 
 from wsiseg.cli import set_verbosity
-from wsiseg.config import RunConfig, TilingConfig, from_mapping, read_config
+from wsiseg.config import HALO_UM, TILE_UM, RunConfig, from_mapping, read_config
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -32,8 +32,8 @@ def _choices(field: str) -> click.Choice[str]:
 @click.option("--reader", type=_choices("reader"), help=f"Slide library.  [default: {_DEFAULT.reader}]")
 @click.option("--roi", metavar="FILE", help="GeoJSON polygons (QuPath annotations): only cells inside.")
 @click.option("--no-tissue", is_flag=True, help="Look everywhere, not only on tissue.")
-@click.option("--tile-size", type=float, metavar="UM", help=f"Side of a tile's core, microns.  [default: {TilingConfig.tile_um:g}]")
-@click.option("--halo", type=float, metavar="UM", help=f"Read around each tile, microns.  [default: {TilingConfig.halo_um:g}]")
+@click.option("--tile-size", type=float, metavar="UM", help=f"Side of a tile's core, microns.  [default: {TILE_UM:g}, or what the model takes]")
+@click.option("--halo", type=float, metavar="UM", help=f"Read around each tile, microns.  [default: {HALO_UM:g}, or what the model needs]")
 @click.option("--format", "formats", metavar="LIST", help=f"Files to write, comma-separated.  [default: {','.join(_DEFAULT.formats)}]")
 @click.option("--device", metavar="NAME", help=f"auto, cpu, cuda or cuda:N.  [default: {_DEFAULT.device}]")
 @click.option("--precision", type=_choices("precision"), help=f"Of the encoder.  [default: {_DEFAULT.precision}: bf16 on a GPU, fp32 on the CPU]")

@@ -1,18 +1,18 @@
 """Models: a registry of cards, and one way to load them.
 
-Weights are data: each card states file, sha256, licence, source and the scale the model works at. Files are safetensors; nothing is
-ever unpickled, and nothing is downloaded.
+Weights are data: each card states file, sha256, licence, source and the scale the model works at. What is loaded is safetensors; other
+checkpoints are converted once (store.py). Nothing is ever unpickled, and nothing is downloaded here.
 """
 
 from __future__ import annotations
 
-import hashlib
 import importlib
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wsiseg.errors import ConfigError, WeightsError
+from wsiseg.models.cards import ModelCard, file_hash
+from wsiseg.models.store import card_of_file, find_card, stored_cards
 
 if TYPE_CHECKING:
     import torch
@@ -22,50 +22,42 @@ if TYPE_CHECKING:
 WEIGHTS_FOLDER = Path(__file__).parent / "weights"
 
 
-@dataclass(frozen=True)
-class ModelCard:
-    """A model as data. ``network`` is ``module:class``; ``weights`` a file in the package."""
-
-    name: str
-    network: str
-    weights: str
-    sha256: str
-    licence: str
-    source: str
-
-
 MODELS = {
     "nuclei-compact": ModelCard(
         name="nuclei-compact",
         network="wsiseg.models.nuclei_compact:NucleiCompact",
-        weights="nuclei-compact.safetensors",
+        weights=WEIGHTS_FOLDER / "nuclei-compact.safetensors",
         sha256="2ede63198121d11c3a95baa80e43ae2e512ee5ac884b48db27605b60e5ed7332",
         licence="Apache-2.0",
         source="training/train_nuclei_compact.py; card: wsiseg/models/weights/nuclei-compact.md",
+        mpp=0.25,
+        architecture="convolutional pyramid, 2.7 M parameters",
+        instance_decoder=True,
     )
 }
 
 
-def file_hash(path: Path) -> str:
-    """sha256 of a file, hexadecimal."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def find_weights(model: str) -> tuple[ModelCard, Path]:
-    """The card and weight file behind ``--model``: a registered name, or the path of a safetensors file of ``nuclei-compact``.
+    """The card and weight file behind ``--model``: a name from the package or the user's folder, or the path of a safetensors file.
 
     Raises
     ------
     WeightsError
-        No such model or file.
+        No such model or file, or a checkpoint that has to be imported first.
     """
     if model in MODELS:
-        return MODELS[model], WEIGHTS_FOLDER / MODELS[model].weights
+        return MODELS[model], MODELS[model].weights
     path = Path(model)
+    if path.suffix == ".safetensors" and path.is_file():
+        return card_of_file(path), path
     if path.is_file():
-        return MODELS["nuclei-compact"], path
-    raise WeightsError(f"--model {model}: no such model and no such file; models: {', '.join(MODELS)}, or the path of a .safetensors file")
+        how = f"wsiseg models import {path} --name NAME --mpp UM"
+        raise WeightsError(f"--model {model}: not a .safetensors file; a checkpoint is converted once, without running anything in it: {how}")
+    card = find_card(model)
+    if card is None:
+        names = ", ".join([*MODELS, *(c.name for c in stored_cards())])
+        raise WeightsError(f"--model {model}: no such model and no such file; models here: {names}; see `wsiseg models list`")
+    return card, card.weights
 
 
 def pick_device(device: str) -> torch.device:
@@ -99,11 +91,11 @@ def load_model(model: str, device: str = "auto", precision: str = "auto") -> Pro
     Parameters
     ----------
     model
-        Registered name or path of a safetensors file.
+        Name of a model of the package or the user's folder, or path of a safetensors file.
     device
         ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
     precision
-        ``fp32``, ``bf16`` (encoder only), or ``auto``: bf16 on a GPU, fp32 on the CPU.
+        ``fp32``, ``bf16`` (encoder; with SAM the decoders too), or ``auto``: bf16 on a GPU, fp32 on the CPU.
 
     Raises
     ------
@@ -112,10 +104,10 @@ def load_model(model: str, device: str = "auto", precision: str = "auto") -> Pro
     """
     card, path = find_weights(model)
     tensors = _read_tensors(path)
-    if path.parent == WEIGHTS_FOLDER and card.sha256 and file_hash(path) != card.sha256:
+    if path.parent == WEIGHTS_FOLDER and file_hash(path) != card.sha256:
         raise WeightsError(f"{path}: sha256 differs from the model card of {card.name}; the file is damaged: install wsiseg again")
     module, _, name = card.network.partition(":")
-    network = getattr(importlib.import_module(module), name)()
+    network = getattr(importlib.import_module(module), name).of(card, tensors)
     _fill(network, tensors, path)
     chosen = pick_device(device)
     loaded: PromptableModel = network.ready(chosen, bf16=precision == "bf16" or (precision == "auto" and chosen.type == "cuda"))
@@ -147,7 +139,7 @@ def _fill(network: Any, tensors: dict[str, torch.Tensor], path: Path) -> None:  
     broken = [k for k, v in tensors.items() if v.is_floating_point() and not torch.isfinite(v).all()]
     if broken:
         raise WeightsError(f"{path}: {len(broken)} tensors hold NaN or infinity (first: {min(broken)}); the file is damaged: get it again")
-    network.load_state_dict(tensors)
+    network.load_state_dict(tensors, assign=True)
 
 
 def _first_line(error: Exception) -> str:

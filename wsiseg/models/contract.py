@@ -22,10 +22,18 @@ class PromptableModel(Protocol):
         Tiles must start on, and be, multiples of this.
     reach_px
         A mask reaches at most this far from its point.
+    input_px
+        Side of the only tile that it takes, model px; ``None``: any multiple of ``stride_px``.
+    has_maps
+        It makes instance maps, for automatic prompts.
+    sees_whole
+        A mask that reaches its window's border can be asked for again with ``whole=True``.
+    prompts_multiple
+        Prompts are decoded in multiples of this many: small matrix products round differently with the number of threads.
     descriptor_size
         Length of a cell's descriptor.
     types
-        How types lie in the descriptors.
+        How types lie in the descriptors; ``None`` when the weights do not say.
     device
         Where the weights are.
     """
@@ -33,10 +41,17 @@ class PromptableModel(Protocol):
     mpp: float
     stride_px: int
     reach_px: int
+    input_px: int | None
+    sees_whole: bool
+
+    @property
+    def has_maps(self) -> bool: ...  # noqa: D102
+
+    prompts_multiple: int
     descriptor_size: int
 
     @property
-    def types(self) -> TypeSpace: ...  # noqa: D102
+    def types(self) -> TypeSpace | None: ...  # noqa: D102
 
     @property
     def device(self) -> torch.device: ...  # noqa: D102
@@ -46,10 +61,11 @@ class PromptableModel(Protocol):
         ...
 
     def decode(
-        self, embeddings: Embeddings, tile: Tensor, points_xy: Tensor, *, hints: Hints | None = None, multimask: bool = False
+        self, embeddings: Embeddings, tile: Tensor, points_xy: Tensor, *, hints: Hints | None = None, multimask: bool = False, whole: bool = False
     ) -> WindowMasks:
         """One mask per point: ``tile`` int64 (N,), ``points_xy`` float32 (N, 2) model px of the tile -> masks on windows.
 
-        ``hints`` adds points and boxes; ``multimask`` asks for several answers per prompt, prompt by prompt; ``quality`` says which is best.
+        ``hints`` adds points and boxes; ``multimask`` asks for several answers per prompt, prompt by prompt; ``quality`` says which is best;
+        ``whole`` asks for masks on the whole tile.
         """
         ...

@@ -19,7 +19,7 @@ References
 
 from __future__ import annotations
 
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 import torch
@@ -27,7 +27,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from wsiseg.models.measurements import MEASUREMENTS, measure, optical_density, windows
 from wsiseg.records import Embeddings, Hints, TypeSpace, WindowMasks
+
+if TYPE_CHECKING:
+    from wsiseg.models.cards import ModelCard
 
 STRIDE_PX = 16  #: deepest stride of the pyramid: tiles that start on its multiples see the same lattice
 CELL_PX = 2  #: one mask logit covers 2 x 2 model pixels
@@ -37,8 +41,6 @@ MPP = 0.25
 
 MASK_FEATURES = 16
 HEAD_WIDTH = 16
-MEASUREMENTS = 11  #: log area, axis ratio; optical density per channel: mean and sd inside, mean of a 2-um ring outside
-RING_CELLS = 9  #: the ring reaches 4 cells (2 um) out
 LEARNED = 64  #: length of the descriptor's learned half
 MEASURED_SHARE = 0.3  #: weight of the measurements in the cosine of two descriptors; the learned half has the rest
 DESCRIPTOR_SIZE = LEARNED + MEASUREMENTS
@@ -109,6 +111,10 @@ class NucleiCompact(nn.Module):
 
     stride_px = STRIDE_PX
     mpp = MPP
+    input_px = None
+    sees_whole = False
+    has_maps = True
+    prompts_multiple = 32
     reach_px = (WINDOW_CELLS // 2 + SNAP_CELLS // 2) * CELL_PX
     descriptor_size = DESCRIPTOR_SIZE
     _bf16 = False
@@ -143,6 +149,11 @@ class NucleiCompact(nn.Module):
         self.register_buffer("type_middle", torch.zeros(DESCRIPTOR_SIZE))
         for name in ("type_spread", "type_kind_spread", "type_shift"):
             self.register_buffer(name, torch.ones(DESCRIPTOR_SIZE))
+
+    @classmethod
+    def of(cls, card: ModelCard, tensors: dict[str, Tensor]) -> Self:  # noqa: ARG003
+        """The network for a weight file; there is one form of it."""
+        return cls()
 
     def ready(self, device: torch.device, *, bf16: bool) -> Self:
         """Make it ready for inference: batch norms folded into their convolutions, frozen, on ``device``."""
@@ -190,7 +201,7 @@ class NucleiCompact(nn.Module):
         # One product for both heads: on its own, the three-channel one rounds differently with the number of threads.
         weight, bias = (torch.cat([getattr(self.maps, k), getattr(self.mask_features, k)]) for k in ("weight", "bias"))
         maps, mask = F.conv2d(p2, weight, bias).split([3, MASK_FEATURES], 1)
-        density = -torch.log(F.avg_pool2d(unit, CELL_PX).clamp_min(1 / 255))
+        density = optical_density(unit, CELL_PX)
         return Embeddings(
             high=F.normalize(self.high(p4), dim=1),
             low=F.normalize(self.low(p8), dim=1),
@@ -199,7 +210,7 @@ class NucleiCompact(nn.Module):
         )
 
     def decode(
-        self, embeddings: Embeddings, tile: Tensor, points_xy: Tensor, *, hints: Hints | None = None, multimask: bool = False
+        self, embeddings: Embeddings, tile: Tensor, points_xy: Tensor, *, hints: Hints | None = None, multimask: bool = False, whole: bool = False  # noqa: ARG002
     ) -> WindowMasks:
         """Masks of N prompts.
 
@@ -216,6 +227,8 @@ class NucleiCompact(nn.Module):
             More points and boxes.
         multimask
             Give ``MASKS`` answers for every prompt instead of one: 3N masks, prompt by prompt. ``quality`` says which is best.
+        whole
+            Of no effect: this network sees the window only.
 
         Returns
         -------
@@ -233,7 +246,7 @@ class NucleiCompact(nn.Module):
         parameters = self.controller[2](hidden)
         snap_px = SNAP_CELLS * CELL_PX
         origin = torch.floor(points_xy / snap_px).long() * SNAP_CELLS - (WINDOW_CELLS // 2 - SNAP_CELLS // 2)  # cells
-        features = _windows(extra["mask"], tile, origin, WINDOW_CELLS)
+        features = windows(extra["mask"], tile, origin, WINDOW_CELLS)
         cells = torch.arange(WINDOW_CELLS, device=points_xy.device, dtype=points_xy.dtype) + 0.5
         relative_x = (origin[:, :1] + cells) * CELL_PX - points_xy[:, :1]
         relative_y = (origin[:, 1:] + cells) * CELL_PX - points_xy[:, 1:]
@@ -287,27 +300,14 @@ class NucleiCompact(nn.Module):
         hard = (logits.detach() > 0).to(logits.dtype)
         area = hard.sum((1, 2)).clamp_min(1)
         coarse = F.avg_pool2d(hard[:, None], SNAP_CELLS)
-        low = _windows(embeddings.low, tile, origin // SNAP_CELLS, WINDOW_CELLS // SNAP_CELLS)
+        low = windows(embeddings.low, tile, origin // SNAP_CELLS, WINDOW_CELLS // SNAP_CELLS)
         pooled_low = (low * coarse).sum((2, 3)) / coarse.sum((2, 3)).clamp_min(1e-3)
         pooled_mask = (features.detach() * hard[:, None]).sum((2, 3)) / area[:, None]
-        density = _windows(embeddings.extra["density"], tile, origin, WINDOW_CELLS)
-        mean = (density * hard[:, None]).sum((2, 3)) / area[:, None]
-        variance = ((density - mean[:, :, None, None]).square() * hard[:, None]).sum((2, 3)) / area[:, None]
-        ring = F.max_pool2d(hard[:, None], RING_CELLS, 1, RING_CELLS // 2) - hard[:, None]
-        around = (density * ring).sum((2, 3)) / ring.sum((2, 3)).clamp_min(1)
-        measured = torch.cat(
-            [
-                torch.log(area * (CELL_PX * MPP) ** 2)[:, None],
-                _axis_ratio(hard, area)[:, None],
-                mean,
-                variance.clamp_min(1e-6).sqrt(),
-                around,
-            ],
-            1,
-        )
+        density = windows(embeddings.extra["density"], tile, origin, WINDOW_CELLS)
+        measured, ring = measure(hard, density, CELL_PX * MPP)
         strict, loose = (logits.detach() > 1).sum((1, 2)), (logits.detach() > -1).sum((1, 2))
         certainty = ((logits.detach() / 2).tanh().abs() * hard).sum((1, 2)) / area
-        maps = _windows(embeddings.extra["maps"].detach().sigmoid(), tile, origin, WINDOW_CELLS)
+        maps = windows(embeddings.extra["maps"].detach().sigmoid(), tile, origin, WINDOW_CELLS)
         signs = torch.cat(
             [
                 (strict / loose.clamp_min(1))[:, None],
@@ -352,19 +352,6 @@ def _sample(feature: Tensor, tile: Tensor, points_xy: Tensor, stride: int) -> Te
     return top * (1 - fy) + bottom * fy
 
 
-def _windows(feature: Tensor, tile: Tensor, origin: Tensor, size: int) -> Tensor:
-    """Windows of ``size`` cells that start at ``origin`` (N, 2) -> (N, C, size, size); zero outside the tile."""
-    channels, height, width = feature.shape[1:]
-    steps = torch.arange(size, device=feature.device)
-    x, y = origin[:, :1] + steps, origin[:, 1:] + steps
-    inside = ((y >= 0) & (y < height))[:, :, None] & ((x >= 0) & (x < width))[:, None, :]
-    index = (y.clamp(0, height - 1) * width)[:, :, None] + x.clamp(0, width - 1)[:, None, :]
-    index = (index + (tile * (height * width))[:, None, None]).reshape(-1)
-    rows = feature.permute(0, 2, 3, 1).reshape(-1, channels)
-    out = rows[index].reshape(len(origin), size, size, channels).permute(0, 3, 1, 2)
-    return out * inside[:, None].to(feature.dtype)
-
-
 def _at_points(extra: dict[str, Tensor], tile: Tensor, points_xy: Tensor) -> Tensor:
     """The pyramid at N points -> (N, 192)."""
     return torch.cat([_sample(extra[k], tile, points_xy, s) for k, s in (("p2", 2), ("p4", 4), ("p8", 8))], 1)
@@ -382,16 +369,3 @@ def _generated_body(x: Tensor, parameters: Tensor) -> Tensor:
         start += outputs
         x = F.relu(torch.baddbmm(bias, weight, x))
     return x
-
-
-def _axis_ratio(hard: Tensor, area: Tensor) -> Tensor:
-    """Minor over major axis of the masks (N, h, w), from second moments -> (N,) in (0, 1]."""
-    steps = torch.arange(hard.shape[1], device=hard.device, dtype=hard.dtype)
-    px, py = hard.sum(1) / area[:, None], hard.sum(2) / area[:, None]
-    mx, my = (px * steps).sum(1), (py * steps).sum(1)
-    dx, dy = steps[None] - mx[:, None], steps[None] - my[:, None]
-    xx, yy = (px * dx**2).sum(1) + 1 / 12, (py * dy**2).sum(1) + 1 / 12
-    xy = torch.einsum("nyx,ny,nx->n", hard, dy, dx) / area
-    root = torch.sqrt(((xx - yy) / 2) ** 2 + xy**2)
-    middle = (xx + yy) / 2
-    return torch.sqrt((middle - root).clamp_min(1e-4) / (middle + root).clamp_min(1e-4))

@@ -1,0 +1,221 @@
+"""SAM's networks, ours beside `segment_anything`'s own, on the same random weights in the same run.
+
+    python benchmarks/models.py [--models B L H] [--rounds 3]
+
+A and B alternate. Seconds are CPU seconds of this process on one thread, medians over the rounds; memory is the peak resident set above what the
+process held before. Per model: the image encoder on one 1024 x 1024 tile. Once, for all have the same: the mask decoder at 1, 16, 64 and
+256 prompts, against SamPredictor.predict_torch (its upsampling to 1024 x 1024 included, as that is what it returns; ours stops at the logits,
+from which outlines are traced). Then what belongs to every prompt: logits to polygons, and mining prompts from a similarity map.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import statistics
+import sys
+import time
+import types
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import shapely
+import torch
+import torch.nn.functional as F
+from common import write_results
+from scipy import ndimage
+from skimage.data import immunohistochemistry
+
+from wsiseg.config import ApgConfig, CopConfig, MaskConfig
+from wsiseg.geometry import Box, Lattice
+from wsiseg.masks import decode
+from wsiseg.models import load_model, sam_encoder
+from wsiseg.models.sam import SamModel
+from wsiseg.models.sam_modules import modeling
+from wsiseg.models.unetr import InstanceDecoder
+from wsiseg.polygons import trace
+from wsiseg.prompts.apg import apg_points
+from wsiseg.prompts.chain_of_prompts import component_points
+from wsiseg.testing import VIT_B, VIT_H, VIT_L, VIT_TOY, disturb, random_sam
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+ENCODERS = {"B": VIT_B, "L": VIT_L, "H": VIT_H}
+PROMPTS = (1, 16, 64, 256)
+
+
+def _resident(what: str) -> float:
+    """MB of VmRSS or VmHWM."""
+    return int(Path("/proc/self/status").read_text().split(f"{what}:")[1].split()[0]) / 1024
+
+
+def measure(function: Callable[[], Any]) -> tuple[Any, float, float]:
+    """Result, CPU seconds and peak MB of one call."""
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")
+    before, started = _resident("VmRSS"), time.process_time()
+    result = function()
+    return result, time.process_time() - started, _resident("VmHWM") - before
+
+
+def alternate(rounds: int, *functions: Callable[[], Any]) -> tuple[list[Any], list[float], list[float]]:
+    """Results, median seconds and highest peaks of several functions, called in turn."""
+    found = [[measure(f) for f in functions] for _ in range(rounds)]
+    return (
+        [x[0] for x in found[-1]],
+        [statistics.median(r[k][1] for r in found) for k in range(len(functions))],
+        [max(r[k][2] for r in found) for k in range(len(functions))],
+    )
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).abs().max() / b.abs().max())
+
+
+def predictor_class() -> Any:
+    """SamPredictor; it imports names of torchvision that this benchmark never calls."""
+    if "torchvision" not in sys.modules:
+        for name in ("torchvision", "torchvision.transforms", "torchvision.transforms.functional"):
+            sys.modules[name] = types.ModuleType(name)
+        sys.modules["torchvision.transforms.functional"].resize = None
+        sys.modules["torchvision.transforms.functional"].to_pil_image = None
+    modeling()
+    stand_in = types.ModuleType("segment_anything")
+    stand_in.__path__ = [str(Path(modeling().__file__).parents[1])]
+    sys.modules["segment_anything"] = stand_in
+    from segment_anything.predictor import SamPredictor
+
+    return SamPredictor
+
+
+def encoders(names: list[str], rounds: int) -> list[dict[str, object]]:
+    rows = []
+    image = torch.randn(1, 3, 1024, 1024, generator=torch.Generator().manual_seed(0))
+    for name in names:
+        encoder = random_sam(ENCODERS[name])["image_encoder"]
+        (wanted, got), seconds, peaks = alternate(rounds, lambda e=encoder: e(image), lambda e=encoder: sam_encoder.encode(e, image))
+        rows.append({
+            "encoder": f"ViT-{name}", "reference s": seconds[0], "ours s": seconds[1], "ratio": seconds[1] / seconds[0],
+            "reference MB": peaks[0], "ours MB": peaks[1], "memory ratio": peaks[1] / peaks[0], "difference": relative(got, wanted),
+        })  # fmt: skip
+        print(rows[-1], flush=True)
+        half, x = encoder.bfloat16(), image.bfloat16()
+        _, seconds, peaks = alternate(1, lambda e=half, x=x: sam_encoder.encode(e, x))
+        rows[-1] |= {"ours bf16 s": seconds[0]}
+    return rows
+
+
+def decoders(rounds: int) -> list[dict[str, object]]:
+    networks = random_sam(VIT_TOY)
+    model = SamModel(networks, None, mpp=0.25).ready(torch.device("cpu"), bf16=False)
+    sam = modeling().Sam(networks["image_encoder"], networks["prompt_encoder"], networks["mask_decoder"]).eval()
+    predictor = predictor_class()(sam)
+    tile = torch.randint(0, 256, (1, 3, 1024, 1024), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    embeddings = model.encode(tile)
+    predictor.set_torch_image(tile, (1024, 1024))
+    rows = []
+    for count in PROMPTS:
+        points = torch.rand(count, 2, generator=torch.Generator().manual_seed(2)) * 1024
+        which, labels = torch.zeros(count, dtype=torch.long), torch.ones(count, 1)
+
+        def ours(points=points, which=which):
+            shared = model.share(predictor.features)  # what the prompts of a tile share is counted
+            return model.decode(replace(embeddings, extra=embeddings.extra | vars(shared)), which, points)
+
+        def theirs(points=points, labels=labels):
+            return predictor.predict_torch(points[:, None] - 0.5, labels, multimask_output=False)
+
+        (wanted, got), seconds, peaks = alternate(rounds if count < 256 else 1, theirs, ours)
+        logits = wanted[2][:, 0]
+        crops = torch.stack([x[v : v + 64, u : u + 64] for x, (u, v) in zip(logits, (got.origin_xy // 4).tolist(), strict=True)])
+        rows.append({
+            "prompts": count, "predict_torch ms": 1e3 * seconds[0] / count, "ours ms": 1e3 * seconds[1] / count, "ratio": seconds[1] / seconds[0],
+            "predict_torch MB": peaks[0] / count, "ours MB": peaks[1] / count, "memory ratio": peaks[1] / max(peaks[0], 1e-9),
+            "difference of logits": float((crops - got.logits).abs().max()),
+        })  # fmt: skip
+        print(rows[-1], flush=True)
+    return rows
+
+
+def instance_decoder() -> list[dict[str, object]]:
+    torch.manual_seed(0)
+    network = InstanceDecoder().eval()
+    disturb(network)
+    embedding = torch.randn(1, 256, 64, 64)
+    (maps, _), seconds, peaks = measure(lambda: network.folded()(embedding))
+    return [{"network": "instance decoder (UNETR), 1024 px", "s": seconds, "MB": peaks, "finite": bool(maps.isfinite().all())}]
+
+
+def outlines(rounds: int) -> list[dict[str, object]]:
+    """Logits of real nuclei to polygons and WKB; truth is the mask of the logits upsampled four times."""
+    model = load_model("nuclei-compact", "cpu")
+    image = torch.from_numpy(immunohistochemistry()).permute(2, 0, 1)[None]
+    embeddings = model.encode(image)
+    points = apg_points(embeddings.maps[0].numpy(), 2, model.mpp, ApgConfig())
+    outer, lattice = Box(0, 0, 512, 512), Lattice(model.mpp, model.mpp)
+    rows = []
+    for what, config in (("as traced", MaskConfig(convex_above=1.0)), ("with hulls (default)", MaskConfig())):
+        masks = list(decode(model, embeddings, 0, points, config))
+        (done,), seconds, _ = alternate(rounds, lambda masks=masks, config=config: [trace(m, outer, lattice, config)[0] for m in masks])
+        cells = [c for part in done for c in part.polygons]
+        started = time.process_time()
+        shapely.to_wkb(np.array(cells, object))
+        wkb = time.process_time() - started
+        iou, bias = _against_upsampled(masks, cells, np.concatenate([part.points_xy for part in done]))
+        rows.append({
+            "outlines": what, "nuclei": len(cells), "us per nucleus": 1e6 * (seconds[0] + wkb) / len(cells), "IoU": iou, "area bias %": 100 * bias,
+        })  # fmt: skip
+    return rows
+
+
+def _against_upsampled(masks: list[Any], polygons: list[shapely.Polygon], points: np.ndarray) -> tuple[float, float]:
+    """Mean IoU and mean relative area difference of the outlines against the logits upsampled by 4 (bilinear) and cut at zero."""
+    from skimage.draw import polygon2mask
+
+    truth = {}
+    for part in masks:
+        fine = F.interpolate(part.logits[:, None], scale_factor=4, mode="bilinear", align_corners=False)[:, 0].numpy()
+        for logit, origin, point in zip(fine, part.origin_xy.numpy(), part.points_xy.numpy(), strict=True):
+            truth[tuple(np.round(point, 3))] = (logit > 0, origin)
+    ious, biases = [], []
+    for polygon, point in zip(polygons, points, strict=True):
+        inside, origin = truth[tuple(np.round(point.astype(np.float32), 3))]
+        labels, _ = ndimage.label(inside)
+        xy = (np.array(polygon.exterior.coords) - origin) * 2  # px of 0.25 um to quarters of a cell of 2 px
+        drawn = polygon2mask(inside.shape, xy[:, ::-1] - 0.5)
+        own = np.bincount(labels[drawn], minlength=2)[1:].argmax() + 1
+        mask = ndimage.binary_fill_holes(labels == own)
+        ious.append((mask & drawn).sum() / (mask | drawn).sum())
+        biases.append(polygon.area * 4 / mask.sum() - 1)
+    return float(np.mean(ious)), float(np.mean(biases))
+
+
+def mining(rounds: int) -> list[dict[str, object]]:
+    """Components of a 256 x 256 similarity map, as many as nuclei in a tile."""
+    rng = np.random.default_rng(0)
+    similarity = ndimage.gaussian_filter(rng.standard_normal((256, 256)), 4).astype(np.float32)
+    similarity = (similarity - similarity.min()) / np.ptp(similarity)
+    floor = float(np.quantile(similarity, 0.8))
+    (found,), seconds, _ = alternate(5 * rounds, lambda: component_points(similarity, floor, CopConfig.min_component_um2))
+    return [{"map": "256 x 256", "components": len(found), "ms": 1e3 * seconds[0]}]
+
+
+@torch.inference_mode()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=ENCODERS, default=list(ENCODERS))
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    tables = {
+        "Mining prompts": mining(options.rounds), "Logits to polygons and WKB": outlines(options.rounds),
+        "Mask decoder": decoders(options.rounds), "Instance decoder": instance_decoder(), "Image encoder": encoders(options.models, options.rounds),
+    }  # fmt: skip
+    write_results("models", tables, __doc__.split("\n\n", 2)[2].strip())
+
+
+if __name__ == "__main__":
+    main()

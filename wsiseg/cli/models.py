@@ -1,0 +1,135 @@
+"""``wsiseg models``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from wsiseg.models.store import MPP_RANGE, NORMALISE
+
+if TYPE_CHECKING:
+    from wsiseg.models.cards import ModelCard
+
+
+@click.group(short_help="List, check, import and download models.", name="models")
+def command() -> None:
+    """Work with models: the one in the package, and checkpoints of the SAM family that you import once and then call by name.
+
+    \b
+    wsiseg models list                                            what is here, and what can be had
+    wsiseg models download sam-vit-b                              fetch a published checkpoint
+    wsiseg models import best.pt --name mine --mpp 0.25           take in your own
+    wsiseg run slide.svs --model mine
+
+    Models are kept below your data folder, or in the folder that the environment variable WSISEG_MODELS names. Nothing is downloaded by any
+    other command.
+    """  # noqa: D301 - click's mark for lines that stay as they are
+
+
+@command.command("list", short_help="What is here, and what can be had.")
+def list_() -> None:
+    """List name, architecture, microns per pixel, licence, and where the model is."""
+    from wsiseg.models.store import catalogue, models_folder
+
+    rows = [("name", "architecture", "mpp", "licence", "where")]
+    rows += [(row.name, row.architecture, f"{row.mpp:g}", row.licence, row.where) for row in catalogue()]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    click.echo(f"Imported models are in {models_folder()}", err=True)
+
+
+@command.command(short_help="All that is known of a model.")
+@click.argument("name")
+def show(name: str) -> None:
+    """Show the card of the model NAME."""
+    from wsiseg.models.store import known_card
+
+    _report(known_card(name))
+
+
+@command.command(short_help="Compare weights with their check sums.")
+@click.argument("names", nargs=-1, metavar="[NAME...]")
+@click.pass_context
+def verify(ctx: click.Context, names: tuple[str, ...]) -> None:
+    """Compare the weights of the models NAME with the sha256 of their cards; all models without NAME."""
+    from wsiseg.models.store import verify_all
+
+    verdicts = verify_all(names)
+    for name, wrong in verdicts.items():
+        click.echo(f"Error: {wrong}" if wrong else f"{name}: fine", err=bool(wrong))
+    if any(verdicts.values()):
+        ctx.exit(1)
+
+
+@command.command("import", short_help="Take in a checkpoint of the SAM family.")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--name", required=True, help="What --model will take: lower-case letters, digits, dots, hyphens, underscores.")
+@click.option("--decoder", type=click.Path(path_type=Path), metavar="FILE", help="The instance decoder, where it is in a file of its own.")
+@click.option(
+    "--mpp", type=float, default=0.25, show_default=True, metavar="UM",
+    help=f"Microns per px of the images that the model takes ({MPP_RANGE[0]:g} to {MPP_RANGE[1]:g}).",
+)  # fmt: skip
+@click.option("--licence", default="unknown", show_default=True, metavar="TEXT", help="Licence of the weights, for the card.")
+@click.option("--source", default="", metavar="TEXT", help="Where the weights are from, for the card.")
+@click.option("--normalise", type=click.Choice(NORMALISE), default=NORMALISE[0], show_default=True, help="What is done to a tile first.")
+@click.option("--overwrite", is_flag=True, help="Replace a model of this name.")
+def import_(
+    file: Path, name: str, decoder: Path | None, mpp: float, licence: str, source: str, normalise: str, overwrite: bool
+) -> None:  # fmt: skip
+    """Convert the checkpoint FILE and keep it, so that --model takes its name.
+
+    FILE is a SAM with a ViT-B, ViT-L or ViT-H encoder: as published, fine-tuned (micro-sam, PathoSAM and others), or a training checkpoint
+    (best.pt); .pt, .pth or .safetensors. Nothing in it is run: a file that asks for it is refused.
+
+    --mpp is the scale at which the model saw its images in training. A model that took tiles of 512 px at 0.25 um/px, enlarged to 1024 px (PathoSAM),
+    works at 0.125.
+
+    \b
+    wsiseg models import vit_b_histopathology.pt --decoder vit_b_histopathology_decoder.pt --name patho-b --mpp 0.125
+    """  # noqa: D301 - click's mark for lines that stay as they are
+    from wsiseg.models.store import import_model
+
+    _report(
+        import_model(
+            file, name, decoder=decoder, mpp=mpp, licence=licence, source=source or str(file), normalise=normalise, overwrite=overwrite, on_note=_note
+        )
+    )
+
+
+@command.command(short_help="Fetch a published checkpoint.")
+@click.argument("name")
+@click.option("--overwrite", is_flag=True, help="Replace a model of this name.")
+def download(name: str, overwrite: bool) -> None:
+    """Fetch the published checkpoint NAME (see `wsiseg models list`), compare it with its sha256, and import it.
+
+    When the connection breaks, the same command goes on from there.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    from wsiseg.models.store import download as fetch
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bars:
+        task = bars.add_task(name, total=None)
+        card = fetch(
+            name, overwrite=overwrite, on_note=_note, on_progress=lambda done, total: bars.update(task, completed=done, total=total or None)
+        )  # fmt: skip
+    _report(card)
+
+
+def _note(text: str) -> None:
+    click.echo(f"Note: {text}", err=True)
+
+
+def _report(card: ModelCard) -> None:
+    rows = {
+        "name": card.name, "architecture": card.architecture, "instance decoder": "yes" if card.instance_decoder else "no", "mpp": f"{card.mpp:g}",
+        "normalise": card.normalise, "licence": card.licence, "source": card.source, "weights": card.weights, "sha256": card.sha256,
+    }  # fmt: skip
+    for key, value in rows.items():
+        click.echo(f"{key}: {value}")

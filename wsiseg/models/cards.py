@@ -1,0 +1,61 @@
+"""Models as data: what a model is, where its weights lie, and what they are allowed for."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """One model.
+
+    Attributes
+    ----------
+    name
+        What ``--model`` takes.
+    network
+        ``module:class`` of the network that the weights belong to.
+    weights
+        The safetensors file.
+    sha256
+        Of that file, hexadecimal.
+    licence, source
+        Of the weights.
+    mpp
+        Microns per model px.
+    normalise
+        ``none``, or ``tile-minmax``: each channel of a tile is stretched to 0 .. 255 first.
+    architecture
+        In words: ``ViT-B``.
+    instance_decoder
+        The weights hold a decoder of instance maps too.
+    """
+
+    name: str
+    network: str
+    weights: Path
+    sha256: str
+    licence: str
+    source: str
+    mpp: float
+    normalise: str = "none"
+    architecture: str = ""
+    instance_decoder: bool = False
+
+
+def file_hash(path: Path) -> str:
+    """sha256 of a file, hexadecimal; of a file that has not changed since, without reading it again."""
+    facts = path.stat()
+    return _digest(path, facts.st_size, facts.st_mtime_ns)
+
+
+@lru_cache(maxsize=16)
+def _digest(path: Path, size: int, changed: int) -> str:  # noqa: ARG001
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,344 @@
+"""Checkpoints of the SAM family: which file is what, and what is in it. Nothing is run from a file.
+
+Forms that are read [1]_, by content whatever the name::
+
+    flat               image_encoder.*  prompt_encoder.*  mask_decoder.*      official SAM, micro-sam; also after "module.", "sam." or "model."
+    with decoder       {"model_state": flat, "decoder_state": decoder}        exported by micro-sam
+    training           the same, keys after "sam.", and objects of training   micro-sam's best.pt
+    decoder            base.*  deconvN.*  decoder.*  out_conv.*               micro-sam's second file; given beside the first
+    ours               sam.<flat>  decoder.<decoder>                          safetensors, of `wsiseg models import`
+
+References
+----------
+.. [1] micro-sam, https://github.com/computational-cell-analytics/micro-sam, ``micro_sam/util.py`` and ``micro_sam/instance_segmentation.py``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from wsiseg.errors import WeightsError
+from wsiseg.models.torch_files import read_torch_file
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+_WRAPPERS = ("module.", "sam.", "model.")
+_CONTAINERS = ("model_state", "state_dict", "model")
+_STATISTICS = {"pixel_mean", "pixel_std"}
+_PARTS = ("image_encoder.", "prompt_encoder.", "mask_decoder.")
+_PATCHES = "image_encoder.patch_embed.proj.weight"
+_DECODER_CHANNELS = 3  # foreground, distance to the centre, distance to the boundary
+_NAMES = {(768, 12): "ViT-B", (1024, 24): "ViT-L", (1280, 32): "ViT-H"}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The tensors of a model, as they are in the file.
+
+    Attributes
+    ----------
+    sam
+        ``image_encoder.*``, ``prompt_encoder.*``, ``mask_decoder.*``.
+    decoder
+        Of the instance decoder, without its copy of the encoder; empty when there is none.
+    notes
+        What was left out, one sentence each.
+    """
+
+    sam: dict[str, Tensor]
+    decoder: dict[str, Tensor]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The image encoder, as its tensors' shapes tell it.
+
+    Attributes
+    ----------
+    dim, depth, heads
+        Width, number of blocks, attention heads.
+    global_blocks
+        Blocks that attend to the whole image, counted from 0; the others attend within windows.
+    window
+        Side of a window, tokens.
+    grid
+        Side of the image, tokens.
+    patch
+        Side of a token, model px.
+    """
+
+    dim: int
+    depth: int
+    heads: int
+    global_blocks: tuple[int, ...]
+    window: int
+    grid: int
+    patch: int
+
+    @property
+    def name(self) -> str:
+        """``ViT-B``, ``ViT-L``, ``ViT-H``, or width and depth in words."""
+        return _NAMES.get((self.dim, self.depth), f"ViT of width {self.dim} and depth {self.depth}")
+
+
+def read_checkpoint(path: Path, decoder: Path | None = None) -> Checkpoint:
+    """Read a checkpoint of the SAM family.
+
+    Parameters
+    ----------
+    path
+        PyTorch or safetensors file of the model.
+    decoder
+        File of its instance decoder, where that is apart. It takes the place of one in ``path``.
+
+    Returns
+    -------
+    Checkpoint
+        Tensors on the CPU, in the file's own precision. They read the file when they are used: do not change it meanwhile.
+
+    Raises
+    ------
+    WeightsError
+        A file is missing, damaged, or something else than a SAM checkpoint with a plain ViT encoder; or it asks to run code.
+    """
+    content, notes = _read(path)
+    sam, own = _split(content, path, notes)
+    _require_sam(sam, path)
+    if decoder:
+        if own:
+            notes.append(f"the decoder in {path.name} gives way to {decoder.name}")
+        content, more = _read(decoder)
+        own = _decoder(content, decoder)
+        notes += more
+    if own:
+        _require_decoder(own, decoder or path)
+    for tensors, file in ((sam, path), (own, decoder or path)):
+        _require_finite(tensors, file)
+    try:
+        recognise(sam)
+    except WeightsError as error:
+        raise WeightsError(f"{path}: {error}") from error
+    return Checkpoint(sam, own, tuple(notes))
+
+
+def recognise(sam: Mapping[str, Tensor]) -> Architecture:
+    """Tell the encoder from the shapes of its tensors.
+
+    Parameters
+    ----------
+    sam
+        Of a `Checkpoint`.
+
+    Returns
+    -------
+    Architecture
+        A block is global when its table of relative positions covers the image and another block's does not.
+
+    Raises
+    ------
+    WeightsError
+        Tensors are missing or do not go together.
+    """
+    dim, patch = _shape(sam, _PATCHES, 4)[0], _shape(sam, _PATCHES, 4)[-1]
+    grid = _shape(sam, "image_encoder.pos_embed", 4)[1]
+    blocks = {int(found[1]) for key in sam if (found := re.match(r"image_encoder\.blocks\.(\d+)\.", key))}
+    if blocks != set(range(len(blocks))) or not blocks:
+        raise WeightsError(f"image_encoder.blocks has the numbers {sorted(blocks)}; they must be 0, 1, 2, ...; get the file again")
+    tables = [_shape(sam, f"image_encoder.blocks.{k}.attn.rel_pos_h", 2) for k in range(len(blocks))]
+    head_dim = tables[0][1]
+    if not head_dim or dim % head_dim:
+        raise WeightsError(f"width {dim} is no multiple of the heads' width {head_dim}; this is not a SAM encoder")
+    rows = [table[0] for table in tables]
+    whole = 2 * grid - 1
+    windowed = set(rows) - {whole} or {whole}
+    if len(windowed) > 1 or min(windowed) % 2 == 0:
+        raise WeightsError(f"tables of relative positions of {sorted(set(rows))} rows; SAM has {whole} and one other odd number")
+    global_blocks = tuple(k for k, n in enumerate(rows) if n not in windowed)
+    return Architecture(dim, len(rows), dim // head_dim, global_blocks, (min(windowed) + 1) // 2, grid, patch)
+
+
+def _shape(sam: Mapping[str, Tensor], key: str, ndim: int) -> tuple[int, ...]:
+    if key not in sam:
+        raise WeightsError(f"{key} is missing; pass a complete SAM checkpoint (ViT-B, ViT-L or ViT-H)")
+    if sam[key].ndim != ndim:
+        raise WeightsError(f"{key} has the shape {tuple(sam[key].shape)}, not {ndim} dimensions; pass a SAM checkpoint (ViT-B, ViT-L or ViT-H)")
+    return tuple(sam[key].shape)
+
+
+# Reading
+
+
+def _read(path: Path) -> tuple[dict[str, Any], list[str]]:
+    """The dict in a file of any known kind, and notes on what was passed over."""
+    notes: list[str] = []
+    try:
+        kind = _kind(path)
+        if kind == "safetensors":
+            return _read_safetensors(path), notes
+        found = read_torch_file(path)
+    except OSError as error:
+        raise WeightsError(f"{path}: cannot be read ({error.strerror or error}); check the path, the permissions and the disk") from error
+    if found.foreign:
+        shown = ", ".join(found.foreign[:3]) + (", ..." if len(found.foreign) > 3 else "")
+        notes.append(f"objects of other programs in {path.name} were not loaded ({shown})")
+    if not isinstance(found.content, Mapping):
+        what = "a whole pickled model or another object" if found.foreign else f"a {type(found.content).__name__}"
+        raise WeightsError(f"{path}: holds {what}, not a dict of tensors; save the model's state_dict() and pass that")
+    return {str(key): value for key, value in found.content.items()}, notes
+
+
+def _kind(path: Path) -> str:
+    """``torch`` or ``safetensors``, by the first bytes."""
+    if path.is_dir():
+        raise WeightsError(f"{path}: is a folder; pass the weight file in it")
+    if not path.exists():
+        raise WeightsError(f"{path}: no such file; check the path")
+    with path.open("rb") as stream:
+        head = stream.read(512)
+    if not head:
+        raise WeightsError(f"{path}: the file is empty; copy or download it again")
+    if head.startswith((b"PK\x03\x04", b"PK\x05\x06")):
+        return "torch"
+    if head[:1] == b"\x80":
+        return "torch"
+    if len(head) > 8 and head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 2**27:
+        return "safetensors"
+    text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
+        raise WeightsError(f"{path}: a web page, not a weight file; the download got an error or a login page: get the file itself")
+    if text.startswith(b"version https://git-lfs"):
+        raise WeightsError(f"{path}: a pointer of Git LFS, not the file itself; run `git lfs pull` where it is from")
+    raise WeightsError(f"{path}: not a checkpoint; pass a PyTorch file (.pt, .pth) or a .safetensors file of a SAM model")
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return dict(load_file(path))
+    except (SafetensorError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise WeightsError(f"{path}: not a readable safetensors file ({reason}); it may be cut short: get it again") from error
+
+
+# Sorting
+
+
+def _split(content: dict[str, Any], path: Path, notes: list[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Tensors of the model and of its decoder, under their plain names."""
+    state = content
+    for container in _CONTAINERS:
+        if isinstance(content.get(container), Mapping):
+            state = {str(key): value for key, value in content[container].items()}
+            rest = sorted(content.keys() - {container, "decoder_state"})
+            if rest:
+                notes.append(f"left out of {path.name}: {', '.join(rest[:5])}{', ...' if len(rest) > 5 else ''}")
+            break
+    tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+    if not tensors:
+        shown = ", ".join(sorted(state)[:3]) or "nothing"
+        raise WeightsError(f"{path}: holds no tensors by name (found: {shown}); pass a SAM checkpoint")
+    own = content.get("decoder_state")
+    # ours, before prefixes go: "decoder." is also the name of a part of the decoder
+    if any(key.startswith("sam.") for key in tensors) and not own:
+        own = {key.removeprefix("decoder."): value for key, value in tensors.items() if key.startswith("decoder.")}
+        tensors = {key: value for key, value in tensors.items() if not key.startswith("decoder.")}
+    if own is not None and not isinstance(own, Mapping):
+        raise WeightsError(f"{path}: decoder_state is a {type(own).__name__}, not a dict of tensors; get the file again")
+    return _unwrapped(tensors), _without_encoder(own or {})
+
+
+def _unwrapped(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Prefixes that every name has are removed; so are the constants of the input."""
+    prefixed = True
+    while prefixed:
+        tensors = {key: value for key, value in tensors.items() if key not in _STATISTICS}
+        prefixed = False
+        for prefix in _WRAPPERS:
+            if tensors and all(key.startswith(prefix) for key in tensors):
+                tensors, prefixed = {key.removeprefix(prefix): value for key, value in tensors.items()}, True
+    return tensors
+
+
+def _without_encoder(state: Mapping[Any, Any]) -> dict[str, Tensor]:
+    plain = _unwrapped({str(key): value for key, value in state.items() if isinstance(value, Tensor)})
+    return {key: value for key, value in plain.items() if not key.startswith("encoder")}
+
+
+def _decoder(content: dict[str, Any], path: Path) -> dict[str, Tensor]:
+    """Of a file that was given as a decoder."""
+    state: Any = next((content[key] for key in ("decoder_state", *_CONTAINERS) if isinstance(content.get(key), Mapping)), content)
+    if any(str(key).startswith(("sam.", *_PARTS)) for key in state) and "decoder_state" not in content:
+        raise WeightsError(f"{path}: given as a decoder, but it holds a SAM model; pass micro-sam's decoder file, or leave --decoder out")
+    found = _without_encoder(state)
+    if not _is_decoder(found):
+        shown = ", ".join(sorted(found)[:3]) or "no tensors"
+        raise WeightsError(f"{path}: not an instance decoder (found: {shown}); pass micro-sam's decoder file, or leave --decoder out")
+    return found
+
+
+def _is_decoder(keys: Mapping[str, Tensor]) -> bool:
+    return "out_conv.weight" in keys and any(key.startswith("deconv1.") for key in keys)
+
+
+# Refusing
+
+
+def _require_sam(sam: dict[str, Tensor], path: Path) -> None:
+    """What is not a whole SAM with a plain ViT is named for what it is."""
+    supported = "pass a SAM checkpoint with a ViT-B, ViT-L or ViT-H encoder"
+    if any("lora_" in key or "w_a_linear" in key or "w_b_linear" in key for key in sam):
+        if _PATCHES not in sam:
+            raise WeightsError(f"{path}: holds only a LoRA adapter, not the model; merge it into the base model first and pass the result")
+        raise WeightsError(f"{path}: a model with LoRA layers in it; merge them into the base weights first and pass the result")
+    if any(key.startswith("image_encoder.trunk.") for key in sam):
+        raise WeightsError(f"{path}: a SAM 2 checkpoint, which is not supported; {supported}")
+    if any(key.startswith("vision_encoder.") for key in sam):
+        raise WeightsError(f"{path}: a SAM of the transformers library, whose tensors have other names; {supported} in its original form")
+    if any(key.startswith("image_encoder.") for key in sam) and _PATCHES not in sam:
+        if any(key.startswith(("image_encoder.patch_embed.seq", "image_encoder.layers.")) for key in sam):
+            raise WeightsError(f"{path}: MobileSAM (ViT-T), which is not supported; {supported}")
+        raise WeightsError(f"{path}: its image encoder has no patch_embed.proj.weight, so it is not SAM's; {supported}")
+    if _is_decoder(sam):
+        _require_no_unetr(sam, path)
+    missing = [part.rstrip(".") for part in _PARTS if not any(key.startswith(part) for key in sam)]
+    if len(missing) == len(_PARTS):
+        raise WeightsError(f"{path}: not a SAM checkpoint (it has {', '.join(sorted(sam)[:3])}, ...); {supported}")
+    if missing:
+        raise WeightsError(f"{path}: no {' and no '.join(missing)} in it; {supported} with all its parts")
+
+
+def _require_no_unetr(sam: dict[str, Tensor], path: Path) -> None:
+    channels = sam["out_conv.weight"].shape[0]
+    if channels != _DECODER_CHANNELS:
+        raise WeightsError(
+            f"{path}: a semantic model ({channels} classes), whose head is not supported; pass the SAM checkpoint it was trained from, and click "
+            "the types instead"
+        )
+    if any(key.startswith("encoder.") for key in sam):
+        raise WeightsError(f"{path}: encoder and instance decoder without SAM's mask decoder; pass the SAM checkpoint, and this with --decoder")
+    raise WeightsError(f"{path}: an instance decoder, not a model; pass the SAM checkpoint, and this file with --decoder")
+
+
+def _require_decoder(decoder: dict[str, Tensor], path: Path) -> None:
+    if not _is_decoder(decoder):
+        shown = ", ".join(sorted(decoder)[:3])
+        raise WeightsError(f"{path}: decoder_state is no instance decoder of micro-sam (found: {shown}, ...); pass the checkpoint without it")
+    channels = decoder["out_conv.weight"].shape[0]
+    if channels != _DECODER_CHANNELS:
+        raise WeightsError(f"{path}: a decoder with {channels} channels; the semantic head is not supported: pass the instance decoder, which has 3")
+
+
+def _require_finite(tensors: dict[str, Tensor], path: Path) -> None:
+    broken = sorted(key for key, value in tensors.items() if value.is_floating_point() and not torch.isfinite(value).all())
+    if broken:
+        raise WeightsError(f"{path}: {len(broken)} tensors hold NaN or infinity (first: {broken[0]}); the file is damaged: get it again")
