@@ -7,11 +7,11 @@ b       boundary distance      (h, w), [0, 1]; 0 innermost, 1 at the boundary
 _s      smoothed               Gaussian: sigma 1.0 px for f, 1.6 px for c and b
 M       mask                   f_s > t_f
 
-Steps: smooth  ->  M  ->  markers = 4-connected components of (c_s < t_c) & (b_s < t_b) & M  ->  watershed of b_s from the markers inside M
+Steps: smooth  ->  M  ->  markers = 8-connected components of (c_s < t_c) & (b_s < t_b) & M  ->  watershed of b_s from the markers inside M
 
 Departures: D1 the whole image at once, not blocks with a halo.
-Not stated: U1 beyond the image the nearest pixel is repeated, and the Gaussian ends at 4 sigma, as in ``skimage.filters.gaussian``.
-U2 markers are 4-connected, as the prompts of APG are.
+Not stated, and found by comparing labels with micro-sam 1.8.14 on the same maps (99.99 % of the pixels in the same objects): U1 beyond the image
+its pixels are mirrored, and the Gaussian ends at 3 sigma. U2 markers are 8-connected, unlike the prompts of APG.
 
 References
 ----------
@@ -73,10 +73,10 @@ def ais_labels(f: NDArray[np.floating], c: NDArray[np.floating], b: NDArray[np.f
         reaches is 0.
     """
     config = config or AisConfig()
-    f = ndimage.gaussian_filter(f, config.foreground_sigma, mode="nearest")  # U1
-    c, b = (ndimage.gaussian_filter(x, config.distance_sigma, mode="nearest") for x in (c, b))
+    sigmas = (config.foreground_sigma, config.distance_sigma, config.distance_sigma)
+    f, c, b = (ndimage.gaussian_filter(x, sigma, mode="reflect", truncate=3) for x, sigma in zip((f, c, b), sigmas, strict=True))  # U1
     inside = f > config.foreground
-    markers, _ = ndimage.label((c < config.centre) & (b < config.boundary) & inside)  # U2
+    markers, _ = ndimage.label((c < config.centre) & (b < config.boundary) & inside, np.ones((3, 3)))  # U2
     labels: NDArray[np.int32] = watershed(b, markers, mask=inside)
     keep = np.bincount(labels.ravel()) >= config.min_size
     keep[0] = False
