@@ -25,8 +25,8 @@ import shapely
 import torch
 import torch.nn.functional as F
 from common import write_results
+from memory import patch
 from scipy import ndimage
-from skimage.data import immunohistochemistry
 
 from wsiseg.config import ApgConfig, CopConfig, MaskConfig
 from wsiseg.geometry import Box, Lattice
@@ -152,12 +152,15 @@ def instance_decoder() -> list[dict[str, object]]:
 def outlines(rounds: int) -> list[dict[str, object]]:
     """Logits of real nuclei to polygons and WKB; truth is the mask of the logits upsampled four times."""
     model = load_model("nuclei-compact", "cpu")
-    image = torch.from_numpy(immunohistochemistry()).permute(2, 0, 1)[None]
+    image = torch.from_numpy(patch().copy()).permute(2, 0, 1)[None]
     embeddings = model.encode(image)
     points = apg_points(embeddings.maps[0].numpy(), 2, model.mpp, ApgConfig())
-    outer, lattice = Box(0, 0, 512, 512), Lattice(model.mpp, model.mpp)
+    outer, lattice = Box(0, 0, 1024, 1024), Lattice(model.mpp, model.mpp)
     rows = []
-    for what, config in (("as traced", MaskConfig(convex_above=1.0)), ("with hulls (default)", MaskConfig())):
+    for what, config in (
+        ("as traced", MaskConfig(convex_above=1.0, simplify_um=0.0)), ("thinned by 0.05 um", MaskConfig(convex_above=1.0)),
+        ("thinned, and hulls for convex ones (default)", MaskConfig()),
+    ):  # fmt: skip
         masks = list(decode(model, embeddings, 0, points, config))
         (done,), seconds, _ = alternate(rounds, lambda masks=masks, config=config: [trace(m, outer, lattice, config)[0] for m in masks])
         cells = [c for part in done for c in part.polygons]

@@ -70,7 +70,7 @@ def test_labels_are_the_foreground_that_markers_reach() -> None:
     c[truth == 2] = 0.9
     labels = ais_labels(f, c, b)
     assert labels.max() == 1
-    inside, _ = ndimage.label(gaussian(f, 1.0, mode="reflect", truncate=3) > 0.5)
+    inside, _ = ndimage.label(gaussian(f, 1.0, mode="mirror", truncate=3) > 0.5)
     np.testing.assert_array_equal(labels > 0, inside == inside[15, 15])
 
 

@@ -277,7 +277,7 @@ class RunConfig:
 
 
 #: Raised when the same inputs give other cells than before: parts of an older wsiseg are then made again.
-REVISION = 3
+REVISION = 4
 #: How fast it goes and what is written; and what is hashed by its content instead of its name.
 NOT_HASHED = ("device", "workers", "formats", "model", "mpp", "reader", "seeds", "bank", "roi")
 

@@ -15,7 +15,9 @@ Departures: D1 the distance transform is exact over the whole image; the referen
 can move the point of a component deeper than that. D2 boxes are clipped with x to the width and y to the height; the reference has the two
 swapped, which shows on images that are not square. D3 an empty first mask is not decoded again from its box: it has none. D4 of equal scores,
 depths or areas the first comes first, so that the result is the same on every machine.
-Not stated: U1 a box grows by its own width and height, not by the image's.
+Not stated: U1 a box grows by its own width and height, not by the image's; these run from the first pixel to the last.
+
+Compared with micro-sam 1.8.14 on the same masks and scores, at four settings: the same labels in every pixel.
 
 Kept as published: nothing is refused for a low score, and where masks compete the larger one wins, so that a mask of a whole cluster swallows
 its members unless their IoU with it exceeds ``nms``. On slides this is not used: masks are settled best score first. For one image without that
@@ -208,9 +210,9 @@ def grown_boxes(masks: Sequence[Cutout], shape: tuple[int, int], extension: floa
     Returns
     -------
     ndarray
-        float64 of shape (N, 4): x0, y0, x1, y1, corner frame, inside the image.
+        float64 of shape (N, 4): x0, y0, x1, y1, pixel indices of the first and last pixel (SAM's boxes), grown, inside the image.
     """
-    boxes = np.array([m.box for m in masks], float).reshape(-1, 4)
+    boxes = np.array([m.box for m in masks], float).reshape(-1, 4) - (0, 0, 1, 1)
     growth = np.tile(boxes[:, 2:] - boxes[:, :2], 2) * extension  # U1
     height, width = shape
     return np.clip(boxes + growth * (-1, -1, 1, 1), 0, (width, height, width, height))  # D2
