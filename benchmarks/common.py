@@ -17,6 +17,7 @@ from wsiseg.masks import decode
 from wsiseg.polygons import trace
 from wsiseg.prompts.apg import apg_points
 from wsiseg.records import Cells, Embeddings
+from wsiseg.second_round import ask_again
 from wsiseg.stitching import stitch
 
 if TYPE_CHECKING:
@@ -62,7 +63,10 @@ def cells_of(model, embeddings: Embeddings, points: np.ndarray, shape: tuple[int
     """Decode, trace and settle the prompts of one encoded image."""
     height, width = shape
     box, lattice = Box(0, 0, width, height), Lattice(MPP, MPP)
-    traced = [trace(m, box, lattice, config.masks)[0] for m in decode(model, embeddings, 0, points.astype(np.float32), config.masks)]
+    batches = list(decode(model, embeddings, 0, points.astype(np.float32), config.masks))
+    if config.second_round.enabled:
+        batches = ask_again(model, embeddings, max(shape), batches, config.masks, config.second_round)
+    traced = [trace(m, box, lattice, config.masks)[0] for m in batches]
     cells = Cells.concatenate(traced, model.descriptor_size)
     return stitch(cells, (width, height), config.masks.min_area_um2 / MPP**2, config.stitching)[0]
 

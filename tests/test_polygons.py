@@ -102,3 +102,10 @@ def test_largest_part() -> None:
     collection = shapely.GeometryCollection([shapely.box(0, 0, 1, 1), shapely.MultiPolygon([shapely.box(5, 5, 9, 9)]), shapely.Point(0, 0)])
     assert largest_part(collection).equals(shapely.box(5, 5, 9, 9))
     assert largest_part(shapely.LineString([(0, 0), (1, 1)])).is_empty
+
+
+def test_no_masks_give_no_cells() -> None:
+    none = masks_of(disc(10)).take(torch.zeros(1, dtype=torch.bool))
+    cells, touching = trace(none, Box(0, 0, 128, 128), Lattice(0.25, 0.25), MaskConfig())
+    assert len(cells) == 0
+    assert touching == 0

@@ -108,6 +108,28 @@ class GridConfig:
 
 
 @dataclass(frozen=True)
+class SecondRoundConfig:
+    """Prompting every instance once more, with its box and its neighbours' points (second_round.py).
+
+    Attributes
+    ----------
+    enabled
+        Off: it costs half as much again as the first round, and with nuclei-compact it does not pay (benchmarks/results/second_round.md).
+    neighbours
+        Nearest instances whose points are "not this"; upstream's 6.
+    agree
+        The second mask is taken when its IoU with the first is at least this; upstream's 0.7.
+    max_overlap
+        And when at most this share of it lies on other instances; upstream's 0.15.
+    """
+
+    enabled: bool = False
+    neighbours: int = 6
+    agree: float = 0.7
+    max_overlap: float = 0.15
+
+
+@dataclass(frozen=True)
 class CopConfig:
     """Chain-of-Prompts (arXiv 2605.29429).
 
@@ -264,6 +286,7 @@ class RunConfig:
     grid: GridConfig = field(default_factory=GridConfig)
     cop: CopConfig = field(default_factory=CopConfig)
     masks: MaskConfig = field(default_factory=MaskConfig)
+    second_round: SecondRoundConfig = field(default_factory=SecondRoundConfig)
     stitching: StitchingConfig = field(default_factory=StitchingConfig)
     typing: TypingConfig = field(default_factory=TypingConfig)
     device: str = "auto"
@@ -294,6 +317,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "cop.click_reach_um": (0.1, 100), "cop.click_min_score": _SHARE,
     "masks.min_score": _SHARE, "masks.min_area_um2": (0, 1e4), "masks.simplify_um": (0, 10), "masks.convex_above": _SHARE,
     "masks.prompts_per_batch": (1, 65536),
+    "second_round.neighbours": (0, 64), "second_round.agree": _SHARE, "second_round.max_overlap": _SHARE,
     "stitching.max_overlap": _SHARE, "stitching.contained": (0.01, 1), "stitching.cluster_size": (1, 1000), "stitching.nested": (0.01, 1),
     "typing.unknown_kind": (1e-6, 1 - 1e-6), "typing.rival_kind": (1e-9, 1e6), "typing.rival_other": (1e-9, 1e6),
     "typing.min_score": _SHARE, "typing.min_margin": _SHARE, "typing.drift": (0, 100), "typing.drift_um": (64, 1e6),

@@ -29,6 +29,7 @@ from wsiseg.prompts import find_points
 from wsiseg.prompts.grid import grid_points
 from wsiseg.propagation import account, assign_types, keep_clicks
 from wsiseg.records import Cells, Provenance, Typing, TypingNotes
+from wsiseg.second_round import ask_again
 from wsiseg.slide import read_region
 from wsiseg.stitching import stitch
 from wsiseg.workers import map_blocks
@@ -76,6 +77,8 @@ def segment_tile(tile: Tile, pixels: NDArray[np.uint8], tools: Tools, clock: Clo
         points = points[tile.core.contains(on_slide) & job.area.holds(job.lattice.to_level0(on_slide))]
     with clock("decode"):
         batches = list(decode(model, embeddings, 0, points, job.config.masks, grid=grid))
+        if job.config.second_round.enabled:
+            batches = ask_again(model, embeddings, tile.outer.width, batches, job.config.masks, job.config.second_round)
     with clock("vectorise"):
         traced = [trace(masks, tile.outer, job.lattice, job.config.masks) for masks in batches]
     cells = Cells.concatenate([cells for cells, _ in traced], model.descriptor_size)

@@ -86,7 +86,8 @@ def _outlines(
     for rim in (padded[:, 0], padded[:, -1], padded[:, :, 0], padded[:, :, -1]):
         rim[:] = -np.abs(rim)  # crosses zero on the window's border
     rings = zero_rings(padded)
-    rank = np.where(rings.enclose(prompts + 0.5), 2 * logits[0].size, 0) + rings.area  # + 1 for the rim, - 0.5 for the pixel centre
+    whole = 2.0 * logits.shape[1] * logits.shape[2]  # more than any ring encloses
+    rank = np.where(rings.enclose(prompts + 0.5), whole, 0) + rings.area  # + 1 for the rim, - 0.5 for the pixel centre
     good = (rings.area >= 1) & (rings.count >= 3)
     if wanted is not None:
         good &= wanted[rings.image]

@@ -157,6 +157,19 @@ class WindowMasks:
             self.points_xy[rows], self.whole,
         )  # fmt: skip
 
+    @staticmethod
+    def concatenate(batches: list[WindowMasks]) -> WindowMasks:
+        """All masks in order, of at least one batch; windows must have one size."""
+        import torch
+
+        def all_of(name: str) -> Tensor:
+            return torch.cat([getattr(b, name) for b in batches])
+
+        return WindowMasks(
+            all_of("logits"), all_of("origin_xy"), batches[0].cell_px, all_of("quality"), all_of("stability"), all_of("descriptors"),
+            all_of("points_xy"), batches[0].whole,
+        )  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Cells:

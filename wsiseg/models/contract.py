@@ -28,6 +28,8 @@ class PromptableModel(Protocol):
         It makes instance maps, for automatic prompts.
     sees_whole
         A mask that reaches its window's border can be asked for again with ``whole=True``.
+    box_replaces_point
+        A prompt with a box is the box and the hints' points; its own point only places the window.
     prompts_multiple
         Prompts are decoded in multiples of this many: small matrix products round differently with the number of threads.
     descriptor_size
@@ -47,6 +49,7 @@ class PromptableModel(Protocol):
     @property
     def has_maps(self) -> bool: ...  # noqa: D102
 
+    box_replaces_point: bool
     prompts_multiple: int
     descriptor_size: int
 

@@ -114,6 +114,7 @@ class NucleiCompact(nn.Module):
     input_px = None
     sees_whole = False
     has_maps = True
+    box_replaces_point = False
     prompts_multiple = 32
     reach_px = (WINDOW_CELLS // 2 + SNAP_CELLS // 2) * CELL_PX
     descriptor_size = DESCRIPTOR_SIZE

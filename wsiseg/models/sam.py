@@ -60,6 +60,7 @@ class SamModel(nn.Module):
 
     types: TypeSpace | None = None  # what separates types is found on each slide (discriminant.slide_space)
     sees_whole = True
+    box_replaces_point = True
     prompts_multiple = CPU_PROMPTS
     _bf16 = False
     pixel_mean: Tensor
