@@ -9,7 +9,7 @@ import pytest
 import shapely
 
 from wsiseg.config import TypingConfig
-from wsiseg.discriminant import read_clicks
+from wsiseg.discriminant import read_clicks, slide_space
 from wsiseg.propagation import assign_types, keep_clicks
 from wsiseg.records import Bank, Cells, TypeSpace, Typing
 
@@ -250,3 +250,21 @@ def test_clicked_cells_keep_their_type() -> None:
     kept, doubts = keep_clicks(cells, typing, bank, 1.0)
     assert kept.codes.tolist() == [1, 0, 1]
     assert doubts == ["the click on type 1 at [32, 5] meets no cell of the result"]
+
+
+def test_a_space_is_found_on_the_slide_when_the_weights_have_none() -> None:
+    """Three clouds in 40 numbers; one click each, and nothing but the cells themselves to learn from."""
+    rng = np.random.default_rng(0)
+    kinds = rng.integers(0, 3, 600)
+    z = rng.standard_normal((3, 40))[kinds] + 0.4 * rng.standard_normal((600, 40))
+    z = (z / np.linalg.norm(z, axis=1, keepdims=True)).astype(np.float16)
+    space = slide_space(z)
+    assert np.isfinite(space.transform).all()
+    assert (space.spread > 0).all()
+    xy = rng.uniform(0, 1000, (600, 2))
+    bank = bank_of(z, kinds, [0, 1, 2])
+    typing, notes = assign_types(z, xy, bank, None, TypingConfig())
+    assert (typing.codes == kinds + 1).mean() > 0.97
+    assert not notes.kinds[0]
+    few, _ = assign_types(z[:2], xy[:2], bank, None, TypingConfig())
+    assert len(few.codes) == 2

@@ -39,7 +39,8 @@ _FEW = 5  #: cells of a type, around a place or on a slide, below which it says 
 _SAMPLE = 50_000  #: cells from which another slide's shift is estimated
 _DRIFT_SAMPLE = 200_000  #: cells from which the shifts of places are estimated; every k-th from left to right
 _ROUNDS, _DRIFT_ROUNDS = 10, 5
-_DIRECTIONS, _WITHIN, _SHIFT = 32, 0.5, 0.1  #: of a space that is found on the slide itself (benchmarks/results/slide_space.md)
+_DIRECTIONS, _WITHIN, _SHIFT = 32, 0.25, 0.1  #: of a space that is found on the slide itself (benchmarks/results/slide_space.md)
+_LEAST = 0.01  #: of its variances: none is nothing
 
 
 @dataclass(frozen=True)
@@ -202,8 +203,8 @@ def drift(
 def slide_space(descriptors: NDArray[np.float16] | NDArray[np.float32]) -> TypeSpace:
     """A space for a model whose weights do not say how types lie among its descriptors: from the slide's own cells.
 
-    The main directions of the descriptors, each at the scale where ``_WITHIN`` of the variance is inside the types. No kinds are known, so
-    nothing but the clicks says what a type is.
+    Cells of one type are taken for a round cloud whose variance is a share of that of all cells along their main direction; what the cells vary
+    more than that along a direction is between types. No kinds are known, so nothing but the clicks says what a type is.
 
     Parameters
     ----------
@@ -211,14 +212,15 @@ def slide_space(descriptors: NDArray[np.float16] | NDArray[np.float32]) -> TypeS
         (N, D): all cells, unit norm; in an order that does not depend on the tiles.
     """
     x = descriptors[:: max(len(descriptors) // _SAMPLE, 1)].astype(np.float64)
-    middle = x.mean(0)
     variance, direction = np.linalg.eigh(np.cov(x.T) if len(x) > 1 else np.eye(x.shape[1]))
     main = np.argsort(-variance)[: min(_DIRECTIONS, max(len(x) - 1, 1))]
-    transform = direction[:, main] / np.sqrt(np.maximum(variance[main] * _WITHIN, 1e-8))
-    ones = np.ones(len(main))
+    within = _WITHIN * max(float(variance.max()), 1e-8)
+    transform = direction[:, main] / np.sqrt(within)
+    total = variance[main] / within
     return TypeSpace(
-        transform.astype(np.float32), middle @ transform, ones * (1 - _WITHIN) / _WITHIN, np.empty((0, len(main))), ones, ones * _SHIFT
-    )
+        transform.astype(np.float32), x.mean(0) @ transform, np.maximum(total, _LEAST), np.empty((0, len(main))), np.ones(len(main)),
+        np.maximum(_SHIFT * total, _LEAST),
+    )  # fmt: skip
 
 
 def squares(xy_um: NDArray[np.float64], side_um: float) -> tuple[NDArray[np.intp], int, int]:
