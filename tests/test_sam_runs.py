@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,7 @@ from wsiseg.models.unetr import InstanceDecoder
 from wsiseg.planning import resolve
 from wsiseg.prompts.apg_v1 import ApgV1
 from wsiseg.prompts.grid import grid_points
+from wsiseg.prompts.score_merge import ScoreMerge
 from wsiseg.published import ais_image, apg_image
 from wsiseg.testing import VIT_TOY, disturb, random_sam
 from wsiseg.tiles import plan_blocks
@@ -50,7 +52,7 @@ def blotches(decoder: torch.nn.Module) -> None:
         last = mlp.layers[-1]
         last.weight.mul_(120)
         last.bias.mul_(120)
-        last.weight[0], last.bias[0] = 0, -1
+        last.weight[0], last.bias[0] = 0, -0.3
     decoder.iou_prediction_head.layers[-1].bias.add_(0.9)
 
 
@@ -120,6 +122,24 @@ def test_models_without_maps_take_a_grid(wsiseg, tmp_path):
     manifest = json.loads((tmp_path / "a" / "ihc" / "manifest.json").read_text())
     assert manifest["config"]["method"] == "amg"
     assert 20 <= manifest["counts"]["prompts"] <= 49  # 256 um at 40 um: 6.4 squared, less where there is no tissue
+
+
+def test_clicks_lead_to_cells_in_a_model_without_maps(wsiseg, tmp_path):
+    """Chain-of-Prompts as the only way in: the click's own cell is there, of its type."""
+    assert wsiseg("demo", tmp_path)[0] == 0
+    settings = tmp_path / "all.toml"
+    settings.write_text("[masks]\nmin_score = 0\n[cop]\nclick_min_score = 0\nclick_reach_um = 100\nmax_hops = 3\n")
+    command = ("run", tmp_path / "ihc.tiff", "--model", "toy", "--seeds", tmp_path / "s.json", "--config", settings, "--no-progress")
+    for x, y in itertools.product((100, 200, 300, 400), repeat=2):  # the toy's masks are blotches: not every click has one
+        (tmp_path / "s.json").write_text(json.dumps({"version": 1, "types": [{"name": "a", "points": [[x, y]]}]}))
+        code, output = wsiseg(*command, "--out", tmp_path / "a")
+        if code == 0:
+            break
+        assert "no cell there" in output
+    assert code == 0, output
+    manifest = json.loads((tmp_path / "a" / "ihc" / "manifest.json").read_text())
+    assert manifest["config"]["method"] == "cop"
+    assert manifest["types"]["a"] >= 1
 
 
 @pytest.mark.parametrize(
@@ -230,7 +250,9 @@ def test_method_auto_is_what_the_model_can_do():
 def test_published_forms_run_on_any_shape(toy):
     """Parity with micro-sam's program is shown where that is installed (docs/models.md); here: shapes, frames, and that prompts give objects."""
     image = immunohistochemistry()[:200, :300]
-    for labels in (ais_image(image, toy), apg_image(image, toy), apg_image(image, toy, ApgV1(refine_with_box=True, min_size=10))):
+    loose = ScoreMerge(score_threshold=0.0)
+    boxes = ApgV1(refine_with_box=True, min_size=10)
+    for labels in (ais_image(image, toy), apg_image(image, toy), apg_image(image, toy, boxes), apg_image(image, toy, merge=loose)):
         assert labels.shape == (200, 300)
         assert labels.dtype == np.int32
         assert set(np.unique(labels)) == set(range(labels.max() + 1))

@@ -50,13 +50,13 @@ def trace(masks: WindowMasks, outer: Box, lattice: Lattice, config: MaskConfig) 
     """
     logits = masks.logits.numpy()
     prompts = masks.points_xy.numpy().astype(np.float64)
-    inside = logits > 0
-    rims = (inside[:, 0], inside[:, -1], inside[:, :, 0], inside[:, :, -1])
-    touches: NDArray[np.bool_] = np.logical_or.reduce([rim.any(1) for rim in rims])
-    # What reaches the end of the whole tile is larger than the halo, so no cell.
-    rows, xy, count = _outlines(logits, (prompts - masks.origin_xy.numpy()) / masks.cell_px, wanted=~touches if masks.whole else None)
+    rows, xy, count = _outlines(logits, (prompts - masks.origin_xy.numpy()) / masks.cell_px)
+    touches = _at_border(xy, count, logits.shape[1:])
+    touching = int(touches.sum())
+    if masks.whole:  # what reaches the end of the whole tile is larger than the halo, so no cell
+        xy, rows, count = xy[~np.repeat(touches, count)], rows[~touches], count[~touches]
     if not len(rows):
-        return Cells.empty(masks.descriptors.shape[1]), int(touches.sum())
+        return Cells.empty(masks.descriptors.shape[1]), touching
     corners = masks.origin_xy.numpy()[rows] + (outer.x0, outer.y0)
     points = lattice.to_level0(xy * masks.cell_px + np.repeat(corners, count, 0))
     points = np.round(points * GRID) / GRID
@@ -71,15 +71,15 @@ def trace(masks: WindowMasks, outer: Box, lattice: Lattice, config: MaskConfig) 
         scores=(masks.quality * masks.stability).numpy()[rows],
         descriptors=masks.descriptors.numpy()[rows],
     )
-    return cells.take(big), int(touches.sum())
+    return cells.take(big), touching
 
 
 def _outlines(
-    logits: NDArray[np.float32], prompts: NDArray[np.float64], wanted: NDArray[np.bool_] | None
+    logits: NDArray[np.float32], prompts: NDArray[np.float64]
 ) -> tuple[NDArray[np.intp], NDArray[np.float64], NDArray[np.intp]]:
     """The outline around each mask's prompt (cells, corner frame), else its largest.
 
-    Returns rows (n,) of the ``wanted`` masks that have one, all vertices (V, 2) in cells, corner frame, and each outline's count of them (n,).
+    Returns rows (n,) of the masks that have one, all vertices (V, 2) in cells, corner frame, and each outline's count of them (n,).
     """
     # Logits saturate far from the border; unclipped, the crossing would lean towards the steeper side.
     padded = np.clip(np.pad(logits, ((0, 0), (1, 1), (1, 1)), mode="edge"), -4, 4)
@@ -89,13 +89,21 @@ def _outlines(
     whole = 2.0 * logits.shape[1] * logits.shape[2]  # more than any ring encloses
     rank = np.where(rings.enclose(prompts + 0.5), whole, 0) + rings.area  # + 1 for the rim, - 0.5 for the pixel centre
     good = (rings.area >= 1) & (rings.count >= 3)
-    if wanted is not None:
-        good &= wanted[rings.image]
     best = np.lexsort((-rank, rings.image))
     best = best[good[best]]
     best = best[np.flatnonzero(np.diff(rings.image[best], prepend=-1))]
     count = rings.count[best]
     return rings.image[best], rings.xy[ragged(rings.first[best], count)] - 0.5, count
+
+
+def _at_border(xy: NDArray[np.float64], count: NDArray[np.intp], shape: tuple[int, ...]) -> NDArray[np.bool_]:
+    """Which outlines (n,) of windows of ``shape`` cells run along the window's border, beyond the middle of the last cell."""
+    if not len(count):
+        return np.empty(0, bool)
+    first = np.cumsum(count) - count
+    beyond = (np.minimum.reduceat(xy, first) < 0.5) | (np.maximum.reduceat(xy, first) > np.array(shape)[::-1] - 0.5)
+    touches: NDArray[np.bool_] = np.logical_or.reduce(beyond, axis=1)
+    return touches
 
 
 def _rounded(polygons: NDArray[np.object_], convex_above: float) -> NDArray[np.object_]:

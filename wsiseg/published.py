@@ -19,7 +19,8 @@ from PIL import Image
 
 from wsiseg.errors import ConfigError
 from wsiseg.prompts.ais import AisConfig, ais_labels
-from wsiseg.prompts.apg_v1 import ApgV1, segment_v1
+from wsiseg.prompts.apg_v1 import ApgV1, decode_all, prompts_v1, segment_v1
+from wsiseg.prompts.score_merge import ScoreMerge, merge_by_score
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -30,7 +31,9 @@ if TYPE_CHECKING:
 
 
 @torch.inference_mode()
-def apg_image(image: NDArray[np.uint8], model: SamModel, config: ApgV1 | None = None) -> NDArray[np.int32]:
+def apg_image(
+    image: NDArray[np.uint8], model: SamModel, config: ApgV1 | None = None, *, merge: ScoreMerge | None = None
+) -> NDArray[np.int32]:
     """Automatic prompt generation, version 1, on one image.
 
     Parameters
@@ -41,6 +44,8 @@ def apg_image(image: NDArray[np.uint8], model: SamModel, config: ApgV1 | None = 
         With an instance decoder. Its ``normalise`` says whether the image is stretched first; micro-sam does so (``tile-minmax``).
     config
         The published parameters when absent; sizes in pixels of the image.
+    merge
+        Settle the masks best score first, by these parameters, as version 2 does and slides have it. Absent: as published, largest first.
 
     Returns
     -------
@@ -57,6 +62,11 @@ def apg_image(image: NDArray[np.uint8], model: SamModel, config: ApgV1 | None = 
         return seen.decode(None, torch.from_numpy(boxes).float())
 
     f, c, b = seen.maps()
+    if merge is not None:
+        points = prompts_v1(f, c, b, foreground=config.foreground, centre=config.centre, boundary=config.boundary)
+        masks, iou_pred, stability = decode_all(from_points, points, seen.size, config)
+        crops, boxes = [m.mask for m in masks], [m.box for m in masks]
+        return merge_by_score(crops, boxes, iou_pred * stability, points, seen.size, merge, iou_pred=iou_pred)[0]
     return segment_v1(f, c, b, from_points, config=config, decode_boxes=from_boxes if config.refine_with_box else None)
 
 
@@ -74,7 +84,7 @@ class _Seen:
         if model.decoder is None:
             raise ConfigError("image: the model has no instance decoder; use one of micro-sam or PathoSAM, with its decoder")
         self.model, self.decoder = model, model.decoder
-        self.size = image.shape[:2]
+        self.size: tuple[int, int] = (image.shape[0], image.shape[1])
         scale = model.input_px / max(self.size)
         height, width = (int(side * scale + 0.5) for side in self.size)
         self.fit = (height, width)

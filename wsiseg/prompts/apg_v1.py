@@ -351,21 +351,38 @@ def segment_v1(
     height, width = f.shape
     shape = (height, width)
     points = prompts_v1(f, c, b, foreground=config.foreground, centre=config.centre, boundary=config.boundary)
-    masks, iou_pred, stability = _decode_all(decode, points, shape, config)
+    masks, iou_pred, stability = decode_all(decode, points, shape, config)
     if config.refine_with_box and decode_boxes is not None:
         found = [k for k, m in enumerate(masks) if m.mask.size]  # D3
         boxes = grown_boxes([masks[k] for k in found], shape, config.box_extension)
-        again, iou_pred[found], stability[found] = _decode_all(decode_boxes, boxes, shape, config)
+        again, iou_pred[found], stability[found] = decode_all(decode_boxes, boxes, shape, config)
         for k, mask in zip(found, again, strict=True):
             masks[k] = mask
     kept = filter_and_nms_v1(masks, iou_pred, stability, min_size=config.min_size, nms=config.nms, intersection_over_min=config.intersection_over_min)
     return paint_v1([masks[k] for k in kept], shape, min_size=config.min_size)
 
 
-def _decode_all(
+def decode_all(
     decode: Decoder, prompts: NDArray[np.float64], shape: tuple[int, int], config: ApgV1
 ) -> tuple[list[Cutout], NDArray[np.float64], NDArray[np.float64]]:
-    """Cut-outs, predicted IoU (N,) and stability (N,) of all prompts, batch by batch."""
+    """Masks of all prompts, batch by batch.
+
+    Parameters
+    ----------
+    decode
+        As for :func:`segment_v1`.
+    prompts
+        (N, ...): what ``decode`` takes.
+    shape
+        Height and width of its logits.
+    config
+        ``batch`` and ``mask_threshold``.
+
+    Returns
+    -------
+    masks, iou_pred, stability
+        Cut-outs, and two float64 of shape (N,).
+    """
     masks: list[Cutout] = []
     iou_pred, stability = np.empty(len(prompts)), np.empty(len(prompts))
     for start in range(0, len(prompts), config.batch):
