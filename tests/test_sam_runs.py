@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 from typing import TYPE_CHECKING
@@ -10,12 +11,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from shapely import Point
 from skimage.data import immunohistochemistry
 
-from wsiseg.config import GridConfig, MaskConfig, RunConfig, TilingConfig
+from wsiseg.config import CopConfig, GridConfig, MaskConfig, RunConfig, TilingConfig
 from wsiseg.errors import ConfigError, WeightsError
 from wsiseg.formats.geoparquet import read_table
 from wsiseg.geometry import Box, Lattice
+from wsiseg.image import chain_image
 from wsiseg.masks import decode, reaches_border
 from wsiseg.models import load_model
 from wsiseg.models.sam import SamModel
@@ -26,6 +29,9 @@ from wsiseg.prompts.apg_v1 import ApgV1
 from wsiseg.prompts.grid import grid_points
 from wsiseg.prompts.score_merge import ScoreMerge
 from wsiseg.published import ais_image, apg_image
+from wsiseg.records import Seeds, SeedType
+from wsiseg.seeding import find_clicked
+from wsiseg.slide.array_reader import ArrayReader
 from wsiseg.testing import VIT_TOY, disturb, random_sam
 from wsiseg.tiles import plan_blocks
 
@@ -201,7 +207,7 @@ def test_masks_that_reach_their_window_are_asked_for_again(toy, encoded):
     assert sum(len(b.quality) for b in whole)
     for batch in crops:
         assert batch.logits.shape[1:] == (64, 64)
-        assert not reaches_border(batch, toy.input_px).any()
+        assert not reaches_border(batch).any()
     for batch in whole:
         assert batch.logits.shape[1:] == (256, 256)
     seen = np.concatenate([b.points_xy.numpy() for b in batches])
@@ -233,10 +239,12 @@ def test_tiles_are_the_models_input(toy):
     tiles = [t for b in blocks for t in b.tiles]
     assert {(t.outer.width, t.outer.height) for t in tiles} == {(1024, 1024)}
     assert {t.core.x0 - t.outer.x0 for t in tiles} == {128}
-    smaller = TilingConfig(tile_um=100.0)
-    tile = plan_blocks((500, 500), Lattice(0.25, 0.25), smaller, stride_px=16, reach_px=128, input_px=1024, wanted=lambda *_: True)[0].tiles[0]
-    assert tile.outer.width == 1024
-    assert tile.core.width in (400, 416)
+    for um in (100.0, 66.0, 70.0, 34.0):
+        smaller = TilingConfig(tile_um=um)
+        tile = plan_blocks((500, 500), Lattice(0.25, 0.25), smaller, stride_px=16, reach_px=128, input_px=1024, wanted=lambda *_: True)[0].tiles[0]
+        assert tile.outer.width == 1024
+        assert um * 4 <= tile.core.width < um * 4 + 32
+        assert tile.core.x0 % 16 == tile.outer.x0 % 16 == 0
 
 
 def test_method_auto_is_what_the_model_can_do():
@@ -256,5 +264,43 @@ def test_published_forms_run_on_any_shape(toy):
         assert labels.shape == (200, 300)
         assert labels.dtype == np.int32
         assert set(np.unique(labels)) == set(range(labels.max() + 1))
-    with pytest.raises(ConfigError, match="no instance decoder"):
-        apg_image(image, load_model("toy", "cpu"))
+    for wrong in (load_model("toy", "cpu"), load_model("nuclei-compact", "cpu")):
+        with pytest.raises(ConfigError, match="no instance decoder"):
+            apg_image(image, wrong)
+    for bad in (image[..., 0], image / 255, np.dstack([image, image[..., :1]])):
+        with pytest.raises(ConfigError, match="it must be uint8 RGB"):
+            ais_image(bad, toy)
+
+
+def test_chain_of_prompts_on_one_image_without_maps(store):
+    """The published form with the kind of model it was made for."""
+    image = immunohistochemistry()
+    seeds = Seeds((SeedType("a", (200, 0, 0), ((60.0, 60.0),)),), "here")
+    labels, types, points = chain_image(image[:128, :128], mpp=0.5, seeds=seeds, model=load_model("toy", "cpu"))
+    assert labels.shape == (256, 256)
+    assert len(types) == len(points) == labels.max()
+    with pytest.raises(ConfigError, match="more than its input of 1024 px"):
+        chain_image(np.tile(image, (2, 2, 1)), mpp=0.5, seeds=seeds, model=load_model("toy", "cpu"))
+
+
+def test_a_click_inside_a_large_cell_is_that_cell(toy, monkeypatch):
+    """Its mask comes last, being asked for again; a small neighbour's comes first."""
+    y, x = np.mgrid[:256, :256] * 4 + 2.0
+
+    def told(embeddings, tile, points_xy, *, hints=None, multimask=False, whole=False):
+        found = real(embeddings, tile, points_xy, whole=whole)
+        radius = [140.0 if p[0] == 520 else 10.0 for p in points_xy.tolist()]
+        logits = [r - np.hypot(x - p[0], y - p[1]) for r, p in zip(radius, points_xy.tolist(), strict=True)]
+        side = found.logits.shape[-1]
+        cut = [a[v // 4 : v // 4 + side, u // 4 : u // 4 + side] for a, (u, v) in zip(logits, found.origin_xy.tolist(), strict=True)]
+        return dataclasses.replace(found, logits=torch.tensor(np.stack(cut), dtype=torch.float32), stability=torch.ones(len(radius)))
+
+    real = toy.decode
+    monkeypatch.setattr(toy, "decode", told)
+    monkeypatch.setattr("wsiseg.seeding.apg_points", lambda *_: np.array([[700.0, 520.0]], np.float32))
+    image = np.full((1024, 1024, 3), 200, np.uint8)
+    click = (520.0, 520.0)
+    config = dataclasses.replace(RunConfig(), cop=CopConfig(click_min_score=0.0, click_reach_um=30.0))
+    cell = find_clicked(ArrayReader(image, 0.25), toy, click, Lattice(0.25, 0.25), config, "click")
+    assert cell.polygons[0].area > 50_000
+    assert cell.polygons[0].contains(Point(click))

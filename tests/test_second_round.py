@@ -102,6 +102,14 @@ def test_a_duplicate_is_no_neighbour_and_stays_as_it_is():
     assert areas(out)[0] > areas(out)[1] == areas(first)[1]
 
 
+def test_a_prompt_is_not_its_own_negative():
+    """Two answers to one point, one inside the other, and both kept."""
+    first = [batch([4, 30], [(100, 100), (100, 100)])]
+    model = Told({100: 10})
+    again(model, first)
+    assert model.asked[0].points_xy.shape[1] == 0
+
+
 def test_batches_keep_their_masks_and_order():
     first = [batch([10, 10, 10], [(100, 100), (200, 100), (300, 100)]), batch([12], [(64, 64)], whole=True), batch([10], [(400, 300)])]
     out = again(Told({100: 11, 200: 10, 300: 11, 400: 11}), first)

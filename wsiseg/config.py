@@ -141,7 +141,7 @@ class CopConfig:
         ``maps``: candidates are the instance maps' components, gated by similarity, when the model has such maps (they split
         touching nuclei, similarity does not); ``components``: connected components of the similarity map, as in the paper.
     window_um
-        Field of view around a click; the published tables are strongest at 128 um.
+        Field of view around a click; the published tables are strongest at 128 um. A model with one input size sees that.
     min_component_um2, dedup_um
         The demo's 10 cells and 3 cells at its usual scale, in microns.
     max_hops

@@ -113,7 +113,7 @@ def chain_image(
     if like not in COP_FORMS:
         raise ConfigError(f"like={like!r}: choose from {', '.join(COP_FORMS)}")
     form = COP_FORMS[like]
-    config = dataclasses.replace(config or RunConfig(), mpp=mpp, method="apg")
+    config = dataclasses.replace(config or RunConfig(), mpp=mpp, method="auto")  # the method is the form
     cop = dataclasses.replace(config.cop, gate=form.gate, localise=form.localise)
     tools, info = _open_tools(image, config, None, model)
     seeds, _ = check_seeds(dataclasses.replace(seeds, slide=None), info)

@@ -51,14 +51,14 @@ def decode(
     ------
     WindowMasks
         Of the points whose predicted IoU x stability reaches ``config.min_score``, in order; those that a model has to be asked for again,
-        because they reach the border of their window, come last.
+        because they reach the border of their window, come last, from left to right, and of equal points once.
     """
     cut: list[NDArray[np.float32]] = []
     for start in range(0, len(points_xy), config.prompts_per_batch):
         batch = points_xy[start : start + config.prompts_per_batch]
         masks = _ask(model, embeddings, tile, batch, config, grid, whole=False)
         if model.sees_whole:
-            again = reaches_border(masks, model.input_px)
+            again = reaches_border(masks)
             # One answer of several may be cut: the others come again with it, and the first time does not count.
             asked = np.unique(masks.points_xy[again].numpy(), axis=0)
             again = torch.from_numpy((masks.points_xy.numpy()[:, None] == asked).all(2).any(1)) if len(asked) else again
@@ -71,15 +71,11 @@ def decode(
         yield _ask(model, embeddings, tile, whole[start : start + step], config, grid, whole=True)
 
 
-def reaches_border(masks: WindowMasks, input_px: int | None) -> Tensor:
-    """Bool (N,): which masks touch a border of their window that is not the tile's."""
+def reaches_border(masks: WindowMasks) -> Tensor:
+    """Which masks touch the border of their window -> bool (N,)."""
     inside = masks.logits > 0
-    end = masks.origin_xy + torch.tensor(inside.shape[:0:-1]) * masks.cell_px
-    left, top = (inside[:, :, 0].any(1), inside[:, 0].any(1))
-    right, bottom = (inside[:, :, -1].any(1), inside[:, -1].any(1))
-    (x0, y0), (x1, y1) = masks.origin_xy.T, end.T
-    cut: Tensor = (left & (x0 > 0)) | (top & (y0 > 0)) | (right & (x1 != input_px)) | (bottom & (y1 != input_px))
-    return cut
+    touches: Tensor = inside[:, :, 0].any(1) | inside[:, :, -1].any(1) | inside[:, 0].any(1) | inside[:, -1].any(1)
+    return touches
 
 
 def _ask(

@@ -115,7 +115,8 @@ def segment_block(tools: Tools, block: Block) -> BlockReport:
                 cells, found = segment_tile(tile, pixels, tools, clock)
             except torch.OutOfMemoryError as error:
                 size = f"{tile.outer.width} px"
-                raise RunError(f"{job.slide}: out of GPU memory on a tile of {size}; pass a smaller --tile-size, or --device cpu") from error
+                what = "masks.prompts_per_batch in a --config file" if tools.model.input_px else "--tile-size"
+                raise RunError(f"{job.slide}: out of GPU memory on a tile of {size}; pass a smaller {what}, or --device cpu") from error
             outlines.append(cells)
             counts |= {k: counts[k] + v for k, v in found.items()}
     cells = Cells.concatenate(outlines, tools.model.descriptor_size)

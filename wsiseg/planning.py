@@ -122,9 +122,11 @@ def plan_run(slide: str, config: RunConfig, out: Path, *, overwrite: bool = Fals
             seeds, more = check_seeds(seeds, info)
             warnings += more
         roi = read_regions(Path(config.roi), info) if config.roi else None
-        resolved = resolve(config, card.name, maps=card.instance_decoder, clicked=seeds is not None or bank is not None)
+        resolved = resolve(
+            config, card.name, maps=card.instance_decoder, clicked=seeds is not None or bank is not None, chains=bank is None or bool(bank.high)
+        )
         if resolved.method == "cop" and bank is not None and not bank.high:
-            raise ConfigError(f"--bank {config.bank}: has no prototypes for --method cop; pass --method apg, or make it by a run with --method cop")
+            raise ConfigError(f"--bank {config.bank}: has no prototypes for --method cop; leave --method out, or make it by a run with --method cop")
 
         facts: dict[str, object] = {
             "slide": _slide_key(slide), "levels": info.level_sizes, "reader": info.reader, "mpp": info.mpp,
@@ -193,11 +195,12 @@ def load_bank(path: Path, weights: Path) -> Bank:
     return bank
 
 
-def resolve(config: RunConfig, model: str, *, maps: bool, clicked: bool) -> RunConfig:
+def resolve(config: RunConfig, model: str, *, maps: bool, clicked: bool, chains: bool = True) -> RunConfig:
     """The configuration without ``auto`` in what decides the result.
 
     ``--method auto`` is automatic prompts where the model has instance maps: with them they type better on typed data than Chain-of-Prompts as
-    the way in (docs/methods.md has the table). Without maps the clicks lead to the cells; without clicks either, a grid does.
+    the way in (docs/methods.md has the table). Without maps the clicks lead to the cells; without clicks, or with a bank that no chain was run for,
+    a grid does.
 
     Raises
     ------
@@ -206,9 +209,9 @@ def resolve(config: RunConfig, model: str, *, maps: bool, clicked: bool) -> RunC
     """
     method, precision = config.method, config.precision
     if method == "auto":
-        method = "apg" if maps else "cop" if clicked else "amg"
+        method = "apg" if maps else "cop" if clicked and chains else "amg"
     if method == "cop" and not clicked:
-        raise ConfigError("--method cop: needs clicks; pass --seeds FILE or --bank FILE, or use --method apg")
+        raise ConfigError(f"--method cop: needs clicks; pass --seeds FILE or --bank FILE, or use --method {'apg' if maps else 'amg'}")
     if method == "apg" and not maps:
         raise ConfigError(f"--method apg: {model} has no instance decoder; use --method cop with --seeds, or --method amg, or another model")
     if precision == "auto":

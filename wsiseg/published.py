@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from wsiseg.errors import ConfigError
+from wsiseg.models.sam import SamModel
 from wsiseg.prompts.ais import AisConfig, ais_labels
 from wsiseg.prompts.apg_v1 import ApgV1, decode_all, prompts_v1, segment_v1
 from wsiseg.prompts.score_merge import ScoreMerge, merge_by_score
@@ -26,13 +27,13 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from wsiseg.models.sam import SamModel
+    from wsiseg.models.contract import PromptableModel
     from wsiseg.models.sam_decoder import Shared
 
 
 @torch.inference_mode()
 def apg_image(
-    image: NDArray[np.uint8], model: SamModel, config: ApgV1 | None = None, *, merge: ScoreMerge | None = None
+    image: NDArray[np.uint8], model: PromptableModel, config: ApgV1 | None = None, *, merge: ScoreMerge | None = None
 ) -> NDArray[np.int32]:
     """Automatic prompt generation, version 1, on one image.
 
@@ -71,7 +72,7 @@ def apg_image(
 
 
 @torch.inference_mode()
-def ais_image(image: NDArray[np.uint8], model: SamModel, config: AisConfig | None = None) -> NDArray[np.int32]:
+def ais_image(image: NDArray[np.uint8], model: PromptableModel, config: AisConfig | None = None) -> NDArray[np.int32]:
     """Automatic instance segmentation (a watershed of the instance maps, no prompts) on one image; parameters as for :func:`apg_image`."""
     f, c, b = _Seen(image, model).maps()
     return ais_labels(f, c, b, config=config)
@@ -80,8 +81,10 @@ def ais_image(image: NDArray[np.uint8], model: SamModel, config: AisConfig | Non
 class _Seen:
     """An encoded image, with micro-sam's way from its pixels to the network's input and back."""
 
-    def __init__(self, image: NDArray[np.uint8], model: SamModel) -> None:
-        if model.decoder is None:
+    def __init__(self, image: NDArray[np.uint8], model: PromptableModel) -> None:
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            raise ConfigError(f"image: {image.dtype} of shape {image.shape}; it must be uint8 RGB of shape (height, width, 3)")
+        if not isinstance(model, SamModel) or model.decoder is None:
             raise ConfigError("image: the model has no instance decoder; use one of micro-sam or PathoSAM, with its decoder")
         self.model, self.decoder = model, model.decoder
         self.size: tuple[int, int] = (image.shape[0], image.shape[1])

@@ -276,20 +276,20 @@ class Bank:
 
 @dataclass(frozen=True)
 class TypeSpace:
-    """How cell types lie in the descriptors of one model: learned with it, from dots of known type (training/fit_types.py).
+    """How cell types lie in the descriptors of one model: learned with it (training/fit_types.py), or found on a slide (discriminant.slide_space).
 
     Attributes
     ----------
     transform
-        float32 of shape (D, D): descriptors times this have covariance 1 within a type.
+        float32 of shape (D, d): descriptors times this have covariance 1 within a type; below, d is the size of the space.
     middle, spread
-        (D,): mean and variance of the means of types in general, in the space; a slide's own shift is not in it.
+        (d,): mean and variance of the means of types in general, in the space; a slide's own shift is not in it.
     kinds
-        (K, D): means of the kinds of cell that the model knows; K = 0 is valid.
+        (K, d): means of the kinds of cell that the model knows; K = 0 is valid.
     kind_spread
-        (D,): variance of a kind's mean on one slide about its ``kinds`` row.
+        (d,): variance of a kind's mean on one slide about its ``kinds`` row.
     shift
-        (D,): variance of what all cells of a slide share.
+        (d,): variance of what all cells of a slide share.
     kind_names
         Of the K kinds.
     """

@@ -21,7 +21,7 @@ from wsiseg.formats.bank import write_bank
 from wsiseg.formats.geojson import write_geojson
 from wsiseg.formats.geoparquet import CellTable, read_table, write_retyped
 from wsiseg.formats.seeds import check_seeds, read_seeds
-from wsiseg.models import find_weights, load_model
+from wsiseg.models import find_weights, load_types
 from wsiseg.models.cards import file_hash
 from wsiseg.planning import load_bank, refuse_own_bank
 from wsiseg.propagation import account, assign_types, claim
@@ -86,7 +86,7 @@ def type_run(
         load_writer(known)
     check(config, str(folder.manifest))
     if config.method == "cop":
-        raise RunError(f"{run}: has only cells that looked like its own clicks (--method cop); run the slide with --method apg")
+        raise RunError(f"{run}: has only cells that looked like its own clicks (--method cop); run the slide with --method apg or amg")
     if bank:
         refuse_own_bank(folder, bank)
     name = config.model
@@ -102,7 +102,7 @@ def type_run(
         clicks, rows = bank_of_table(table, checked, config, info.mpp)
     elif bank:
         clicks = load_bank(bank, weights)
-    result, notes = assign_types(table.descriptors, table.points_xy * info.mpp, clicks, load_model(name, "cpu").types, config.typing)
+    result, notes = assign_types(table.descriptors, table.points_xy * info.mpp, clicks, load_types(name), config.typing)
     result = claim(result, rows)
     notes = dataclasses.replace(notes, warnings=(*warnings, *notes.warnings))
 

@@ -121,8 +121,8 @@ def _decode(
 ) -> WindowMasks:
     """The second round's masks of ``rows``, on the CPU."""
     points = tile.masks.points_xy[torch.from_numpy(rows)]
-    everyone = tile.masks.points_xy.numpy()[kept]
-    count = min(config.neighbours, len(kept) - 1)
+    everyone = np.unique(tile.masks.points_xy.numpy()[kept], axis=0)  # several answers to one point are no neighbours
+    count = min(config.neighbours, len(everyone) - 1)
     negative = torch.empty(len(rows), 0, 2)
     if count:
         _, near = cKDTree(everyone).query(points.numpy(), k=count + 1)

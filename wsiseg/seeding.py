@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from wsiseg.records import Embeddings, Seeds
     from wsiseg.slide import SlideReader
 
+_SAME_UM = 1e-3  #: prompts this close are one
 _CANDIDATES = 12  #: automatic prompts around a click that are tried for the cell it may mean
 
 
@@ -157,13 +158,14 @@ def _find_cell(desk: _Desk, place: str, point: tuple[float, float]) -> _Clicked:
     cells = Cells.concatenate(found, model.descriptor_size)
     where = f"{place} = [{point[0]:g}, {point[1]:g}]: no cell there"
     if not len(cells):
-        raise SeedsError(f"{where}, nor within {config.cop.window_um / 2:g} um (glass or empty tissue?); click on a nucleus")
+        raise SeedsError(f"{where}, nor within {box.width * model.mpp / 2:g} um (glass or empty tissue?); click on a nucleus")
     gaps = shapely.distance(cells.polygons, shapely.Point(point)) * desk.lattice.slide_mpp
     near = np.flatnonzero(gaps <= config.cop.click_reach_um)
     if not len(near):
         hit = cells.polygons[gaps.argmin()].centroid
         raise SeedsError(f"{where}; the nearest is at [{hit.x:.0f}, {hit.y:.0f}], {gaps.min():.0f} um away; move the click onto a nucleus")
-    cell = cells.take(near[:1])
+    own = (np.abs(cells.points_xy[near] - point) * desk.lattice.slide_mpp < _SAME_UM).all(1)
+    cell = cells.take(near[:1] if not own.any() else near[own][:1])  # masks that a model was asked for again come last, the click's own too
     return _Clicked(place, desk.lattice.to_model(cell.points_xy[0]), cell.descriptors[0].astype(np.float32), cell)
 
 

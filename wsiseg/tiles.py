@@ -90,7 +90,7 @@ def _sizes(mpp: float, config: TilingConfig, stride_px: int, reach_px: int, inpu
         return round_up((config.tile_um or TILE_UM) / mpp, stride_px), round_up(max(halo_um / mpp, reach_px), stride_px)
     halo = round_up(max((config.halo_um or 0) / mpp, reach_px), stride_px)
     tile = round_up(config.tile_um / mpp, stride_px) if config.tile_um else input_px - 2 * halo
-    tile += (input_px - tile) % 2 * stride_px  # an even rest makes two halos
+    tile += (input_px - tile) // stride_px % 2 * stride_px  # an even rest, in strides, makes two halos
     if tile < stride_px or tile + 2 * halo > input_px:
         room = f"{input_px * mpp:g} um with a halo of {halo * mpp:g} um or more on each side"
         raise ConfigError(f"--tile-size, --halo: the model takes tiles of {room}; leave --tile-size out, or make it smaller")

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from wsiseg.errors import ConfigError, WeightsError
 from wsiseg.models.cards import ModelCard, file_hash
-from wsiseg.models.store import card_of_file, find_card, stored_cards
+from wsiseg.models.store import SAM_NETWORK, card_of_file, find_card, stored_cards
 
 if TYPE_CHECKING:
     import torch
 
     from wsiseg.models.contract import PromptableModel
+    from wsiseg.records import TypeSpace
 
 WEIGHTS_FOLDER = Path(__file__).parent / "weights"
 
@@ -114,6 +115,13 @@ def load_model(model: str, device: str = "auto", precision: str = "auto") -> Pro
     return loaded
 
 
+def load_types(model: str) -> TypeSpace | None:
+    """How types lie in a model's descriptors; ``None`` when its weights do not say. A SAM checkpoint is not read for that."""
+    if find_weights(model)[0].network == SAM_NETWORK:
+        return None
+    return load_model(model, "cpu").types
+
+
 def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -139,7 +147,7 @@ def _fill(network: Any, tensors: dict[str, torch.Tensor], path: Path) -> None:  
     broken = [k for k, v in tensors.items() if v.is_floating_point() and not torch.isfinite(v).all()]
     if broken:
         raise WeightsError(f"{path}: {len(broken)} tensors hold NaN or infinity (first: {min(broken)}); the file is damaged: get it again")
-    network.load_state_dict(tensors, assign=True)
+    network.load_state_dict({k: v.to(wanted[k].dtype) for k, v in tensors.items()}, assign=True)
 
 
 def _first_line(error: Exception) -> str:

@@ -43,8 +43,10 @@ class PromptableModel(Protocol):
     mpp: float
     stride_px: int
     reach_px: int
-    input_px: int | None
     sees_whole: bool
+
+    @property
+    def input_px(self) -> int | None: ...  # noqa: D102
 
     @property
     def has_maps(self) -> bool: ...  # noqa: D102
@@ -66,7 +68,7 @@ class PromptableModel(Protocol):
     def decode(
         self, embeddings: Embeddings, tile: Tensor, points_xy: Tensor, *, hints: Hints | None = None, multimask: bool = False, whole: bool = False
     ) -> WindowMasks:
-        """One mask per point: ``tile`` int64 (N,), ``points_xy`` float32 (N, 2) model px of the tile -> masks on windows.
+        """One mask per point, of at least one: ``tile`` int64 (N,), ``points_xy`` float32 (N, 2) model px of the tile -> masks on windows.
 
         ``hints`` adds points and boxes; ``multimask`` asks for several answers per prompt, prompt by prompt; ``quality`` says which is best;
         ``whole`` asks for masks on the whole tile.

@@ -143,8 +143,11 @@ class SamModel(nn.Module):
             ``low`` (B, 256, 64, 64) and ``high`` (B, 128 or 32, 256, 256), unit norm along channels; ``maps`` (B, 3, input_px, input_px) with
             an instance decoder, else ``None``.
         """
-        stretched = [torch.from_numpy(self.stretch(x.permute(1, 2, 0).cpu().numpy())).permute(2, 0, 1) for x in images]
-        embedding = self.embed(torch.stack(stretched).to(images.device) if self.normalise != "none" else images)
+        seen = images
+        if self.normalise != "none":
+            stretched = [torch.from_numpy(self.stretch(x.permute(1, 2, 0).cpu().numpy())).permute(2, 0, 1) for x in images]
+            seen = torch.stack(stretched).to(images.device)
+        embedding = self.embed(seen)
         shared = self.share(embedding)
         maps, high = (None, self.sam["mask_decoder"].output_upscaling(embedding)) if self.decoder is None else self.decoder(embedding)
         low = F.normalize(embedding.float(), dim=1)

@@ -113,7 +113,6 @@ class InstanceDecoder(nn.Module):
         self.deconv_out = _Up(widths[-1], widths[-1], transposed=transposed)
         self.decoder_head = _Conv(2 * widths[-1], widths[-1])
         self.out_conv = nn.Conv2d(widths[-1], 3, 1)
-        self.high_channels = widths[3]
 
     @classmethod
     def like(cls, tensors: dict[str, Tensor]) -> Self:
