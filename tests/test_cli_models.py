@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from wsiseg.models import store
+from wsiseg.models.checkpoints import Architecture
+from wsiseg.testing import random_sam
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -18,9 +20,7 @@ if TYPE_CHECKING:
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
     """A training checkpoint with what is looked at of a small SAM."""
-    sam = {f"image_encoder.blocks.{k}.attn.rel_pos_h": torch.randn(15 if k % 2 else 5, 8) for k in range(4)}
-    shapes = {"image_encoder.pos_embed": (1, 8, 8, 16), "image_encoder.patch_embed.proj.weight": (16, 3, 16, 16)}
-    sam |= {key: torch.randn(shape) for key, shape in (shapes | {"prompt_encoder.a": (1, 8), "mask_decoder.a": (1, 8)}).items()}
+    sam = random_sam(Architecture(dim=16, depth=4, heads=2, global_blocks=(1, 3), window=3, grid=8, patch=16)).state_dict()
     torch.save({"model_state": {f"sam.{key}": value for key, value in sam.items()}, "epoch": 3}, tmp_path / "best.pt")
     return tmp_path / "best.pt"
 

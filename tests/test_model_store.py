@@ -10,7 +10,7 @@ import resource
 import subprocess
 import sys
 import threading
-from functools import partial
+from functools import cache, partial
 from hashlib import sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from wsiseg.errors import ConfigError, WeightsError
 from wsiseg.models import MODELS, WEIGHTS_FOLDER, find_weights, store
-from wsiseg.models.checkpoints import read_checkpoint
+from wsiseg.models.checkpoints import Architecture, read_checkpoint
 from wsiseg.models.store import (
     DOWNLOADS,
     SAM_NETWORK,
@@ -41,26 +41,27 @@ from wsiseg.models.store import (
     verify,
     verify_all,
 )  # fmt: skip
+from wsiseg.models.unetr import InstanceDecoder
+from wsiseg.testing import random_sam
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
 
+@cache
+def networks() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A whole SAM with a small encoder, and a small instance decoder."""
+    small = Architecture(dim=16, depth=4, heads=2, global_blocks=(1, 3), window=3, grid=8, patch=16)
+    return dict(random_sam(small).state_dict()), dict(InstanceDecoder(16).state_dict())
+
+
 def tiny_sam() -> dict[str, Tensor]:
-    """Names and shapes of a small SAM, as far as they are looked at."""
-    blocks = {f"image_encoder.blocks.{k}.attn.rel_pos_h": torch.randn(15 if k % 2 else 5, 8) for k in range(4)}
-    rest = {"image_encoder.pos_embed": (1, 8, 8, 16), "image_encoder.patch_embed.proj.weight": (16, 3, 16, 16)}
-    rest |= {"prompt_encoder.no_mask_embed.weight": (1, 8), "mask_decoder.iou_token.weight": (1, 8)}
-    return blocks | {key: torch.randn(shape) for key, shape in rest.items()}
+    return dict(networks()[0])
 
 
 def tiny_decoder() -> dict[str, Tensor]:
-    return {
-        "deconv1.block.2.num_batches_tracked": torch.tensor(7),
-        "decoder.samplers.0.conv.weight": torch.randn(4, 4, 1, 1),
-        "out_conv.weight": torch.randn(3, 4, 1, 1),
-    }
+    return dict(networks()[1])
 
 
 @pytest.fixture
@@ -86,8 +87,12 @@ def files(folder: Path) -> list[str]:
 
 def test_import_there_and_back(tmp_path: Path, folder: Path) -> None:
     """Tensors, scale, licence: as given, in one precision; half precision, shared numbers and odd strides too."""
-    base = torch.arange(24, dtype=torch.float32)
-    sam = tiny_sam() | {"mask_decoder.a": base.view(4, 6).T, "mask_decoder.b": base, "mask_decoder.c": torch.randn(3).half()}
+    sam = tiny_sam()
+    base = torch.arange(256, dtype=torch.float32)
+    norms = "mask_decoder.transformer.layers.0.norm1.weight", "mask_decoder.transformer.layers.0.norm2.weight"
+    odd = {norms[0]: base, norms[1]: base, "prompt_encoder.no_mask_embed.weight": base.half()[None]}
+    key = "mask_decoder.transformer.layers.0.self_attn.q_proj.weight"
+    sam |= odd | {key: sam[key].T.contiguous().T}
     decoder = tiny_decoder()
     torch.save(sam, tmp_path / "a.pt")
     torch.save(decoder, tmp_path / "d.pt")
@@ -117,6 +122,17 @@ def test_notes(tmp_path: Path, folder: Path) -> None:
     notes: list[str] = []
     assert not import_model(tmp_path / "a.pt", "a", on_note=notes.append).instance_decoder
     assert notes == ["left out of a.pt: epoch"]
+
+
+def test_a_checkpoint_that_lacks_something_is_not_imported(tmp_path: Path, folder: Path) -> None:
+    sam = tiny_sam()
+    del sam["mask_decoder.iou_token.weight"]
+    sam["mask_decoder.more.weight"] = torch.zeros(2)
+    torch.save(sam, tmp_path / "a.pt")
+    wrong = r"a.pt: not weights of SAM: 1 missing \(first: sam.mask_decoder.iou_token.weight\), 1 unexpected \(first: sam.mask_decoder.more.weight\)"
+    with pytest.raises(WeightsError, match=wrong):
+        import_model(tmp_path / "a.pt", "a")
+    assert not folder.exists()
 
 
 def test_where(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wsiseg.errors import ConfigError, WeightsError
-from wsiseg.models.cards import ModelCard, file_hash
+from wsiseg.models.cards import ModelCard, file_hash, require_same
 from wsiseg.models.store import SAM_NETWORK, card_of_file, find_card, stored_cards
 
 if TYPE_CHECKING:
@@ -139,11 +139,7 @@ def _fill(network: Any, tensors: dict[str, torch.Tensor], path: Path) -> None:  
     import torch
 
     wanted = network.state_dict()
-    missing, unexpected = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
-    shapes = [k for k in wanted.keys() & tensors.keys() if wanted[k].shape != tensors[k].shape]
-    if missing or unexpected or shapes:
-        parts = [f"{len(x)} {what} (first: {min(x)})" for x, what in ((missing, "missing"), (unexpected, "unexpected"), (shapes, "misshapen")) if x]
-        raise WeightsError(f"{path}: not weights of {type(network).__name__}: {', '.join(parts)} tensors; pass a file made for this network")
+    require_same({k: v.shape for k, v in wanted.items()}, {k: v.shape for k, v in tensors.items()}, type(network).__name__, path)
     broken = [k for k, v in tensors.items() if v.is_floating_point() and not torch.isfinite(v).all()]
     if broken:
         raise WeightsError(f"{path}: {len(broken)} tensors hold NaN or infinity (first: {min(broken)}); the file is damaged: get it again")

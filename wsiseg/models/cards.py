@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
+from wsiseg.errors import WeightsError
+
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
 
@@ -59,3 +62,18 @@ def file_hash(path: Path) -> str:
 def _digest(path: Path, size: int, changed: int) -> str:  # noqa: ARG001
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def require_same(wanted: Mapping[str, Sequence[int]], found: Mapping[str, Sequence[int]], network: str, path: Path) -> None:
+    """Refuse a file whose tensors (name -> shape) are not those of a network.
+
+    Raises
+    ------
+    WeightsError
+        How many are missing, unexpected or misshapen, and the first of each.
+    """
+    shapes = [k for k in wanted.keys() & found.keys() if tuple(wanted[k]) != tuple(found[k])]
+    wrong = ((wanted.keys() - found.keys(), "missing"), (found.keys() - wanted.keys(), "unexpected"), (shapes, "misshapen"))
+    parts = [f"{len(names)} {what} (first: {min(names)})" for names, what in wrong if names]
+    if parts:
+        raise WeightsError(f"{path}: not weights of {network}: {', '.join(parts)} tensors; pass a file made for this network")

@@ -99,11 +99,21 @@ class SamModel(nn.Module):
     @classmethod
     def of(cls, card: ModelCard, tensors: dict[str, Tensor]) -> Self:
         """The network for a converted checkpoint (keys ``sam.`` and ``decoder.``), still empty."""
-        parts = {kind: {k.removeprefix(kind): v for k, v in tensors.items() if k.startswith(kind)} for kind in ("sam.", "decoder.")}
-        with torch.device("meta"):
-            sam = build(recognise(parts["sam."]))
-            decoder = InstanceDecoder.like(parts["decoder."]) if parts["decoder."] else None
+        parts = [{k.removeprefix(kind): v for k, v in tensors.items() if k.startswith(kind)} for kind in ("sam.", "decoder.")]
+        sam, decoder = cls._empty(*parts)
         return cls(sam, decoder, mpp=card.mpp, normalise=card.normalise)
+
+    @staticmethod
+    def _empty(sam: dict[str, Tensor], decoder: dict[str, Tensor]) -> tuple[nn.ModuleDict, InstanceDecoder | None]:
+        """The networks that tensors belong to, without memory of their own."""
+        with torch.device("meta"):
+            return build(recognise(sam)), InstanceDecoder.like(decoder) if decoder else None
+
+    @classmethod
+    def tensors_of(cls, sam: dict[str, Tensor], decoder: dict[str, Tensor]) -> dict[str, torch.Size]:
+        """Names and shapes of all tensors of the network that a checkpoint's tensors belong to."""
+        network = cls(*cls._empty(sam, decoder), mpp=0.25)
+        return {name: value.shape for name, value in network.state_dict().items()}
 
     def ready(self, device: torch.device, *, bf16: bool) -> Self:
         """Make it ready for inference: frozen, on ``device``; encoder and decoders in bf16, prompts always in fp32."""

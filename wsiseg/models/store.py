@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any
 import platformdirs
 
 from wsiseg.errors import ConfigError, WeightsError
-from wsiseg.models.cards import ModelCard, file_hash
+from wsiseg.models.cards import ModelCard, file_hash, require_same
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -330,8 +330,11 @@ def import_model(
         raise ConfigError(f"normalise {normalise}: unknown; choose from {', '.join(NORMALISE)}")
 
     from wsiseg.models.checkpoints import read_checkpoint, recognise
+    from wsiseg.models.sam import SamModel
 
     checkpoint = read_checkpoint(file, decoder)
+    found = {f"sam.{k}": v.shape for k, v in checkpoint.sam.items()} | {f"decoder.{k}": v.shape for k, v in checkpoint.decoder.items()}
+    require_same(SamModel.tensors_of(checkpoint.sam, checkpoint.decoder), found, "SAM" + " with an instance decoder" * bool(checkpoint.decoder), file)
     if on_note:
         for note in checkpoint.notes:
             on_note(note)
