@@ -5,7 +5,7 @@
 A and B alternate. Seconds are CPU seconds of this process on one thread, medians over the rounds; memory is the peak resident set above what the
 process held before. Per model: the image encoder on one 1024 x 1024 tile. Once, for all have the same: the mask decoder at 1, 16, 64 and
 256 prompts, against SamPredictor.predict_torch (its upsampling to 1024 x 1024 included, as that is what it returns; ours stops at the logits,
-from which outlines are traced). Then what belongs to every prompt: logits to polygons, and mining prompts from a similarity map.
+from which outlines are traced: benchmarks/outlines.py).
 """
 
 from __future__ import annotations
@@ -21,24 +21,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import shapely
 import torch
-import torch.nn.functional as F
 from common import write_results
-from memory import patch
-from scipy import ndimage
 
-from wsiseg.config import ApgConfig, CopConfig, MaskConfig
-from wsiseg.geometry import Box, Lattice
-from wsiseg.masks import decode
-from wsiseg.models import load_model, sam_encoder
+from wsiseg.models import sam_encoder
 from wsiseg.models.sam import SamModel
 from wsiseg.models.sam_modules import modeling
 from wsiseg.models.unetr import InstanceDecoder
-from wsiseg.polygons import trace
-from wsiseg.prompts.apg import apg_points
-from wsiseg.prompts.chain_of_prompts import component_points
 from wsiseg.testing import VIT_B, VIT_H, VIT_L, VIT_TOY, disturb, random_sam
 
 if TYPE_CHECKING:
@@ -151,63 +140,6 @@ def instance_decoder() -> list[dict[str, object]]:
     return [{"network": "instance decoder (UNETR), 1024 px", "s": seconds, "MB": peaks, "finite": bool(maps.isfinite().all())}]
 
 
-def outlines(rounds: int) -> list[dict[str, object]]:
-    """Logits of real nuclei to polygons and WKB; truth is the mask of the logits upsampled four times."""
-    model = load_model("nuclei-compact", "cpu")
-    image = torch.from_numpy(patch().copy()).permute(2, 0, 1)[None]
-    embeddings = model.encode(image)
-    points = apg_points(embeddings.maps[0].numpy(), 2, model.mpp, ApgConfig())
-    outer, lattice = Box(0, 0, 1024, 1024), Lattice(model.mpp, model.mpp)
-    rows = []
-    for what, config in (
-        ("as traced", MaskConfig(convex_above=1.0, simplify_um=0.0)), ("thinned by 0.05 um", MaskConfig(convex_above=1.0)),
-        ("thinned, and hulls for convex ones (default)", MaskConfig()),
-    ):  # fmt: skip
-        masks = list(decode(model, embeddings, 0, points, config))
-        (done,), seconds, _ = alternate(rounds, lambda masks=masks, config=config: [trace(m, outer, lattice, config)[0] for m in masks])
-        cells = [c for part in done for c in part.polygons]
-        started = time.process_time()
-        shapely.to_wkb(np.array(cells, object))
-        wkb = time.process_time() - started
-        iou, bias = _against_upsampled(masks, cells, np.concatenate([part.points_xy for part in done]))
-        rows.append({
-            "outlines": what, "nuclei": len(cells), "us per nucleus": 1e6 * (seconds[0] + wkb) / len(cells), "IoU": iou, "area bias %": 100 * bias,
-        })  # fmt: skip
-    return rows
-
-
-def _against_upsampled(masks: list[Any], polygons: list[shapely.Polygon], points: np.ndarray) -> tuple[float, float]:
-    """Mean IoU and mean relative area difference of the outlines against the logits upsampled by 4 (bilinear) and cut at zero."""
-    from skimage.draw import polygon2mask
-
-    truth = {}
-    for part in masks:
-        fine = F.interpolate(part.logits[:, None], scale_factor=4, mode="bilinear", align_corners=False)[:, 0].numpy()
-        for logit, origin, point in zip(fine, part.origin_xy.numpy(), part.points_xy.numpy(), strict=True):
-            truth[tuple(np.round(point, 3))] = (logit > 0, origin)
-    ious, biases = [], []
-    for polygon, point in zip(polygons, points, strict=True):
-        inside, origin = truth[tuple(np.round(point.astype(np.float32), 3))]
-        labels, _ = ndimage.label(inside)
-        xy = (np.array(polygon.exterior.coords) - origin) * 2  # px of 0.25 um to quarters of a cell of 2 px
-        drawn = polygon2mask(inside.shape, xy[:, ::-1] - 0.5)
-        own = np.bincount(labels[drawn], minlength=2)[1:].argmax() + 1
-        mask = ndimage.binary_fill_holes(labels == own)
-        ious.append((mask & drawn).sum() / (mask | drawn).sum())
-        biases.append(polygon.area * 4 / mask.sum() - 1)
-    return float(np.mean(ious)), float(np.mean(biases))
-
-
-def mining(rounds: int) -> list[dict[str, object]]:
-    """Components of a 256 x 256 similarity map, as many as nuclei in a tile."""
-    rng = np.random.default_rng(0)
-    similarity = ndimage.gaussian_filter(rng.standard_normal((256, 256)), 4).astype(np.float32)
-    similarity = (similarity - similarity.min()) / np.ptp(similarity)
-    floor = float(np.quantile(similarity, 0.8))
-    (found,), seconds, _ = alternate(5 * rounds, lambda: component_points(similarity, floor, CopConfig.min_component_um2))
-    return [{"map": "256 x 256", "components": len(found), "ms": 1e3 * seconds[0]}]
-
-
 @torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -216,7 +148,6 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     tables = {
-        "Mining prompts": mining(options.rounds), "Logits to polygons and WKB": outlines(options.rounds),
         "Mask decoder": decoders(options.rounds), "Instance decoder": instance_decoder(), "Image encoder": encoders(options.models, options.rounds),
     }  # fmt: skip
     write_results("models", tables, __doc__.split("\n\n", 2)[2].strip())
