@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from numpy.typing import NDArray
     from torch import Tensor
 
@@ -171,6 +173,32 @@ class WindowMasks:
         )  # fmt: skip
 
 
+class CellSource(Protocol):
+    """The cells of a slide in the order of its files, a few at a time: what writers take, so that no file needs all polygons in memory.
+
+    :class:`Cells` is one; a run hands over one that reads its parts.
+
+    Attributes
+    ----------
+    descriptor_size
+        D.
+    total_bounds
+        xmin, ymin, xmax, ymax of all polygons, level-0 px; ``None`` without cells.
+    """
+
+    def __len__(self) -> int: ...
+
+    @property
+    def descriptor_size(self) -> int: ...  # noqa: D102
+
+    @property
+    def total_bounds(self) -> tuple[float, float, float, float] | None: ...  # noqa: D102
+
+    def chunks(self, rows: int) -> Iterator[Cells]:
+        """All cells in order, ``rows`` at a time, the last ones fewer. May be called again for another pass."""
+        ...
+
+
 @dataclass(frozen=True)
 class Cells:
     """N outlined cells.
@@ -195,7 +223,27 @@ class Cells:
     def __len__(self) -> int:
         return len(self.polygons)
 
-    def take(self, rows: NDArray[np.integer] | NDArray[np.bool_]) -> Cells:
+    @property
+    def descriptor_size(self) -> int:
+        """D."""
+        return int(self.descriptors.shape[1])
+
+    @property
+    def total_bounds(self) -> tuple[float, float, float, float] | None:
+        """xmin, ymin, xmax, ymax of all polygons, level-0 px; ``None`` without cells."""
+        import shapely
+
+        if not len(self):
+            return None
+        left, top, right, bottom = shapely.total_bounds(self.polygons)
+        return float(left), float(top), float(right), float(bottom)
+
+    def chunks(self, rows: int) -> Iterator[Cells]:
+        """The cells in order, ``rows`` at a time."""
+        for start in range(0, len(self), rows):
+            yield self.take(slice(start, start + rows))
+
+    def take(self, rows: NDArray[np.integer] | NDArray[np.bool_] | slice) -> Cells:
         """The cells at ``rows``, in that order."""
         return Cells(self.polygons[rows], self.points_xy[rows], self.scores[rows], self.descriptors[rows])
 

@@ -1,0 +1,46 @@
+"""Stages that overlap, with little between them: the one way in which threads are used here."""
+
+from __future__ import annotations
+
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+    from concurrent.futures import Future
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def ahead(function: Callable[[Item], Result], items: Iterable[Item], *, threads: int = 1, limit: int = 2) -> Iterator[Result]:
+    """``map(function, items)``, worked on ahead of who asks.
+
+    Parameters
+    ----------
+    function
+        Called in ``threads`` threads; reading, decompression, shapely and numpy let go of the interpreter's lock.
+    items
+        Taken from the caller's thread, one by one, no more than ``limit`` before their turn.
+    threads
+        How many items are worked on at once.
+    limit
+        Items that are being worked on or wait to be taken: the bound on memory, whatever the number of items.
+
+    Yields
+    ------
+    Result
+        In the order of the items. An exception of ``function`` is raised when its item's turn comes; nothing is begun after that.
+    """
+    pool = ThreadPoolExecutor(threads)
+    pending: deque[Future[Result]] = deque()
+    try:
+        for item in items:
+            pending.append(pool.submit(function, item))
+            if len(pending) >= limit:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
