@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import platform
 import secrets
 import time
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import orjson
 
+from wsiseg import machine
 from wsiseg.errors import RunError, WsisegError
 
 if TYPE_CHECKING:
@@ -41,29 +41,52 @@ def atomic_path(path: Path) -> Iterator[Path]:
     Yields
     ------
     Path
-        ``.<name>.<host>.<pid>.<random>.partial`` in the same folder, not yet existing; the block must write it and close it.
+        ``.<name>.<machine>.<pid>.<random>.partial`` in the same folder, not yet existing; the block must write it and close it.
 
     Raises
     ------
     RunError
         The disk is full or the folder cannot be written. The temporary file is removed after any exception.
     """
-    partial = path.parent / f".{path.name}.{_host()}.{os.getpid()}.{secrets.token_hex(4)}.partial"
+    partial = path.parent / partial_name(path.name)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield partial
-        _sync(partial, os.O_RDWR)
-        partial.replace(path)
-    except OSError as error:
-        if isinstance(error, WsisegError) or error.errno not in REPAIRABLE:
-            raise
-        reason = error.strerror or str(error)
-        raise RunError(f"{path}: cannot be written ({reason}); make room, or choose a folder you may write with --out") from error
+        with refusals(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield partial
+            _replace(path, partial, _sync(partial, os.O_RDWR))
     finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # some network file systems, and Windows, cannot sync a folder
         _sync(path.parent, os.O_RDONLY)
+
+
+def partial_name(name: str) -> str:
+    """A temporary name for ``name`` that says whose it is, for :func:`is_abandoned`."""
+    return f".{name}.{machine.label()}.{os.getpid()}.{secrets.token_hex(4)}.partial"
+
+
+@contextmanager
+def refusals(path: Path) -> Iterator[None]:
+    """In one line what the file system refuses while ``path`` is written.
+
+    Parameters
+    ----------
+    path
+        Named in the sentence.
+
+    Raises
+    ------
+    RunError
+        Instead of an OSError that the user can repair; any other is left as it is.
+    """
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, WsisegError) or error.errno not in REPAIRABLE:
+            raise
+        reason = error.strerror or str(error)
+        raise RunError(f"{path}: cannot be written ({reason}); make room, or choose a folder you may write with --out") from error
 
 
 def require_free(path: Path, error: type[WsisegError], *, overwrite: bool) -> None:
@@ -85,21 +108,17 @@ def require_free(path: Path, error: type[WsisegError], *, overwrite: bool) -> No
 
 
 def is_abandoned(partial: Path) -> bool:
-    """Whether the writer of a temporary file is gone: its process on this host has ended, or the file is of another host and a day old."""
+    """Whether the writer of a temporary file is gone: its process on this machine has ended, or the file is of another one and a day old.
+
+    Another container is another machine, and so is one of which a name tells the host alone, as wsiseg once wrote them.
+    """
     fields = partial.name.split(".")
-    if len(fields) < 6 or fields[-4] != _host() or not fields[-3].isdigit():
-        return time.time() - partial.stat().st_mtime > _DAY
-    try:
-        os.kill(int(fields[-3]), 0)
-    except ProcessLookupError:
-        return True
-    except OSError:
-        return False
-    return False
-
-
-def _host() -> str:
-    return "".join(c if c.isalnum() else "-" for c in platform.node()) or "host"
+    if len(fields) < 6 or fields[-4] != machine.label() or not fields[-3].isdecimal() or int(fields[-3]) < 1:
+        try:
+            return time.time() - partial.stat().st_mtime > _DAY
+        except OSError:  # its writer, or another process that cleans up, was quicker
+            return False
+    return machine.is_gone(int(fields[-3]), None)
 
 
 def write_json(path: Path, value: object) -> None:
@@ -118,9 +137,34 @@ def write_json(path: Path, value: object) -> None:
         partial.write_bytes(text)
 
 
-def _sync(path: Path, flags: int) -> None:
+def _replace(path: Path, partial: Path, written: os.stat_result) -> None:
+    """Rename. A server whose answer was lost is asked again and finds nothing to rename: what stands in the place decides, not the error."""
+    try:
+        partial.replace(path)
+    except OSError:
+        if not _is_in_place(path, written):
+            raise
+
+
+def _is_in_place(path: Path, written: os.stat_result) -> bool:
+    try:
+        descriptor = os.open(path, os.O_RDONLY)  # opened, not looked up: network file systems ask the server then
+    except OSError:
+        return False
+    try:
+        found = os.fstat(descriptor)
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+    return (found.st_ino, found.st_size) == (written.st_ino, written.st_size)
+
+
+def _sync(path: Path, flags: int) -> os.stat_result:
+    """Bring a file or folder to the disk; what it is."""
     descriptor = os.open(path, flags)
     try:
         os.fsync(descriptor)
+        return os.fstat(descriptor)
     finally:
         os.close(descriptor)
