@@ -68,7 +68,8 @@ def cells_of(model, embeddings: Embeddings, points: np.ndarray, shape: tuple[int
         batches = ask_again(model, embeddings, max(shape), batches, config.masks, config.second_round)
     traced = [trace(m, box, lattice, config.masks)[0] for m in batches]
     cells = Cells.concatenate(traced, model.descriptor_size)
-    return stitch(cells, (width, height), config.masks.min_area_um2 / MPP**2, config.stitching)[0]
+    settled, _ = stitch([cells], (width, height), config.masks.min_area_um2 / MPP**2, config.stitching, descriptor_size=cells.descriptor_size)
+    return settled.take(slice(None))
 
 
 def table(rows: list[dict[str, object]]) -> str:

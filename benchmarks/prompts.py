@@ -109,7 +109,8 @@ def settled(model, masks: list[WindowMasks], shape: tuple[int, int]) -> np.ndarr
     height, width = shape
     box, lattice = Box(0, 0, width, height), Lattice(MPP, MPP)
     cells = Cells.concatenate([trace(m, box, lattice, CONFIG.masks)[0] for m in masks], model.descriptor_size)
-    cells = stitch(cells, (width, height), CONFIG.masks.min_area_um2 / MPP**2, CONFIG.stitching)[0]
+    settled, _ = stitch([cells], (width, height), CONFIG.masks.min_area_um2 / MPP**2, CONFIG.stitching, descriptor_size=cells.descriptor_size)
+    cells = settled.take(slice(None))
     return rasterise(cells.polygons, shape)
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import TYPE_CHECKING
+
 import numpy as np
 import pytest
 import shapely
@@ -9,8 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wsiseg.config import StitchingConfig
+from wsiseg.formats.parts import read_part, write_part
+from wsiseg.outlines import Outlines
 from wsiseg.records import Cells
-from wsiseg.stitching import stitch
+from wsiseg.stitching import StitchCounts, choose, find_pairs
+from wsiseg.stitching import stitch as settle
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 SIZE = (1000, 1000)
 
@@ -22,6 +31,12 @@ def cells_of(shapes: list[shapely.Polygon], scores: list[float]) -> Cells:
         np.array(scores, np.float32),
         np.arange(len(shapes), dtype=np.float16)[:, None],
     )
+
+
+def stitch(cells: Cells, size: tuple[int, int], min_area: float, config: StitchingConfig) -> tuple[Cells, StitchCounts]:
+    """All in memory, as one part."""
+    settled, counts = settle([cells], size, min_area, config, descriptor_size=cells.descriptor_size)
+    return settled.take(slice(None)), counts
 
 
 def square(x: float, y: float, side: float = 10) -> shapely.Polygon:
@@ -116,3 +131,71 @@ def test_same_as_plain_loops_in_any_order(seed: int, count: int) -> None:
     pairs = shapely.STRtree(out.polygons).query(out.polygons, predicate="overlaps")
     shared = shapely.area(shapely.intersection(out.polygons[pairs[0]], out.polygons[pairs[1]]))
     assert (shared < 1e-6).all()
+
+
+def crowd(count: int, side: float, seed: int = 0) -> Cells:
+    """Noisy nuclei at random places, many of them twice."""
+    rng = np.random.default_rng(seed)
+    centres = rng.uniform(10, side - 10, (count, 2))
+    centres[count // 2 :: 3] = centres[: len(centres[count // 2 :: 3])] + rng.normal(0, 2, (len(centres[count // 2 :: 3]), 2))
+    angle = np.linspace(0, 2 * np.pi, 16)[:-1]
+    radius = rng.uniform(6, 14, (count, 1)) * rng.uniform(0.8, 1.2, (count, 15))
+    polygons = shapely.polygons(centres[:, None] + np.stack([radius * np.cos(angle), radius * np.sin(angle)], 2))
+    scores = rng.choice(np.linspace(0.3, 1, 50), count).astype(np.float32)
+    return Cells(polygons, centres, scores, rng.normal(size=(count, 3)).astype(np.float16))
+
+
+@pytest.mark.parametrize("cache_bytes", [0, 1 << 26])
+@pytest.mark.parametrize("sides", [(1,), (90, 35), (3, 1000)])
+def test_parts_do_not_show(tmp_path: Path, sides: tuple[int, ...], cache_bytes: int) -> None:
+    """However the outlines are cut into parts, whatever their order, and whether parts fit the cache: the same cells, byte by byte."""
+    cells = crowd(1200, 600)
+    whole, counts = settle([cells], (600, 600), 20, StitchingConfig(), descriptor_size=3)
+    for side in sides:
+        key = (cells.points_xy // side).astype(int) @ (1, 10_000)
+        parts: list[Path | Cells] = []
+        for number, k in enumerate(np.random.default_rng(1).permutation(np.unique(key))[:400]):
+            parts.append(tmp_path / f"{side}-{number}.parquet")
+            write_part(parts[-1], cells.take(key == k), "hash", {})
+        rest = np.ones(len(cells), bool)
+        rest[_rows_in(parts, cells)] = False  # what is in no file comes from memory
+        settled, mine = settle([*parts, cells.take(rest)], (600, 600), 20, StitchingConfig(), descriptor_size=3, cache_bytes=cache_bytes)
+        assert mine == counts
+        assert settled.total_bounds == whole.total_bounds
+        np.testing.assert_array_equal(settled.bounds, whole.bounds)
+        np.testing.assert_array_equal(settled.descriptors(), whole.descriptors())
+        a, b = (Cells.concatenate(list(s.chunks(100)), 3) for s in (settled, whole))
+        assert [p.wkb for p in a.polygons] == [p.wkb for p in b.polygons]
+        np.testing.assert_array_equal(a.scores, b.scores)
+        np.testing.assert_array_equal(a.descriptors, b.descriptors)
+        np.testing.assert_array_equal(settled.bounds, shapely.bounds(a.polygons))
+
+
+def _rows_in(parts: list[Path | Cells], cells: Cells) -> np.ndarray:
+    """Rows of ``cells`` that lie in the part files."""
+    there = {tuple(p) for part in parts for p in read_part(part)[0].points_xy.tolist()}
+    return np.array([i for i, p in enumerate(cells.points_xy.tolist()) if tuple(p) in there])
+
+
+def test_bounds_in_place_of_areas_decide_the_same() -> None:
+    """Areas of boxes stand in for shared areas only where nothing hangs on them."""
+    cells = crowd(3000, 700, seed=3)
+    outlines = Outlines([cells], (700, 700), 3)
+    config = StitchingConfig()
+    pairs = find_pairs(outlines, config)
+    exact = shapely.area(shapely.intersection(outlines.polygons(pairs.low), outlines.polygons(pairs.high)))
+    assert 0.05 < pairs.exact.mean() < 0.95
+    np.testing.assert_allclose(pairs.shared[pairs.exact], exact[pairs.exact], rtol=1e-9)
+    assert (pairs.shared >= exact * (1 - 1e-9)).all()
+    full = dataclasses.replace(pairs, shared=exact, exact=np.ones(len(exact), bool))
+    areas = outlines.numbers.areas
+    for one, other in zip(choose(areas, pairs, config), choose(areas, full, config), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_a_long_chain_is_decided() -> None:
+    """Each outline hangs on the one before, 2000 times over: every second one stays."""
+    squares = [square(6.0 * k, 0, 10) for k in range(2000)]
+    out, counts = stitch(cells_of(squares, np.linspace(1, 0.5, 2000).tolist()), (20_000, 100), 1, StitchingConfig())
+    assert len(out) == 1000
+    assert counts.overlapped == 1000

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from wsiseg.config import TypingConfig
-    from wsiseg.records import Bank, Cells, TypeSpace
+    from wsiseg.records import Bank, CellIndex, TypeSpace
 
 _GREY = (128, 128, 128)
 _ROWS = 65_536  #: cells worked on at once: a few hundred MB at 75 numbers each
@@ -197,7 +197,7 @@ def _unclicked(kind: NDArray[np.intp], space: TypeSpace) -> list[str]:
     return warnings
 
 
-def keep_clicks(cells: Cells, typing: Typing, bank: Bank, reach_px0: float) -> tuple[Typing, list[str]]:
+def keep_clicks(cells: CellIndex, typing: Typing, bank: Bank, reach_px0: float) -> tuple[Typing, list[str]]:
     """Give every clicked cell the type it was clicked as.
 
     Parameters
@@ -219,17 +219,19 @@ def keep_clicks(cells: Cells, typing: Typing, bank: Bank, reach_px0: float) -> t
     rows: list[NDArray[np.intp]] = []
     warnings = []
     owner: dict[int, str] = {}
-    tree = shapely.STRtree(cells.polygons)
     for name, clicks in zip(bank.names, bank.clicks, strict=True):
         mine = np.full(len(clicks), -1, np.intp)
-        for k, point in enumerate(shapely.points(clicks)):
-            near = tree.query_nearest(point, max_distance=reach_px0) if len(cells) else []
-            if len(near) and owner.setdefault(int(near[0]), name) == name:
-                mine[k] = near[0]
-            elif len(near):
-                warnings.append(f"the click on {name} at [{point.x:g}, {point.y:g}] meets the cell that was clicked as {owner[int(near[0])]}")
+        for k, (x, y) in enumerate(clicks.tolist()):
+            low, high = (x - reach_px0, y - reach_px0), (x + reach_px0, y + reach_px0)
+            near = np.flatnonzero(((cells.bounds[:, :2] <= high) & (cells.bounds[:, 2:] >= low)).all(1))
+            gaps = shapely.distance(cells.take(near).polygons, shapely.Point(x, y))
+            row = int(near[gaps.argmin()]) if len(near) and gaps.min() <= reach_px0 else -1
+            if row >= 0 and owner.setdefault(row, name) == name:
+                mine[k] = row
+            elif row >= 0:
+                warnings.append(f"the click on {name} at [{x:g}, {y:g}] meets the cell that was clicked as {owner[row]}")
             else:
-                warnings.append(f"the click on {name} at [{point.x:g}, {point.y:g}] meets no cell of the result")
+                warnings.append(f"the click on {name} at [{x:g}, {y:g}] meets no cell of the result")
         rows.append(mine)
     return claim(typing, rows), warnings
 

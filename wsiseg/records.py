@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
+import shapely
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -199,6 +200,23 @@ class CellSource(Protocol):
         ...
 
 
+class CellIndex(CellSource, Protocol):
+    """A :class:`CellSource` in which cells are found by place.
+
+    Attributes
+    ----------
+    bounds
+        (N, 4): xmin, ymin, xmax, ymax of each polygon, level-0 px.
+    """
+
+    @property
+    def bounds(self) -> NDArray[np.float64]: ...  # noqa: D102
+
+    def take(self, rows: NDArray[np.intp]) -> Cells:
+        """The cells at ``rows``, in that order."""
+        ...
+
+
 @dataclass(frozen=True)
 class Cells:
     """N outlined cells.
@@ -231,12 +249,15 @@ class Cells:
     @property
     def total_bounds(self) -> tuple[float, float, float, float] | None:
         """xmin, ymin, xmax, ymax of all polygons, level-0 px; ``None`` without cells."""
-        import shapely
-
         if not len(self):
             return None
         left, top, right, bottom = shapely.total_bounds(self.polygons)
         return float(left), float(top), float(right), float(bottom)
+
+    @property
+    def bounds(self) -> NDArray[np.float64]:
+        """(N, 4): xmin, ymin, xmax, ymax of each polygon, level-0 px."""
+        return np.asarray(shapely.bounds(self.polygons), np.float64).reshape(-1, 4)
 
     def chunks(self, rows: int) -> Iterator[Cells]:
         """The cells in order, ``rows`` at a time."""
@@ -387,6 +408,10 @@ class Typing:
         """Every cell unassigned: a run without seeds."""
         zeros = np.zeros(count, np.float32)
         return Typing((UNASSIGNED,), ((128, 128, 128),), np.zeros(count, np.int32), zeros, zeros.copy(), np.full(count, -1, np.int32))
+
+    def count(self) -> dict[str, int]:
+        """Cells per type."""
+        return dict(zip(self.names, np.bincount(self.codes, minlength=len(self.names)).tolist(), strict=True))
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,15 +13,14 @@ from wsiseg.geometry import Box, Lattice, round_up
 from wsiseg.masks import decode
 from wsiseg.meter import Clock
 from wsiseg.pipeline import settle
-from wsiseg.planning import Job, Tools
 from wsiseg.polygons import trace
 from wsiseg.prompts import find_points
 from wsiseg.prompts.apg import apg_points
 from wsiseg.records import Cells
 from wsiseg.seeding import build_bank
+from wsiseg.sheet import Sheet
 from wsiseg.slide import read_region
 from wsiseg.slide.array_reader import ArrayReader
-from wsiseg.tissue import SearchArea
 
 if TYPE_CHECKING:
     from wsiseg.config import RunConfig
@@ -89,6 +87,6 @@ class Picture:
             found = self._traced.take(np.array([tuple(p) in wanted for p in self._traced.points_xy.tolist()], bool))
         else:
             found = self.outlines(points, config)
-        tools = Tools(Job("image", config, self.lattice, SearchArea(None, None), bank, Path(), ""), self.reader, self.model)
-        cells, typing, *_ = settle(found, tools, self.reader.info, Clock())
-        return cells, typing
+        sheet = Sheet(self.reader.info, config, bank, {}, "", "", "", self.model.descriptor_size, 0.0)
+        cells, typing, *_ = settle([found], sheet, self.model.types, Clock())
+        return cells.take(slice(None)), typing

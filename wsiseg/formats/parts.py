@@ -5,7 +5,7 @@
       prompt_x, prompt_y  double   level-0 px
       score       float
       descriptor  fixed_size_list<halffloat>[D]
-    file metadata, key "wsiseg_part": {"format": 1, "config_hash": ..., "counts": {...}, "cells": N, "descriptor_size": D}
+    file metadata, key "wsiseg_part": {"format": 1, "config_hash": ..., "counts": {...}, "failures": [...], "cells": N, "descriptor_size": D}
 
 The footer is at the end of the file and the file arrives by rename, so a footer that can be read means a part that is complete.
 Format: https://parquet.apache.org/docs/file-format/
@@ -14,6 +14,7 @@ Format: https://parquet.apache.org/docs/file-format/
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from wsiseg.formats.atomic import atomic_path
 from wsiseg.records import Cells
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -35,7 +37,77 @@ FORMAT = 1
 UNREADABLE = (OSError, pa.ArrowException, ValueError, KeyError, TypeError, AttributeError)
 
 
-def write_part(path: Path, cells: Cells, config_hash: str, counts: dict[str, int]) -> None:
+@dataclass(frozen=True)
+class Part:
+    """One part in memory, its polygons still encoded.
+
+    Attributes
+    ----------
+    name
+        What to call it in errors.
+    table, note
+        As in the file.
+    """
+
+    name: str
+    table: pa.Table
+    note: dict[str, Any]
+
+    @staticmethod
+    def of(cells: Cells, name: str = "cells") -> Part:
+        """Cells that are in memory."""
+        return Part(name, _table(cells), {"descriptor_size": cells.descriptor_size})
+
+    @property
+    def nbytes(self) -> int:
+        """Of the columns."""
+        return int(self.table.nbytes)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Of the block."""
+        return {str(name): int(count) for name, count in self.note["counts"].items()}
+
+    @property
+    def failures(self) -> list[str]:
+        """A sentence per tile of the block that could not be read."""
+        return [str(failure) for failure in self.note.get("failures", [])]
+
+    @property
+    def points_xy(self) -> NDArray[np.float64]:
+        """Prompts (N, 2), level-0 px."""
+        return np.stack([self.table["prompt_x"].to_numpy(), self.table["prompt_y"].to_numpy()], axis=1)
+
+    @property
+    def scores(self) -> NDArray[np.float32]:
+        """(N,)."""
+        scores: NDArray[np.float32] = self.table["score"].to_numpy().astype(np.float32)
+        return scores
+
+    def polygons(self, rows: NDArray[np.intp] | None = None) -> NDArray[np.object_]:
+        """All polygons, or those of ``rows``.
+
+        Raises
+        ------
+        FormatError
+            One of them is damaged.
+        """
+        column = self.table["geometry"]
+        try:
+            return polygons_from_wkb(column if rows is None else column.take(pa.array(rows)))
+        except (*UNREADABLE, shapely.errors.GEOSException) as error:
+            raise _unreadable(self.name, error) from error
+
+    def descriptors(self, rows: NDArray[np.intp]) -> NDArray[np.float16]:
+        """(n, D) of ``rows``."""
+        return descriptors_from(self.table, int(self.note["descriptor_size"]))[rows]
+
+    def cells(self) -> Cells:
+        """All of it."""
+        return Cells(self.polygons(), self.points_xy, self.scores, descriptors_from(self.table, int(self.note["descriptor_size"])))
+
+
+def write_part(path: Path, cells: Cells, config_hash: str, counts: dict[str, int], failures: Sequence[str] = ()) -> None:
     """Write one part, atomically; same input, same bytes.
 
     Parameters
@@ -48,35 +120,35 @@ def write_part(path: Path, cells: Cells, config_hash: str, counts: dict[str, int
         Of everything that decides the cells; :func:`part_is_current` compares it.
     counts
         Kept, dropped at seams, ...: summed into the manifest.
+    failures
+        A sentence per tile that could not be read.
     """
     note = {
-        "format": FORMAT, "config_hash": config_hash, "counts": {name: int(count) for name, count in counts.items()},
-        "cells": len(cells), "descriptor_size": int(cells.descriptors.shape[1]),
+        "format": FORMAT, "config_hash": config_hash, "counts": {name: int(count) for name, count in counts.items()}, "failures": list(failures),
+        "cells": len(cells), "descriptor_size": cells.descriptor_size,
     }  # fmt: skip
-    table = pa.table({
+    table = _table(cells).replace_schema_metadata({KEY: json.dumps(note, sort_keys=True)})
+    with atomic_path(path) as partial:
+        pq.write_table(table, partial, compression="zstd", use_dictionary=False, write_page_checksum=True)
+
+
+def _table(cells: Cells) -> pa.Table:
+    return pa.table({
         "geometry": pa.array(shapely.to_wkb(cells.polygons), pa.binary()),
         "prompt_x": np.ascontiguousarray(cells.points_xy[:, 0], np.float64),
         "prompt_y": np.ascontiguousarray(cells.points_xy[:, 1], np.float64),
         "score": np.asarray(cells.scores, np.float32),
         **descriptor_column(cells.descriptors),
     })  # fmt: skip
-    table = table.replace_schema_metadata({KEY: json.dumps(note, sort_keys=True)})
-    with atomic_path(path) as partial:
-        pq.write_table(table, partial, compression="zstd", use_dictionary=False, write_page_checksum=True)
 
 
-def read_part(path: Path) -> tuple[Cells, dict[str, int]]:
-    """The cells of a part and its counts.
+def open_part(path: Path) -> Part:
+    """A part, read but not decoded.
 
     Parameters
     ----------
     path
         Written by :func:`write_part`.
-
-    Returns
-    -------
-    tuple of (Cells, dict)
-        Exactly what was written.
 
     Raises
     ------
@@ -86,14 +158,29 @@ def read_part(path: Path) -> tuple[Cells, dict[str, int]]:
     try:
         table = pq.read_table(path, page_checksum_verification=True, partitioning=None)
         note = json.loads(table.schema.metadata[KEY])
-        points = np.stack([table["prompt_x"].to_numpy(), table["prompt_y"].to_numpy()], axis=1)
-        polygons = polygons_from_wkb(table["geometry"])
-        scores = table["score"].to_numpy().astype(np.float32)
-        descriptors = descriptors_from(table, int(note["descriptor_size"]))
-        counts = {str(name): int(count) for name, count in note["counts"].items()}
-    except (*UNREADABLE, shapely.errors.GEOSException) as error:
-        raise FormatError(f"{path}: not a readable part file ({_first_line(error)}); delete it and run the command again") from error
-    return Cells(polygons, points, scores, descriptors), counts
+        part = Part(str(path), table, note)
+        columns = {"geometry", "prompt_x", "prompt_y", "score", *(["descriptor"] if int(note["descriptor_size"]) else [])}
+        if not columns <= set(table.schema.names) or part.counts is None:
+            raise KeyError(min(columns - set(table.schema.names)))
+    except UNREADABLE as error:
+        raise _unreadable(str(path), error) from error
+    return part
+
+
+def read_part(path: Path) -> tuple[Cells, dict[str, int]]:
+    """The cells of a part and its counts, exactly as written.
+
+    Raises
+    ------
+    FormatError
+        The file is missing, damaged, or no part.
+    """
+    part = open_part(path)
+    return part.cells(), part.counts
+
+
+def _unreadable(name: str, error: Exception) -> FormatError:
+    return FormatError(f"{name}: not a readable part file ({_first_line(error)}); delete it and run the command again")
 
 
 def part_is_current(path: Path, config_hash: str) -> bool:
