@@ -269,8 +269,52 @@ class TypingConfig:
 
 
 @dataclass(frozen=True)
+class ClusterConfig:
+    """A job of a batch system (``--scheduler slurm``, ``pbs``, ``lsf`` or ``sge``); each is one worker.
+
+    Attributes
+    ----------
+    cores
+        Threads of the model. Small jobs start soonest: most nodes have room for four.
+    memory
+        The default model takes below 1 GB; this is 2 GB per core, what most clusters give anyway, and room for larger models.
+    queue, account
+        Partition, and who pays. ``None``: the system's own.
+    walltime
+        As the system spells it (``02:00:00``). ``None``: the queue's own. A job that comes to its end is submitted again, so short ones do.
+    interface
+        Network interface between this machine and the jobs, such as ``ib0``. ``None``: the one that leads outside.
+    directives
+        More options of a job, one each: ``--gres=gpu:1`` for slurm. For sge also cores and memory, which every site spells its own way.
+    prologue
+        Lines of shell before the worker starts, such as ``module load cuda``. None: the job runs the Python that submits it.
+    """
+
+    cores: int = 4
+    memory: str = "8GB"
+    queue: str | None = None
+    account: str | None = None
+    walltime: str | None = None
+    interface: str | None = None
+    directives: tuple[str, ...] = ()
+    prologue: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class RunConfig:
-    """One run."""
+    """One run.
+
+    Attributes
+    ----------
+    batch_size
+        Tiles encoded together. ``None``: one on a CPU, as many as fit on a GPU.
+    max_ram_gb, max_vram_gb
+        What one process may use; queues, caches and batches are made to fit. ``None``: what is there.
+    workers
+        Processes on this machine, or jobs of a batch system.
+    scheduler
+        ``tcp://host:port`` of a Dask scheduler, or ``slurm``, ``pbs``, ``lsf``, ``sge``. ``None``: this machine alone.
+    """
 
     model: str = "nuclei-compact"
     method: Method = "auto"
@@ -290,7 +334,12 @@ class RunConfig:
     stitching: StitchingConfig = field(default_factory=StitchingConfig)
     typing: TypingConfig = field(default_factory=TypingConfig)
     device: str = "auto"
+    batch_size: int | None = None
+    max_ram_gb: float | None = None
+    max_vram_gb: float | None = None
     workers: int = 1
+    scheduler: str | None = None
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
     formats: tuple[str, ...] = ("geojson", "parquet")
 
     def hash(self, **facts: object) -> str:
@@ -302,12 +351,16 @@ class RunConfig:
 #: Raised when the same inputs give other cells than before: parts of an older wsiseg are then made again.
 REVISION = 4
 #: How fast it goes and what is written; and what is hashed by its content instead of its name.
-NOT_HASHED = ("device", "workers", "formats", "model", "mpp", "reader", "seeds", "bank", "roi")
+NOT_HASHED = (
+    "device", "batch_size", "max_ram_gb", "max_vram_gb", "workers", "scheduler", "cluster", "formats",
+    "model", "mpp", "reader", "seeds", "bank", "roi",
+)  # fmt: skip
 
 _POSITIVE, _SHARE = (1e-6, 1e6), (0.0, 1.0)
 #: Allowed range of every number.
 LIMITS: dict[str, tuple[float, float]] = {
-    "mpp": (0.01, 100), "workers": (1, 1024),
+    "mpp": (0.01, 100), "workers": (1, 1024), "batch_size": (1, 1024), "max_ram_gb": (0.5, 1e5), "max_vram_gb": (0.1, 1e5),
+    "cluster.cores": (1, 1024),
     "tissue.overview_mpp": (0.25, 64), "tissue.min_area_um2": (0, 1e9), "tissue.max_hole_um2": (0, 1e9), "tissue.margin_um": (0, 1e4),
     "tiling.tile_um": (16, 4096), "tiling.halo_um": (0, 512), "tiling.block_tiles": (1, 64), "tiling.origin_um": (-1e6, 1e6),
     "apg.foreground": _SHARE, "apg.centre": _SHARE, "apg.boundary": _SHARE, "apg.min_component_um2": (0, 1e4),

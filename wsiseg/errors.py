@@ -29,3 +29,7 @@ class FormatError(WsisegError, ValueError):
 
 class RunError(WsisegError, OSError):
     """An output folder cannot be used, or the run in it does not match."""
+
+
+class InterruptedRunError(RunError):
+    """A run was asked to stop and did, after the part in hand; the same command goes on."""

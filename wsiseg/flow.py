@@ -7,14 +7,14 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Generator, Iterable
     from concurrent.futures import Future
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def ahead(function: Callable[[Item], Result], items: Iterable[Item], *, threads: int = 1, limit: int = 2) -> Iterator[Result]:
+def ahead(function: Callable[[Item], Result], items: Iterable[Item], *, threads: int = 1, limit: int = 2) -> Generator[Result, None, None]:
     """``map(function, items)``, worked on ahead of who asks.
 
     Parameters
@@ -31,7 +31,8 @@ def ahead(function: Callable[[Item], Result], items: Iterable[Item], *, threads:
     Yields
     ------
     Result
-        In the order of the items. An exception of ``function`` is raised when its item's turn comes; nothing is begun after that.
+        In the order of the items. An exception of ``function`` is raised when its item's turn comes; nothing is begun after that. However it
+        ends, no thread is left at work, and ``items`` is closed if it is a generator.
     """
     pool = ThreadPoolExecutor(threads)
     pending: deque[Future[Result]] = deque()
@@ -44,3 +45,6 @@ def ahead(function: Callable[[Item], Result], items: Iterable[Item], *, threads:
             yield pending.popleft().result()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+        close = getattr(items, "close", None)  # a stage before this one must not work on after it
+        if close:
+            close()

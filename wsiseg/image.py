@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from wsiseg.claims import Claims
 from wsiseg.config import COP_FORMS, RunConfig, check
 from wsiseg.errors import ConfigError
 from wsiseg.formats.seeds import check_seeds
@@ -17,12 +18,14 @@ from wsiseg.geometry import Box, Lattice, round_up
 from wsiseg.masks import decode
 from wsiseg.meter import Clock
 from wsiseg.models import load_model
-from wsiseg.pipeline import segment_tile, settle
+from wsiseg.pipeline import settle
 from wsiseg.planning import Job, Tools, resolve
 from wsiseg.prompts.chain_of_prompts import farthest_point_recursion
 from wsiseg.prompts.painting import Canvas
 from wsiseg.records import Cells, Typing
 from wsiseg.seeding import build_bank
+from wsiseg.segmenting import segment_tile
+from wsiseg.sheet import Sheet
 from wsiseg.slide import read_region
 from wsiseg.slide.array_reader import ArrayReader
 from wsiseg.tiles import plan_blocks
@@ -32,7 +35,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from wsiseg.models.contract import PromptableModel
-    from wsiseg.records import Seeds, SlideInfo
+    from wsiseg.records import Seeds
 
 logger = logging.getLogger(__name__)
 
@@ -63,19 +66,19 @@ def segment_image(
         One verdict per cell.
     """
     config = dataclasses.replace(config or RunConfig(), mpp=mpp)
-    tools, info = _open_tools(image, config, seeds, model)
+    tools, sheet = _open_tools(image, config, seeds, model)
     blocks = plan_blocks(
-        info.size_px0, tools.job.lattice, config.tiling, stride_px=tools.model.stride_px, reach_px=tools.model.reach_px,
+        sheet.info.size_px0, tools.job.lattice, config.tiling, stride_px=tools.model.stride_px, reach_px=tools.model.reach_px,
         input_px=tools.model.input_px, wanted=lambda *_: True,
     )  # fmt: skip
     clock = Clock()
     outlines = [
         segment_tile(tile, read_region(tools.reader, tile.outer, tools.job.lattice), tools, clock)[0] for block in blocks for tile in block.tiles
     ]
-    cells, typing, notes, _ = settle(Cells.concatenate(outlines, tools.model.descriptor_size), tools, info, clock)
+    cells, typing, notes, _ = settle([Cells.concatenate(outlines, sheet.descriptor_size)], sheet, tools.model.types, clock)
     for doubt in notes.warnings:
         logger.warning("%s", doubt)
-    return cells, typing
+    return cells.take(slice(None)), typing
 
 
 @torch.inference_mode()
@@ -115,8 +118,8 @@ def chain_image(
     form = COP_FORMS[like]
     config = dataclasses.replace(config or RunConfig(), mpp=mpp, method="auto")  # the method is the form
     cop = dataclasses.replace(config.cop, gate=form.gate, localise=form.localise)
-    tools, info = _open_tools(image, config, None, model)
-    seeds, _ = check_seeds(dataclasses.replace(seeds, slide=None), info)
+    tools, sheet = _open_tools(image, config, None, model)
+    seeds, _ = check_seeds(dataclasses.replace(seeds, slide=None), sheet.info)
     net, lattice = tools.model, tools.job.lattice
     width, height = (round(n * mpp / net.mpp) for n in (image.shape[1], image.shape[0]))
     box = Box(0, 0, *(net.input_px or round_up(n, net.stride_px) for n in (width, height)))
@@ -150,8 +153,8 @@ def chain_image(
 
 def _open_tools(
     image: NDArray[np.uint8], config: RunConfig, seeds: Seeds | None = None, model: PromptableModel | None = None
-) -> tuple[Tools, SlideInfo]:
-    """The tools for one image in memory (H, W, 3) at ``config.mpp``."""
+) -> tuple[Tools, Sheet]:
+    """The tools for one image in memory (H, W, 3) at ``config.mpp``, and what its end needs."""
     if config.mpp is None:
         raise ConfigError("image: microns per pixel are not known; set mpp (for example mpp=0.25)")
     check(config, "image")
@@ -165,4 +168,5 @@ def _open_tools(
     lattice = Lattice(config.mpp, model.mpp)
     bank = build_bank(reader, model, seeds, lattice, resolved, chains=resolved.method == "cop") if seeds else None
     job = Job("image", resolved, lattice, SearchArea(None, None), bank, Path(), "")
-    return Tools(job, reader, model), reader.info
+    sheet = Sheet(reader.info, resolved, bank, {}, "", "", "", model.descriptor_size, 0.0)
+    return Tools(job, reader, model, Claims(Path())), sheet

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import sys
+import threading
 import time
 from collections import defaultdict
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+_largest = [0]  # of the peaks that were read and reset
+
 
 class Clock:
-    """Adds up wall seconds by stage name."""
+    """Adds up wall seconds by stage name, from any thread."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
+        self._lock = threading.Lock()
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
@@ -26,15 +33,34 @@ class Clock:
         try:
             yield
         finally:
-            self.seconds[stage] += time.perf_counter() - start
+            self.add({stage: time.perf_counter() - start})
 
     def add(self, seconds: Mapping[str, float]) -> None:
         """Add another clock's seconds."""
-        for stage, value in seconds.items():
-            self.seconds[stage] += value
+        with self._lock:
+            for stage, value in seconds.items():
+                self.seconds[stage] += value
+
+    def take(self) -> dict[str, float]:
+        """What has been added since the last call."""
+        with self._lock:
+            seconds = dict(self.seconds)
+            self.seconds.clear()
+        return seconds
 
 
 def peak_bytes() -> int:
     """Largest resident set of this process so far."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return max(peak if sys.platform == "darwin" else peak * 1024, _largest[0])
+
+
+def peak_bytes_lately() -> int:
+    """Largest resident set since the last call; where the system cannot tell, since the start."""
+    peak = peak_bytes()
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM"))
+        peak = int(line.split()[1]) * 1024
+        _largest[0] = max(_largest[0], peak)
+        _CLEAR.write_text("5")  # Linux: begin the high-water mark anew
+    return peak

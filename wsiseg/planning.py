@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from wsiseg.claims import Claims
 from wsiseg.config import TILE_UM, CopConfig, RunConfig, StitchingConfig, TypingConfig, check
 from wsiseg.errors import ConfigError, SlideError
 from wsiseg.formats import load_writer
@@ -21,12 +24,12 @@ from wsiseg.models import find_weights, load_model, pick_device
 from wsiseg.models.cards import file_hash
 from wsiseg.runs import check_folder, find_folder
 from wsiseg.seeding import build_bank
+from wsiseg.sheet import Sheet, read_sheet
 from wsiseg.slide import open_slide, require_cellular, thumbnail
 from wsiseg.tiles import plan_blocks
 from wsiseg.tissue import SearchArea, find_tissue
 
 if TYPE_CHECKING:
-
     from wsiseg.models.contract import PromptableModel
     from wsiseg.records import Bank, Block, SlideInfo
     from wsiseg.runs import RunFolder
@@ -52,43 +55,40 @@ class Job:
 
 @dataclass(frozen=True)
 class Tools:
-    """What every worker process opens once."""
+    """What every worker process opens once. ``claims``: on the blocks that it works on."""
 
     job: Job
     reader: SlideReader
     model: PromptableModel
+    claims: Claims
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A run that has passed every check. ``run_hash`` covers everything that decides the result, ``job.parts_hash`` what decides the parts."""
+    """A run that has passed every check. ``sheet`` is what its end needs."""
 
     job: Job
     tools: Tools
-    info: SlideInfo
     blocks: list[Block]
-    run_hash: str
-    warnings: list[str]
+    sheet: Sheet
 
     def at(self, parts: Path) -> Plan:
         """The plan with the folder of parts that was claimed for it."""
         job = dataclasses.replace(self.job, parts=parts)
-        return dataclasses.replace(self, job=job, tools=dataclasses.replace(self.tools, job=job))
-
-    @property
-    def tile_count(self) -> int:
-        """Tiles of all blocks."""
-        return sum(len(b.tiles) for b in self.blocks)
+        return dataclasses.replace(self, job=job, tools=dataclasses.replace(self.tools, job=job, claims=Claims(parts)))
 
 
-def open_tools(job: Job) -> Tools:
-    """A worker's own slide and model."""
+def open_tools(job: Job, number: int = 0) -> Tools:
+    """The slide and model of worker ``number``; where there are several GPUs, each worker has its own."""
     config = job.config
     reader = open_slide(job.slide, mpp=config.mpp, reader=config.reader)
-    return Tools(job, reader, load_model(config.model, config.device, config.precision))
+    device = config.device
+    if device in ("auto", "cuda") and torch.cuda.device_count() > 1:
+        device = f"cuda:{number % torch.cuda.device_count()}"
+    return Tools(job, reader, load_model(config.model, device, config.precision), Claims(job.parts).__enter__())
 
 
-def plan_run(slide: str, config: RunConfig, out: Path, *, overwrite: bool = False) -> Plan:
+def plan_run(slide: str, config: RunConfig, out: Path, *, name: str | None = None, overwrite: bool = False) -> Plan | RunFolder:
     """Check a run and lay it out; writes nothing. The caller closes ``tools.reader``.
 
     Parameters
@@ -97,8 +97,15 @@ def plan_run(slide: str, config: RunConfig, out: Path, *, overwrite: bool = Fals
         Path or URL.
     config
         What to do; ``seeds`` and ``roi`` are paths.
-    out, overwrite
-        Folder of all runs, and whether another run may be replaced.
+    out, name
+        Folder of all runs, and the name of this one's in it; that of the slide when absent.
+    overwrite
+        Whether another run may be replaced.
+
+    Returns
+    -------
+    Plan or RunFolder
+        The folder when this very run is complete and its files are there.
 
     Raises
     ------
@@ -107,8 +114,8 @@ def plan_run(slide: str, config: RunConfig, out: Path, *, overwrite: bool = Fals
     """
     check(config)
     card, weights = find_weights(config.model)
-    for name in config.formats:
-        load_writer(name)
+    for known in config.formats:
+        load_writer(known)
     if config.seeds and config.bank:
         raise ConfigError("--bank and --seeds: both say what the types are; pass one of them")
     seeds = read_seeds(Path(config.seeds)) if config.seeds else None
@@ -127,23 +134,13 @@ def plan_run(slide: str, config: RunConfig, out: Path, *, overwrite: bool = Fals
         )
         if resolved.method == "cop" and bank is not None and not bank.high:
             raise ConfigError(f"--bank {config.bank}: has no prototypes for --method cop; leave --method out, or make it by a run with --method cop")
-
-        facts: dict[str, object] = {
-            "slide": _slide_key(slide), "levels": info.level_sizes, "reader": info.reader, "mpp": info.mpp,
-            "weights": file_hash(weights), "roi": _content_hash(config.roi),
-        }  # fmt: skip
-        clicks = _content_hash(config.seeds or config.bank)
-        run_hash = resolved.hash(**facts, seeds=clicks)
-        # What is settled after the parts does not make them stale: types, overlaps, and under APG the seeds.
-        segmenting = dataclasses.replace(resolved, typing=TypingConfig(), stitching=StitchingConfig())
-        if resolved.method == "cop":
-            parts_hash = segmenting.hash(**facts, seeds=clicks)
-        else:
-            parts_hash = dataclasses.replace(segmenting, cop=CopConfig()).hash(**facts)
-        folder = find_folder(out, slide_path(slide))
+        run_hash, parts_hash = _digests(slide, resolved, info, weights)
+        folder = find_folder(out, slide_path(slide), name)
         check_folder(folder, run_hash, overwrite=overwrite)
         if config.bank:
             refuse_own_bank(folder, Path(config.bank))
+        if not overwrite and folder.is_complete(run_hash, config.formats):
+            return folder
 
         model = load_model(config.model, config.device, resolved.precision)
         lattice = Lattice(info.mpp, model.mpp)
@@ -152,16 +149,38 @@ def plan_run(slide: str, config: RunConfig, out: Path, *, overwrite: bool = Fals
             tissue = find_tissue(*thumbnail(reader, config.tissue.overview_mpp), config.tissue, mpp=info.mpp)
             warnings += tissue.warnings
         area = SearchArea(tissue, roi)
-        if seeds:
+        earlier = read_sheet(folder.parts, run_hash)
+        if earlier:  # one bank for all shards of a run, wherever they were made
+            bank = earlier.bank
+        elif seeds:
             bank = build_bank(reader, model, seeds, lattice, resolved, chains=resolved.method == "cop")
+            bank = dataclasses.replace(bank, cells=bank.cells.take(area.holds(bank.cells.points_xy)))
         blocks = plan_blocks(
             info.size_px0, lattice, config.tiling, stride_px=model.stride_px, reach_px=model.reach_px,
             input_px=model.input_px, wanted=area.wanted,
         )  # fmt: skip
         job = Job(slide, resolved, lattice, area, bank, folder.parts, parts_hash)
-        plan = Plan(job, Tools(job, reader, model), info, blocks, run_hash, warnings)
+        sheet = Sheet(
+            dataclasses.replace(info, path=slide_path(slide)), resolved, bank, {b.name: len(b.tiles) for b in blocks}, run_hash, parts_hash,
+            file_hash(weights), model.descriptor_size, area.size_um2(info) / 1e6, tuple(warnings),
+        )  # fmt: skip
+        plan = Plan(job, Tools(job, reader, model, Claims(folder.parts)), blocks, sheet)
         stack.pop_all()
     return plan
+
+
+def _digests(slide: str, config: RunConfig, info: SlideInfo, weights: Path) -> tuple[str, str]:
+    """Digests of everything that decides the result, and of what decides the parts; ``config`` is resolved."""
+    facts: dict[str, object] = {
+        "slide": _slide_key(slide), "levels": info.level_sizes, "reader": info.reader, "mpp": info.mpp,
+        "weights": file_hash(weights), "roi": _content_hash(config.roi),
+    }  # fmt: skip
+    clicks = _content_hash(config.seeds or config.bank)
+    # What is settled after the parts does not make them stale: types, overlaps, and under APG the seeds.
+    segmenting = dataclasses.replace(config, typing=TypingConfig(), stitching=StitchingConfig())
+    clicked = {"seeds": clicks} if config.method == "cop" else {}
+    segmenting = segmenting if clicked else dataclasses.replace(segmenting, cop=CopConfig())
+    return config.hash(**facts, seeds=clicks), segmenting.hash(**facts, **clicked)
 
 
 def slide_path(slide: str) -> str:
@@ -236,24 +255,25 @@ def _content_hash(path: str | None) -> str:
     return file_hash(Path(path)) if path else ""
 
 
-def describe(plan: Plan) -> dict[str, Any]:
+def describe(sheet: Sheet) -> dict[str, Any]:
     """The manifest's account of what goes in."""
-    info, config = plan.info, plan.job.config
+    info, config = sheet.info, sheet.config
     return {
         "slide": {
-            "path": slide_path(plan.job.slide),
+            "path": info.path,
             "reader": info.reader,
             "format": info.format,
             "size_px0": list(info.size_px0),
             "mpp": info.mpp,
             "mpp_source": info.mpp_source,
             "bounds": list(info.bounds) if info.bounds else None,
+            "searched_mm2": round(sheet.tissue_mm2, 4),
         },
         "config": dataclasses.asdict(config),
         "seeds": config.seeds or config.bank,
-        "model": {"name": config.model, "sha256": file_hash(find_weights(config.model)[1]), "device": str(plan.tools.model.device)},
-        "run_hash": plan.run_hash,
-        "parts_hash": plan.job.parts_hash,
+        "model": {"name": config.model, "sha256": sheet.weights},
+        "run_hash": sheet.run_hash,
+        "parts_hash": sheet.parts_hash,
         "frame": "slide level-0 px, x right, y down, origin at the outer corner of pixel (0, 0)",
     }
 

@@ -14,16 +14,20 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import platform
+import shutil
 import tempfile
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from wsiseg.errors import RunError
-from wsiseg.formats.atomic import PARTIAL_PATTERN, is_abandoned, write_json
+from wsiseg.formats import FILE_NAMES
+from wsiseg.formats.atomic import PARTIAL_PATTERN, is_abandoned, partial_name, write_json
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 FINAL_FILES = ("bank.safetensors", "cells.parquet", "cells.geojson.gz", "cells.geojson.zip")
 _LIBRARIES = ("torch", "numpy", "scipy", "shapely", "scikit-image", "openslide-python", "tiffslide", "pyarrow", "geopandas", "distributed")
@@ -60,23 +64,30 @@ class RunFolder:
         ours = isinstance(content, dict) and all(isinstance(content.get(k), kind) for k, kind in shape.items())
         return content if ours else None
 
+    def is_complete(self, run_hash: str, formats: Sequence[str]) -> bool:
+        """Whether this very run has ended well and its files are there."""
+        manifest = self.read_manifest()
+        if not manifest or manifest["run_hash"] != run_hash or manifest.get("status") != "complete":
+            return False
+        files = [str(name) for name in manifest.get("files", [])]
+        wanted = all(any(name.startswith(FILE_NAMES[known].rpartition(".")[0]) for name in files) for known in formats)
+        return wanted and all((self.path / name).is_file() for name in files)
+
     def drop_old_files(self, files: list[str]) -> None:
         """Remove final files of an earlier run that are not among the names ``files``, and what killed processes left half-written here."""
         for name in FINAL_FILES:
             if name not in files:
                 (self.path / name).unlink(missing_ok=True)
-        for path in self.path.glob(PARTIAL_PATTERN):
-            if is_abandoned(path):
-                path.unlink(missing_ok=True)
+        _sweep(self.path)
 
     def write_manifest(self, content: dict[str, Any]) -> None:
         """Replace the manifest, whole or not at all."""
         write_json(self.manifest, content)
 
 
-def find_folder(out: Path, slide: str) -> RunFolder:
-    """The folder of a slide below ``out``: its stem, with a suffix when another slide holds that name."""
-    plain, suffixed = _candidates(out, slide)
+def find_folder(out: Path, slide: str, name: str | None = None) -> RunFolder:
+    """The folder of a slide below ``out``: ``name``, or the slide's stem, with a suffix when another slide holds that name."""
+    plain, suffixed = _candidates(out, slide, name)
     manifest = plain.read_manifest()
     return suffixed if manifest and manifest["slide"].get("path") != slide else plain
 
@@ -120,15 +131,15 @@ def check_folder(folder: RunFolder, run_hash: str, *, overwrite: bool) -> None:
         raise _unwritable(folder.path, error) from error
 
 
-def claim_folder(out: Path, slide: str, manifest: dict[str, Any], *, overwrite: bool) -> RunFolder:
+def claim_folder(out: Path, slide: str, manifest: dict[str, Any], *, name: str | None = None, overwrite: bool) -> RunFolder:
     """Make the slide's folder this run's: two slides of one name that start at the same moment get two folders.
 
     Parameters
     ----------
-    out, slide
+    out, slide, name
         As for :func:`find_folder`.
     manifest
-        Of a run that begins; it is created exclusively, which is the claim.
+        Of a run that begins; it is created exclusively, which is the claim. That of the same run, begun earlier, stays.
     overwrite
         Give up an earlier run with another configuration. Its finished parts are used again where they are the same.
 
@@ -137,14 +148,15 @@ def claim_folder(out: Path, slide: str, manifest: dict[str, Any], *, overwrite: 
     RunError
         The folder holds another run or cannot be written.
     """
-    for folder in _candidates(out, slide):
+    for folder in _candidates(out, slide, name):
         previous = folder.read_manifest()
         if previous and previous["slide"].get("path") != slide:
             continue
         check_folder(folder, manifest["run_hash"], overwrite=overwrite)
         try:
             folder.path.mkdir(parents=True, exist_ok=True)
-            if not _create(folder, manifest, exclusive=previous is None and not folder.manifest.exists()):
+            same = previous is not None and previous["run_hash"] == manifest["run_hash"]
+            if not same and not _create(folder, manifest, exclusive=previous is None and not folder.manifest.exists()):
                 continue  # another slide was quicker
             folder.parts.mkdir(exist_ok=True)
             with tempfile.TemporaryFile(dir=folder.parts):
@@ -152,8 +164,8 @@ def claim_folder(out: Path, slide: str, manifest: dict[str, Any], *, overwrite: 
         except OSError as error:
             raise error if isinstance(error, RunError) else _unwritable(folder.path, error) from error
         if previous and previous["run_hash"] != manifest["run_hash"]:
-            for name in FINAL_FILES:
-                (folder.path / name).unlink(missing_ok=True)
+            for old in FINAL_FILES:
+                (folder.path / old).unlink(missing_ok=True)
         return folder
     raise RunError(f"{out}: two other slides hold the name of {slide}; pass another --out")
 
@@ -163,9 +175,16 @@ def drop_stale_files(folder: RunFolder, names: set[str]) -> None:
     for path in folder.parts.glob("*.parquet"):
         if path.stem not in names:
             path.unlink(missing_ok=True)
-    for path in [*folder.path.glob(PARTIAL_PATTERN), *folder.parts.glob(PARTIAL_PATTERN)]:
-        if is_abandoned(path):
-            path.unlink(missing_ok=True)
+    _sweep(folder.path)
+    _sweep(folder.parts)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what killed processes left half-written, files and folders."""
+    for path in folder.glob(PARTIAL_PATTERN):
+        with contextlib.suppress(OSError):  # another process may sweep as well
+            if is_abandoned(path):
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def versions() -> dict[str, str]:
@@ -177,7 +196,9 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _candidates(out: Path, slide: str) -> tuple[RunFolder, RunFolder]:
+def _candidates(out: Path, slide: str, called: str | None) -> tuple[RunFolder, RunFolder]:
+    if called:
+        return RunFolder(out / called), RunFolder(out / called)
     name = Path(slide).name
     for ending in (".ome.tiff", ".ome.tif"):
         name = name[: -len(ending)] if name.lower().endswith(ending) else name
@@ -188,10 +209,10 @@ def _candidates(out: Path, slide: str) -> tuple[RunFolder, RunFolder]:
 def _create(folder: RunFolder, manifest: dict[str, Any], *, exclusive: bool) -> bool:
     """Write the first manifest; ``False`` when ``exclusive`` and a run of another slide has come between."""
     if exclusive:
-        draft = folder.path / f".manifest.{os.getpid()}.draft"
+        draft = folder.path / partial_name("manifest")
         write_json(draft, manifest)
         try:
-            os.link(draft, folder.manifest)
+            folder.manifest.hardlink_to(draft)
         except FileExistsError:
             current = folder.read_manifest()
             if current and current["slide"].get("path") != manifest["slide"]["path"]:
@@ -208,7 +229,7 @@ def _create(folder: RunFolder, manifest: dict[str, Any], *, exclusive: bool) -> 
 def _only_beginnings(folder: RunFolder) -> bool:
     """Whether a folder without manifest holds nothing but what a run killed at its very start leaves."""
     inside = [p for p in folder.path.rglob("*") if p != folder.parts]
-    return all(p.name.startswith(".") and p.suffix in (".partial", ".draft") for p in inside)
+    return all(p.name.startswith(".") and p.suffix == ".partial" for p in inside)
 
 
 def _unwritable(path: Path, error: OSError) -> RunError:

@@ -35,7 +35,13 @@ if TYPE_CHECKING:
 
 @torch.inference_mode()
 def ask_again(
-    model: PromptableModel, embeddings: Embeddings, size_px: int, batches: list[WindowMasks], masks_config: MaskConfig, config: SecondRoundConfig
+    model: PromptableModel,
+    embeddings: Embeddings,
+    size_px: int,
+    batches: list[WindowMasks],
+    masks_config: MaskConfig,
+    config: SecondRoundConfig,
+    which: int = 0,
 ) -> list[WindowMasks]:
     """Improve the masks of one tile.
 
@@ -49,6 +55,8 @@ def ask_again(
         Of the first round, on the CPU; masks on the whole tile stay as they are.
     masks_config, config
         ``prompts_per_batch``; thresholds.
+    which
+        Tile of the encoded batch.
 
     Returns
     -------
@@ -64,7 +72,7 @@ def ask_again(
     better = first
     for start in range(0, len(kept), masks_config.prompts_per_batch):
         rows = kept[start : start + masks_config.prompts_per_batch]
-        found = _decode(model, embeddings, tile, rows, kept, config)
+        found = _decode(model, embeddings, which, tile, rows, kept, config)
         good = [i for i, row in enumerate(rows) if tile.accepts(row, found.logits[i].numpy() > 0, config)]
         better = _put(better, rows[good], found.take(torch.tensor(good, dtype=torch.long)))
     out = list(batches)
@@ -117,7 +125,13 @@ class _Tile:
 
 
 def _decode(
-    model: PromptableModel, embeddings: Embeddings, tile: _Tile, rows: NDArray[np.intp], kept: NDArray[np.intp], config: SecondRoundConfig
+    model: PromptableModel,
+    embeddings: Embeddings,
+    number: int,
+    tile: _Tile,
+    rows: NDArray[np.intp],
+    kept: NDArray[np.intp],
+    config: SecondRoundConfig,
 ) -> WindowMasks:
     """The second round's masks of ``rows``, on the CPU."""
     points = tile.masks.points_xy[torch.from_numpy(rows)]
@@ -133,7 +147,7 @@ def _decode(
     boxes = torch.tensor([tile.box(row) for row in rows], dtype=torch.float32)
     more = -len(rows) % model.prompts_multiple
     hints = Hints(*(_padded(x.float(), more).to(model.device) for x in (negative, labels, boxes)))
-    which = torch.zeros(len(rows) + more, dtype=torch.long, device=model.device)
+    which = torch.full((len(rows) + more,), number, dtype=torch.long, device=model.device)
     found = model.decode(embeddings, which, _padded(points, more).to(model.device), hints=hints).take(torch.arange(len(rows)))
     return replace(
         found, logits=found.logits.float().cpu(), origin_xy=found.origin_xy.cpu(), quality=found.quality.float().cpu(),

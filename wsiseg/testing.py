@@ -1,16 +1,20 @@
-"""Networks with random weights, for tests and benchmarks: what a fast path computes can be compared without anybody's checkpoint."""
+"""Models for tests and benchmarks: random weights, to compare what fast paths compute; and discs at a fixed speed, to measure all the rest."""
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING
 
 import torch
 
 from wsiseg.models.checkpoints import Architecture
 from wsiseg.models.sam_modules import build
+from wsiseg.records import Embeddings, WindowMasks
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
+
+    from wsiseg.records import Hints
 
 VIT_B = Architecture(dim=768, depth=12, heads=12, global_blocks=(2, 5, 8, 11), window=14, grid=64, patch=16)
 VIT_L = Architecture(dim=1024, depth=24, heads=16, global_blocks=(5, 11, 17, 23), window=14, grid=64, patch=16)
@@ -42,3 +46,54 @@ def disturb(network: nn.Module) -> None:
             value.uniform_(0.8, 1.2)
         elif value.ndim == 1:
             value.add_(0.02 * torch.randn_like(value))
+
+
+class DiscModel:
+    """A :class:`~wsiseg.models.contract.PromptableModel` that sees a disc every ``spacing_px``, whatever the pixels.
+
+    Parameters
+    ----------
+    tile_seconds, prompt_seconds
+        What encoding a tile and decoding a prompt take: the thread sleeps, as it does while a GPU works.
+    spacing_px, radius_px
+        Between the discs, and of each.
+    """
+
+    mpp, stride_px, reach_px, input_px, has_maps, sees_whole = 0.25, 16, 64, None, True, False
+    box_replaces_point, prompts_multiple, descriptor_size, types = False, 1, 8, None
+    device = torch.device("cpu")
+
+    def __init__(self, tile_seconds: float = 0.0, prompt_seconds: float = 0.0, spacing_px: int = 88, radius_px: float = 20) -> None:
+        self.tile_seconds, self.prompt_seconds, self.spacing, self.radius = tile_seconds, prompt_seconds, spacing_px // 2, radius_px
+
+    def encode(self, images: Tensor) -> Embeddings:
+        """uint8 (B, 3, H, W) -> maps with a spot per disc."""
+        time.sleep(self.tile_seconds * len(images))
+        maps = torch.full((len(images), 3, images.shape[2] // 2, images.shape[3] // 2), 4.0)
+        maps[:, 0] = -4.0
+        for dy in range(3):
+            for dx in range(3):
+                spots = maps[:, :, self.spacing // 2 + dy :: self.spacing, self.spacing // 2 + dx :: self.spacing]
+                spots[:, 0], spots[:, 1:] = 4.0, -4.0
+        feature = torch.ones(len(images), 1, images.shape[2] // 16, images.shape[3] // 16)
+        return Embeddings(feature, feature, maps, {})
+
+    def decode(
+        self,
+        embeddings: Embeddings,  # noqa: ARG002
+        tile: Tensor,  # noqa: ARG002
+        points_xy: Tensor,
+        *,
+        hints: Hints | None = None,  # noqa: ARG002
+        multimask: bool = False,  # noqa: ARG002
+        whole: bool = False,  # noqa: ARG002
+    ) -> WindowMasks:
+        """A disc around each point."""
+        time.sleep(self.prompt_seconds * len(points_xy))
+        origin = (points_xy - 48).floor().long()
+        at = torch.arange(48) * 2 + 1.0
+        away = [(at - (points_xy - origin)[:, k : k + 1]) ** 2 for k in (0, 1)]
+        logits = self.radius - (away[0][:, None, :] + away[1][:, :, None]).sqrt()
+        sure = torch.full((len(points_xy),), 0.9)
+        descriptors = torch.nn.functional.normalize(torch.ones(len(points_xy), self.descriptor_size), dim=1)
+        return WindowMasks(logits, origin, 2, sure, sure, descriptors, points_xy)

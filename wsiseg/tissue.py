@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from wsiseg.config import TissueConfig
+    from wsiseg.records import SlideInfo
 
 DARK_MEDIAN = 60  # grey level of the overview's median below which the background is dark: glass is above 180, dense H&E above 90
 DARK_GLASS_SHARE, GLASS = 0.05, 180  # more than this share of bright px means glass: a brightfield slide padded with black
@@ -187,6 +188,14 @@ class SearchArea:
         if self.region is not None and not self.region.intersects(shapely.box(x0, y0, x1, y1)):
             return False
         return self.tissue is None or self.tissue.covers(x0, y0, x1, y1)
+
+    def size_um2(self, info: SlideInfo) -> float:
+        """Area that is searched; of a region that cuts tissue, the smaller of the two."""
+        width, height = info.size_px0
+        whole = width * height * info.mpp**2
+        tissue = whole if self.tissue is None else self.tissue.area_um2(info.mpp)
+        region = whole if self.region is None else shapely.area(self.region) * info.mpp**2
+        return float(min(whole, tissue, region))
 
     def holds(self, points_xy: NDArray[np.floating]) -> NDArray[np.bool_]:
         """Which of the points (N, 2) lie inside -> bool (N,). Cells are kept by this, not by tile, so that the tiling does not show."""

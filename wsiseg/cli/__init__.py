@@ -14,6 +14,7 @@ from wsiseg import __version__
 # name -> module below wsiseg.cli, and the line shown by `wsiseg --help` (so that help imports nothing else)
 COMMANDS = {
     "run": "Segment and type slides: the whole path.",
+    "merge": "Join the shards of a run.",
     "type": "Type a finished run again, with other clicks.",
     "info": "What is known of a slide before a run.",
     "seeds": "Check, convert and preview files of clicks.",
@@ -22,6 +23,12 @@ COMMANDS = {
     "demo": "Write a small real slide with clicks, ready to run.",
     "doctor": "Check what works on this machine.",
 }
+
+
+class _Interrupted(click.ClickException):
+    """Stopped on request: the same command goes on."""
+
+    exit_code = 3
 
 
 class _Commands(click.Group):
@@ -41,12 +48,13 @@ class _Commands(click.Group):
             formatter.write_dl(list(COMMANDS.items()))
 
     def invoke(self, ctx: click.Context) -> Any:  # noqa: ANN401
-        from wsiseg.errors import WsisegError
+        from wsiseg.errors import InterruptedRunError, WsisegError
 
         try:
             return super().invoke(ctx)
         except WsisegError as error:
-            raise click.ClickException(" ".join(str(error).split())) from error
+            said = _Interrupted if isinstance(error, InterruptedRunError) else click.ClickException
+            raise said(" ".join(str(error).split())) from error
         except BrokenPipeError:
             sys.stderr.close()
             sys.exit(1)
@@ -62,7 +70,7 @@ def main() -> None:
     wsiseg run slide.svs --seeds seeds.json           segments and types a slide
     wsiseg COMMAND --help                             tells the rest
 
-    Exit status: 0 done, 1 wrong input or data, 2 wrong usage, 3 finished with holes.
+    Exit status: 0 done, 1 wrong input or data, 2 wrong usage, 3 not everything is there: run the same command again.
     """  # noqa: D301 - click's mark for lines that stay as they are
 
 

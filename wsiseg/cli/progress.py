@@ -26,6 +26,11 @@ class Progress:
         self._start: tuple[float, int] | None = None
         self._unit = unit
 
+    def retitle(self, title: str) -> None:
+        """Begin anew, for another slide."""
+        self._start = None
+        self._bars.reset(self._task, description=title, total=None, detail="planning")
+
     def update(self, done: int, total: int, cells: int) -> None:
         """Draw the state; the rate counts from the first call, so that resumed tiles do not flatter it."""
         now = time.monotonic()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
@@ -12,7 +13,11 @@ from wsiseg.cli import set_verbosity
 from wsiseg.config import HALO_UM, TILE_UM, RunConfig, from_mapping, read_config
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
+
+    from wsiseg.cli.stop import Stop
+    from wsiseg.cohort import Entry
+    from wsiseg.shards import Shard
 
 _DEFAULT = RunConfig()
 
@@ -22,7 +27,7 @@ def _choices(field: str) -> click.Choice[str]:
 
 
 @click.command(short_help="Segment and type slides.")
-@click.argument("slides", nargs=-1, required=True, metavar="SLIDE...")
+@click.argument("slides", nargs=-1, metavar="SLIDE...")
 @click.option("--seeds", metavar="FILE", help="Clicks, one or more per cell type: seeds.json, or points exported from QuPath.")
 @click.option("--bank", metavar="FILE", help="bank.safetensors of another slide's run: its clicks type this one.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("wsiseg-out"), show_default=True, help="Folder of all runs.")
@@ -37,9 +42,16 @@ def _choices(field: str) -> click.Choice[str]:
 @click.option("--format", "formats", metavar="LIST", help=f"Files to write, comma-separated.  [default: {','.join(_DEFAULT.formats)}]")
 @click.option("--device", metavar="NAME", help=f"auto, cpu, cuda or cuda:N.  [default: {_DEFAULT.device}]")
 @click.option("--precision", type=_choices("precision"), help=f"Of the encoder.  [default: {_DEFAULT.precision}: bf16 on a GPU, fp32 on the CPU]")
-@click.option("--workers", type=click.IntRange(1, 1024), metavar="N", help=f"Processes on this machine.  [default: {_DEFAULT.workers}]")
+@click.option("--batch-size", type=click.IntRange(1), metavar="N", help="Tiles encoded together.  [default: 1 on a CPU, as many as fit on a GPU]")
+@click.option("--max-ram", "max_ram_gb", type=float, metavar="GB", help="What a process may use; queues and batches are made to fit.")
+@click.option("--max-vram", "max_vram_gb", type=float, metavar="GB", help="The same for the GPU.")
+@click.option("--workers", type=click.IntRange(1, 1024), metavar="N", help=f"Processes here, or jobs to submit.  [default: {_DEFAULT.workers}]")
+@click.option("--scheduler", metavar="ADDRESS|NAME", help="tcp://host:port of a Dask scheduler; or slurm, pbs, lsf, sge: jobs are submitted.")
+@click.option("--shard", metavar="K/N", help="Do the K-th of N shares: blocks of one slide (then `wsiseg merge`), or slides of several. Or: slurm.")
+@click.option("--slides", "slide_list", type=click.Path(path_type=Path), metavar="CSV", help="List of slides: columns path, mpp, seeds, name.")
 @click.option("--config", "config_file", type=click.Path(path_type=Path), help="TOML or JSON file of settings, or the manifest.json of a run.")
 @click.option("--overwrite", is_flag=True, help="Replace a run with other settings in the same folder.")
+@click.option("--log-json", "log_file", type=click.Path(path_type=Path), metavar="FILE", help="Append what happens as JSON lines; - is stderr.")
 @click.option("--no-progress", is_flag=True, help="No progress bar (there is none in a pipe anyway).")
 @click.option("-v", "--verbose", count=True, help="Say more; twice for debugging.")
 @click.option("-q", "--quiet", is_flag=True, help="Say nothing but errors.")
@@ -49,8 +61,11 @@ def command(
     /,
     slides: Sequence[str],
     out: Path,
+    slide_list: Path | None,
+    shard: str | None,
     config_file: Path | None,
     overwrite: bool,
+    log_file: Path | None,
     no_progress: bool,
     verbose: int,
     quiet: bool,
@@ -59,39 +74,83 @@ def command(
     """Outline every cell of SLIDE and, with --seeds, give each a type.
 
     Writes OUT/<slide-stem>/cells.parquet, cells.geojson.gz (drop it on the slide in QuPath) and manifest.json. Stopped at any moment, the same
-    command goes on where it was. A flag beats the --config file, which beats the default.
+    command goes on where it was; Ctrl-C, SIGTERM and SIGUSR1 finish the block in hand first. A flag beats the --config file, which beats the
+    default.
 
     \b
     wsiseg run slide.svs --seeds seeds.json
     wsiseg run scan.tif --mpp 0.25 --roi tumour.geojson --out results
+    wsiseg run --slides list.csv --out results
     """  # noqa: D301 - click's mark for lines that stay as they are
     set_verbosity(verbose, quiet)
+    if bool(slides) == bool(slide_list):
+        raise click.UsageError("Give either SLIDE... or --slides CSV.")
     config = read_config(config_file) if config_file else RunConfig()
     if options["seeds"] or options["bank"]:  # either flag beats both in the file
         config = dataclasses.replace(config, seeds=None, bank=None)
     config = from_mapping(_as_settings(options), "command line", config)
 
+    from wsiseg.cli.stop import Stop
+    from wsiseg.cohort import Entry, read_list
+    from wsiseg.shards import read_shard
+
+    if log_file:
+        from wsiseg.cli.logs import log_json
+
+        log_json(log_file)
+    mine = read_shard(shard, os.environ) if shard else None
+    entries = read_list(slide_list) if slide_list else [Entry(slide) for slide in slides]
+    with Stop() as stopped:
+        hidden = no_progress or quiet
+        if slide_list or len(slides) > 1:
+            status = _many(entries, config, out, stopped, shard=mine, overwrite=overwrite, hidden=hidden, quiet=quiet)
+        else:
+            status = _one(slides[0], config, out, stopped, shard=mine, overwrite=overwrite, hidden=hidden, quiet=quiet)
+    ctx.exit(status)
+
+
+def _one(slide: str, config: RunConfig, out: Path, stopped: Stop, *, shard: Shard | None, overwrite: bool, hidden: bool, quiet: bool) -> int:
+    """One slide, or a shard of it; the exit status."""
     from wsiseg.cli.progress import Progress
-    from wsiseg.errors import WsisegError
     from wsiseg.pipeline import segment_slide
 
-    failed, holes = [], False
-    for slide in slides:
-        with Progress(Path(slide).name, hidden=no_progress or quiet) as progress:
-            try:
-                manifest = segment_slide(slide, config, out, overwrite=overwrite, on_progress=progress.update)
-            except WsisegError as error:
-                if len(slides) == 1:
-                    raise
-                failed.append(str(error))
-                continue
-        holes |= manifest["status"] != "complete"
-        if not quiet:
-            _report(manifest)
-    for line in failed:
-        click.echo(f"Error: {line}", err=True)
-    if failed or holes:
-        ctx.exit(1 if len(failed) == len(slides) else 3)
+    with Progress(Path(slide).name, hidden=hidden) as progress:
+        manifest = segment_slide(slide, config, out, overwrite=overwrite, shard=shard, on_progress=progress.update, stopped=stopped)
+    if not quiet:
+        report(manifest)
+    return 3 if manifest["failures"] else 0
+
+
+def _many(
+    entries: list[Entry], config: RunConfig, out: Path, stopped: Stop, *, shard: Shard | None, overwrite: bool, hidden: bool, quiet: bool
+) -> int:
+    """One slide after the other, and a table at the end; the exit status."""
+    from wsiseg.cli.progress import Progress
+    from wsiseg.cohort import segment_slides
+
+    rows = []
+    with Progress("", hidden=hidden) as progress:
+
+        def follow(slide: str) -> Callable[[int, int, int], None]:
+            progress.retitle(Path(slide).name)
+            return progress.update
+
+        for row in segment_slides(entries, config, out, overwrite=overwrite, shard=shard, progress=follow, stopped=stopped):
+            rows.append(row)
+            if row["manifest"] and not quiet:
+                report(row["manifest"])
+            elif not row["manifest"]:
+                click.echo(f"Error: {row['message']}", err=True)
+    bad = [row for row in rows if row["status"] != "complete"]
+    if not quiet:
+        width = max((len(Path(row["slide"]).name) for row in rows), default=0)
+        click.echo(f"\n{'slide':{width}}  status      {'cells':>9}  {'missing tiles':>13}  {'seconds':>8}")
+        for row in rows:
+            line = f"{Path(row['slide']).name:{width}}  {row['status']:10}  {row['cells']:>9}  {row['tiles_failed']:>13}  {row['seconds']:>8}"
+            click.echo(f"{line}  {row['message']}".rstrip())
+        click.echo(f"{len(rows) - len(bad)} of {len(rows)} slides complete" + ("; the same command again tries the others once more" if bad else ""))
+    failed = sum(row["status"] == "failed" for row in rows)
+    return 0 if not bad else 1 if failed == len(rows) else 3
 
 
 def _as_settings(options: dict[str, Any]) -> dict[str, Any]:
@@ -107,13 +166,20 @@ def _as_settings(options: dict[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def _report(manifest: dict[str, Any]) -> None:
+def report(manifest: dict[str, Any]) -> None:
+    """What came of a run, or of a shard."""
     for warning in manifest["warnings"]:
         click.echo(f"Warning: {warning}", err=True)
     for failure in manifest["failures"]:
         click.echo(f"Missing: {failure}", err=True)
-    counts, types = manifest["counts"], manifest["types"]
+    counts = manifest["counts"]
+    if manifest["status"] == "shard":
+        done = f"{counts['blocks']} blocks, {counts['outlines']} outlines in {manifest['seconds']['total']:.1f} s"
+        click.echo(f"{manifest['folder']}: shard {manifest['shard']}: {done}; when all shards are done: wsiseg merge {manifest['folder']}")
+        return
+    types = manifest["types"]
     typed = ", ".join(f"{name} {n}" for name, n in types.items() if len(types) > 1)
-    click.echo(f"{manifest['folder']}: {counts['cells']} cells{f' ({typed})' if typed else ''} in {manifest['seconds']['total']:.1f} s")
+    when = "complete already" if manifest.get("already") else f"in {manifest['seconds']['total']:.1f} s"
+    click.echo(f"{manifest['folder']}: {counts['cells']} cells{f' ({typed})' if typed else ''}, {when}")
     if manifest["status"] != "complete":
         click.echo(f"{counts['tiles_failed']} of {counts['tiles']} tiles are missing; run the same command again to try them once more", err=True)

@@ -12,6 +12,7 @@ Plain tensors: nothing in the file is ever run. Specification: https://huggingfa
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -38,7 +39,7 @@ def write_bank(path: Path, bank: Bank, slide: str, weights: str) -> None:
     path
         The file to write.
     bank
-        Of this slide, not a foreign one.
+        Its cells are not in the file.
     slide
         Name of the slide that was clicked on.
     weights
@@ -48,10 +49,29 @@ def write_bank(path: Path, bank: Bank, slide: str, weights: str) -> None:
     for name in ("clicked", "negative", "high", "low", "clicks"):
         for t, rows in enumerate(getattr(bank, name)):
             tensors[f"{name}.{t}"] = np.ascontiguousarray(rows)
-    note = {"version": VERSION, "names": bank.names, "colors": bank.colors, "slide": slide, "weights": weights}
+    note = {"version": VERSION, "names": bank.names, "colors": bank.colors, "slide": slide, "weights": weights, "foreign": bank.foreign}
     data = save(tensors, metadata={"wsiseg": json.dumps(note, sort_keys=True)})
     with atomic_path(path) as partial:
         partial.write_bytes(data)
+
+
+def restore_bank(path: Path) -> Bank:
+    """The bank of a run for the same run, but for its cells: its clicks are on this slide, unless it was a foreign one then.
+
+    Raises
+    ------
+    FormatError
+        The file is missing, damaged, or no bank.
+    """
+    bank, note = read_bank(path)
+    if note.get("foreign"):
+        return bank
+    try:
+        with safe_open(path, framework="numpy") as file:
+            clicks = tuple(file.get_tensor(f"clicks.{t}") for t in range(len(bank.names)))
+    except (OSError, SafetensorError) as error:
+        raise FormatError(f"{path}: no places of clicks in it; delete it and run the slide's command again") from error
+    return replace(bank, clicks=clicks, foreign=False)
 
 
 def read_bank(path: Path) -> tuple[Bank, dict[str, Any]]:

@@ -1,0 +1,60 @@
+"""``--log-json``: one JSON object per line for what happens, for machines to read."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+import click
+import orjson
+
+from wsiseg.errors import RunError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+class _Lines(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        line = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "event": getattr(record, "event", "message"),
+            "message": " ".join(record.getMessage().split()),
+            **getattr(record, "facts", {}),
+        }
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return orjson.dumps(line, option=orjson.OPT_SERIALIZE_NUMPY, default=str).decode()
+
+
+def log_json(path: Path) -> None:
+    """Append the events of this call to ``path``; ``-`` is stderr.
+
+    Raises
+    ------
+    RunError
+        It cannot be written.
+    """
+    try:
+        handler: logging.Handler = logging.StreamHandler(sys.stderr) if str(path) == "-" else logging.FileHandler(path, encoding="utf-8")
+    except OSError as error:
+        raise RunError(f"--log-json {path}: cannot be written ({error.strerror}); pass a file in a folder that you may write to") from error
+    handler.setFormatter(_Lines())
+    handler.setLevel(logging.INFO)
+    logger = logging.getLogger("wsiseg")
+    logger.addHandler(handler)
+    # The handlers of the root logger keep their level; this one wants more than they show.
+    root = logging.getLogger()
+    for other in root.handlers:
+        other.setLevel(max(other.level, root.level))
+    logger.setLevel(min(logging.INFO, root.level))
+    click.get_current_context().call_on_close(lambda: _close(logger, handler))
+
+
+def _close(logger: logging.Logger, handler: logging.Handler) -> None:
+    logger.removeHandler(handler)
+    logger.setLevel(logging.NOTSET)
+    handler.close()

@@ -1,0 +1,43 @@
+"""Signals: the first asks the run to finish the block in hand, the second ends it at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+from typing import TYPE_CHECKING, Self
+
+import click
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))  # the last: a batch system's warning
+
+
+class Stop:
+    """True once a signal has come. A context: the signals are handled within it."""
+
+    def __init__(self) -> None:
+        self._asked = False
+        self._before: dict[int, object] = {}
+
+    def __call__(self) -> bool:
+        """Whether one has come."""
+        return self._asked
+
+    def __enter__(self) -> Self:
+        for number in SIGNALS:
+            self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        name = signal.Signals(number).name
+        if self._asked:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)  # what is half written is swept up by the next run
+        self._asked = True
+        click.echo(f"{name}: the block in hand is finished, then this stops; once more stops it now", err=True)

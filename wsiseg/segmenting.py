@@ -1,0 +1,326 @@
+"""Blocks of tiles -> part files, in one process: reading, the device, tracing and writing overlap, and what lies between them is bounded.
+
+::
+
+    claim a block  ->  read its tiles  ->  encode, prompt, decode  ->  trace  ->  write its part
+    this thread        some threads        this thread, in batches     one        one
+
+The device waits for nothing but pixels; the share of the time that it works is reported. Blocks that another process has claimed are left to it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+from contextlib import closing
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from wsiseg.batching import Batch, is_out_of_memory
+from wsiseg.errors import FormatError, SlideError
+from wsiseg.flow import ahead
+from wsiseg.formats.parts import open_part, part_is_current, write_part
+from wsiseg.masks import decode
+from wsiseg.meter import Clock, peak_bytes
+from wsiseg.polygons import trace
+from wsiseg.prompts import find_points
+from wsiseg.prompts.grid import grid_points
+from wsiseg.records import Block, Cells
+from wsiseg.second_round import ask_again
+from wsiseg.slide import read_region
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from numpy.typing import NDArray
+
+    from wsiseg.planning import Job, Tools
+    from wsiseg.records import Embeddings, Tile, WindowMasks
+
+logger = logging.getLogger(__name__)
+
+BLOCK_COUNTS = ("tiles", "tiles_failed", "prompts", "larger_than_window", "outlines")
+_NO_BLOCK = Block("", ())
+READERS = 4  #: threads that read; one core decodes 60 Mpx/s, a large GPU asks for 200
+
+
+@dataclass(frozen=True)
+class BlockReport:
+    """What a block sends back: counts and seconds, never cells.
+
+    Attributes
+    ----------
+    counts, failures
+        Of the block; a sentence per tile that could not be read.
+    seconds
+        Per stage, since the report before.
+    peak_bytes, peak_device_bytes
+        Of the process, so far.
+    resumed
+        The part was there already.
+    """
+
+    name: str
+    counts: dict[str, int]
+    failures: list[str]
+    seconds: dict[str, float]
+    peak_bytes: int = 0
+    peak_device_bytes: int = 0
+    resumed: bool = False
+
+
+@dataclass(frozen=True)
+class _Task:
+    """One tile of a block."""
+
+    block: Block
+    number: int
+
+    @property
+    def tile(self) -> Tile:
+        return self.block.tiles[self.number]
+
+
+@dataclass(frozen=True)
+class _Read:
+    """A tile's pixels (H, W, 3), or why there are none."""
+
+    task: _Task
+    pixels: NDArray[np.uint8] | None
+    failure: str = ""
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """A tile's masks on the CPU, and how many prompts they come from."""
+
+    task: _Task
+    masks: list[WindowMasks]
+    prompts: int
+    failure: str = ""
+
+
+@dataclass(frozen=True)
+class _Traced:
+    """A tile's outlines."""
+
+    task: _Task
+    cells: Cells
+    counts: dict[str, int]
+    failure: str = ""
+
+
+def finished_block(job: Job, block: Block) -> BlockReport | None:
+    """The report of a block whose part is there, whole and without failed tiles."""
+    path = job.parts / f"{block.name}.parquet"
+    try:
+        part = open_part(path) if part_is_current(path, job.parts_hash) else None
+    except FormatError:  # a good footer over damaged pages
+        part = None
+    if part is None or part.counts["tiles_failed"]:
+        return None
+    return BlockReport(block.name, part.counts, part.failures, {}, resumed=True)
+
+
+def segment_blocks(tools: Tools, blocks: Sequence[Block], stopped: Callable[[], bool]) -> Iterator[BlockReport]:
+    """Work through blocks.
+
+    Parameters
+    ----------
+    tools
+        Of this process.
+    blocks
+        In any order. A block whose part is there is reported and not repeated; one that another process works on is left out.
+    stopped
+        When it turns true, the block in hand is finished and no other begun.
+
+    Yields
+    ------
+    BlockReport
+        As soon as a block's part is on disk, or one block later.
+    """
+    line = _Line(tools, stopped)
+    try:
+        with closing(ahead(line.write, line.finished(blocks), threads=1, limit=2)) as reports:
+            yield from reports
+    finally:
+        for name in line.taken:
+            tools.claims.release(name)
+
+
+def segment_tile(tile: Tile, pixels: NDArray[np.uint8], tools: Tools, clock: Clock) -> tuple[Cells, dict[str, int]]:
+    """One tile, start to finish: pixels (H, W, 3) of ``tile.outer`` -> the outlines that ``tile.core`` owns, level-0 px."""
+    group = [_Read(_Task(dataclasses.replace(_NO_BLOCK, tiles=(tile,)), 0), pixels)]
+    (answer,) = _ask(tools, group, Batch(tools.job.config, tools.model.device), clock)
+    traced = _trace(tools, answer)
+    return traced.cells, traced.counts
+
+
+class _Line:
+    """The stages of one process, each fed by the one before."""
+
+    def __init__(self, tools: Tools, stopped: Callable[[], bool]) -> None:
+        self.tools, self.stopped = tools, stopped
+        self.taken: set[str] = set()
+        self.clock = Clock()
+        self.batch = Batch(tools.job.config, tools.model.device)
+        self.resumed: list[BlockReport] = []
+
+    def finished(self, blocks: Sequence[Block]) -> Iterator[BlockReport | list[_Traced]]:
+        """Blocks with all their tiles traced, and reports of those that were finished before."""
+        if not blocks:
+            return
+        outer = blocks[0].tiles[0].outer
+        readers = min(READERS, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+        limit = self.batch.read_ahead(outer.width * outer.height * 3) + readers
+        read = ahead(self.read, self.tasks(blocks), threads=readers, limit=limit)
+        done: dict[str, list[_Traced]] = {}
+        with closing(read), closing(ahead(self.trace, self.answers(read), threads=1, limit=3)) as traced:  # before the slide is
+            for tile in traced:
+                mine = done.setdefault(tile.task.block.name, [])
+                mine.append(tile)
+                if len(mine) == len(tile.task.block.tiles):
+                    yield done.pop(tile.task.block.name)
+                while self.resumed:
+                    yield self.resumed.pop(0)
+        yield from self.resumed
+
+    def tasks(self, blocks: Sequence[Block]) -> Iterator[_Task]:
+        """Tiles of the blocks that are this process's to do."""
+        for block in blocks:
+            if self.stopped():
+                return
+            report = finished_block(self.tools.job, block)
+            if report:
+                self.resumed.append(report)
+            elif self.tools.claims.take(block.name):
+                self.taken.add(block.name)
+                yield from (_Task(block, number) for number in range(len(block.tiles)))
+
+    def read(self, task: _Task) -> _Read:
+        """Pixels of a tile; a tile that cannot be read is tried twice."""
+        reader, job = self.tools.reader, self.tools.job
+        with self.clock("read"):
+            for last in (False, True):
+                try:
+                    return _Read(task, read_region(reader, task.tile.outer, job.lattice))
+                except SlideError as error:
+                    failure = str(error)
+                    if last:
+                        break
+        return _Read(task, None, failure)
+
+    def answers(self, read: Iterator[_Read]) -> Iterator[_Answer]:
+        """Masks of the tiles, in batches."""
+        group: list[_Read] = []
+        while True:
+            with self.clock("wait_for_read"):
+                got = next(read, None)
+            if got is None or (got.task.number == 0 and self.stopped()):
+                break
+            if got.pixels is None:
+                yield _Answer(got.task, [], 0, got.failure)
+                continue
+            group.append(got)
+            if len(group) >= self.batch.tiles:
+                yield from _ask(self.tools, group, self.batch, self.clock)
+                group = []
+        yield from _ask(self.tools, group, self.batch, self.clock)
+
+    def trace(self, answer: _Answer) -> _Traced:
+        """Outlines of a tile."""
+        with self.clock("vectorise"):
+            return _trace(self.tools, answer)
+
+    def write(self, block: BlockReport | list[_Traced]) -> BlockReport:
+        """A block's part, and its report."""
+        if isinstance(block, BlockReport):
+            return block
+        block = sorted(block, key=lambda tile: tile.task.number)
+        name, job = block[0].task.block.name, self.tools.job
+        failures = [tile.failure for tile in block if tile.failure]
+        cells = Cells.concatenate([tile.cells for tile in block], self.tools.model.descriptor_size)
+        counts = {key: sum(tile.counts.get(key, 0) for tile in block) for key in BLOCK_COUNTS}
+        counts |= {"tiles": len(block), "tiles_failed": len(failures), "outlines": len(cells)}
+        with self.clock("write"):
+            write_part(job.parts / f"{name}.parquet", cells, job.parts_hash, counts, failures)
+            self.tools.claims.release(name)
+            self.taken.discard(name)
+        device = self.tools.model.device
+        on_device = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+        return BlockReport(name, counts, failures, self.clock.take(), peak_bytes(), on_device)
+
+
+def _ask(tools: Tools, group: list[_Read], batch: Batch, clock: Clock) -> list[_Answer]:
+    """Masks of tiles that are encoded together; in two halves when memory does not do."""
+    if not group:
+        return []
+    try:
+        answers = _ask_once(tools, group, batch.prompts, clock)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        if len(group) <= batch.tiles:  # else it was put together before the batch became smaller
+            batch.halve(tools.job.slide, error)
+    else:
+        batch.learn()
+        return answers
+    half = max(len(group) // 2, 1)
+    return [answer for part in (group[:half], group[half:]) for answer in _ask(tools, part, batch, clock)]
+
+
+@torch.inference_mode()
+def _ask_once(tools: Tools, group: list[_Read], prompts: int, clock: Clock) -> list[_Answer]:
+    model = tools.model
+    with clock("encode"):
+        pixels = torch.from_numpy(np.stack([read.pixels for read in group if read.pixels is not None]))
+        embeddings = model.encode(pixels.permute(0, 3, 1, 2).to(model.device))
+    answers = []
+    for k, read in enumerate(group):
+        with clock("prompt"):
+            points = _points(tools, read.task.tile, _one(embeddings, k))
+        with clock("decode"):
+            answers.append(_Answer(read.task, _decode(tools, read.task.tile, embeddings, k, points, prompts), len(points)))
+    return answers
+
+
+def _one(embeddings: Embeddings, k: int) -> Embeddings:
+    """One tile of a batch, for prompting."""
+    maps = None if embeddings.maps is None else embeddings.maps[k : k + 1]
+    return dataclasses.replace(embeddings, high=embeddings.high[k : k + 1], low=embeddings.low[k : k + 1], maps=maps, extra={})
+
+
+def _points(tools: Tools, tile: Tile, embeddings: Embeddings) -> NDArray[np.float32]:
+    """Prompts (N, 2) that the tile owns, model px of the tile."""
+    job, model = tools.job, tools.model
+    corner = np.array([tile.outer.x0, tile.outer.y0], float)
+    if job.config.method == "amg":
+        points = (grid_points(tile.core, job.config.grid.spacing_um / model.mpp) - corner).astype(np.float32)
+    else:
+        points = find_points(embeddings, tile.outer.width, model.mpp, job.config, job.bank)
+    on_slide = points + corner
+    mine: NDArray[np.bool_] = tile.core.contains(on_slide) & job.area.holds(job.lattice.to_level0(on_slide))
+    owned: NDArray[np.float32] = points[mine]
+    return owned
+
+
+def _decode(tools: Tools, tile: Tile, embeddings: Embeddings, k: int, points: NDArray[np.float32], prompts: int) -> list[WindowMasks]:
+    """Masks of the prompts of the ``k``-th tile of a batch, on the CPU."""
+    config, model = tools.job.config, tools.model
+    masks = dataclasses.replace(config.masks, prompts_per_batch=prompts)
+    batches = list(decode(model, embeddings, k, points, masks, grid=config.grid if config.method == "amg" else None))
+    if config.second_round.enabled:
+        batches = ask_again(model, embeddings, tile.outer.width, batches, masks, config.second_round, k)
+    return batches
+
+
+def _trace(tools: Tools, answer: _Answer) -> _Traced:
+    job = tools.job
+    traced = [trace(masks, answer.task.tile.outer, job.lattice, job.config.masks) for masks in answer.masks]
+    cells = Cells.concatenate([cells for cells, _ in traced], tools.model.descriptor_size)
+    counts = {"prompts": answer.prompts, "larger_than_window": sum(touching for _, touching in traced)}
+    return _Traced(answer.task, cells, counts, answer.failure)
