@@ -1,0 +1,137 @@
+"""What is given out, and the worker's side of it. Its functions are found by name in the worker, so it imports next to nothing."""
+
+from __future__ import annotations
+
+import socket
+import sys
+import threading
+import traceback
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+from wsiseg.errors import RunError, WsisegError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+Item = TypeVar("Item")
+
+TASK_TILES = 64  #: a task has at least this many tiles: at 20 ms each, giving it out costs below 1 % (benchmarks/results/scheduling.md)
+TASKS_PER_WORKER = 4  #: but little work is cut finer, or the last task would keep everyone waiting
+
+
+class Recipe(NamedTuple):
+    """What every worker gets once. ``threads`` is for torch; ``None``: as many as Dask gave the worker."""
+
+    run: str
+    work: Callable[[Any, Sequence[Any], Callable[[], bool]], Iterator[Any]]
+    setup: Callable[[int], Any]
+    threads: int | None
+
+
+class Failure(NamedTuple):
+    """An exception of a worker. It travels as text: not every exception can be pickled."""
+
+    kind: type[WsisegError]
+    text: str
+    trace: str
+
+
+class Outcome(NamedTuple):
+    """What comes back from a task."""
+
+    summaries: list[Any]
+    failure: Failure | None = None
+
+
+def group(blocks: Sequence[Item], weight: Callable[[Item], int] | None, workers: int) -> list[list[Item]]:
+    """Consecutive blocks with together at least ``TASK_TILES`` tiles; with fewer when there would not be ``TASKS_PER_WORKER`` tasks for everyone."""
+    weights = [weight(b) if weight else TASK_TILES for b in blocks]
+    enough = min(TASK_TILES, -(-sum(weights) // (TASKS_PER_WORKER * workers)))
+    tasks: list[list[Item]] = [[]]
+    gathered = 0
+    for block, tiles in zip(blocks, weights, strict=True):
+        if gathered >= enough:
+            tasks.append([])
+            gathered = 0
+        tasks[-1].append(block)
+        gathered += tiles
+    return tasks
+
+
+_tools: dict[str, Any] = {}  # by run
+_ended: set[str] = set()  # runs of which no block is to be begun here
+_one_at_a_time = threading.Lock()  # a worker of several threads is given several tasks, but the tools are for one
+
+
+def work_through(recipe: Recipe, numbers: Mapping[str, int], blocks: Sequence[Any]) -> Outcome:
+    """A task: some blocks, with the tools that this worker has or now builds."""
+    from distributed import get_worker
+
+    worker = get_worker()
+    key, name = worker.get_current_task(), str(worker.name)
+    where = f"worker {name} on {socket.gethostname()}"
+
+    def stopped() -> bool:
+        # Dask cannot end a task that runs; it marks it when nobody waits for it any more, for example because the client was killed.
+        task = worker.state.tasks.get(key)
+        return recipe.run in _ended or task is None or task.state == "cancelled"
+
+    summaries: list[Any] = []
+    with _one_at_a_time:
+        try:
+            if stopped():
+                return Outcome(summaries)
+            if recipe.run not in _tools:
+                if torch := sys.modules.get("torch"):
+                    torch.set_num_threads(recipe.threads or worker.state.nthreads)
+                for old in list(_tools)[:-1]:  # two runs may take turns; of those before them nobody said that they are over
+                    _drop(old)
+                _tools[recipe.run] = recipe.setup(numbers.get(name, len(numbers)))
+        except Exception as error:  # noqa: BLE001 - any of them ends the run, in the client
+            text = f"{where}: cannot begin ({describe(error)}); it needs the slide, the model and the output folder under the same paths as here"
+            return Outcome(summaries, Failure(RunError, text, traceback.format_exc()))
+        try:
+            for summary in recipe.work(_tools[recipe.run], blocks, stopped):
+                summaries.append(summary)  # noqa: PERF402 - those before an exception are wanted
+        except WsisegError as error:
+            return Outcome(summaries, Failure(type(error), str(error), traceback.format_exc()))
+        except Exception as error:  # noqa: BLE001 - as above
+            text = f"{where}, {names(blocks)}: {describe(error)}; finished parts are kept, run again with -v to see where it was"
+            return Outcome(summaries, Failure(RunError, text, traceback.format_exc()))
+        finally:
+            if recipe.run in _ended:
+                _drop(recipe.run)
+    return Outcome(summaries)
+
+
+def end(run: str) -> None:
+    """Begin no block of a run here any more, and let go of its tools, now or after the block in hand."""
+    _ended.add(run)
+    if _one_at_a_time.acquire(blocking=False):
+        try:
+            _drop(run)
+        finally:
+            _one_at_a_time.release()
+
+
+def _drop(run: str) -> None:
+    close = getattr(_tools.pop(run, None), "close", None)
+    if close:
+        close()
+
+
+def itself(value: Any) -> Any:  # noqa: ANN401
+    """As a task, so that Dask can make the value again when every worker that had it is dead; it could not with scattered data."""
+    return value
+
+
+def describe(error: BaseException) -> str:
+    """An exception in a sentence: ours says it itself."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, WsisegError) else f"{type(error).__name__}: {text}".rstrip(": ")
+
+
+def names(blocks: Sequence[Any]) -> str:
+    """What to call a task."""
+    first, last = (getattr(b, "name", b) for b in (blocks[0], blocks[-1]))
+    return f"block {first}" if len(blocks) == 1 else f"blocks {first} to {last}"
