@@ -59,7 +59,7 @@ def test_config_file_refuses(tmp_path: Path) -> None:
 
 def test_every_number_has_its_limits() -> None:
     """Each number of the configuration is checked, and its default lies inside."""
-    config = dataclasses.replace(RunConfig(), mpp=0.5, tiling=TilingConfig(tile_um=200.0, halo_um=24.0))
+    config = RunConfig(mpp=0.5, batch_size=1, max_ram_gb=1.0, max_vram_gb=1.0, tiling=TilingConfig(tile_um=200.0, halo_um=24.0))
     names = dict(_numbers(config))
     assert names.keys() == LIMITS.keys()
     for name in names:

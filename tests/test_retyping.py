@@ -125,6 +125,21 @@ def test_a_stopped_type_is_seen_and_done_again(wsiseg: Command, run: Path, monke
     assert set(manifest["types"]) == {"unassigned", "gland"}
 
 
+@pytest.mark.parametrize("formats", ["parquet", "geojson,parquet"])
+def test_a_damaged_outline_is_found_before_anything_is_written(wsiseg: Command, run: Path, formats: str) -> None:
+    group = pq.read_metadata(run / "cells.parquet").row_group(0)
+    column = next(c for c in map(group.column, range(group.num_columns)) if c.path_in_schema == "geometry")
+    content = bytearray((run / "cells.parquet").read_bytes())
+    middle = column.data_page_offset + column.total_compressed_size // 2
+    content[middle : middle + 40] = bytes(40)
+    (run / "cells.parquet").write_bytes(content)
+    before = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
+    status, output = wsiseg("type", run, "--seeds", seeds_of(run.parent, "d", CLICKS), "--format", formats)
+    assert status == 1
+    assert "not a readable cells.parquet" in output
+    assert {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()} == before
+
+
 def test_the_runs_own_warnings_and_settings_stay(wsiseg: Command, run: Path, tmp_path: Path) -> None:
     manifest = json.loads((run / "manifest.json").read_text())
     manifest["warnings"].insert(0, "the scale is doubtful")

@@ -181,7 +181,7 @@ def test_kill_9_loses_nothing(cmu: Path, region: Path, seeds: Path, reference: t
     assert manifest["counts"]["blocks_resumed"] >= 8
     for name, written in finished.items():
         assert (folder / "parts" / name).stat().st_mtime_ns == written
-    assert not [p for p in folder.rglob("*") if p.is_file() and p.suffix not in (".parquet", ".json", ".gz", ".safetensors")], "leftovers"
+    assert not [p for p in folder.rglob("*") if p.is_file() and p.suffix not in (".parquet", ".json", ".gz", ".safetensors", ".part")], "leftovers"
 
 
 def test_a_broken_part_is_made_again(cmu: Path, config: RunConfig, reference: tuple[Path, dict[str, object]]) -> None:
@@ -191,7 +191,7 @@ def test_a_broken_part_is_made_again(cmu: Path, config: RunConfig, reference: tu
     victims = sorted(folder.glob("parts/*.parquet"))[:2]
     victims[0].write_bytes(victims[0].read_bytes()[:-40])
     victims[1].write_bytes(b"")
-    manifest = segment_slide(str(cmu), config, folder.parent)
+    manifest = segment_slide(str(cmu), config, folder.parent, overwrite=True)
     assert manifest["counts"]["blocks"] - manifest["counts"]["blocks_resumed"] == 2
     assert files_of(folder) == before
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -162,3 +163,14 @@ def test_real_slides(slides_dir, name, mpp, brightfield, low, high):
     assert found.brightfield == brightfield
     assert low < found.mask.mean() < high
     assert math.isclose(found.scale, scale)
+
+
+def test_a_mask_travels_packed() -> None:
+    """To workers, through a scheduler: a slide of 100,000 px has 10 million mask px."""
+    y, x = np.mgrid[:3125, :3125]
+    mask = TissueMask(np.hypot(x - 1500, y - 1200) + 60 * np.sin(x / 40) < 1000, 32.0, True, ("a warning",))
+    sent = pickle.dumps(mask)
+    assert len(sent) < 100_000
+    back = pickle.loads(sent)
+    np.testing.assert_array_equal(back.mask, mask.mask)
+    assert (back.scale, back.brightfield, back.warnings) == (mask.scale, mask.brightfield, mask.warnings)

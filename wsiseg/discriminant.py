@@ -169,14 +169,14 @@ def posterior(z: NDArray[np.float32], reading: Reading, space: TypeSpace, config
 
 def drift(
     z: NDArray[np.float32], xy_um: NDArray[np.float64], reading: Reading, space: TypeSpace, config: TypingConfig
-) -> NDArray[np.float32] | np.float32:
-    """How far the cells around each cell are shifted, beside the slide's own shift -> (N, D).
+) -> tuple[NDArray[np.float32], NDArray[np.intp]]:
+    """How far the cells around each cell are shifted, beside the slide's own shift: (squares, D), and each cell's square (N,).
 
     Squares of ``drift_um`` have a shift each, N(0, ``drift`` x ``space.shift``), found from their cells and those of the 3 x 3 around (weights
     1, 2, 1) in the same way as another slide's: what all types of a place have in common is shift, the rest is type.
     """
     if not config.drift:
-        return np.float32(0)
+        return np.zeros((1, z.shape[1]), np.float32), np.zeros(len(z), np.intp)
     here, height, width = squares(xy_um, config.drift_um)
     step = max(len(z) // _DRIFT_SAMPLE, 1)
     seen, place = z[::step], here[::step]
@@ -197,7 +197,7 @@ def drift(
         n, total = (smooth(x.reshape(height, width, -1)).reshape(x.shape) for x in (n, total))
         weight = np.where(n >= _FEW, 1 / (space.kind_spread + 1 / np.maximum(n, 1)), 0)
         shift = ((total / np.maximum(n, 1e-9) - anchors) * weight).sum(1) / (1 / (config.drift * space.shift) + weight.sum(1))
-    return shift[here].astype(np.float32)
+    return shift.astype(np.float32), here
 
 
 def slide_space(descriptors: NDArray[np.float16] | NDArray[np.float32]) -> TypeSpace:

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _POLL_S = 1.0  #: between looks at what other processes on the same folder do
+_IDLE_ROUNDS = 5  #: through blocks that others had claimed, without one being finished
 _END = "end"  #: the claim on stitching and writing
 
 
@@ -229,7 +230,7 @@ def _segment(
 ) -> None:
     """Work through blocks until each is done, here or by another process on the same folder."""
     config, total = plan.job.config, sum(len(b.tiles) for b in blocks)
-    todo = blocks
+    todo, idle = blocks, 0
     with tally.clock("tiles"):
         while todo:
             for report in map_blocks(
@@ -239,9 +240,13 @@ def _segment(
                 tally.add(report)
                 if on_progress:
                     on_progress(tally.tiles, total, tally.outlines)
-            todo = [b for b in blocks if b.name not in tally.blocks]
+            before, todo = len(todo), [b for b in blocks if b.name not in tally.blocks]
             if todo and stopped():
                 raise tally.interrupted(len(blocks))
+            idle = idle + 1 if len(todo) == before else 0
+            if idle > _IDLE_ROUNDS:  # whoever claims them dies of them, here or elsewhere
+                names = ", ".join(b.name for b in todo[:8])
+                raise RunError(f"{tally.slide}: {len(todo)} blocks are claimed again and again, never finished ({names}); see the logs of workers")
             while todo and len(claims.busy(b.name for b in todo)) == len(todo) and not stopped():
                 time.sleep(_POLL_S)
 
@@ -254,6 +259,7 @@ def _alone(claims: Claims, stopped: Callable[[], bool], tally: Tally) -> Iterato
             raise tally.interrupted()
         time.sleep(_POLL_S)
     try:
+        claims.drop_stale()
         yield
     finally:
         claims.release(_END)

@@ -28,6 +28,7 @@ from wsiseg.sheet import Sheet, read_sheet
 from wsiseg.slide import open_slide, require_cellular, thumbnail
 from wsiseg.tiles import plan_blocks
 from wsiseg.tissue import SearchArea, find_tissue
+from wsiseg.workers import check_scheduler
 
 if TYPE_CHECKING:
     from wsiseg.models.contract import PromptableModel
@@ -61,6 +62,11 @@ class Tools:
     reader: SlideReader
     model: PromptableModel
     claims: Claims
+
+    def close(self) -> None:
+        """Close the slide and give up all claims."""
+        self.reader.close()
+        self.claims.__exit__()
 
 
 @dataclass(frozen=True)
@@ -113,6 +119,7 @@ def plan_run(slide: str, config: RunConfig, out: Path, *, name: str | None = Non
         The first thing that is wrong, in one line.
     """
     check(config)
+    check_scheduler(config.scheduler, config.cluster)
     card, weights = find_weights(config.model)
     for known in config.formats:
         load_writer(known)

@@ -81,11 +81,12 @@ def assign_types(
         there = readings[0].shift
         readings = carry_over(readings, z, space, config)
         clicked, negative = ([x + (readings[0].shift - there) for x in cells] for cells in (clicked, negative))
-    z -= drift(z, xy_um[order], readings[0], space, config)
+    shift, here = drift(z, xy_um[order], readings[0], space, config)
     p = np.zeros((count, len(bank.names) + len(space.kinds) + 1), np.float32)
     nearest = np.empty(count, np.int32)
     for start in range(0, count, _ROWS):
         part = slice(start, start + _ROWS)
+        z[part] -= shift[here[part]]
         for reading in readings:
             p[part] += np.float32(reading.weight) * posterior(z[part], reading, space, config)
         _against(p[part], z[part], clicked, negative)

@@ -110,16 +110,16 @@ def type_run(
     clicked = file_hash(seeds or bank or Path())
     digest = hashlib.sha256(json.dumps(["type", manifest["parts_hash"], clicked, dataclasses.asdict(config.typing)]).encode()).hexdigest()[:16]
     provenance = Provenance("wsiseg", __version__, table.note["slide"], digest, {"model": config.model, "method": config.method})
-    cells = table.cells() if "geojson" in config.formats else None  # a damaged table is found before anything is written
+    table.check()  # damage is found before anything is written
     folder.write_manifest(manifest | {"status": RETYPING, "status_before": manifest["status"]})
-    files = _write(folder, table, cells, result, clicks, info, provenance, file_hash(weights))
+    files = _write(folder, table, config.formats, result, clicks, info, provenance, file_hash(weights))
     manifest |= {
         "config": dataclasses.asdict(config),
         "seeds": config.seeds or config.bank,
         "warnings": [w for w in manifest["warnings"] if w not in manifest.get("typing", {}).get("warnings", [])] + list(notes.warnings),
         "retyped": True,
         "run_hash": provenance.config_hash,
-        "types": {kind: int((result.codes == k).sum()) for k, kind in enumerate(result.names)},
+        "types": result.count(),
         "typing": account(result, clicks, notes),
         "files": files,
     }
@@ -147,13 +147,13 @@ def _finished_run(run: Path) -> tuple[RunFolder, dict[str, Any]]:
 
 
 def _write(
-    folder: RunFolder, table: CellTable, cells: Cells | None, typing: Typing, clicks: Bank, info: SlideInfo, provenance: Provenance, weights: str
+    folder: RunFolder, table: CellTable, formats: tuple[str, ...], typing: Typing, clicks: Bank, info: SlideInfo, provenance: Provenance, weights: str
 ) -> list[str]:
-    """The run's files with the new types, the GeoJSON when its ``cells`` are given; names of those written."""
+    """The run's files with the new types; names of those written."""
     write_retyped(folder.path / FILE_NAMES["parquet"], table, typing, provenance)
     files = [FILE_NAMES["parquet"]]
-    if cells is not None:
-        files.append(write_geojson(folder.path / FILE_NAMES["geojson"], cells, typing, info, provenance).name)
+    if "geojson" in formats:
+        files.append(write_geojson(folder.path / FILE_NAMES["geojson"], table, typing, info, provenance).name)
     if not clicks.foreign:
         write_bank(folder.bank, clicks, table.note["slide"], weights)
         files.append(folder.bank.name)
@@ -181,7 +181,8 @@ def bank_of_table(table: CellTable, seeds: Seeds, config: RunConfig, mpp: float)
     SeedsError
         A click meets no cell, or clicks of two types meet the same.
     """
-    find = _Finder(table, config.cop.click_reach_um / mpp, mpp)
+    clicks = [point for kind in seeds.types for point in (*kind.points, *kind.negative)]
+    find = _Finder(table, clicks, config.cop.click_reach_um / mpp, mpp)
     owner: dict[int, tuple[str, str]] = {}
     rows, negative = [], []
     for t, kind in enumerate(seeds.types):
@@ -209,27 +210,32 @@ def bank_of_table(table: CellTable, seeds: Seeds, config: RunConfig, mpp: float)
 
 
 class _Finder:
-    """The row of the cell under a click, or within reach of it."""
+    """The row of the cell under a click, or within reach of it. All clicks are said beforehand, so that the file is gone through once."""
 
-    def __init__(self, table: CellTable, reach_px0: float, mpp: float) -> None:
+    def __init__(self, table: CellTable, points: list[tuple[float, float]], reach_px0: float, mpp: float) -> None:
         self.table, self.reach, self.mpp = table, reach_px0, mpp
         self.bounds = table.bounds
-        self.centres = (self.bounds[:, :2] + self.bounds[:, 2:]) / 2
+        self.rows = {point: self._near(np.array(point)) for point in points}
+        rows = np.unique(np.concatenate([np.empty(0, np.intp), *self.rows.values()]))
+        self.polygons = dict(zip(rows.tolist(), table.take(rows).polygons, strict=True))
 
     def __call__(self, place: str, point: tuple[float, float]) -> int:
         where = f"{place} = [{point[0]:g}, {point[1]:g}]: no cell there"
         if not len(self.bounds):
             raise SeedsError(f"{where}: the run found no cells at all")
-        xy = np.array(point)
-        rows = np.flatnonzero(((self.bounds[:, :2] - self.reach <= xy) & (self.bounds[:, 2:] + self.reach >= xy)).all(1))
-        gaps = shapely.distance(self.table.cells(rows).polygons, shapely.Point(point)) if len(rows) else np.empty(0)
+        rows = self.rows[point]
+        gaps = shapely.distance([self.polygons[row] for row in rows.tolist()], shapely.Point(point)) if len(rows) else np.empty(0)
         if not len(rows) or gaps.min() > self.reach:
-            _, near = cKDTree(self.centres).query(xy, k=min(8, len(self.centres)))
-            near = np.atleast_1d(near)
-            gaps = shapely.distance(self.table.cells(near).polygons, shapely.Point(point))
-            gap, (x, y) = gaps.min(), self.centres[near[gaps.argmin()]]
+            centres = (self.bounds[:, :2] + self.bounds[:, 2:]) / 2
+            near = np.atleast_1d(cKDTree(centres).query(point, k=min(8, len(centres)))[1])
+            gaps = shapely.distance(self.table.take(near).polygons, shapely.Point(point))
+            gap, (x, y) = gaps.min(), centres[near[gaps.argmin()]]
             raise SeedsError(f"{where}; the nearest is at [{x:.0f}, {y:.0f}], {gap * self.mpp:.0f} um away; move the click onto a nucleus")
         return int(rows[gaps.argmin()])
+
+    def _near(self, xy: NDArray[np.float64]) -> NDArray[np.intp]:
+        """Rows of the cells whose box is within reach."""
+        return np.flatnonzero(((self.bounds[:, :2] - self.reach <= xy) & (self.bounds[:, 2:] + self.reach >= xy)).all(1))
 
 
 def _slide_info(manifest: dict[str, Any], table: CellTable) -> SlideInfo:

@@ -65,13 +65,13 @@ class RunFolder:
         return content if ours else None
 
     def is_complete(self, run_hash: str, formats: Sequence[str]) -> bool:
-        """Whether this very run has ended well and its files are there."""
+        """Whether this very run has ended well, and the files of these formats, and no others, are there."""
         manifest = self.read_manifest()
         if not manifest or manifest["run_hash"] != run_hash or manifest.get("status") != "complete":
             return False
         files = [str(name) for name in manifest.get("files", [])]
-        wanted = all(any(name.startswith(FILE_NAMES[known].rpartition(".")[0]) for name in files) for known in formats)
-        return wanted and all((self.path / name).is_file() for name in files)
+        made = {known for known, name in FILE_NAMES.items() if any(file.startswith(name.rpartition(".")[0]) for file in files)}
+        return made == set(formats) and all((self.path / name).is_file() for name in files)
 
     def drop_old_files(self, files: list[str]) -> None:
         """Remove final files of an earlier run that are not among the names ``files``, and what killed processes left half-written here."""

@@ -98,7 +98,7 @@ def read_sheet(folder: Path, run_hash: str | None = None) -> Sheet | None:
         rest = {k: v for k, v in note.items() if k in known}
         rest |= {"tiles": {str(name): int(count) for name, count in note["tiles"]}, "warnings": tuple(note["warnings"])}
         return Sheet(**rest | {"info": _info(note["info"]), "config": from_mapping(note["config"], str(path)), "bank": bank})
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
         if isinstance(error, FormatError):

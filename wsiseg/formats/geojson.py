@@ -17,29 +17,27 @@ Specification: https://datatracker.ietf.org/doc/html/rfc7946; QuPath: https://qu
 
 from __future__ import annotations
 
-import gzip
 import logging
 import math
 import zipfile
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from itertools import compress, pairwise
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import orjson
 import shapely
 
 from wsiseg.errors import FormatError
+from wsiseg.formats import CHUNK
 from wsiseg.formats.atomic import atomic_path
-from wsiseg.formats.ids import cell_ids
+from wsiseg.formats.deflate import write_entry, write_gzip
+from wsiseg.formats.ids import CellIds
+from wsiseg.formats.qupath_outlines import GRID_PX, outline_texts, snap_polygons
 from wsiseg.formats.qupath_rules import validate_geojson
-from wsiseg.records import UNASSIGNED, Cells, Provenance, SlideInfo, Typing
+from wsiseg.records import UNASSIGNED, Cells, CellSource, Provenance, SlideInfo, Typing
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
-    from concurrent.futures import Future
+    from collections.abc import Iterator
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -50,13 +48,12 @@ logger = logging.getLogger(__name__)
 
 MAX_CELLS = 500_000  #: in one document: QuPath needs about 10 KB of heap per cell and takes half of the RAM, so this fits a 16-GB laptop
 SHARD_CELLS = 20_000  #: per entry of the zip: 200 MB of heap, whatever the slide
-GRID_PX = 0.25  #: 0 of 10,000 shapes abort QuPath 0.6+ on it, at any offset (plain rounding to 0.01 px: 8)
-BATCH = 2_000  #: cells turned into text at once: a few MB
+BATCH = 2_500  #: cells turned into text at once: 2 MB; shards are multiples of it
 GZIP_LEVEL = 2  #: 7.5 us per cell and 257 B; level 4: 11 us and 237 B; level 6: 35 us and 216 B
 ZIP_TIME = (1980, 1, 1, 0, 0, 0)
 
 
-def write_geojson(path: Path, cells: Cells, typing: Typing, info: SlideInfo, provenance: Provenance) -> Path:
+def write_geojson(path: Path, cells: CellSource, typing: Typing, info: SlideInfo, provenance: Provenance) -> Path:
     """Write the cells for QuPath, atomically; same input, same bytes.
 
     Parameters
@@ -64,7 +61,8 @@ def write_geojson(path: Path, cells: Cells, typing: Typing, info: SlideInfo, pro
     path
         ``cells.geojson.gz``, ``.geojson`` or ``.geojson.zip``.
     cells
-        Level-0 px. A polygon that vanishes on the 0.25-px grid is left out, and logged; of one that falls apart the largest part stays.
+        Level-0 px, read once and never all at a time; cells of equal prompts are neighbours. A polygon that vanishes on the 0.25-px grid is
+        left out, and logged; of one that falls apart the largest part stays.
     typing
         Of the same cells.
     info
@@ -93,166 +91,120 @@ def write_geojson(path: Path, cells: Cells, typing: Typing, info: SlideInfo, pro
         with atomic_path(path) as partial:
             written = _write_zip(partial, stem, text)
     else:
-        with atomic_path(path) as partial, _open_text(partial, path) as write:
-            written = _write_document(write, text, range(len(cells)), {})
+        with atomic_path(path) as partial:
+            written = _write_document(partial, text, packed=path.name.endswith(".gz"))
     if written < len(cells):
         left_out = len(cells) - written
         logger.warning("%s: %d of %d cells vanish on the grid of %s px and were left out", path, left_out, len(cells), GRID_PX)
     return path
 
 
-@contextmanager
-def _open_text(partial: Path, path: Path) -> Iterator[Callable[[bytes], int]]:
+def _write_document(partial: Path, text: _FeatureText, *, packed: bool) -> int:
+    """One document; returns the number of Features."""
+    document = _Document(text.batches(), len(text.cells), text.note)
     with partial.open("wb") as file:
-        if path.name.endswith(".gz"):
-            with gzip.GzipFile(filename="", mode="wb", fileobj=file, compresslevel=GZIP_LEVEL, mtime=0) as packed:
-                yield packed.write
+        if packed:
+            write_gzip(file, document.text(), GZIP_LEVEL)
         else:
-            yield file.write
+            file.writelines(document.text())
+    return document.written
 
 
 def _write_zip(partial: Path, stem: str, text: _FeatureText) -> int:
-    total = len(text.cells)
+    total, batches = len(text.cells), text.batches()
     shards = max(1, math.ceil(total / SHARD_CELLS))
     written = 0
-    with zipfile.ZipFile(partial, "w") as archive:
+    with partial.open("wb") as file, zipfile.ZipFile(file, "w") as archive:
         for shard in range(shards):
-            rows = range(shard * SHARD_CELLS, min((shard + 1) * SHARD_CELLS, total))
-            chunks: list[bytes] = []
-            written += _write_document(chunks.append, text, rows, {"shard": shard + 1, "shards": shards})
+            document = _Document(batches, min(SHARD_CELLS, total - shard * SHARD_CELLS), text.note | {"shard": shard + 1, "shards": shards})
             entry = zipfile.ZipInfo(f"{stem}-{shard + 1:04d}-of-{shards:04d}.geojson", ZIP_TIME)
             entry.create_system, entry.external_attr = 3, 0o644 << 16  # the same bytes on every system
-            archive.writestr(entry, b"".join(chunks), zipfile.ZIP_DEFLATED, GZIP_LEVEL)
+            write_entry(archive, file, entry, document.text(), GZIP_LEVEL)
+            written += document.written
     return written
 
 
-def _write_document(write: Callable[[bytes], object], text: _FeatureText, rows: range, extra: dict[str, object]) -> int:
-    """One FeatureCollection; the next batches are snapped and the last one compressed beside. Returns the number of Features."""
-    batches = [slice(start, min(start + BATCH, rows.stop)) for start in range(rows.start, rows.stop, BATCH)]
-    written = 0
-    with ThreadPoolExecutor(1) as snapper, ThreadPoolExecutor(1) as writer:  # both let go of the interpreter's lock
-        before = writer.submit(write, b'{"type":"FeatureCollection","features":[\n')
-        for batch, polygons in _ahead(snapper, text.snapped, batches):
-            features = text.features(batch, polygons)
-            if features:
-                lines = (b",\n" if written else b"") + b",\n".join(features)
-                before.result()
-                before = writer.submit(write, lines)
-                written += len(features)
-        before.result()
-    note = orjson.dumps({**text.note, **extra, "cells": written})
-    write(b'\n],"wsiseg":' + note + b"}\n")
-    return written
+class _Batch(NamedTuple):
+    """Some rows as lines, fewer where a cell vanished; ``text`` begins with the comma after the line before."""
+
+    rows: int
+    lines: int
+    text: bytes
 
 
-def _ahead(
-    pool: ThreadPoolExecutor, function: Callable[[slice], NDArray[np.object_]], batches: Iterable[slice]
-) -> Iterator[tuple[slice, NDArray[np.object_]]]:
-    """Each batch with its result, in order; at most two are worked on ahead."""
-    pending: deque[tuple[slice, Future[NDArray[np.object_]]]] = deque()
-    for batch in batches:
-        pending.append((batch, pool.submit(function, batch)))
-        if len(pending) > 2:
-            done, future = pending.popleft()
-            yield done, future.result()
-    for done, future in pending:
-        yield done, future.result()
+class _Document:
+    """One FeatureCollection of the next ``rows`` cells."""
+
+    def __init__(self, batches: Iterator[_Batch], rows: int, note: dict[str, object]) -> None:
+        self.batches, self.rows, self.note = batches, rows, note
+        self.written = 0  #: Features so far
+
+    def text(self) -> Iterator[bytes]:
+        """The document, in portions."""
+        yield b'{"type":"FeatureCollection","features":[\n'
+        rows = 0
+        while rows < self.rows and (batch := next(self.batches, None)):
+            yield batch.text if self.written else batch.text[2:]
+            rows += batch.rows
+            self.written += batch.lines
+        yield b'\n],"wsiseg":' + orjson.dumps(self.note | {"cells": self.written}) + b"}\n"
 
 
 class _FeatureText:
-    """Turns rows of the table into Features; holds what is the same for all of them."""
+    """Turns the cells into Features; holds what is the same for all of them."""
 
-    def __init__(self, cells: Cells, typing: Typing, info: SlideInfo, provenance: Provenance) -> None:
+    def __init__(self, cells: CellSource, typing: Typing, info: SlideInfo, provenance: Provenance) -> None:
         self.cells, self.typing = cells, typing
-        self.ids = cell_ids(provenance.slide, cells)
+        self.slide = provenance.slide
         self.um2_per_px = info.mpp**2
         self.origin = (0.0, 0.0) if info.bounds is None else (float(info.bounds[0]), float(info.bounds[1]))
         self.classes = [_classification(name, color) for name, color in zip(typing.names, typing.colors, strict=True)]
+        self.typed = np.array([bool(text) for text in self.classes])
         self.note = _provenance_note(info, provenance, len(cells))
 
-    def snapped(self, rows: slice) -> NDArray[np.object_]:
-        """The polygons of ``rows`` on the grid."""
-        return snap_polygons(self.cells.polygons[rows])
+    def batches(self) -> Iterator[_Batch]:
+        """The Features of all cells, in order. In the caller's thread: most of the work holds the interpreter's lock."""
+        ids, start, step = CellIds(self.slide), 0, min(BATCH, SHARD_CELLS)
+        for chunk in self.cells.chunks(CHUNK):
+            names = ids(chunk).tolist()
+            edges = sorted({0, *range(-start % step, len(chunk), step), len(chunk)})  # of the whole: a batch lies in one shard
+            for first, end in pairwise(edges):
+                yield self._batch(slice(start + first, start + end), chunk.take(slice(first, end)), names[first:end])
+            start += len(chunk)
 
-    def features(self, rows: slice, polygons: NDArray[np.object_]) -> list[bytes]:
-        """The Features of ``rows``, given their snapped polygons; fewer than rows where one vanished."""
-        kept = ~shapely.is_missing(polygons)
-        codes = np.asarray(self.typing.codes[rows])[kept]
-        typed = np.array([bool(text) for text in self.classes])[codes]
-        areas = shapely.area(self.cells.polygons[rows])[kept] * self.um2_per_px
-        measurements = _measurements({
-            "Area µm^2": np.round(areas, 3),
-            "Detection probability": _round(self.cells.scores[rows][kept]),
-            "Type score": np.where(typed, _round(self.typing.scores[rows][kept]), np.nan),
-            "Type margin": np.where(typed, _round(self.typing.margins[rows][kept]), np.nan),
-        })  # fmt: skip
-        ids = [self.ids[row] for row in np.arange(rows.start, rows.stop)[kept].tolist()]
-        rings = _ring_texts(polygons[kept], self.origin)
-        return [
-            b'{"type":"Feature","id":"%b","geometry":{"type":"Polygon","coordinates":%b},"properties":{"objectType":"detection"%b%b}}'
-            % (cell_id.encode(), ring, self.classes[code], values)
-            for cell_id, ring, code, values in zip(ids, rings, codes.tolist(), measurements, strict=True)
-        ]
-
-
-def snap_polygons(polygons: NDArray[np.object_]) -> NDArray[np.object_]:
-    """Polygons on the 0.25-px grid that QuPath imports unchanged.
-
-    Parameters
-    ----------
-    polygons
-        shapely geometries of shape (N,), px; may be invalid. Not modified.
-
-    Returns
-    -------
-    NDArray
-        Valid Polygons of shape (N,), without holes smaller than the grid; ``None`` where nothing is left.
-    """
-    # Rounding each vertex (6 us per cell) is all that set_precision does (38 us) unless it makes the ring touch itself.
-    with np.errstate(invalid="ignore"):  # NaN among the coordinates: _repair drops the polygon
-        snapped = np.asarray(shapely.set_precision(polygons, GRID_PX, mode="pointwise"), dtype=object)
-        fine = shapely.is_valid(snapped) & (shapely.get_type_id(snapped) == shapely.GeometryType.POLYGON) & ~shapely.is_empty(snapped)
-    for index in np.flatnonzero(~fine):
-        snapped[index] = _repair(polygons[index])
-    return snapped
+    def _batch(self, rows: slice, cells: Cells, ids: list[bytes]) -> _Batch:
+        codes = self.typing.codes[rows]
+        typed = self.typed[codes]
+        areas = np.nan_to_num(np.round(shapely.area(cells.polygons) * self.um2_per_px, 3))  # a number in any case: the comma stands after it
+        columns: list[bytes | list[bytes]] = [
+            b',\n{"type":"Feature","id":"', ids,
+            b'","geometry":{"type":"Polygon","coordinates":[[', outlines := outline_texts(cells.polygons, self.origin),
+            b']]},"properties":{"objectType":"detection"', [self.classes[code] for code in codes.tolist()],
+            b',"measurements":{', [text[1:] for text in _measurements("Area µm^2", areas)],
+            _measurements("Detection probability", _round(cells.scores)),
+            _measurements("Type score", np.where(typed, _round(self.typing.scores[rows]), np.nan)),
+            _measurements("Type margin", np.where(typed, _round(self.typing.margins[rows]), np.nan)),
+            b"}}}",
+        ]  # fmt: skip
+        if not all(outlines):
+            columns = [column if isinstance(column, bytes) else list(compress(column, outlines)) for column in columns]
+        lines = sum(map(bool, outlines))
+        return _Batch(len(cells), lines, _interleaved(columns, lines))
 
 
-def _repair(polygon: shapely.Geometry | None) -> shapely.Polygon | None:
-    """make_valid, polygonal parts, set_precision, the largest part; ``None`` when nothing is left."""
-    if polygon is None or not np.isfinite(shapely.get_coordinates(polygon)).all():
-        return None
-    parts = shapely.get_parts(shapely.get_parts(shapely.make_valid(polygon)))
-    parts = parts[shapely.get_type_id(parts) == shapely.GeometryType.POLYGON]
-    parts = shapely.get_parts(shapely.set_precision(shapely.multipolygons(parts), GRID_PX)) if len(parts) else parts
-    parts = parts[shapely.is_valid(parts) & (shapely.area(parts) > 0)]
-    return parts[int(np.argmax(shapely.area(parts)))] if len(parts) else None
+def _interleaved(columns: list[bytes | list[bytes]], lines: int) -> bytes:
+    """Line after line; a column is a list, or the same in every line."""
+    pieces = [b""] * (lines * len(columns))
+    for k, column in enumerate(columns):
+        pieces[k :: len(columns)] = [column] * lines if isinstance(column, bytes) else column
+    return b"".join(pieces)
 
 
-def _ring_texts(polygons: NDArray[np.object_], origin: tuple[float, float]) -> list[bytes]:
-    """The ``coordinates`` of each polygon as JSON, without repeated vertices and without ``.0``."""
-    if not len(polygons):
-        return []
-    _, xy, (ring_starts, polygon_starts) = shapely.to_ragged_array(polygons, include_z=False)
-    keep = np.ones(len(xy), bool)
-    keep[1:] = (xy[1:] != xy[:-1]).any(axis=1)
-    keep[ring_starts[:-1]] = True
-    starts = np.concatenate([[0], np.cumsum(keep)])[ring_starts].tolist()
-    xy = np.ascontiguousarray(xy[keep] - origin)
-    rings = [xy[a:b] for a, b in pairwise(starts)]
-    firsts = polygon_starts.tolist()
-    text = orjson.dumps([rings[a:b] for a, b in pairwise(firsts)], option=orjson.OPT_SERIALIZE_NUMPY)
-    text = text.replace(b".0", b"")  # on the grid a fraction is .0, .25, .5 or .75
-    return [b"[[[" + inner + b"]]]" for inner in text[4:-4].split(b"]]],[[[")]
-
-
-def _measurements(columns: dict[str, NDArray[np.float64]]) -> list[bytes]:
-    """``,"measurements":{...}`` of each row; what is not finite is left out."""
-    cells = []
-    for name, values in columns.items():
-        key = orjson.dumps(name) + b":"
-        numbers = orjson.dumps(values, option=orjson.OPT_SERIALIZE_NUMPY)[1:-1].split(b",")
-        cells.append([b"" if number == b"null" else key + number for number in numbers])
-    return [b',"measurements":{' + b",".join(filter(None, row)) + b"}" if any(row) else b"" for row in zip(*cells, strict=True)]
+def _measurements(name: str, values: NDArray[np.float64]) -> list[bytes]:
+    """``,"name":value`` of each row; nothing where the value is not finite."""
+    key = b"\n," + orjson.dumps(name) + b":"
+    numbers = orjson.dumps(values, option=orjson.OPT_SERIALIZE_NUMPY)[1:-1]
+    return (key + numbers.replace(b",", key)).replace(key + b"null", b"\n").split(b"\n")[1:]
 
 
 def _round(values: NDArray[np.float32]) -> NDArray[np.float64]:

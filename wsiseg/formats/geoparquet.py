@@ -31,13 +31,16 @@ import pyarrow.parquet as pq
 import shapely
 
 from wsiseg.errors import FormatError
+from wsiseg.flow import ahead
+from wsiseg.formats import CHUNK
 from wsiseg.formats.atomic import atomic_path
-from wsiseg.formats.ids import cell_ids
+from wsiseg.formats.ids import ID_BYTES, CellIds, cell_ids
 from wsiseg.formats.parts import UNREADABLE, descriptor_column, descriptors_from, polygons_from_wkb
-from wsiseg.records import Cells, Provenance, SlideInfo, Typing
+from wsiseg.formats.wkb import wkb_column
+from wsiseg.records import Cells, CellSource, Provenance, SlideInfo, Typing
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -47,9 +50,11 @@ __all__ = ["cell_ids", "read_geoparquet", "write_geoparquet"]
 ROW_GROUP = 20_000  #: rows; about 20 groups at 400,000 cells: a viewer's window touches one or two of them
 FRAME = "absolute level-0 px of the slide: x right, y down, origin at the outer corner of pixel (0, 0)"
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
+TYPE_COLUMNS = ("type", "type_score", "type_margin", "prototype")
+IN_MEMORY = (*TYPE_COLUMNS, "score", "prompt_x", "prompt_y", "bbox", "descriptor")  #: of a table that is typed again: 2 D + 68 B per cell
 
 
-def write_geoparquet(path: Path, cells: Cells, typing: Typing, info: SlideInfo, provenance: Provenance) -> None:
+def write_geoparquet(path: Path, cells: CellSource, typing: Typing, info: SlideInfo, provenance: Provenance) -> None:
     """Write cells.parquet, atomically; same input, same bytes.
 
     Parameters
@@ -57,7 +62,8 @@ def write_geoparquet(path: Path, cells: Cells, typing: Typing, info: SlideInfo, 
     path
         The file to write.
     cells
-        Level-0 px, already in the order of the file (sorted in space, so that row groups are compact); N = 0 is valid.
+        Level-0 px, already in the order of the file (sorted in space, so that row groups are compact, and cells of equal prompts neighbours);
+        N = 0 is valid. Read once and never all at a time.
     typing
         Of the same cells.
     info
@@ -71,12 +77,29 @@ def write_geoparquet(path: Path, cells: Cells, typing: Typing, info: SlideInfo, 
         The file cannot be written.
     """
     schema = _schema(cells, typing, info, provenance)
-    ids = cell_ids(provenance.slide, cells)
-    with atomic_path(path) as partial, pq.ParquetWriter(partial, schema, compression="zstd", use_dictionary=["type"]) as writer:
-        for start in range(0, len(cells), ROW_GROUP):
-            rows = slice(start, start + ROW_GROUP)
-            columns = _columns(cells, typing, info, ids, rows)
-            writer.write_table(pa.table(columns, schema=schema), row_group_size=ROW_GROUP)
+    ids = CellIds(provenance.slide)
+
+    def encoded(part: tuple[int, Cells]) -> pa.Table:
+        start, chunk = part
+        return pa.table(_columns(chunk, typing, info, ids(chunk), slice(start, start + len(chunk))), schema=schema)
+
+    with atomic_path(path) as partial, _writer(partial, schema) as writer:
+        for table in _cut(ahead(encoded, _numbered(cells)), ROW_GROUP):  # one thread: ids must be asked for in order
+            writer.write_table(table.combine_chunks(), row_group_size=ROW_GROUP)  # whole, so that the pages do not depend on the chunks
+
+
+def _writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
+    """With the statistics by which readers skip row groups; those of ids, outlines and descriptors help nobody and take time."""
+    leaves = [name for name in schema.names if name not in ("id", "bbox", "geometry", "descriptor")] + [f"bbox.{corner}" for corner in CORNERS]
+    return pq.ParquetWriter(path, schema, compression="zstd", use_dictionary=["type"], write_statistics=leaves)
+
+
+def _numbered(cells: CellSource) -> Iterator[tuple[int, Cells]]:
+    """The cells in chunks, with the row that each begins at."""
+    start = 0
+    for chunk in cells.chunks(CHUNK):
+        yield start, chunk
+        start += len(chunk)
 
 
 def read_geoparquet(path: Path) -> tuple[Cells, Typing, dict[str, object]]:
@@ -98,21 +121,46 @@ def read_geoparquet(path: Path) -> tuple[Cells, Typing, dict[str, object]]:
         The file is missing, damaged, or was not written by wsiseg.
     """
     source = read_table(path)
-    return source.cells(), source.typing(), source.note
+    return Cells.concatenate(list(source.chunks(ROW_GROUP)), source.descriptor_size), source.typing(), source.note
 
 
 @dataclass(frozen=True)
 class CellTable:
-    """A cells.parquet as it lies in the file: polygons stay encoded until somebody asks for them."""
+    """A cells.parquet. Polygons stay in the file and are read from it in every pass, also after :func:`write_retyped` has replaced it.
+
+    Attributes
+    ----------
+    path, schema, note
+        The file, its schema, and its ``wsiseg`` metadata.
+    table
+        The columns ``IN_MEMORY``.
+    """
 
     path: Path
-    table: pa.Table
+    schema: pa.Schema
     note: dict[str, Any]
+    table: pa.Table
+
+    def __len__(self) -> int:
+        return int(self.table.num_rows)
+
+    @property
+    def descriptor_size(self) -> int:
+        """D."""
+        return int(self.note["descriptor_size"])
+
+    @property
+    def total_bounds(self) -> tuple[float, float, float, float] | None:
+        """xmin, ymin, xmax, ymax of all polygons, level-0 px; ``None`` without cells."""
+        if not len(self):
+            return None
+        (left, top), (right, bottom) = self.bounds[:, :2].min(axis=0), self.bounds[:, 2:].max(axis=0)
+        return float(left), float(top), float(right), float(bottom)
 
     @property
     def descriptors(self) -> NDArray[np.float16]:
         """(N, D)."""
-        return descriptors_from(self.table, int(self.note["descriptor_size"]))
+        return descriptors_from(self.table, self.descriptor_size)
 
     @property
     def points_xy(self) -> NDArray[np.float64]:
@@ -125,13 +173,43 @@ class CellTable:
         box = self.table["bbox"].combine_chunks()
         return np.stack([box.field(corner).to_numpy() for corner in CORNERS], axis=1)
 
-    def cells(self, rows: NDArray[np.intp] | None = None) -> Cells:
-        """All cells, or those of ``rows``."""
-        table = self.table if rows is None else self.table.take(rows)
+    def chunks(self, rows: int) -> Iterator[Cells]:
+        """The cells in order, ``rows`` at a time."""
+        start = 0
+        for part in _cut(_row_groups(self.path, ["geometry"]), rows):
+            yield self._cells(self.table.slice(start, part.num_rows), part["geometry"])
+            start += part.num_rows
+
+    def take(self, rows: NDArray[np.intp]) -> Cells:
+        """The cells at ``rows``, in that order."""
+        wkb = np.empty(len(rows), object)
+        with _complaints(self.path), pq.ParquetFile(self.path) as file:
+            starts = np.cumsum([0, *(file.metadata.row_group(k).num_rows for k in range(file.num_row_groups))])
+            groups = np.searchsorted(starts, rows, side="right") - 1
+            for group in np.unique(groups).tolist():
+                mine = groups == group
+                wkb[mine] = file.read_row_group(group, columns=["geometry"])["geometry"].take(rows[mine] - starts[group]).to_numpy()
+        return self._cells(self.table.take(rows), pa.chunked_array([pa.array(wkb, pa.binary())]))
+
+    def check(self) -> None:
+        """Read all that is not in memory, once.
+
+        Raises
+        ------
+        FormatError
+            Some of it is damaged.
+        """
+        start = 0
+        for part in _row_groups(self.path, [name for name in self.schema.names if name not in IN_MEMORY]):
+            self._cells(self.table.slice(start, part.num_rows), part["geometry"])
+            start += part.num_rows
+
+    def _cells(self, table: pa.Table, geometry: pa.ChunkedArray) -> Cells:
+        """The rows that are in ``table``, with their polygons."""
         with _complaints(self.path):
             points = np.stack([table["prompt_x"].to_numpy(), table["prompt_y"].to_numpy()], axis=1)
             scores = table["score"].to_numpy().astype(np.float32)
-            return Cells(polygons_from_wkb(table["geometry"]), points, scores, descriptors_from(table, int(self.note["descriptor_size"])))
+            return Cells(polygons_from_wkb(geometry), points, scores, descriptors_from(table, self.descriptor_size))
 
     def typing(self) -> Typing:
         """The verdicts in the file."""
@@ -143,7 +221,7 @@ class CellTable:
 
 
 def read_table(path: Path) -> CellTable:
-    """A cells.parquet without decoding its polygons.
+    """A cells.parquet without its polygons.
 
     Raises
     ------
@@ -151,15 +229,35 @@ def read_table(path: Path) -> CellTable:
         The file is missing, damaged, or was not written by wsiseg.
     """
     with _complaints(path):
-        table = pq.read_table(path, partitioning=None)
-        note: dict[str, Any] = json.loads((table.schema.metadata or {})[b"wsiseg"])
-        columns: tuple[str, ...] = ("type", "type_score", "type_margin", "prototype", "score", "prompt_x", "prompt_y", "bbox", "geometry")
-        if note.get("descriptor_size"):
-            columns += ("descriptor",)
-        missing = [*(k for k in ("types", "descriptor_size", "slide") if k not in note), *(k for k in columns if k not in table.schema.names)]
+        schema = pq.read_schema(path)
+        note: dict[str, Any] = json.loads((schema.metadata or {})[b"wsiseg"])
+        columns = IN_MEMORY if note.get("descriptor_size") else tuple(name for name in IN_MEMORY if name != "descriptor")
+        missing = [
+            *(k for k in ("types", "descriptor_size", "slide") if k not in note), *(k for k in (*columns, "geometry") if k not in schema.names),
+        ]  # fmt: skip
         if missing:
             raise KeyError(missing[0])
-    return CellTable(path, table, note)
+        return CellTable(path, schema, note, pq.read_table(path, columns=list(columns), partitioning=None))
+
+
+def _row_groups(path: Path, columns: list[str]) -> Iterator[pa.Table]:
+    """Some columns of a file, one row group after the other; the next is read ahead."""
+    with _complaints(path), pq.ParquetFile(path) as file:
+        yield from ahead(lambda group: file.read_row_group(group, columns=columns), range(file.num_row_groups))
+
+
+def _cut(tables: Iterable[pa.Table], rows: int) -> Iterator[pa.Table]:
+    """The same rows, ``rows`` at a time, the last ones fewer."""
+    held: list[pa.Table] = []
+    for table in tables:
+        held.append(table)
+        if sum(part.num_rows for part in held) >= rows:
+            joined = pa.concat_tables(held)
+            whole = joined.num_rows - joined.num_rows % rows
+            yield from (joined.slice(start, rows) for start in range(0, whole, rows))
+            held = [joined.slice(whole)] if whole < joined.num_rows else []
+    if held:
+        yield pa.concat_tables(held)
 
 
 @contextmanager
@@ -182,30 +280,29 @@ def write_retyped(path: Path, source: CellTable, typing: Typing, provenance: Pro
     path
         The file to write; may be the one that ``source`` was read from.
     source
-        The cells; their other columns are copied as they are.
+        The cells; their other columns are copied as they are, one row group after the other.
     typing
         Of the same cells.
     provenance
         Version, hash and details of the new types.
     """
-    codes = pa.DictionaryArray.from_arrays(pa.array(np.asarray(typing.codes, np.int32)), pa.array(typing.names, pa.string()))
-    fresh = {
-        "type": codes, "type_score": pa.array(typing.scores, pa.float32()), "type_margin": pa.array(typing.margins, pa.float32()),
-        "prototype": pa.array(typing.prototypes, pa.int32()),
-    }  # fmt: skip
-    schema = source.table.schema
     note = source.note | {
         "tool": provenance.tool, "version": provenance.version, "config_hash": provenance.config_hash, "details": provenance.details,
         "types": [{"name": name, "color": list(color)} for name, color in zip(typing.names, typing.colors, strict=True)],
     }  # fmt: skip
-    schema = schema.with_metadata({**schema.metadata, b"wsiseg": json.dumps(note, sort_keys=True, default=str).encode()})
-    table = pa.table([fresh.get(name, source.table[name]) for name in schema.names], schema=schema)
-    with atomic_path(path) as partial:
-        pq.write_table(table, partial, compression="zstd", use_dictionary=["type"], row_group_size=ROW_GROUP)
+    schema = source.schema.with_metadata({**source.schema.metadata, b"wsiseg": json.dumps(note, sort_keys=True, default=str).encode()})
+    kept = [name for name in schema.names if name not in TYPE_COLUMNS]
+    start = 0
+    with atomic_path(path) as partial, _writer(partial, schema) as writer:
+        for part in _cut(_row_groups(source.path, kept), ROW_GROUP):
+            fresh = _type_columns(typing, slice(start, start + part.num_rows))
+            columns = [fresh[name] if name in fresh else part[name] for name in schema.names]
+            writer.write_table(pa.table(columns, schema=schema), row_group_size=ROW_GROUP)
+            start += part.num_rows
 
 
-def _schema(cells: Cells, typing: Typing, info: SlideInfo, provenance: Provenance) -> pa.Schema:
-    size = cells.descriptors.shape[1]
+def _schema(cells: CellSource, typing: Typing, info: SlideInfo, provenance: Provenance) -> pa.Schema:
+    size = cells.descriptor_size
     fields: list[tuple[str, pa.DataType]] = [
         ("id", pa.string()),
         ("type", pa.dictionary(pa.int32(), pa.string())),
@@ -234,40 +331,53 @@ def _schema(cells: Cells, typing: Typing, info: SlideInfo, provenance: Provenanc
     return pa.schema([pa.field(name, kind, nullable=False) for name, kind in fields], metadata=metadata)
 
 
-def _geo(cells: Cells) -> dict[str, object]:
+def _geo(cells: CellSource) -> dict[str, object]:
     column: dict[str, object] = {
         "encoding": "WKB", "geometry_types": ["Polygon"], "crs": None, "edges": "planar",
         "covering": {"bbox": {corner: ["bbox", corner] for corner in CORNERS}},
     }  # fmt: skip
-    if len(cells):
-        column["bbox"] = [float(value) for value in shapely.total_bounds(cells.polygons)]
+    if (bounds := cells.total_bounds) is not None:
+        column["bbox"] = list(bounds)
     return {"version": "1.1.0", "primary_column": "geometry", "columns": {"geometry": column}}
 
 
-def _columns(cells: Cells, typing: Typing, info: SlideInfo, ids: list[str], rows: slice) -> Mapping[str, object]:
-    polygons = cells.polygons[rows]
+def _columns(cells: Cells, typing: Typing, info: SlideInfo, ids: NDArray[np.bytes_], rows: slice) -> Mapping[str, object]:
+    """The columns of ``cells``, which are ``rows`` of the file."""
+    polygons = cells.polygons
     bounds = shapely.bounds(polygons)
     centroids = shapely.get_coordinates(shapely.centroid(polygons))
-    points = cells.points_xy[rows]
+    points = cells.points_xy
     corners = [np.ascontiguousarray(bounds[:, k]) for k in range(4)]
     box_fields = [pa.field(corner, pa.float64(), nullable=False) for corner in CORNERS]
-    codes = pa.array(np.asarray(typing.codes[rows], np.int32))
     return {
-        "id": pa.array(ids[rows], pa.string()),
-        "type": pa.DictionaryArray.from_arrays(codes, pa.array(typing.names, pa.string())),
-        "type_score": np.asarray(typing.scores[rows], np.float32),
-        "type_margin": np.asarray(typing.margins[rows], np.float32),
-        "prototype": np.asarray(typing.prototypes[rows], np.int32),
-        "score": np.asarray(cells.scores[rows], np.float32),
+        "id": _id_column(ids),
+        **_type_columns(typing, rows),
+        "score": np.asarray(cells.scores, np.float32),
         "area_um2": (shapely.area(polygons) * info.mpp**2).astype(np.float32),
         "x": np.ascontiguousarray(centroids[:, 0]),
         "y": np.ascontiguousarray(centroids[:, 1]),
         "prompt_x": np.ascontiguousarray(points[:, 0], np.float64),
         "prompt_y": np.ascontiguousarray(points[:, 1], np.float64),
         "bbox": pa.StructArray.from_arrays([pa.array(corner) for corner in corners], fields=box_fields),
-        "geometry": pa.array(shapely.to_wkb(polygons), pa.binary()),
-        **descriptor_column(cells.descriptors[rows]),
+        "geometry": wkb_column(polygons),
+        **descriptor_column(cells.descriptors),
     }
+
+
+def _type_columns(typing: Typing, rows: slice) -> dict[str, pa.Array]:
+    """``TYPE_COLUMNS``."""
+    codes = pa.array(np.asarray(typing.codes[rows], np.int32))
+    return {
+        "type": pa.DictionaryArray.from_arrays(codes, pa.array(typing.names, pa.string())),
+        "type_score": pa.array(typing.scores[rows], pa.float32()),
+        "type_margin": pa.array(typing.margins[rows], pa.float32()),
+        "prototype": pa.array(typing.prototypes[rows], pa.int32()),
+    }
+
+
+def _id_column(ids: NDArray[np.bytes_]) -> pa.StringArray:
+    ends = np.arange(len(ids) + 1, dtype=np.int32) * ID_BYTES
+    return pa.StringArray.from_buffers(len(ids), pa.py_buffer(ends), pa.py_buffer(ids))
 
 
 def _codes(column: pa.ChunkedArray, names: tuple[str, ...]) -> np.ndarray[Any, np.dtype[np.int32]]:

@@ -1,0 +1,193 @@
+"""Outlines on the grid of 0.25 px, on which QuPath imports them unchanged, as polygons and as the text of GeoJSON coordinates.
+
+Rounding can make a ring touch itself. Whether it did costs GEOS more than all the rest, so first a proof is tried that it did not: seen from
+some point inside, the vertices of a star-shaped ring turn one way only, and once round. On the grid these numbers are exact. Whatever cannot
+be proved so goes to :func:`snap_polygons`; the result is the same.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import numpy as np
+import orjson
+import shapely
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+GRID_PX = 0.25  #: 0 of 10,000 shapes abort QuPath 0.6+ on it, at any offset (plain rounding to 0.01 px: 8)
+_FINE = 64.0  #: 1 / px: grid of the point inside
+_LARGEST = 2.0**19  #: px: products of two distances up to it, in steps of 1 / _FINE, are exact in float64
+_FARTHEST = 2.0**40  #: px
+
+
+def outline_texts(polygons: NDArray[np.object_], origin: tuple[float, float]) -> list[bytes]:
+    """The outlines on the grid, as GeoJSON coordinates without their outer brackets.
+
+    Parameters
+    ----------
+    polygons
+        shapely geometries of shape (N,), px; may be invalid.
+    origin
+        What is subtracted; on the grid.
+
+    Returns
+    -------
+    list of bytes
+        ``b"[10.25,5],...,[10.25,5]"`` of what :func:`snap_polygons` gives, without repeated vertices and without ``.0``; further rings follow
+        after ``],[``. Empty where nothing is left.
+    """
+    texts = [b""] * len(polygons)
+    rows = _single_rings(polygons)
+    xy, starts = _snapped(polygons[rows])
+    stars = _are_stars(xy, starts)
+    if not stars.all():
+        xy, starts, rows = xy[:, np.repeat(stars, np.diff(starts))], np.concatenate([[0], np.cumsum(np.diff(starts)[stars])]), rows[stars]
+    for row, text in zip(rows.tolist(), _ring_texts(xy, starts, np.arange(len(starts)), origin), strict=True):
+        texts[row] = text
+    if len(rows) < len(polygons):
+        others = np.setdiff1d(np.arange(len(polygons)), rows)
+        snapped = snap_polygons(polygons[others])
+        kept = ~shapely.is_missing(snapped)
+        for row, text in zip(others[kept].tolist(), _polygon_texts(snapped[kept], origin), strict=True):
+            texts[row] = text
+    return texts
+
+
+def snap_polygons(polygons: NDArray[np.object_]) -> NDArray[np.object_]:
+    """Polygons on the 0.25-px grid that QuPath imports unchanged.
+
+    Parameters
+    ----------
+    polygons
+        shapely geometries of shape (N,), px; may be invalid. Not modified.
+
+    Returns
+    -------
+    NDArray
+        Valid Polygons of shape (N,), without holes smaller than the grid; ``None`` where nothing is left.
+    """
+    # Rounding each vertex is all that set_precision does, at six times the cost, unless it makes the ring touch itself.
+    with np.errstate(invalid="ignore"):  # NaN among the coordinates: _repair drops the polygon
+        snapped = np.asarray(shapely.set_precision(polygons, GRID_PX, mode="pointwise"), dtype=object)
+        fine = shapely.is_valid(snapped) & (shapely.get_type_id(snapped) == shapely.GeometryType.POLYGON) & ~shapely.is_empty(snapped)
+    for index in np.flatnonzero(~fine):
+        snapped[index] = _repair(polygons[index])
+    return snapped
+
+
+def _repair(polygon: shapely.Geometry | None) -> shapely.Polygon | None:
+    """make_valid, polygonal parts, set_precision, the largest part; ``None`` when nothing is left."""
+    if polygon is None or not np.isfinite(shapely.get_coordinates(polygon)).all():
+        return None
+    parts = shapely.get_parts(shapely.get_parts(shapely.make_valid(polygon)))
+    parts = parts[shapely.get_type_id(parts) == shapely.GeometryType.POLYGON]
+    parts = shapely.get_parts(shapely.set_precision(shapely.multipolygons(parts), GRID_PX)) if len(parts) else parts
+    parts = parts[shapely.is_valid(parts) & (shapely.area(parts) > 0)]
+    return parts[int(np.argmax(shapely.area(parts)))] if len(parts) else None
+
+
+def _single_rings(polygons: NDArray[np.object_]) -> NDArray[np.intp]:
+    """Rows of the polygons of one ring that are not too large to count exactly."""
+    bounds = shapely.bounds(polygons).reshape(-1, 4)
+    with np.errstate(invalid="ignore"):
+        exact = (np.abs(bounds) < _FARTHEST).all(1) & (bounds[:, 2:] - bounds[:, :2] < _LARGEST).all(1)  # no bounds (NaN): not exact
+    plain = (shapely.get_type_id(polygons) == shapely.GeometryType.POLYGON) & (shapely.get_num_interior_rings(polygons) == 0)
+    return np.flatnonzero(exact & plain)
+
+
+def _snapped(polygons: NDArray[np.object_]) -> tuple[NDArray[np.float64], NDArray[np.intp]]:
+    """Vertices on the grid without repetitions, of shape (2, V), and where each ring starts, of shape (N + 1,)."""
+    xy = np.ascontiguousarray(shapely.get_coordinates(polygons).T)
+    starts = np.concatenate([[0], np.cumsum(shapely.get_num_coordinates(polygons))])
+    xy /= GRID_PX
+    rounded = np.rint(xy)
+    rounded += xy - rounded == 0.5  # halves go up, as in GEOS
+    rounded *= GRID_PX
+    return _without_repeats(rounded, starts)
+
+
+def _without_repeats(xy: NDArray[np.float64], starts: NDArray[np.intp]) -> tuple[NDArray[np.float64], NDArray[np.intp]]:
+    """Vertices of shape (2, V) without those that are where the one before in their ring is, and the new starts."""
+    keep = np.ones(xy.shape[1], bool)
+    keep[1:] = (xy[0, 1:] != xy[0, :-1]) | (xy[1, 1:] != xy[1, :-1])
+    keep[starts[:-1]] = True
+    if keep.all():
+        return xy, starts
+    return xy[:, keep], np.concatenate([[0], np.cumsum(keep)])[starts]
+
+
+def _are_stars(xy: NDArray[np.float64], starts: NDArray[np.intp]) -> NDArray[np.bool_]:
+    """Which rings (closed, on the grid) are star-shaped around the mean of their vertices, and therefore valid."""
+    if len(starts) == 1:
+        return np.zeros(0, bool)
+    lengths, firsts, lasts = np.diff(starts), starts[:-1], starts[1:] - 1
+    middle = np.rint(np.add.reduceat(xy, firsts, axis=1) / lengths * _FINE) / _FINE
+    x, y = xy - np.repeat(middle, lengths, axis=1)
+    turn = np.empty_like(x)
+    turn[:-1] = x[:-1] * y[1:] - x[1:] * y[:-1]
+    turn[lasts] = turn[lasts - 1]  # the last vertex is the first again; a ring of one vertex has no turn
+    below = y < 0
+    up = np.zeros(len(x), np.intp)
+    up[:-1] = below[:-1] & ~below[1:]
+    up[lasts] = 0
+    one_way = (np.minimum.reduceat(turn, firsts) > 0) | (np.maximum.reduceat(turn, firsts) < 0)
+    return np.asarray(one_way & (np.add.reduceat(up, firsts) == 1) & (lengths > 3))
+
+
+def _polygon_texts(polygons: NDArray[np.object_], origin: tuple[float, float]) -> list[bytes]:
+    """As :func:`_ring_texts`, of polygons on the grid."""
+    if not len(polygons):
+        return []
+    _, xy, (ring_starts, polygon_starts) = shapely.to_ragged_array(polygons, include_z=False)
+    xy, ring_starts = _without_repeats(np.ascontiguousarray(xy.T), ring_starts)
+    return _ring_texts(xy, ring_starts, polygon_starts, origin)
+
+
+def _ring_texts(
+    xy: NDArray[np.float64], ring_starts: NDArray[np.intp], polygon_starts: NDArray[np.intp], origin: tuple[float, float]
+) -> list[bytes]:
+    """``[x,y],[x,y],...`` of each polygon; ``],[`` between its rings.
+
+    Each vertex is seven fields of four bytes, taken from tables and filled up with NUL, which is taken out at the end: a third of orjson's time.
+    """
+    moved = xy - np.array(origin)[:, None]
+    if moved.size and not (moved.min() > -_DIGITS and moved.max() < _DIGITS):
+        return _long_texts(moved, ring_starts, polygon_starts)
+    quarters = (moved / GRID_PX).astype(np.intp)
+    negative = quarters < 0
+    np.abs(quarters, out=quarters)
+    whole = quarters >> 2
+    quarters &= 3
+    thousands = whole // 1000
+    whole -= 1000 * thousands
+    whole[thousands == 0] += 1000  # without leading zeros where nothing precedes
+    thousands[negative] += 1000
+    text = np.empty((moved.shape[1], 7), np.uint32)
+    text[:, 0] = _NEXT_VERTEX
+    text[ring_starts[:-1], 0] = _NEXT_RING
+    text[ring_starts[polygon_starts[:-1]], 0] = _NEXT_POLYGON
+    for axis in (0, 1):
+        for field, table, places in ((1, _THOUSANDS, thousands), (2, _UNITS, whole), (3, _QUARTERS[axis], quarters)):
+            text[:, 3 * axis + field] = table.take(places[axis], mode="clip")  # all are inside; "clip" does not look for that
+    return text.tobytes().translate(None, b"\0").split(b"\n")[1:]
+
+
+def _long_texts(xy: NDArray[np.float64], ring_starts: NDArray[np.intp], polygon_starts: NDArray[np.intp]) -> list[bytes]:
+    """The same for numbers of any size."""
+    rows = np.ascontiguousarray(xy.T)
+    rings = [orjson.dumps(rows[a:b], option=orjson.OPT_SERIALIZE_NUMPY)[1:-1].replace(b".0", b"") for a, b in pairwise(ring_starts.tolist())]
+    return [b"],[".join(rings[a:b]) for a, b in pairwise(polygon_starts.tolist())]
+
+
+def _table(texts: list[bytes]) -> NDArray[np.uint32]:
+    return np.array(texts, "S4").view(np.uint32)
+
+
+_DIGITS = 1e6  #: numbers of six digits before the point fit the tables
+_NEXT_VERTEX, _NEXT_RING, _NEXT_POLYGON = _table([b",[", b"],[[", b"\n["])
+_THOUSANDS = _table([sign + number for sign in (b"", b"-") for number in (b"", *(b"%d" % k for k in range(1, 1000)))])
+_UNITS = _table([*(b"%03d" % k for k in range(1000)), *(b"%d" % k for k in range(1000))])
+_QUARTERS = (_table([b",", b".25,", b".5,", b".75,"]), _table([b"]", b".25]", b".5]", b".75]"]))
