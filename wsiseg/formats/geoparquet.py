@@ -79,13 +79,18 @@ def write_geoparquet(path: Path, cells: CellSource, typing: Typing, info: SlideI
     schema = _schema(cells, typing, info, provenance)
     ids = CellIds(provenance.slide)
 
-    def encoded(part: tuple[int, Cells]) -> pa.Table:
+    def encode(part: tuple[int, Cells]) -> pa.Table:
         start, chunk = part
         return pa.table(_columns(chunk, typing, info, ids(chunk), slice(start, start + len(chunk))), schema=schema)
 
     with atomic_path(path) as partial, _writer(partial, schema) as writer:
-        for table in _cut(ahead(encoded, _numbered(cells)), ROW_GROUP):  # one thread: ids must be asked for in order
+
+        def write(table: pa.Table) -> None:
             writer.write_table(table.combine_chunks(), row_group_size=ROW_GROUP)  # whole, so that the pages do not depend on the chunks
+
+        encoded_chunks = ahead(encode, _numbered(cells))  # one thread each: ids and row groups come in order
+        for _ in ahead(write, _cut(encoded_chunks, ROW_GROUP)):
+            pass
 
 
 def _writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
