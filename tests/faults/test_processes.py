@@ -75,6 +75,50 @@ def test_a_signal_finishes_the_block_in_hand(run: Run, undisturbed: tuple[dict[s
     assert files_of(run.folder(tmp_path)) == undisturbed[0]
 
 
+def workers_of(process: subprocess.Popen[str]) -> list[int]:
+    """Processes of Python below a process that have the model: the workers, not their nannies."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        try:
+            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            held = int((folder / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        except (OSError, ValueError, IndexError):
+            continue
+        if parent == process.pid and held > 200 << 20:
+            found.append(int(folder.name))
+    return found
+
+
+def test_a_worker_is_killed(run: Run, undisturbed: tuple[dict[str, bytes], dict, float], tmp_path: Path) -> None:
+    """Two Dask processes, one of them killed in the middle: replaced, and the same files."""
+    process = run.start(tmp_path, "--workers", 2)
+    wait_for(lambda: (parts(run.folder(tmp_path)) and workers_of(process)) or process.poll() is not None)
+    assert process.poll() is None
+    os.kill(workers_of(process)[0], signal.SIGKILL)
+    _, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, errors
+    assert errors == ""
+    assert files_of(run.folder(tmp_path)) == undisturbed[0]
+
+
+def test_ctrl_c_with_workers(run: Run, undisturbed: tuple[dict[str, bytes], dict, float], tmp_path: Path) -> None:
+    """Ctrl-C reaches every process of the terminal; the blocks in hand are finished all the same."""
+    command = run.command(tmp_path, "--workers", 2)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=run.environment, start_new_session=True
+    )  # fmt: skip
+    wait_for(lambda: parts(run.folder(tmp_path)) or process.poll() is not None)
+    assert process.poll() is None
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=100)
+    assert process.returncode == 3, errors
+    assert "Traceback" not in errors
+    assert len(errors.splitlines()) == 2
+    assert not list(run.folder(tmp_path).rglob("*.claim"))
+    assert run(tmp_path).returncode == 0
+    assert files_of(run.folder(tmp_path)) == undisturbed[0]
+
+
 def test_twice_is_now(run: Run, tmp_path: Path) -> None:
     process = run.start(tmp_path)
     wait_for(lambda: parts(run.folder(tmp_path)) or process.poll() is not None)
