@@ -53,7 +53,7 @@ class Batch:
 
     def read_ahead(self, tile_bytes: int) -> int:
         """How many tiles may wait to be worked on."""
-        budget = READ_BYTES * (4 if self._device.type == "cuda" else 1)
+        budget: float = READ_BYTES * (4 if self._device.type == "cuda" else 1)
         budget = min(budget, self.max_ram / 16) if self.max_ram else budget
         return int(min(max(budget // tile_bytes, 2), 2 * MOST_TILES)) + self.tiles
 
