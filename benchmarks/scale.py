@@ -323,8 +323,8 @@ def main() -> None:
             elif what == "overhead":
                 write_slide(folder / "slide.tiff", 8192)
                 tables[what] = [apart(overhead, folder / "slide.tiff", "discs", 64, 3)]
-                write_slide(folder / "small.tiff", 4096)
-                tables[what].append(apart(overhead, folder / "small.tiff", "nuclei-compact", 16, 3))
+                write_slide(folder / "small.tiff", 6144)
+                tables[what].append(apart(overhead, folder / "small.tiff", "nuclei-compact", 36, 2))
             elif what == "flat":
                 for side in (10, 32):
                     write_slide(folder / f"{side}.tiff", side * 1024)

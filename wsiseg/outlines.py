@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from wsiseg.records import Cells
 
 CACHE_BYTES = 64 << 20  #: about 100,000 cells: a block and its neighbours, several times over
+_OUTLINE, _DESCRIPTOR = ("geometry", "prompt_x", "prompt_y", "score"), ("descriptor",)
 THREADS = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 8)
 
 
@@ -71,7 +72,7 @@ class Outlines:
         self.sources = list(sources)
         self.descriptor_size = descriptor_size
         self._size = size_px0
-        self._cache: OrderedDict[int, Part] = OrderedDict()
+        self._cache: OrderedDict[tuple[int, tuple[str, ...]], Part] = OrderedDict()
         self._cache_bytes = cache_bytes
         self._lock = threading.Lock()
         self.starts = np.zeros(len(self.sources) + 1, np.intp)
@@ -81,7 +82,7 @@ class Outlines:
         """Read everything once: fills ``numbers`` and ``starts``. Calls ``visit(source, polygons, numbers)`` of each, in several threads."""
 
         def read(k: int) -> Numbers:
-            part = self._part(k)
+            part = self._part(k, _OUTLINE)
             polygons = self._cut(part.polygons(None))
             numbers = Numbers(part.points_xy, part.scores, shapely.bounds(polygons).reshape(-1, 4), shapely.area(polygons))
             visit(k, polygons, numbers)
@@ -97,34 +98,34 @@ class Outlines:
     def polygons(self, rows: NDArray[np.intp]) -> NDArray[np.object_]:
         """Polygons of ``rows``, cut at the slide's border."""
         out = np.empty(len(rows), object)
-        for where, part, inside in self._by_part(rows):
+        for where, part, inside in self._by_part(rows, _OUTLINE):
             out[where] = self._cut(part.polygons(inside))
         return out
 
     def descriptors(self, rows: NDArray[np.intp]) -> NDArray[np.float16]:
         """(n, D) of ``rows``."""
         out = np.empty((len(rows), self.descriptor_size), np.float16)
-        for where, part, inside in self._by_part(rows):
+        for where, part, inside in self._by_part(rows, _DESCRIPTOR):
             out[where] = part.descriptors(inside)
         return out
 
-    def _by_part(self, rows: NDArray[np.intp]) -> Iterator[tuple[NDArray[np.intp], Part, NDArray[np.intp]]]:
+    def _by_part(self, rows: NDArray[np.intp], columns: tuple[str, ...]) -> Iterator[tuple[NDArray[np.intp], Part, NDArray[np.intp]]]:
         """For each part that holds some of ``rows``: their positions among them, the part, and their places in it."""
         owner = np.searchsorted(self.starts, rows, side="right") - 1
         order = np.argsort(owner, kind="stable")
         parts, firsts = np.unique(owner[order], return_index=True)
         for k, where in zip(parts.tolist(), np.split(order, firsts)[1:], strict=True):
-            yield where, self._part(k), rows[where] - self.starts[k]
+            yield where, self._part(k, columns), rows[where] - self.starts[k]
 
-    def _part(self, k: int) -> Part:
+    def _part(self, k: int, columns: tuple[str, ...]) -> Part:
         with self._lock:
-            if k in self._cache:
-                self._cache.move_to_end(k)
-                return self._cache[k]
+            if (k, columns) in self._cache:
+                self._cache.move_to_end((k, columns))
+                return self._cache[k, columns]
         source = self.sources[k]
-        part = open_part(source) if isinstance(source, os.PathLike) else Part.of(source)
+        part = open_part(source, columns) if isinstance(source, os.PathLike) else Part.of(source)
         with self._lock:
-            self._cache[k] = part
+            self._cache[k, columns] = part
             while len(self._cache) > 1 and sum(p.nbytes for p in self._cache.values()) > self._cache_bytes:
                 self._cache.popitem(last=False)
         return part

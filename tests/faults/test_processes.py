@@ -101,15 +101,16 @@ def test_a_worker_is_killed(run: Run, undisturbed: tuple[dict[str, bytes], dict,
     assert files_of(run.folder(tmp_path)) == undisturbed[0]
 
 
-def test_ctrl_c_with_workers(run: Run, undisturbed: tuple[dict[str, bytes], dict, float], tmp_path: Path) -> None:
-    """Ctrl-C reaches every process of the terminal; the blocks in hand are finished all the same."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_to_all_processes(run: Run, undisturbed: tuple[dict[str, bytes], dict, float], tmp_path: Path, number: int) -> None:
+    """Ctrl-C reaches every process of a terminal, a walltime's warning those of a job; the blocks in hand are finished all the same."""
     command = run.command(tmp_path, "--workers", 2)
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=run.environment, start_new_session=True
     )  # fmt: skip
     wait_for(lambda: parts(run.folder(tmp_path)) or process.poll() is not None)
     assert process.poll() is None
-    os.killpg(process.pid, signal.SIGINT)
+    os.killpg(process.pid, number)
     _, errors = process.communicate(timeout=100)
     assert process.returncode == 3, errors
     assert "Traceback" not in errors

@@ -142,13 +142,15 @@ def _table(cells: Cells) -> pa.Table:
     })  # fmt: skip
 
 
-def open_part(path: Path) -> Part:
+def open_part(path: Path, columns: tuple[str, ...] | None = None) -> Part:
     """A part, read but not decoded.
 
     Parameters
     ----------
     path
         Written by :func:`write_part`.
+    columns
+        Only these; all when absent.
 
     Raises
     ------
@@ -156,12 +158,14 @@ def open_part(path: Path) -> Part:
         The file is missing, damaged, or no part.
     """
     try:
-        table = pq.read_table(path, page_checksum_verification=True, partitioning=None)
-        note = json.loads(table.schema.metadata[KEY])
-        part = Part(str(path), table, note)
-        columns = {"geometry", "prompt_x", "prompt_y", "score", *(["descriptor"] if int(note["descriptor_size"]) else [])}
-        if not columns <= set(table.schema.names) or part.counts is None:
-            raise KeyError(min(columns - set(table.schema.names)))
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            note = json.loads(file.schema_arrow.metadata[KEY])
+            known = {"geometry", "prompt_x", "prompt_y", "score", *(["descriptor"] if int(note["descriptor_size"]) else [])}
+            missing = known - set(file.schema_arrow.names)
+            if missing:
+                raise KeyError(min(missing))
+            part = Part(str(path), file.read([name for name in columns if name in known] if columns else None), note)
+            part.counts  # noqa: B018 - raises when it is damaged
     except UNREADABLE as error:
         raise _unreadable(str(path), error) from error
     return part

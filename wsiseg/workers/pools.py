@@ -312,8 +312,8 @@ def _environment(*names: str, **changes: str) -> Iterator[None]:
 
 @contextmanager
 def _signals_held_back() -> Iterator[None]:
-    """Threads and processes that are started now never get SIGINT or SIGTERM: Ctrl-C reaches all processes of a terminal, but one decides."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    """Threads and processes that are started now never get SIGINT, SIGTERM or SIGUSR1: Ctrl-C reaches all processes of a terminal, but one decides."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1})
     try:
         yield
     finally:
