@@ -312,7 +312,7 @@ def _environment(*names: str, **changes: str) -> Iterator[None]:
 
 @contextmanager
 def _signals_held_back() -> Iterator[None]:
-    """Threads and processes that are started now never get SIGINT, SIGTERM or SIGUSR1: Ctrl-C reaches all processes of a terminal, but one decides."""
+    """Threads and processes that are started now never get SIGINT, SIGTERM or SIGUSR1: they may reach all processes at once, but one decides."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1})
     try:
         yield
