@@ -58,8 +58,8 @@ class StitchCounts:
 class Pairs:
     """Outlines that touch: row of the worse, row of the better, shared area. Sorted by the rank of the worse, then of the better.
 
-    ``exact`` is false where ``shared`` is the area that their bounding boxes share: an upper bound, kept where nothing hangs on more, since an
-    intersection of polygons takes a hundred times as long.
+    ``exact`` is false where ``shared`` is the area that their bounding boxes share, cut to the smaller outline: an upper bound, kept where
+    nothing hangs on more, since an intersection of polygons takes a hundred times as long.
     """
 
     low: NDArray[np.intp]
@@ -263,35 +263,48 @@ def _between(outlines: Outlines, config: StitchingConfig, rows: tuple[NDArray[np
 def _measured(
     polygons: NDArray[np.object_], numbers: Numbers, left: NDArray[np.intp], right: NDArray[np.intp], config: StitchingConfig
 ) -> Pairs:
-    """Those that touch, with the area that they share: that of their boxes where the better cannot hurt the worse by itself."""
-    touch = shapely.intersects(polygons[left], polygons[right])  # half the time of the tree's own predicate, which tests each pair twice
-    left, right = left[touch], right[touch]
+    """Those that touch, of pairs whose boxes do; what the boxes share stands in for the area."""
     rank, box, area = _rank(numbers), numbers.bounds, numbers.areas
     worse = rank[left] > rank[right]
     low, high = np.where(worse, left, right), np.where(worse, right, left)
     sides = np.minimum(box[low, 2:], box[high, 2:]) - np.maximum(box[low, :2], box[high, :2])
-    smaller = np.minimum(area[low], area[high])
-    shared = np.minimum(np.maximum(sides, 0).prod(1), smaller)
-    needed = (shared > config.max_overlap * area[low]) | (shared >= min(config.nested, config.contained) * smaller)
-    shared[needed] = shapely.area(shapely.intersection(polygons[low[needed]], polygons[high[needed]]))  # the same way round in every part
-    return Pairs(low, high, shared, needed).take(shared > 0)
+    shared = np.minimum(np.maximum(sides, 0).prod(1), np.minimum(area[low], area[high]))
+    touch = _decisive(numbers, low, high, config)
+    rest = np.flatnonzero(~touch)
+    touch[rest] = shapely.intersects(polygons[low[rest]], polygons[high[rest]])
+    return Pairs(low, high, shared, np.zeros(len(low), bool)).take(touch & (shared > 0))
+
+
+def _decisive(numbers: Numbers, low: NDArray[np.intp], high: NDArray[np.intp], config: StitchingConfig) -> NDArray[np.bool_]:
+    """Pairs whose worse outline certainly goes if the better stays: |A and B| = |A| + |B| - |A or B|, and the union lies in its box."""
+    box, area = numbers.bounds, numbers.areas
+    union = (np.maximum(box[low, 2:], box[high, 2:]) - np.minimum(box[low, :2], box[high, :2])).prod(1)
+    certain: NDArray[np.bool_] = area[low] + area[high] - union > config.max_overlap * area[low]
+    return certain
 
 
 def _sharpened(outlines: Outlines, pairs: Pairs, config: StitchingConfig) -> Pairs:
-    """Exact areas for the rest of those outlines whose upper bounds together might be too much."""
-    areas = outlines.numbers.areas
-    much = np.bincount(pairs.low, weights=pairs.shared, minlength=len(areas)) > config.max_overlap * areas
-    blurred = np.flatnonzero(~pairs.exact & much[pairs.low])
-    blurred = blurred[np.argsort(pairs.low[blurred], kind="stable")]  # by row, so by part
-    edges = np.searchsorted(pairs.low[blurred], outlines.starts)
+    """Exact areas where the upper bounds leave something open: too much claimed, one in the other, or a cluster."""
+    numbers = outlines.numbers
+    area, low, high = numbers.areas, pairs.low, pairs.high
+    smaller = np.minimum(area[low], area[high])
+    unsure = ~_decisive(numbers, low, high, config)
+    much = np.bincount(low[unsure], weights=pairs.shared[unsure], minlength=len(area)) > config.max_overlap * area
+    needed = unsure & (much[low] | (pairs.shared >= config.nested * smaller))
+    held = pairs.shared >= config.contained * smaller
+    holder = np.where(area[low] < area[high], high, low)
+    needed |= held & (np.bincount(holder[held], minlength=len(area)) >= config.cluster_size)[holder]
+    blurred = np.flatnonzero(needed)
+    blurred = blurred[np.argsort(low[blurred], kind="stable")]  # by row, so by part
+    edges = np.searchsorted(low[blurred], outlines.starts)
     shared = pairs.shared.copy()
 
     def sharpen(here: NDArray[np.intp]) -> None:
-        shared[here] = shapely.area(shapely.intersection(outlines.polygons(pairs.low[here]), outlines.polygons(pairs.high[here])))
+        shared[here] = shapely.area(shapely.intersection(outlines.polygons(low[here]), outlines.polygons(high[here])))
 
     for _ in ahead(sharpen, [blurred[a:b] for a, b in itertools.pairwise(edges) if b > a], threads=THREADS, limit=2 * THREADS):
         pass
-    return replace(pairs, shared=shared).take(shared > 0)
+    return replace(pairs, shared=shared, exact=needed).take(shared > 0)
 
 
 def choose(area: NDArray[np.float64], pairs: Pairs, config: StitchingConfig) -> tuple[NDArray[np.bool_], int]:
