@@ -56,3 +56,11 @@ def test_overwriting_removes_the_final_files_of_the_old_run(tmp_path: Path) -> N
     assert (folder.path / "cells.parquet").exists()
     claim_folder(tmp_path, "/x/s.svs", manifest("/x/s.svs", "b"), overwrite=True)
     assert not (folder.path / "cells.parquet").exists()
+
+
+def test_the_slower_of_two_with_other_settings_is_refused(tmp_path: Path) -> None:
+    """Both saw an empty folder; the manifest of the first stays."""
+    claim_folder(tmp_path, "/x/s.svs", manifest("/x/s.svs"), overwrite=False)
+    with pytest.raises(RunError, match="holds a run of another configuration"):
+        _create(RunFolder(tmp_path / "s"), manifest("/x/s.svs", "b"), exclusive=True)
+    assert RunFolder(tmp_path / "s").read_manifest() == manifest("/x/s.svs")

@@ -86,6 +86,11 @@ def test_addresses_stay_as_they_are(tmp_path: Path) -> None:
         ("path,mpp\n,0.5\n", "line 2: no path"),
         ("path,mpp\na.svs,half\n", "line 2: mpp 'half' is no number"),
         ("path,name\na.svs,../up\n", "line 2: name '../up' cannot be a folder's name"),
+        ("path,name\na.svs,summary.csv\n", "cannot be a folder's name"),
+        ("path,mpp\na.svs,0\n", "line 2: mpp is 0; it must lie between"),
+        ("path,mpp\na.svs,nan\n", "line 2: mpp is nan; it must lie between"),
+        ("path\na.svs,0.25\n", "line 2: 2 cells for 1 columns"),
+        ("path\n" + "x" * 200_000 + "\n", "not a CSV file"),
         ("path,name\na.svs,x\nb.svs,x\n", "name x is there twice"),
         ("path\na.svs\na.svs\n", "a.svs is there twice"),
     ],
@@ -160,6 +165,7 @@ def test_a_damaged_sheet_is_named(tmp_path: Path, change: Callable[[dict], objec
         (("run",), 2, "Give either SLIDE... or --slides CSV"),
         (("run", "a.svs", "--slides", "list.csv"), 2, "Give either SLIDE... or --slides CSV"),
         (("run", "a.svs", "--shard", "3"), 1, "--shard 3: not a shard"),
+        (("run", "a.svs", "--shard", ""), 1, "--shard : not a shard"),
         (("run", "a.svs", "--max-ram", "0.01"), 1, "max_ram_gb is 0.01; it must lie between"),
         (("run", "a.svs", "--batch-size", "0"), 2, "--batch-size"),
         (("run", "--slides", "none.csv"), 1, "--slides none.csv: cannot be read"),
@@ -184,3 +190,36 @@ def test_the_log_has_a_line_per_event(wsiseg: Callable[..., tuple[int, str]], de
     assert lines[1]["seconds"]["encode"] > 0
     assert lines[2]["cells"] > 0
     assert "INFO" not in output, "the log does not change what is printed"
+
+
+def test_clicks_of_another_run_are_not_taken(tmp_path: Path) -> None:
+    """A run with other clicks was begun over this one and stopped before its plan was written."""
+    write_sheet(tmp_path, sheet(bank()))
+    other = dataclasses.replace(bank(), clicked=(np.array([[0.8, 0.6]], np.float32),))
+    write_sheet(tmp_path / "other", sheet(other))
+    (tmp_path / "clicks.safetensors").write_bytes((tmp_path / "other" / "clicks.safetensors").read_bytes())
+    assert read_sheet(tmp_path, "run") is None
+
+
+def test_other_formats_make_a_complete_run_incomplete(wsiseg: Callable[..., tuple[int, str]], demo: tuple[Path, Path], tmp_path: Path) -> None:
+    files = {"geojson": {"cells.geojson.gz"}, "parquet": {"cells.parquet"}, "geojson,parquet": {"cells.geojson.gz", "cells.parquet"}}
+    for formats in ("geojson", "geojson,parquet", "parquet"):
+        for again in (False, True):
+            status, output = wsiseg("run", demo[0], "--out", tmp_path, "--format", formats)
+            assert status == 0
+            assert ("complete already" in output) == again
+            assert {p.name for p in (tmp_path / "ihc").glob("cells.*")} == files[formats]
+
+
+def test_a_merge_does_not_undo_other_clicks(wsiseg: Callable[..., tuple[int, str]], demo: tuple[Path, Path], tmp_path: Path) -> None:
+    assert wsiseg("run", demo[0], "--seeds", demo[1], "--out", tmp_path, "--shard", "1/1")[0] == 0
+    assert wsiseg("merge", tmp_path / "ihc")[0] == 0
+    kinds = json.loads(demo[1].read_text())
+    kinds["types"] = kinds["types"][:2]
+    fewer = write(tmp_path / "fewer.json", json.dumps(kinds))
+    assert wsiseg("type", tmp_path / "ihc", "--seeds", fewer)[0] == 0
+    before = (tmp_path / "ihc" / "cells.parquet").read_bytes()
+    status, output = wsiseg("merge", tmp_path / "ihc")
+    assert status == 1
+    assert "was typed again with `wsiseg type`" in output
+    assert (tmp_path / "ihc" / "cells.parquet").read_bytes() == before

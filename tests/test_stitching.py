@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wsiseg.config import StitchingConfig
+from wsiseg.errors import RunError
 from wsiseg.formats.parts import read_part, write_part
 from wsiseg.outlines import Outlines
 from wsiseg.records import Cells
@@ -199,3 +200,21 @@ def test_a_long_chain_is_decided() -> None:
     out, counts = stitch(cells_of(squares, np.linspace(1, 0.5, 2000).tolist()), (20_000, 100), 1, StitchingConfig())
     assert len(out) == 1000
     assert counts.overlapped == 1000
+
+
+def test_outlines_beyond_the_slide_do_not_hide_neighbours(tmp_path: Path) -> None:
+    """One of a part lies wholly outside; the duplicates across the part's border are found all the same."""
+    left, right = cells_of([square(90, 10), square(-50, -50)], [0.9, 0.8]), cells_of([square(91, 10)], [0.7])
+    settled, counts = settle([left, right], SIZE, 0, StitchingConfig(), descriptor_size=1)
+    assert settled.take(slice(None)).scores.tolist() == [np.float32(0.9)]
+    assert counts.overlapped == 1
+
+
+def test_a_part_that_changes_on_the_way_is_noticed(tmp_path: Path) -> None:
+    """Another process has written the block anew, with as many cells: rows must not be mixed."""
+    path = tmp_path / "part.parquet"
+    write_part(path, crowd(50, 300, seed=1), "hash", {})
+    settled, _ = settle([path], (300, 300), 1, StitchingConfig(), descriptor_size=3, cache_bytes=0)
+    write_part(path, crowd(50, 300, seed=2), "hash", {})
+    with pytest.raises(RunError, match="was changed by another run while this one went on"):
+        settled.take(slice(None))

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from wsiseg.config import LIMITS
 from wsiseg.errors import ConfigError, InterruptedRunError, WsisegError
 from wsiseg.formats.atomic import atomic_path
 from wsiseg.pipeline import segment_slide
@@ -64,17 +65,22 @@ def read_list(path: Path) -> list[Entry]:
     lines = text.splitlines()
     header = lines[0] if lines else ""
     delimiter = max(",;\t", key=header.count)
-    rows = list(csv.reader(io.StringIO(text), delimiter=delimiter))
+    try:
+        rows = list(csv.reader(io.StringIO(text), delimiter=delimiter))
+    except csv.Error as error:
+        raise ConfigError(f"--slides {path}: not a CSV file ({error}); one line per slide below the line that names the columns") from error
     columns = [column.strip().lower() for column in rows[0]] if rows else []
     wrong = [c for c in columns if c not in COLUMNS]
     if "path" not in columns or wrong or len(set(columns)) < len(columns):
         found = f"column {wrong[0]!r}" if wrong else f"columns {', '.join(columns) or 'none'}"
         raise ConfigError(f"--slides {path}: line 1: {found}; it must name columns out of {', '.join(COLUMNS)}, each once, with path among them")
-    entries = [
-        _entry(dict(zip(columns, (cell.strip() for cell in row), strict=False)), path, number)
-        for number, row in enumerate(rows[1:], 2)
-        if any(cell.strip() for cell in row)
-    ]
+    entries = []
+    for number, row in enumerate(rows[1:], 2):
+        if any(cell.strip() for cell in row[len(columns) :]):
+            found = f"--slides {path}: line {number}: {len(row)} cells for {len(columns)} columns"
+            raise ConfigError(f"{found}; name all columns in the first line, or quote what has commas in it")
+        if any(cell.strip() for cell in row):
+            entries.append(_entry(dict(zip(columns, (cell.strip() for cell in row), strict=False)), path, number))
     for what in ("path", "name"):
         given = [value for value in (getattr(e, what) for e in entries) if value]
         twice = [value for value in given if given.count(value) > 1]
@@ -90,7 +96,7 @@ def _entry(row: dict[str, str], path: Path, number: int) -> Entry:
     if not row.get("path"):
         raise ConfigError(f"{place}: no path; give the path of a slide")
     name = row.get("name") or None
-    if name and (Path(name).name != name or name.startswith(".")):
+    if name and (Path(name).name != name or name.startswith(".") or name.endswith(".csv")):
         raise ConfigError(f"{place}: name {name!r} cannot be a folder's name; use letters, digits, '-' and '_'")
     mpp = None
     if row.get("mpp"):
@@ -98,6 +104,9 @@ def _entry(row: dict[str, str], path: Path, number: int) -> Entry:
             mpp = float(row["mpp"])
         except ValueError as error:
             raise ConfigError(f"{place}: mpp {row['mpp']!r} is no number; give microns per pixel, for example 0.25, or nothing") from error
+        low, high = LIMITS["mpp"]
+        if not low <= mpp <= high:
+            raise ConfigError(f"{place}: mpp is {row['mpp']}; it must lie between {low:g} and {high:g}")
     return Entry(_from(path.parent, row["path"]), mpp, _from(path.parent, row["seeds"]) if row.get("seeds") else None, name)
 
 
@@ -152,7 +161,8 @@ def segment_slides(
         except Exception as error:
             row |= {"status": "failed", "message": f"{entry.path}: internal error, {type(error).__name__}: {' '.join(str(error).split())}"}
             logger.exception("%s: internal error", entry.path)
-        logger.info("%s: %s", entry.path, row["status"], extra={"event": "listed", "facts": {k: row[k] for k in SUMMARY}})
+        facts = {k: row[k] for k in SUMMARY[:-1]} | {"reason": row["message"]}
+        logger.info("%s: %s", entry.path, row["status"], extra={"event": "listed", "facts": facts})
         rows.append(row)
         yield row
     _write_summary(out / (f"summary-{shard.number}-of-{shard.count}.csv" if shard else "summary.csv"), rows)

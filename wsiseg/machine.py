@@ -19,6 +19,11 @@ def host() -> str:
     return platform.node() or "host"
 
 
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 @functools.cache
 def space() -> str:
     """Where process ids mean the same: host, boot, pid namespace and time namespace, in one line.

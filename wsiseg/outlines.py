@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import shapely
 
+from wsiseg import machine
+from wsiseg.errors import RunError
 from wsiseg.flow import ahead
 from wsiseg.formats.parts import Part, open_part
 from wsiseg.geometry import largest_part
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
 
 CACHE_BYTES = 64 << 20  #: about 100,000 cells: a block and its neighbours, several times over
 _OUTLINE, _DESCRIPTOR = ("geometry", "prompt_x", "prompt_y", "score"), ("descriptor",)
-THREADS = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 8)
+THREADS = min(machine.cores(), 8)
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,7 @@ class Outlines:
         self._cache: OrderedDict[tuple[int, tuple[str, ...]], Part] = OrderedDict()
         self._cache_bytes = cache_bytes
         self._lock = threading.Lock()
+        self._states: dict[int, tuple[int, int, int]] = {}
         self.starts = np.zeros(len(self.sources) + 1, np.intp)
         self.numbers = Numbers.concatenate([])
 
@@ -123,11 +126,20 @@ class Outlines:
                 self._cache.move_to_end((k, columns))
                 return self._cache[k, columns]
         source = self.sources[k]
-        part = open_part(source, columns) if isinstance(source, os.PathLike) else Part.of(source)
+        part = self._open(k, source, columns) if isinstance(source, os.PathLike) else Part.of(source)
         with self._lock:
             self._cache[k, columns] = part
             while len(self._cache) > 1 and sum(p.nbytes for p in self._cache.values()) > self._cache_bytes:
                 self._cache.popitem(last=False)
+        return part
+
+    def _open(self, k: int, path: Path, columns: tuple[str, ...]) -> Part:
+        """A part file, which must stay the same as long as its rows are spoken of."""
+        part = open_part(path, columns)
+        now = path.stat()
+        state = now.st_ino, now.st_size, now.st_mtime_ns
+        if self._states.setdefault(k, state) != state:
+            raise RunError(f"{path}: was changed by another run while this one went on; run the command again, one run per folder")
         return part
 
     def _cut(self, polygons: NDArray[np.object_]) -> NDArray[np.object_]:

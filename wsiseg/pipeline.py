@@ -22,7 +22,7 @@ from wsiseg.outlines import CACHE_BYTES
 from wsiseg.planning import describe, open_tools, plan_run, slide_path
 from wsiseg.propagation import account, assign_types, keep_clicks
 from wsiseg.records import Provenance, Typing, TypingNotes
-from wsiseg.segmenting import segment_blocks
+from wsiseg.segmenting import finished_block, segment_blocks
 from wsiseg.sheet import read_sheet, write_sheet
 from wsiseg.stitching import stitch
 from wsiseg.tally import Tally
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from wsiseg.planning import Plan
     from wsiseg.records import Block, Cells, TypeSpace
     from wsiseg.runs import RunFolder
+    from wsiseg.segmenting import BlockReport
     from wsiseg.shards import Shard
     from wsiseg.sheet import Sheet
     from wsiseg.stitching import Settled
@@ -104,7 +105,7 @@ def segment_slide(
         if read_sheet(folder.parts, plan.sheet.run_hash) is None:
             write_sheet(folder.parts, plan.sheet)
         with plan.tools.claims as claims:
-            tally.begin(plan.tools.model.device, min(config.workers, len(plan.blocks)), folder, shard)
+            tally.begin(plan.tools.model.device, folder, plan.sheet, shard)
             _segment(plan, shard.of(plan.blocks) if shard else plan.blocks, claims, tally, on_progress, stopped)
             if shard:
                 return tally.end_shard(folder, shard)
@@ -148,6 +149,11 @@ def merge_run(
     sheet = read_sheet(folder.parts)
     if sheet is None:
         raise RunError(f"{run}: no parts/plan.json of wsiseg in it; pass the folder of one slide's run, for example wsiseg-out/slide")
+    manifest = folder.read_manifest() or {}
+    if manifest.get("retyped") or manifest.get("status") == "retyping":
+        raise RunError(f"{run}: was typed again with `wsiseg type`, which a merge would undo; use that for other clicks")
+    if manifest.get("run_hash", sheet.run_hash) != sheet.run_hash:
+        raise RunError(f"{run}: another run was begun over the shards; run it to its end, or the shards again with --overwrite")
     if sheet.bank is not None and file_hash(find_weights(sheet.config.model)[1]) != sheet.weights:
         raise RunError(f"{run}: was made with other weights than {sheet.config.model} has here; merge it with the wsiseg that ran the shards")
     if formats:
@@ -230,25 +236,42 @@ def _segment(
 ) -> None:
     """Work through blocks until each is done, here or by another process on the same folder."""
     config, total = plan.job.config, sum(len(b.tiles) for b in blocks)
-    todo, idle = blocks, 0
+
+    def add(report: BlockReport) -> None:
+        tally.add(report)
+        if on_progress:
+            on_progress(tally.tiles, total, tally.outlines)
+
+    tried: set[str] = set()
+    idle = 0
     with tally.clock("tiles"):
-        while todo:
-            for report in map_blocks(
-                segment_blocks, todo, partial(open_tools, plan.job), workers=config.workers, scheduler=config.scheduler, cluster=config.cluster,
-                tools=plan.tools, scratch=plan.job.parts / partial_name("dask"), weight=lambda block: len(block.tiles), stopped=stopped,
-            ):  # fmt: skip
-                tally.add(report)
-                if on_progress:
-                    on_progress(tally.tiles, total, tally.outlines)
-            before, todo = len(todo), [b for b in blocks if b.name not in tally.blocks]
-            if todo and stopped():
+        while True:
+            for block in blocks:
+                known = None if block.name in tally.blocks else finished_block(plan.job, block, failed=block.name in tried)
+                if known:
+                    add(known)
+            todo = [b for b in blocks if b.name not in tally.blocks]
+            if not todo:
+                return
+            if stopped():
                 raise tally.interrupted(len(blocks))
-            idle = idle + 1 if len(todo) == before else 0
+            busy = set(claims.busy(b.name for b in todo))
+            if len(busy) == len(todo):  # another process has them all in hand
+                time.sleep(_POLL_S)
+                continue
             if idle > _IDLE_ROUNDS:  # whoever claims them dies of them, here or elsewhere
                 names = ", ".join(b.name for b in todo[:8])
                 raise RunError(f"{tally.slide}: {len(todo)} blocks are claimed again and again, never finished ({names}); see the logs of workers")
-            while todo and len(claims.busy(b.name for b in todo)) == len(todo) and not stopped():
-                time.sleep(_POLL_S)
+            claims.drop_stale()
+            done = len(tally.blocks)
+            for report in map_blocks(
+                segment_blocks, [b for b in todo if b.name not in busy], partial(open_tools, plan.job), workers=config.workers,
+                scheduler=config.scheduler, cluster=config.cluster, tools=plan.tools, scratch=plan.job.parts / partial_name("dask"),
+                weight=lambda block: len(block.tiles), stopped=stopped,
+            ):  # fmt: skip
+                add(report)
+            tried |= {b.name for b in todo}
+            idle = idle + 1 if len(tally.blocks) == done else 0
 
 
 @contextlib.contextmanager

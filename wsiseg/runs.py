@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import platform
 import shutil
 import tempfile
@@ -24,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from wsiseg.errors import RunError
 from wsiseg.formats import FILE_NAMES
-from wsiseg.formats.atomic import PARTIAL_PATTERN, is_abandoned, partial_name, write_json
+from wsiseg.formats.atomic import PARTIAL_PATTERN, is_abandoned, partial_name, refusals, write_json
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -70,14 +71,14 @@ class RunFolder:
         if not manifest or manifest["run_hash"] != run_hash or manifest.get("status") != "complete":
             return False
         files = [str(name) for name in manifest.get("files", [])]
-        made = {known for known, name in FILE_NAMES.items() if any(file.startswith(name.rpartition(".")[0]) for file in files)}
+        made = {known for known, name in FILE_NAMES.items() if any(file.split(".")[:2] == name.split(".")[:2] for file in files)}
         return made == set(formats) and all((self.path / name).is_file() for name in files)
 
     def drop_old_files(self, files: list[str]) -> None:
         """Remove final files of an earlier run that are not among the names ``files``, and what killed processes left half-written here."""
         for name in FINAL_FILES:
             if name not in files:
-                (self.path / name).unlink(missing_ok=True)
+                _remove(self.path / name)
         _sweep(self.path)
 
     def write_manifest(self, content: dict[str, Any]) -> None:
@@ -156,7 +157,8 @@ def claim_folder(out: Path, slide: str, manifest: dict[str, Any], *, name: str |
         try:
             folder.path.mkdir(parents=True, exist_ok=True)
             same = previous is not None and previous["run_hash"] == manifest["run_hash"]
-            if not same and not _create(folder, manifest, exclusive=previous is None and not folder.manifest.exists()):
+            exclusive = previous is None and not (overwrite and folder.manifest.exists())
+            if not same and not _create(folder, manifest, exclusive=exclusive):
                 continue  # another slide was quicker
             folder.parts.mkdir(exist_ok=True)
             with tempfile.TemporaryFile(dir=folder.parts):
@@ -165,8 +167,10 @@ def claim_folder(out: Path, slide: str, manifest: dict[str, Any], *, name: str |
             raise error if isinstance(error, RunError) else _unwritable(folder.path, error) from error
         if previous and previous["run_hash"] != manifest["run_hash"]:
             for old in FINAL_FILES:
-                (folder.path / old).unlink(missing_ok=True)
+                _remove(folder.path / old)
         return folder
+    if name:
+        raise RunError(f"{out / name}: holds the run of another slide; give another name in the list, or pass another --out")
     raise RunError(f"{out}: two other slides hold the name of {slide}; pass another --out")
 
 
@@ -174,9 +178,14 @@ def drop_stale_files(folder: RunFolder, names: set[str]) -> None:
     """Remove parts that no block of this run has, and what killed processes left half-written."""
     for path in folder.parts.glob("*.parquet"):
         if path.stem not in names:
-            path.unlink(missing_ok=True)
+            _remove(path)
     _sweep(folder.path)
     _sweep(folder.parts)
+
+
+def _remove(path: Path) -> None:
+    with refusals(path):
+        path.unlink(missing_ok=True)
 
 
 def _sweep(folder: Path) -> None:
@@ -203,7 +212,7 @@ def _candidates(out: Path, slide: str, called: str | None) -> tuple[RunFolder, R
     for ending in (".ome.tiff", ".ome.tif"):
         name = name[: -len(ending)] if name.lower().endswith(ending) else name
     stem = (Path(name).stem if name == Path(slide).name else name) or "slide"
-    return RunFolder(out / stem), RunFolder(out / f"{stem}-{hashlib.sha256(slide.encode()).hexdigest()[:6]}")
+    return RunFolder(out / stem), RunFolder(out / f"{stem}-{hashlib.sha256(os.fsencode(slide)).hexdigest()[:6]}")
 
 
 def _create(folder: RunFolder, manifest: dict[str, Any], *, exclusive: bool) -> bool:
@@ -217,6 +226,7 @@ def _create(folder: RunFolder, manifest: dict[str, Any], *, exclusive: bool) -> 
             current = folder.read_manifest()
             if current and current["slide"].get("path") != manifest["slide"]["path"]:
                 return False
+            check_folder(folder, manifest["run_hash"], overwrite=False)
         except OSError:  # a file system without hard links: the last writer wins, as before
             folder.write_manifest(manifest)
         finally:

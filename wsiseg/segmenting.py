@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from wsiseg import machine
 from wsiseg.batching import Batch, is_out_of_memory
 from wsiseg.errors import FormatError, SlideError
 from wsiseg.flow import ahead
@@ -62,6 +63,8 @@ class BlockReport:
         Of the process, so far.
     resumed
         The part was there already.
+    process
+        Which process did it.
     """
 
     name: str
@@ -71,6 +74,7 @@ class BlockReport:
     peak_bytes: int = 0
     peak_device_bytes: int = 0
     resumed: bool = False
+    process: str = ""
 
 
 @dataclass(frozen=True)
@@ -114,14 +118,14 @@ class _Traced:
     failure: str = ""
 
 
-def finished_block(job: Job, block: Block) -> BlockReport | None:
-    """The report of a block whose part is there, whole and without failed tiles."""
+def finished_block(job: Job, block: Block, *, failed: bool = False) -> BlockReport | None:
+    """The report of a block whose part is there and whole; one with tiles that could not be read only if ``failed``."""
     path = job.parts / f"{block.name}.parquet"
     try:
         part = open_part(path) if part_is_current(path, job.parts_hash) else None
     except FormatError:  # a good footer over damaged pages
         part = None
-    if part is None or part.counts["tiles_failed"]:
+    if part is None or (part.counts["tiles_failed"] and not failed):
         return None
     return BlockReport(block.name, part.counts, part.failures, {}, resumed=True)
 
@@ -175,7 +179,7 @@ class _Line:
         if not blocks:
             return
         outer = blocks[0].tiles[0].outer
-        readers = min(READERS, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+        readers = min(READERS, machine.cores())
         limit = self.batch.read_ahead(outer.width * outer.height * 3) + readers
         read = ahead(self.read, self.tasks(blocks), threads=readers, limit=limit)
         done: dict[str, list[_Traced]] = {}
@@ -199,6 +203,10 @@ class _Line:
                 self.resumed.append(report)
             elif self.tools.claims.take(block.name):
                 self.taken.add(block.name)
+                report = finished_block(self.tools.job, block)
+                if report:  # by who had it until now
+                    self.resumed.append(report)
+                    continue
                 yield from (_Task(block, number) for number in range(len(block.tiles)))
 
     def read(self, task: _Task) -> _Read:
@@ -252,7 +260,7 @@ class _Line:
             self.taken.discard(name)
         device = self.tools.model.device
         on_device = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
-        return BlockReport(name, counts, failures, self.clock.take(), peak_bytes(), on_device)
+        return BlockReport(name, counts, failures, self.clock.take(), peak_bytes(), on_device, process=f"{machine.label()}-{os.getpid()}")
 
 
 def _ask(tools: Tools, group: list[_Read], batch: Batch, clock: Clock) -> list[_Answer]:

@@ -10,6 +10,7 @@ plan.json is written last: where it is, the others are. Private to a run.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -73,6 +74,7 @@ def write_sheet(folder: Path, sheet: Sheet) -> None:
         write_bank(folder / "clicks.safetensors", sheet.bank, sheet.info.path, sheet.weights)
         write_part(folder / "clicks.part", sheet.bank.cells, sheet.run_hash, {})
     note = {k: v for k, v in vars(sheet).items() if k != "bank"}
+    note |= {"clicks_sha256": _digest(folder) if sheet.bank is not None else ""}
     note |= {"version": VERSION, "info": dataclasses.asdict(sheet.info), "config": dataclasses.asdict(sheet.config), "clicks": sheet.bank is not None}
     note["tiles"] = list(sheet.tiles.items())  # in order
     write_json(folder / "plan.json", note)
@@ -93,6 +95,8 @@ def read_sheet(folder: Path, run_hash: str | None = None) -> Sheet | None:
             return None
         bank = None
         if note["clicks"]:
+            if _digest(folder) != note["clicks_sha256"]:  # another run was begun over this one, and stopped
+                return None
             bank = dataclasses.replace(restore_bank(folder / "clicks.safetensors"), cells=read_part(folder / "clicks.part")[0])
         known = {f.name for f in dataclasses.fields(Sheet)}
         rest = {k: v for k, v in note.items() if k in known}
@@ -104,6 +108,10 @@ def read_sheet(folder: Path, run_hash: str | None = None) -> Sheet | None:
         if isinstance(error, FormatError):
             raise
         raise FormatError(f"{path}: damaged ({error!r}); delete it and run the slide's command again: finished parts are used") from error
+
+
+def _digest(folder: Path) -> str:
+    return hashlib.sha256((folder / "clicks.safetensors").read_bytes() + (folder / "clicks.part").read_bytes()).hexdigest()
 
 
 def _info(note: dict[str, Any]) -> SlideInfo:

@@ -188,7 +188,7 @@ def stitch(
     cut_rows, cut_wkb, cut_bounds, cut_areas = _cut(outlines, pairs.take(kept[pairs.low] & kept[pairs.high] & (pairs.shared > _LEAST_CUT)))
     areas, bounds = numbers.areas.copy(), numbers.bounds.copy()
     areas[cut_rows], bounds[cut_rows] = cut_areas, cut_bounds
-    big = kept & (areas >= min_area_px0)
+    big = kept & (areas >= min_area_px0) & (areas > 0)
     rows = np.flatnonzero(big)
     rows = rows[_z_order(numbers.points_xy[rows])]
     overlapped = len(outlines) - int(kept.sum()) - clusters
@@ -230,7 +230,7 @@ def _neighbours(outlines: Outlines) -> list[tuple[NDArray[np.intp], NDArray[np.i
     if not len(filled):
         return []
     firsts = starts[filled]
-    boxes = np.hstack([np.minimum.reduceat(bounds[:, :2], firsts), np.maximum.reduceat(bounds[:, 2:], firsts)])
+    boxes = np.hstack([np.fmin.reduceat(bounds[:, :2], firsts), np.fmax.reduceat(bounds[:, 2:], firsts)])  # NaN: nothing of it is on the slide
     left, right = shapely.STRtree(shapely.box(*boxes.T)).query(shapely.box(*boxes.T))
     found = []
     for k in range(len(filled)):

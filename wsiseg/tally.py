@@ -54,7 +54,11 @@ class Tally:
         self.blocks: dict[str, dict[str, int]] = {}
         self._failures: dict[str, list[str]] = {}
         self._started = time.perf_counter()
-        self._resumed, self._workers = 0, 1
+        self._resumed = 0
+        self._processes: set[str] = set()
+        self._earlier: dict[str, Any] = {}
+        self._run_hash = ""
+        self._model_share: float | None = None
         self._peak, self._device_peak = 0, 0
 
     @property
@@ -67,13 +71,15 @@ class Tally:
         """Of the finished blocks."""
         return sum(c["outlines"] for c in self.blocks.values())
 
-    def begin(self, device: torch.device, workers: int, folder: RunFolder, shard: Shard | None) -> None:
+    def begin(self, device: torch.device, folder: RunFolder, sheet: Sheet, shard: Shard | None) -> None:
         """The first block is about to be worked on."""
-        self.device, self._workers = str(device), max(workers, 1)
-        facts = {"slide": self.slide, "device": self.device, "workers": self._workers, "folder": str(folder.path)}
+        self.device, self._run_hash = str(device), sheet.run_hash
+        facts = {"slide": self.slide, "device": self.device, "folder": str(folder.path)}
         if shard:
             facts["shard"] = str(shard)
-            write_json(_record(folder, shard), {"status": "running", "shard": str(shard), "host": machine.host(), "device": self.device})
+            self._earlier = _read_record(_record(folder, shard), sheet.run_hash)
+            if not self._earlier:
+                write_json(_record(folder, shard), {"status": "running", "shard": str(shard), "host": machine.host(), "run_hash": sheet.run_hash})
         logger.info("%s: begins", self.slide, extra={"event": "begin", "facts": facts})
 
     def add(self, report: BlockReport) -> None:
@@ -81,6 +87,7 @@ class Tally:
         self._count(report.name, report.counts, report.failures)
         self.clock.add(report.seconds)
         self._resumed += report.resumed
+        self._processes |= {report.process} - {""}
         self._peak, self._device_peak = max(self._peak, report.peak_bytes), max(self._device_peak, report.peak_device_bytes)
         if not report.resumed:
             seconds = {k: round(v, 4) for k, v in report.seconds.items()}
@@ -101,17 +108,13 @@ class Tally:
 
     def end_shard(self, folder: RunFolder, shard: Shard) -> dict[str, Any]:
         """The shard's blocks are done: writes what it cost beside the parts, for the merge, and returns it."""
-        path = _record(folder, shard)
         record = self._cost() | {
             "status": "shard", "shard": str(shard), "host": machine.host(), "device": self.device, "folder": str(folder.path),
+            "run_hash": self._run_hash,
             "counts": self._sums() | {"blocks": len(self.blocks), "blocks_resumed": self._resumed}, "failures": self._said(), "warnings": [],
         }  # fmt: skip
-        earlier = _read_record(path)
-        if self._resumed == len(self.blocks) and earlier.get("status") == "shard":
-            return record  # nothing was done, so what it cost stays
-        if self._resumed and earlier.get("seconds"):  # a shard that was stopped and begun again
-            record["seconds"] = {k: round(v + earlier["seconds"].get(k, 0), 3) for k, v in record["seconds"].items()}
-        write_json(path, record)
+        if self._earlier.get("status") != "shard" or self._processes:  # else nothing was done, and what it cost then stays
+            write_json(_record(folder, shard), record)
         return record
 
     def collect(self, folder: RunFolder, sheet: Sheet) -> list[str]:
@@ -128,14 +131,15 @@ class Tally:
             if part is None or part.counts["tiles_failed"]:
                 missing.append(name)
         self._resumed = len(self.blocks)
-        records = [_read_record(path) for path in sorted(folder.parts.glob("shard-*.json"))]
+        records = [_read_record(path, sheet.run_hash) for path in sorted(folder.parts.glob("shard-*.json"))]
         records = [r for r in records if r.get("status") == "shard"]
         for record in records:
             self.clock.add({k: float(v) for k, v in record["seconds"].items() if k not in ("total", "plan")})
             self._peak = max(self._peak, int(record["peak_ram_mb"] * 2**20))
             self._device_peak = max(self._device_peak, int(record["peak_vram_mb"] * 2**20))
         self.device = ", ".join(sorted({str(r["device"]) for r in records}))
-        self._workers = 1  # shards' own workers are in their model_share
+        tiles = sum(r["seconds"].get("tiles", 0) for r in records)
+        self._model_share = sum(r["model_share"] * r["seconds"].get("tiles", 0) for r in records) / max(tiles, 1e-9)
         return missing
 
     def describe_missing(self, folder: RunFolder, missing: list[str], sheet: Sheet, claims: Claims) -> str:
@@ -143,7 +147,8 @@ class Tally:
         said = []
         absent = [name for name in missing if name not in self.blocks]
         if absent:
-            counts = {int(path.stem.rpartition("-")[2]) for path in folder.parts.glob("shard-*-of-*.json")}
+            records = [_read_record(path, sheet.run_hash) for path in folder.parts.glob("shard-*-of-*.json")]
+            counts = {int(r["shard"].rpartition("/")[2]) for r in records if r}
             names = ", ".join(absent[:_NAMED]) + (", ..." if len(absent) > _NAMED else "")
             said.append(f"{len(absent)} of {len(sheet.tiles)} blocks are missing ({names})")
             if len(counts) == 1:
@@ -193,10 +198,11 @@ class Tally:
 
     def _cost(self) -> dict[str, Any]:
         seconds = dict(self.clock.seconds)
-        model = sum(seconds.get(stage, 0) for stage in ("encode", "prompt", "decode")) / self._workers
+        model = sum(seconds.get(stage, 0) for stage in ("encode", "prompt", "decode")) / max(len(self._processes), 1)
+        share = min(model / max(seconds.get("tiles", 0), 1e-9), 1) if self._model_share is None else self._model_share
         return {
             "seconds": {k: round(v, 3) for k, v in seconds.items()} | {"total": round(time.perf_counter() - self._started, 3)},
-            "model_share": round(min(model / max(seconds.get("tiles", 0), 1e-9), 1), 4),
+            "model_share": round(share, 4),
             "peak_ram_mb": round(max(self._peak, peak_bytes()) / 2**20, 1),
             "peak_vram_mb": round(self._device_peak / 2**20, 1),
         }
@@ -206,9 +212,10 @@ def _record(folder: RunFolder, shard: Shard) -> Path:
     return folder.parts / f"shard-{shard.number}-of-{shard.count}.json"
 
 
-def _read_record(path: Path) -> dict[str, Any]:
+def _read_record(path: Path, run_hash: str) -> dict[str, Any]:
+    """What a shard of this run has left; of another run, nothing."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return record if isinstance(record, dict) else {}
+    return record if isinstance(record, dict) and record.get("run_hash") == run_hash else {}

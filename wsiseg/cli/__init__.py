@@ -55,6 +55,8 @@ class _Commands(click.Group):
         except WsisegError as error:
             said = _Interrupted if isinstance(error, InterruptedRunError) else click.ClickException
             raise said(" ".join(str(error).split())) from error
+        except MemoryError as error:
+            raise click.ClickException("out of memory; pass --max-ram, a smaller --tile-size or fewer --workers") from error
         except BrokenPipeError:
             sys.stderr.close()
             sys.exit(1)

@@ -22,12 +22,24 @@ class _Lines(logging.Formatter):
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
             "event": getattr(record, "event", "message"),
-            "message": " ".join(record.getMessage().split()),
             **getattr(record, "facts", {}),
+            "message": " ".join(record.getMessage().split()),
         }
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
         return orjson.dumps(line, option=orjson.OPT_SERIALIZE_NUMPY, default=str).decode()
+
+
+def _once(path: Path, handler: logging.Handler) -> None:
+    """Say once that the log cannot be written; the run goes on."""
+    said: list[bool] = []
+
+    def complain(_: logging.LogRecord) -> None:
+        if not said:
+            said.append(True)
+            click.echo(f"Warning: --log-json {path}: cannot be written ({sys.exc_info()[1]}); the run goes on without it", err=True)
+
+    handler.handleError = complain  # type: ignore[method-assign, assignment]
 
 
 def log_json(path: Path) -> None:
@@ -44,6 +56,7 @@ def log_json(path: Path) -> None:
         raise RunError(f"--log-json {path}: cannot be written ({error.strerror}); pass a file in a folder that you may write to") from error
     handler.setFormatter(_Lines())
     handler.setLevel(logging.INFO)
+    _once(path, handler)
     logger = logging.getLogger("wsiseg")
     logger.addHandler(handler)
     # The handlers of the root logger keep their level; this one wants more than they show.

@@ -91,16 +91,17 @@ def command(
     config = from_mapping(_as_settings(options), "command line", config)
 
     from wsiseg.cli.stop import Stop
-    from wsiseg.cohort import Entry, read_list
     from wsiseg.shards import read_shard
 
     if log_file:
         from wsiseg.cli.logs import log_json
 
         log_json(log_file)
-    mine = read_shard(shard, os.environ) if shard else None
-    entries = read_list(slide_list) if slide_list else [Entry(slide) for slide in slides]
+    mine = read_shard(shard, os.environ) if shard is not None else None
     with Stop() as stopped:
+        from wsiseg.cohort import Entry, read_list
+
+        entries = read_list(slide_list) if slide_list else [Entry(slide) for slide in slides]
         hidden = no_progress or quiet
         if slide_list or len(slides) > 1:
             status = _many(entries, config, out, stopped, shard=mine, overwrite=overwrite, hidden=hidden, quiet=quiet)
@@ -182,4 +183,5 @@ def report(manifest: dict[str, Any]) -> None:
     when = "complete already" if manifest.get("already") else f"in {manifest['seconds']['total']:.1f} s"
     click.echo(f"{manifest['folder']}: {counts['cells']} cells{f' ({typed})' if typed else ''}, {when}")
     if manifest["status"] != "complete":
-        click.echo(f"{counts['tiles_failed']} of {counts['tiles']} tiles are missing; run the same command again to try them once more", err=True)
+        again = "run those shards again, then merge" if counts["blocks_missing"] else "run the same command again to try them once more"
+        click.echo(f"{counts['tiles_failed']} of {counts['tiles']} tiles are missing; {again}", err=True)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 from typing import TYPE_CHECKING, Self
-
-import click
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -40,4 +39,5 @@ class Stop:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)  # what is half written is swept up by the next run
         self._asked = True
-        click.echo(f"{name}: the block in hand is finished, then this stops; once more stops it now", err=True)
+        with contextlib.suppress(OSError):  # not through Python's streams: they may be in use, and who reads them may be gone
+            os.write(2, f"{name}: the block in hand is finished, then this stops; once more stops it now\n".encode())

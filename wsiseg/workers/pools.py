@@ -17,6 +17,7 @@ from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from wsiseg import machine
 from wsiseg.config import ClusterConfig
 from wsiseg.errors import ConfigError, RunError
 from wsiseg.workers.crew import Pool
@@ -61,7 +62,7 @@ def check_scheduler(scheduler: str | None, cluster: ClusterConfig | None = None)
     ConfigError
         It is no address and no batch system; or that system's commands, its Python package or a sensible memory are not here.
     """
-    if scheduler is None or "://" in scheduler:
+    if scheduler is None or scheduler.startswith(("tcp://", "tls://", "ucx://", "ws://", "wss://", "inproc://")):
         return
     if scheduler not in _BATCH:
         raise ConfigError(f"--scheduler {scheduler}: is neither an address nor a batch system; pass tcp://host:port, or one of {', '.join(_BATCH)}")
@@ -124,7 +125,9 @@ def _processes(workers: int, before_spawn: dict[str, str]) -> Iterator[Pool]:
         stack.enter_context(_environment("PYTHONHASHSEED", *before_spawn))  # Dask's nannies set them in this process, too
         try:
             with _environment(PYTHONWARNINGS="ignore:resource_tracker"):  # of what it clears away when this process is killed
-                resource_tracker.ensure_running()  # before the signals are held back, since it lets them through
+                before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+                resource_tracker.ensure_running()  # before the others are held back, since it lets them through
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
             with _signals_held_back(), _without_warnings():
                 cluster = distributed.LocalCluster(
                     n_workers=workers, threads_per_worker=1, memory_limit=0, silence_logs=False, scheduler_kwargs={"dashboard": False},
@@ -138,7 +141,7 @@ def _processes(workers: int, before_spawn: dict[str, str]) -> Iterator[Pool]:
             remedy = "in a script of yours, call wsiseg below `if __name__ == '__main__':`; or pass --workers 1"
             raise RunError(f"--workers {workers}: the processes cannot be started ({describe(error)}); {remedy}") from error
         yield Pool(
-            client, f"--workers {workers}", max(len(os.sched_getaffinity(0)) // workers, 1), workers,
+            client, f"--workers {workers}", max(machine.cores() // workers, 1), workers,
             "they are started again and again; run with -vv to see why they end", "pass fewer --workers or a smaller --tile-size",
             partial(cluster.scale, workers),
         )  # fmt: skip
