@@ -2,8 +2,8 @@
 
 ::
 
-    claim a block  ->  read its tiles  ->  encode, prompt, decode  ->  trace  ->  write its part
-    this thread        some threads        this thread, in batches     one        one
+    claim a block  ->  read its tiles  ->  encode       ->  find prompts  ->  decode       ->  trace  ->  write its part
+    this thread        some threads        this thread      some threads      this thread      one        one
 
 The device waits for nothing but pixels; the share of the time that it works is reported. Blocks that another process has claimed are left to it.
 """
@@ -99,6 +99,15 @@ class _Read:
 
 
 @dataclass(frozen=True)
+class _Encoded:
+    """A tile that was encoded, as the ``place``-th of a batch."""
+
+    read: _Read
+    embeddings: Embeddings | None = None
+    place: int = 0
+
+
+@dataclass(frozen=True)
 class _Answer:
     """A tile's masks on the CPU, and how many prompts they come from."""
 
@@ -158,9 +167,9 @@ def segment_blocks(tools: Tools, blocks: Sequence[Block], stopped: Callable[[], 
 
 def segment_tile(tile: Tile, pixels: NDArray[np.uint8], tools: Tools, clock: Clock) -> tuple[Cells, dict[str, int]]:
     """One tile, start to finish: pixels (H, W, 3) of ``tile.outer`` -> the outlines that ``tile.core`` owns, level-0 px."""
-    group = [_Read(_Task(dataclasses.replace(_NO_BLOCK, tiles=(tile,)), 0), pixels)]
-    (answer,) = _ask(tools, group, Batch(tools.job.config, tools.model.device), clock)
-    traced = _trace(tools, answer)
+    batch = Batch(tools.job.config, tools.model.device)
+    (encoded,) = _encode(tools, [_Read(_Task(dataclasses.replace(_NO_BLOCK, tiles=(tile,)), 0), pixels)], batch, clock)
+    traced = _trace(tools, _decode(tools, encoded, _points(tools, encoded), batch, clock))
     return traced.cells, traced.counts
 
 
@@ -170,6 +179,7 @@ class _Line:
     def __init__(self, tools: Tools, stopped: Callable[[], bool]) -> None:
         self.tools, self.stopped = tools, stopped
         self.taken: set[str] = set()
+        self.readers = min(READERS, machine.cores())
         self.clock = Clock()
         self.batch = Batch(tools.job.config, tools.model.device)
         self.resumed: list[BlockReport] = []
@@ -179,9 +189,8 @@ class _Line:
         if not blocks:
             return
         outer = blocks[0].tiles[0].outer
-        readers = min(READERS, machine.cores())
-        limit = self.batch.read_ahead(outer.width * outer.height * 3) + readers
-        read = ahead(self.read, self.tasks(blocks), threads=readers, limit=limit)
+        limit = self.batch.read_ahead(outer.width * outer.height * 3) + self.readers
+        read = ahead(self.read, self.tasks(blocks), threads=self.readers, limit=limit)
         done: dict[str, list[_Traced]] = {}
         with closing(read), closing(ahead(self.trace, self.answers(read), threads=1, limit=3)) as traced:  # before the slide is
             for tile in traced:
@@ -223,7 +232,13 @@ class _Line:
         return _Read(task, None, failure)
 
     def answers(self, read: Iterator[_Read]) -> Iterator[_Answer]:
-        """Masks of the tiles, in batches."""
+        """Masks of the tiles: one batch's prompts are looked for while the next one is encoded."""
+        with closing(ahead(self.prompts, self.encoded(read), threads=self.readers, limit=self.batch.tiles + 1)) as prompted:
+            for tile, points in prompted:
+                yield _decode(self.tools, tile, points, self.batch, self.clock)
+
+    def encoded(self, read: Iterator[_Read]) -> Iterator[_Encoded]:
+        """Tiles, encoded in batches; those without pixels pass by."""
         group: list[_Read] = []
         while True:
             with self.clock("wait_for_read"):
@@ -231,13 +246,18 @@ class _Line:
             if got is None or (got.task.number == 0 and self.stopped()):
                 break
             if got.pixels is None:
-                yield _Answer(got.task, [], 0, got.failure)
+                yield _Encoded(got)
                 continue
             group.append(got)
             if len(group) >= self.batch.tiles:
-                yield from _ask(self.tools, group, self.batch, self.clock)
+                yield from _encode(self.tools, group, self.batch, self.clock)
                 group = []
-        yield from _ask(self.tools, group, self.batch, self.clock)
+        yield from _encode(self.tools, group, self.batch, self.clock)
+
+    def prompts(self, tile: _Encoded) -> tuple[_Encoded, NDArray[np.float32]]:
+        """Prompts of a tile."""
+        with self.clock("prompt"):
+            return tile, _points(self.tools, tile)
 
     def trace(self, answer: _Answer) -> _Traced:
         """Outlines of a tile."""
@@ -263,37 +283,39 @@ class _Line:
         return BlockReport(name, counts, failures, self.clock.take(), peak_bytes(), on_device, process=f"{machine.label()}-{os.getpid()}")
 
 
-def _ask(tools: Tools, group: list[_Read], batch: Batch, clock: Clock) -> list[_Answer]:
-    """Masks of tiles that are encoded together; in two halves when memory does not do."""
+def _encode(tools: Tools, group: list[_Read], batch: Batch, clock: Clock) -> list[_Encoded]:
+    """Encode tiles together; in two halves when memory does not do."""
     if not group:
         return []
     try:
-        answers = _ask_once(tools, group, batch.prompts, clock)
+        with clock("encode"), torch.inference_mode():
+            pixels = torch.from_numpy(np.stack([read.pixels for read in group if read.pixels is not None]))
+            embeddings = tools.model.encode(pixels.permute(0, 3, 1, 2).to(tools.model.device))
+        return [_Encoded(read, embeddings, k) for k, read in enumerate(group)]
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         if len(group) <= batch.tiles:  # else it was put together before the batch became smaller
             batch.halve(tools.job.slide, error)
-    else:
-        batch.learn()
-        return answers
     half = max(len(group) // 2, 1)
-    return [answer for part in (group[:half], group[half:]) for answer in _ask(tools, part, batch, clock)]
+    return [tile for part in (group[:half], group[half:]) for tile in _encode(tools, part, batch, clock)]
 
 
-@torch.inference_mode()
-def _ask_once(tools: Tools, group: list[_Read], prompts: int, clock: Clock) -> list[_Answer]:
-    model = tools.model
-    with clock("encode"):
-        pixels = torch.from_numpy(np.stack([read.pixels for read in group if read.pixels is not None]))
-        embeddings = model.encode(pixels.permute(0, 3, 1, 2).to(model.device))
-    answers = []
-    for k, read in enumerate(group):
-        with clock("prompt"):
-            points = _points(tools, read.task.tile, _one(embeddings, k))
-        with clock("decode"):
-            answers.append(_Answer(read.task, _decode(tools, read.task.tile, embeddings, k, points, prompts), len(points)))
-    return answers
+def _decode(tools: Tools, tile: _Encoded, points: NDArray[np.float32], batch: Batch, clock: Clock) -> _Answer:
+    """Masks of a tile's prompts, on the CPU; fewer prompts at a time when memory does not do."""
+    if tile.embeddings is None:
+        return _Answer(tile.read.task, [], 0, tile.read.failure)
+    while True:
+        try:
+            with clock("decode"), torch.inference_mode():
+                masks = _masks(tools, tile, tile.embeddings, points, batch.prompts)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            batch.halve(tools.job.slide, error)
+        else:
+            batch.learn()
+            return _Answer(tile.read.task, masks, len(points))
 
 
 def _one(embeddings: Embeddings, k: int) -> Embeddings:
@@ -302,23 +324,26 @@ def _one(embeddings: Embeddings, k: int) -> Embeddings:
     return dataclasses.replace(embeddings, high=embeddings.high[k : k + 1], low=embeddings.low[k : k + 1], maps=maps, extra={})
 
 
-def _points(tools: Tools, tile: Tile, embeddings: Embeddings) -> NDArray[np.float32]:
+@torch.inference_mode()
+def _points(tools: Tools, encoded: _Encoded) -> NDArray[np.float32]:
     """Prompts (N, 2) that the tile owns, model px of the tile."""
-    job, model = tools.job, tools.model
+    job, model, tile = tools.job, tools.model, encoded.read.task.tile
+    if encoded.embeddings is None:
+        return np.empty((0, 2), np.float32)
     corner = np.array([tile.outer.x0, tile.outer.y0], float)
     if job.config.method == "amg":
         points = (grid_points(tile.core, job.config.grid.spacing_um / model.mpp) - corner).astype(np.float32)
     else:
-        points = find_points(embeddings, tile.outer.width, model.mpp, job.config, job.bank)
+        points = find_points(_one(encoded.embeddings, encoded.place), tile.outer.width, model.mpp, job.config, job.bank)
     on_slide = points + corner
     mine: NDArray[np.bool_] = tile.core.contains(on_slide) & job.area.holds(job.lattice.to_level0(on_slide))
     owned: NDArray[np.float32] = points[mine]
     return owned
 
 
-def _decode(tools: Tools, tile: Tile, embeddings: Embeddings, k: int, points: NDArray[np.float32], prompts: int) -> list[WindowMasks]:
-    """Masks of the prompts of the ``k``-th tile of a batch, on the CPU."""
-    config, model = tools.job.config, tools.model
+def _masks(tools: Tools, encoded: _Encoded, embeddings: Embeddings, points: NDArray[np.float32], prompts: int) -> list[WindowMasks]:
+    """Masks of the prompts of a tile, on the CPU."""
+    config, model, tile, k = tools.job.config, tools.model, encoded.read.task.tile, encoded.place
     masks = dataclasses.replace(config.masks, prompts_per_batch=prompts)
     batches = list(decode(model, embeddings, k, points, masks, grid=config.grid if config.method == "amg" else None))
     if config.second_round.enabled:
