@@ -253,6 +253,7 @@ def write_sparse(path: Path, side: int, share: float) -> None:
     """A pyramid most of whose tiles are absent; islands of real tissue are spread over it."""
     source, tile = patch(), 256
     islands = np.random.default_rng(0).random((-(-side // 4096), -(-side // 4096))) < share
+    islands[0, 0] = True  # tifffile wants the first tile to be one
     with tifffile.TiffWriter(path, bigtiff=True) as file:
         for k, step in enumerate((1, 4, 16, 64)):
             level = np.tile(source[::step, ::step], (max(tile // (1024 // step), 1),) * 2)
