@@ -256,7 +256,8 @@ def write_sparse(path: Path, side: int, share: float) -> None:
     islands[0, 0] = True  # tifffile wants the first tile to be one
     with tifffile.TiffWriter(path, bigtiff=True) as file:
         for k, step in enumerate((1, 4, 16, 64)):
-            level = np.tile(source[::step, ::step], (max(tile // (1024 // step), 1),) * 2)
+            times = max(tile // (1024 // step), 1)
+            level = np.tile(source[::step, ::step], (times, times, 1))
             size = -(-side // step)
             count, per = -(-size // tile), len(level) // tile
 
