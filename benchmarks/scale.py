@@ -332,7 +332,7 @@ def main() -> None:
                     write_slide(folder / f"{side}.tiff", side * 1024)
                 tables[what] = [apart(flat, folder / f"{side}.tiff") for side in (10, 32)]
             elif what == "sparse":
-                write_sparse(folder / "sparse.tiff", 100_000, 0.25)
+                write_sparse(folder / "sparse.tiff", 100_000, 0.1)
                 tables[what] = [apart(sparse, folder / "sparse.tiff", model) for model in options.sparse_model]
             print(tables[what], flush=True)
     write_results("scale", tables, __doc__.split("\n\n", 2)[2].strip())
