@@ -415,7 +415,7 @@ def test_nobody_answers(helper, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pools, "CONNECT_S", 1.0)
     with pytest.raises(RunError, match=r"^--scheduler tcp://127.0.0.1:9: nobody answers within 1 s; start `dask scheduler` there"):
         list(map_blocks(helper.work, BLOCKS, helper.setup, scheduler="tcp://127.0.0.1:9"))
-    with pytest.raises(RunError, match=r"^--scheduler smoke://signal: cannot be used \(ValueError: .*; pass tcp://host:port"):
+    with pytest.raises(ConfigError, match=r"^--scheduler smoke://signal: is neither an address nor a batch system; pass tcp://host:port"):
         list(map_blocks(helper.work, BLOCKS, helper.setup, scheduler="smoke://signal"))
 
 
