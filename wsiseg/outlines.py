@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from wsiseg.records import Cells
 
-CACHE_BYTES = 64 << 20  #: about 100,000 cells: a block and its neighbours, several times over
+CACHE_BYTES = 16 << 20  #: some 30,000 cells: a block and its neighbours
 _OUTLINE, _DESCRIPTOR = ("geometry", "prompt_x", "prompt_y", "score"), ("descriptor",)
 THREADS = min(machine.cores(), 8)
 

@@ -18,6 +18,7 @@ from wsiseg.errors import RunError
 from wsiseg.formats import FILE_NAMES, load_writer
 from wsiseg.formats.atomic import partial_name
 from wsiseg.formats.bank import write_bank
+from wsiseg.meter import give_back
 from wsiseg.outlines import CACHE_BYTES
 from wsiseg.planning import describe, open_tools, plan_run, slide_path
 from wsiseg.propagation import account, assign_types, keep_clicks
@@ -172,6 +173,7 @@ def merge_run(
 def finish(folder: RunFolder, sheet: Sheet, tally: Tally, types: TypeSpace | None, stopped: Callable[[], bool]) -> dict[str, Any]:
     """Parts -> stitched, typed cells -> files -> manifest, which is returned."""
     config, clock = sheet.config, tally.clock
+    give_back()
     parts = [folder.parts / f"{name}.parquet" for name in sheet.tiles if name in tally.blocks]
     tally.require_current(parts, sheet.parts_hash)
     cache = min(CACHE_BYTES, int(config.max_ram_gb * 2**26)) if config.max_ram_gb else CACHE_BYTES
