@@ -17,7 +17,7 @@ from wsiseg.errors import ConfigError, SlideError
 from wsiseg.geometry import Box, Lattice
 from wsiseg.records import SlideInfo
 from wsiseg.slide import open_slide, read_region, require_cellular, thumbnail
-from wsiseg.slide.image_reader import plan_rgb
+from wsiseg.slide.colour import Colours, plan_rgb
 from wsiseg.slide.mpp import PixelSize, from_ome_xml, from_tiff_tags, settle
 from wsiseg.slide.resample import best_level, whole_downsamples
 
@@ -544,10 +544,193 @@ def test_conversion_to_rgb():
     convert, notes = plan_rgb(np.array([[[-1.0], [3.0]]], np.float32))
     assert convert(np.array([[[-1.0], [1.0], [np.nan]]], np.float32))[0, :, 0].tolist() == [0, 128, 64]
     assert len(notes) == 2
-    convert, _ = plan_rgb(np.zeros((1, 1, 1), np.uint8), inverted=True)
+    convert, _ = plan_rgb(np.zeros((1, 1, 1), np.uint8), Colours(inverted=True))
     assert convert(np.array([[[255], [0]]], np.uint8))[0, :, 0].tolist() == [0, 255]
     convert, _ = plan_rgb(np.zeros((1, 1, 2), np.uint8))
     assert convert(np.array([[[7, 9]]], np.uint8)).tolist() == [[[7, 9, 0]]]
+
+
+# --------------------------------------------------------------------------------------------------------------- pixels from the wild
+
+
+def written(path, pixels, **options):
+    """A TIFF of 0.25 um per px."""
+    tifffile.imwrite(path, pixels, metadata=None, resolution=(40000, 40000), resolutionunit="CENTIMETER", **options)
+    return path
+
+
+@pytest.mark.parametrize("tile", [(128, 128), None])
+@pytest.mark.parametrize("kind", ["int8", "uint32", "int32", "float64", "float16"])
+def test_rare_number_types(tmp_path, texture, tile, kind):
+    """Nothing of them is OpenSlide's, which shows them wrong: low values are black, the largest is white (or 255, or 1, where that is natural)."""
+    base = texture.copy()
+    base[0, 0] = 255
+    if kind == "int8":
+        base = base // 2 * 2 + 1  # 127 of int8 is white
+        pixels = (base // 2).astype(np.int8)
+    else:
+        pixels = (base / 255).astype(kind) if kind.startswith("float") else base.astype(kind)
+    path = written(tmp_path / "a.tif", pixels, photometric="rgb", tile=tile)
+    with open_slide(path) as slide:
+        found = slide.read(0, Box(0, 0, 768, 512)).astype(int)
+        expected = pixels.astype(int) if kind == "int8" else base  # integers up to 255 are taken as they are
+        assert np.abs(found - expected).mean() < 1
+        assert any("8 bits" in note for note in slide.info.warnings)
+
+
+@pytest.mark.parametrize("tile", [(128, 128), None])
+@pytest.mark.parametrize("extra", ["unassalpha", "assocalpha", "unspecified"])
+@pytest.mark.parametrize("reader", ["auto", "image"])
+def test_an_opacity_that_is_zero_everywhere_is_ignored(tmp_path, texture, tile, extra, reader):
+    pixels = np.dstack([texture, np.zeros(texture.shape[:2], np.uint8)])
+    path = written(tmp_path / "a.tif", pixels, photometric="rgb", extrasamples=[extra], tile=tile)
+    with open_slide(path, reader=reader) as slide:
+        assert np.array_equal(slide.read(0, Box(0, 0, 768, 512)), texture)
+        told = "left out" if extra == "unspecified" else "opacity is 0 everywhere"
+        assert any(told in note for note in slide.info.warnings)
+
+
+def test_an_opacity_of_zero_in_png_and_ome_tiff(tmp_path, texture):
+    pixels = np.dstack([texture, np.zeros(texture.shape[:2], np.uint8)])
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    options = {"photometric": "rgb", "extrasamples": ["unassalpha"], "tile": (128, 128), "metadata": {"axes": "YXS", "PhysicalSizeX": 0.5}}
+    tifffile.imwrite(tmp_path / "a.ome.tif", pixels, **options)
+    for name in ("a.png", "a.ome.tif"):
+        with open_slide(tmp_path / name, mpp=0.5) as slide:
+            assert np.array_equal(slide.read(0, Box(0, 0, 768, 512)), texture)
+            assert any("opacity is 0 everywhere" in note for note in slide.info.warnings)
+
+
+def test_premultiplied_colours_are_not_multiplied_again(tmp_path, texture):
+    """Associated alpha: a half-transparent dark px over white is grey, not darker than it was."""
+    opacity = np.full((512, 768, 1), 128, np.uint8)
+    stored = np.concatenate([(texture * (128 / 255)).round().astype(np.uint8), opacity], axis=2)
+    path = written(tmp_path / "a.tif", stored, photometric="rgb", extrasamples=["assocalpha"], tile=(128, 128))
+    with open_slide(path) as slide:
+        expected = texture * (128 / 255) + 127
+        assert np.abs(slide.read(0, Box(0, 0, 768, 512)) - expected).max() <= 2
+
+
+def test_subsampled_chroma_inside_jpeg(tmp_path, texture):
+    path = written(tmp_path / "a.tif", texture, photometric="rgb", compression="jpeg", subsampling=(2, 2), tile=(128, 128))
+    for reader in ("openslide", "tiffslide", "image"):
+        with open_slide(path, reader=reader) as slide:
+            assert np.abs(slide.read(0, Box(0, 0, 768, 512)).astype(int) - texture).mean() < 3
+
+
+def test_planes_stored_apart_are_read_tile_by_tile(tmp_path, texture, monkeypatch):
+    """A pyramid of them keeps its levels, and no read decodes more than the tiles of its box."""
+    planes = np.moveaxis(texture, -1, 0)
+    with tifffile.TiffWriter(tmp_path / "a.tif") as tiff:
+        for level in (1, 2):
+            tiff.write(
+                planes[:, ::level, ::level], photometric="rgb", planarconfig="separate", tile=(64, 64), metadata=None, subfiletype=int(level > 1),
+                resolution=(40000 / level, 40000 / level), resolutionunit="CENTIMETER",
+            )  # fmt: skip
+    decoded = []
+    original = tifffile.FileHandle.read
+    monkeypatch.setattr(tifffile.FileHandle, "read", lambda self, size=-1: decoded.append(size) or original(self, size))
+    with open_slide(tmp_path / "a.tif") as slide:
+        assert slide.info.downsamples == (1, 2)
+        assert slide.info.mpp == pytest.approx(0.25, rel=1e-4)
+        decoded.clear()
+        assert np.array_equal(slide.read(0, Box(130, 70, 180, 120)), texture[70:120, 130:180])
+        assert len(decoded) == 3  # one tile of each plane
+        assert np.array_equal(slide.read(1, Box(0, 0, 100, 100)), texture[::2, ::2][:100, :100])
+
+
+@pytest.mark.parametrize("ome", [False, True])
+def test_a_stack_names_its_plane(tmp_path, texture, ome):
+    """Also one that is tiled, of which OpenSlide would make levels of one size."""
+    stack = np.stack([texture, 255 - texture, texture // 2])
+    path = tmp_path / ("a.ome.tif" if ome else "a.tif")
+    tifffile.imwrite(path, stack, photometric="rgb", tile=(128, 128), metadata={"axes": "ZYXS"} if ome else None)
+    with open_slide(path, mpp=0.5) as slide:
+        assert len(slide.info.level_sizes) == 1
+        assert any(re.search(r"first plane is used \([ZI] 1 of 3\)", note) for note in slide.info.warnings)
+        assert np.array_equal(slide.read(0, Box(0, 0, 768, 512)), texture)
+
+
+def test_a_stack_of_channels_in_time(tmp_path, texture):
+    planes = np.moveaxis(texture, -1, 0)
+    stack = np.stack([np.stack([planes, 255 - planes]), np.stack([planes // 2, planes // 3])])  # T, Z, C, Y, X
+    path = tmp_path / "a.ome.tif"
+    tifffile.imwrite(path, stack, photometric="minisblack", tile=(128, 128), metadata={"axes": "TZCYX", "PhysicalSizeX": 0.5, "PhysicalSizeY": 0.5})
+    with open_slide(path) as slide:
+        assert slide.info.mpp == 0.5
+        assert any("T 1 of 2, Z 1 of 2" in note for note in slide.info.warnings)
+        assert np.array_equal(slide.read(0, Box(0, 0, 768, 512)), texture)
+
+
+@pytest.mark.parametrize("kind", ["CMYK", "P", "LAB"])
+def test_the_scale_of_other_colour_models_is_kept(tmp_path, texture, kind):
+    """0.25 um in the resolution tags; Pillow, which converts the colours, does not tell it."""
+    image = Image.fromarray(texture)
+    if kind == "LAB":
+        from PIL import ImageCms
+
+        profiles = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
+        image = ImageCms.applyTransform(image, ImageCms.buildTransform(*profiles, "RGB", "LAB"))
+    else:
+        image = image.convert(kind)
+    image.save(tmp_path / "a.tif", resolution=101600, resolution_unit="inch", compression="tiff_lzw")
+    expected = np.asarray(image.convert("RGB")).astype(int)
+    for reader in ("auto", "image"):
+        with open_slide(tmp_path / "a.tif", reader=reader) as slide:
+            assert slide.info.mpp == pytest.approx(0.25, rel=1e-3)
+            assert np.abs(slide.read(0, Box(0, 0, 768, 512)) - expected).mean() < 2
+
+
+@pytest.mark.parametrize("tile", [(128, 128), None])
+@pytest.mark.parametrize(("unit", "per_unit"), [("micron", 4), ("micrometer", 4), ("\\u00B5m", 4), ("mm", 4000), ("nm", 0.004), ("\\u00C5", 0.0004)])
+def test_the_unit_of_imagej(tmp_path, texture, tile, unit, per_unit):
+    options = {"resolution": (per_unit, per_unit), "resolutionunit": "NONE", "description": f"ImageJ=1.54f\nunit={unit}"}
+    tifffile.imwrite(tmp_path / "a.tif", texture, photometric="rgb", metadata=None, tile=tile, **options)
+    with open_slide(tmp_path / "a.tif") as slide:
+        assert slide.info.mpp == pytest.approx(0.25, rel=1e-3)
+        assert slide.info.mpp_source == "ImageJ resolution"
+
+
+def test_a_reader_that_cannot_decode_gives_way_and_is_not_blamed_on_the_file(tmp_path, texture):
+    """libtiff refuses raw tiles of 48 px that are sound, after OpenSlide has opened the file."""
+    path = written(tmp_path / "a.tif", texture[:176, :176], photometric="rgb", tile=(48, 48))
+    with open_slide(path) as slide:
+        assert slide.info.reader == "tiffslide"
+        assert np.array_equal(slide.read(0, Box(0, 0, 176, 176)), texture[:176, :176])
+    with open_slide(path, reader="openslide") as slide:
+        with pytest.raises(SlideError, match=r"openslide cannot read .*, but tiffslide can; pass --reader tiffslide") as error:
+            slide.read(0, Box(0, 0, 50, 50))
+        assert "damaged" not in one_line(error)
+    written(path, texture.astype(np.float32) / 255, photometric="rgb", tile=(128, 128))
+    with pytest.raises(SlideError, match="OpenSlide would misread 32-bit samples of type float32"):
+        open_slide(path, reader="openslide")
+
+
+def test_what_is_not_supported_is_named(tmp_path, texture):
+    with tifffile.TiffWriter(tmp_path / "cfa.tif") as tiff:
+        pattern = [(33421, 3, 2, (2, 2), True), (33422, 1, 4, b"\0\1\1\2", True)]
+        tiff.write(texture[..., 0], photometric="cfa", metadata=None, tile=(128, 128), extratags=pattern)
+    with pytest.raises(SlideError, match="its colours are stored as CFA") as error:
+        open_slide(tmp_path / "cfa.tif", mpp=0.5)
+    one_line(error)
+    written(tmp_path / "int.tif", np.zeros((256, 256, 4), np.int16), photometric="separated", tile=(128, 128))
+    with pytest.raises(SlideError, match="its colours are CMYK in int16 values; unsigned integers are supported"):
+        open_slide(tmp_path / "int.tif")
+    path = written(tmp_path / "codec.tif", texture, photometric="rgb", tile=(128, 128), compression="lzw")
+    with tifffile.TiffFile(path, mode="r+b") as tiff:
+        tiff.pages[0].tags["Compression"].overwrite(34676)  # SGI log
+    with pytest.raises(SlideError, match="stored in a way that is not supported") as error:
+        open_slide(path)
+    assert "damaged" not in one_line(error)
+
+
+def test_exif_orientation_of_a_photograph_is_ignored_with_a_warning(tmp_path, texture):
+    exif = Image.Exif()
+    exif[274] = 6
+    Image.fromarray(texture).save(tmp_path / "a.png", exif=exif)
+    with open_slide(tmp_path / "a.png", mpp=0.5) as slide:
+        assert np.array_equal(slide.read(0, Box(0, 0, 768, 512)), texture)
+        assert any("orientation tag (6) is ignored" in note for note in slide.info.warnings)
 
 
 # ------------------------------------------------------------------------------------------------------------------- microns per pixel

@@ -112,23 +112,70 @@ def open_slide(path: str | Path, *, mpp: float | None = None, reader: str = "aut
     if not remote:
         _check_file(Path(address))
     names = [reader] if reader != "auto" else [name for name in READERS if not (remote and name == "openslide")]
-    refusals = []
+    slide = first_that_decodes(address, mpp, names, hidden_damage=reader == "auto")
+    if require_mpp and math.isnan(slide.info.mpp):
+        slide.close()
+        notes = "".join(f" ({note})" for note in slide.info.warnings if "resolution" in note)
+        raise SlideError(f"{address}: no microns per pixel in the file{notes}; pass --mpp (for example --mpp 0.25)")
+    return slide
+
+
+def first_that_decodes(address: str, mpp: float | None, names: list[str], *, hidden_damage: bool) -> SlideReader:
+    """The first reader that opens the slide and decodes a pixel of it; if none decodes, the first that opens it, for damage may be local.
+
+    Parameters
+    ----------
+    address, mpp
+        As for `open_slide`.
+    names
+        Of `READERS`, in the order to try.
+    hidden_damage
+        Whether to leave out a reader that would hide damage in this file.
+
+    Raises
+    ------
+    SlideError
+        No reader opens it; the sentence has the reason of each.
+    """
+    refusals: list[str] = []
+    opened: SlideReader | None = None
     for name in names:
         try:
             slide = _load(name)(address, mpp)
-            if reader == "auto" and slide.info.format == "generic-tiff" and _hides_damage(address):
-                slide.close()
-                refusals.append(f"{name}: does not notice damage in a deflate-compressed TIFF")
-                continue
         except SlideError as error:
             refusals.append(f"{name}: {error}")
             continue
-        if require_mpp and math.isnan(slide.info.mpp):
+        if hidden_damage and slide.info.format == "generic-tiff" and _hides_damage(address):
             slide.close()
-            notes = "".join(f" ({note})" for note in slide.info.warnings if "resolution" in note)
-            raise SlideError(f"{address}: no microns per pixel in the file{notes}; pass --mpp (for example --mpp 0.25)")
-        return slide
-    raise SlideError(f"{address}: {_guess(address, remote)} ({'; '.join(refusals)}); give a whole-slide image, TIFF, PNG or JPEG")
+            refusals.append(f"{name}: does not notice damage in a deflate-compressed TIFF")
+            continue
+        if len(names) == 1 or _decodes(slide):
+            if opened is not None:
+                opened.close()
+            return slide
+        if opened is None:
+            opened = slide
+        else:
+            slide.close()
+    unsupported = any("support" in refusal for refusal in refusals)  # in that case the file is sound
+    if opened is not None and not unsupported:
+        return opened
+    if opened is not None:
+        opened.close()
+        refusals.insert(0, f"{opened.info.reader}: opens it, but cannot decode it")
+    guess = "stored in a way that is not supported here" if unsupported else _guess(address, "://" in address)
+    raise SlideError(f"{address}: {guess} ({'; '.join(refusals)}); give a whole-slide image, TIFF, PNG or JPEG")
+
+
+def _decodes(slide: SlideReader) -> bool:
+    """Whether the first tile of the slide can be decoded."""
+    from wsiseg.geometry import Box
+
+    try:
+        slide.read(0, Box(0, 0, 1, 1))
+    except SlideError:
+        return False
+    return True
 
 
 def _load(name: str) -> Callable[[str, float | None], SlideReader]:

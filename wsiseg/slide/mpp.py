@@ -6,6 +6,7 @@ A wrong scale ruins a run in silence, so everything doubtful becomes a sentence,
 from __future__ import annotations
 
 import math
+import unicodedata
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree as ET
@@ -26,17 +27,19 @@ ANISOTROPY_NOTE, ANISOTROPY_LIMIT = 0.01, 0.10
 CONTRADICTION = 0.05  # relative difference between --mpp and the file
 OBJECTIVE_TOLERANCE = 1.7  # scanners of one power differ: 20x is 0.5 (Aperio) to 0.44 (3DHISTECH), 40x 0.25 to 0.17
 
-OME_MICRONS = {
-    "m": 1e6,
-    "cm": 1e4,
-    "mm": 1e3,
-    "\u00b5m": 1.0,
-    "\u03bcm": 1.0,
-    "um": 1.0,
-    "micron": 1.0,
-    "nm": 1e-3,
-    "pm": 1e-6,
-    "in": 25400.0,
+#: microns per unit of length, by the names that OME-XML and ImageJ give them (ASCII letters in lower case)
+MICRONS = {
+    **dict.fromkeys(("m", "meter", "meters", "metre", "metres"), 1e6),
+    **dict.fromkeys(("dm", "decimeter", "decimetre"), 1e5),
+    **dict.fromkeys(("cm", "centimeter", "centimeters", "centimetre", "centimetres"), 1e4),
+    **dict.fromkeys(("mm", "millimeter", "millimeters", "millimetre", "millimetres"), 1e3),
+    **dict.fromkeys(("\u00b5m", "\u03bcm", "um", "\u00b5", "\u03bc", "micron", "microns"), 1.0),
+    **dict.fromkeys(("micrometer", "micrometers", "micrometre", "micrometres"), 1.0),
+    **dict.fromkeys(("nm", "nanometer", "nanometers", "nanometre", "nanometres"), 1e-3),
+    **dict.fromkeys(("\u00e5", "a", "angstrom", "angstroms", "\u00e5ngstr\u00f6m"), 1e-4),
+    **dict.fromkeys(("pm", "picometer", "picometre"), 1e-6),
+    **dict.fromkeys(("in", "inch", "inches"), 25400.0),
+    **dict.fromkeys(("ft", "foot", "feet"), 304800.0),
 }
 STRETCHED = "pixels are far from square"  # how `require_cellular` recognises the warning
 
@@ -74,6 +77,12 @@ def pixel_size(x: object, y: object, source: str) -> PixelSize | None:
     return PixelSize(numbers[0], numbers[1], source)
 
 
+def microns_per(unit: str) -> float | None:
+    """Microns per unit of length; ``None`` when it is not one."""
+    name = unit.replace("\\u00B5", "\u00b5").replace("\\u00C5", "\u00c5")  # ImageJ escapes what is not ASCII
+    return MICRONS.get(unicodedata.normalize("NFC", name).strip().lower())
+
+
 def from_ome_xml(text: str | None, size_px0: tuple[int, int]) -> PixelSize | None:
     """PhysicalSizeX/Y of the OME image whose SizeX, SizeY are ``size_px0``; ``None`` when there is none, or its unit is no length."""
     if not text or "<OME" not in text:
@@ -86,8 +95,8 @@ def from_ome_xml(text: str | None, size_px0: tuple[int, int]) -> PixelSize | Non
         at = pixels.attrib
         if (at.get("SizeX"), at.get("SizeY")) != (str(size_px0[0]), str(size_px0[1])):
             continue
-        unit_x = OME_MICRONS.get(at.get("PhysicalSizeXUnit", "\u00b5m"))
-        unit_y = OME_MICRONS.get(at.get("PhysicalSizeYUnit", "\u00b5m"))
+        unit_x = microns_per(at.get("PhysicalSizeXUnit", "\u00b5m"))
+        unit_y = microns_per(at.get("PhysicalSizeYUnit", "\u00b5m"))
         size = pixel_size(at.get("PhysicalSizeX"), at.get("PhysicalSizeY"), "OME-XML PhysicalSizeX")
         if size and unit_x and unit_y:
             return PixelSize(size.x * unit_x, size.y * unit_y, size.source)
@@ -118,8 +127,7 @@ def from_tiff_tags(tags: Mapping[str, Any], imagej: Mapping[str, Any] | None = N
     unit = {2: 25400.0, 3: 10000.0, 4: 1000.0, 5: 1.0}.get(int(tags.get("ResolutionUnit", 2)))
     source = "TIFF XResolution"
     if imagej and "unit" in imagej:
-        name = str(imagej["unit"]).replace("\\u00B5", "\u00b5")
-        unit = {"micron": 1.0, "microns": 1.0, "um": 1.0, "\u00b5m": 1.0, "mm": 1000.0, "cm": 10000.0, "inch": 25400.0}.get(name)
+        unit = microns_per(str(imagej["unit"]))
         source = "ImageJ resolution"
     if unit is None:
         return None, ()

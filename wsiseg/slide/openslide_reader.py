@@ -11,8 +11,10 @@ import openslide
 from wsiseg.errors import SlideError
 from wsiseg.geometry import Box
 from wsiseg.records import SlideInfo
+from wsiseg.slide.faults import closed, unreadable
 from wsiseg.slide.mpp import PixelSize, believe_resolution, pixel_size, settle
-from wsiseg.slide.resample import read_padded, uneven_levels, unreadable, whole_downsamples
+from wsiseg.slide.resample import read_padded, uneven_levels, whole_downsamples
+from wsiseg.slide.tiff_pages import misread_by_openslide
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -38,6 +40,10 @@ class OpenSlideReader:
         if vendor == "generic-tiff" and "<OME" in properties.get("tiff.ImageDescription", "")[:4000]:
             self._handle.close()
             raise SlideError("an OME-TIFF, of which OpenSlide reads neither pyramid nor scale")
+        reason = misread_by_openslide(path, vendor)
+        if reason:
+            self._handle.close()
+            raise SlideError(f"OpenSlide would misread {reason}")
         self._stated = tuple(self._handle.level_downsamples)
         sizes = tuple(self._handle.level_dimensions)
         background = properties.get("openslide.background-color", "FFFFFF")
@@ -60,7 +66,7 @@ class OpenSlideReader:
     def read(self, level: int, box: Box) -> NDArray[np.uint8]:
         """See `wsiseg.slide.SlideReader.read`."""
         if self._closed:
-            raise unreadable(self._path, level, box, ValueError("the slide is closed"))
+            raise closed(self.info)
         shared = self._handle
         try:
             return read_padded(box, self.info.level_sizes[level], lambda inside: self._fetch(shared, level, inside))
@@ -72,7 +78,7 @@ class OpenSlideReader:
             with _open(self._path) as own:
                 return read_padded(box, self.info.level_sizes[level], lambda inside: self._fetch(own, level, inside))
         except (*FAILURES, SlideError) as error:
-            raise unreadable(self._path, level, box, error) from error
+            raise unreadable(self.info, level, box, error) from error
 
     def _fetch(self, handle: openslide.OpenSlide, level: int, box: Box) -> NDArray[np.uint8]:
         """Pixels of a box inside the level.

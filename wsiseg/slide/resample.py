@@ -182,10 +182,3 @@ def read_padded(box: Box, size: tuple[int, int], fetch: Callable[[Box], NDArray[
     if inside.width > 0 and inside.height > 0:
         region[inside.y0 - box.y0 : inside.y1 - box.y0, inside.x0 - box.x0 : inside.x1 - box.x0] = fetch(inside)
     return region
-
-
-def unreadable(path: str, level: int, box: Box, error: BaseException) -> SlideError:
-    """The error of a read: slide, level, box, cause."""
-    cause = " ".join(str(error).split())[:200] or type(error).__name__
-    where = f"level {level}, x {box.x0} to {box.x1}, y {box.y0} to {box.y1} px"
-    return SlideError(f"{path}: cannot read {where} ({cause}); the file is damaged or cut short: copy it again")
