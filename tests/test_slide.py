@@ -578,6 +578,20 @@ def test_rare_number_types(tmp_path, texture, tile, kind):
         assert any("8 bits" in note for note in slide.info.warnings)
 
 
+def test_bright_spots_that_a_coarse_level_has_lost_decide_the_depth(tmp_path):
+    """12 bits whose coarsest level holds values below 256 only: not 8 bits."""
+    finest = np.full((1024, 1024, 3), 100, np.uint16)
+    finest[::64, ::64] = 4000
+    with tifffile.TiffWriter(tmp_path / "a.tif") as tiff:
+        for level, pixels in ((1, finest), (32, finest[1::32, 1::32])):
+            tiff.write(
+                pixels, photometric="rgb", tile=(128, 128), metadata=None, subfiletype=int(level > 1), resolution=(40000 / level, 40000 / level),
+                resolutionunit="CENTIMETER",
+            )  # fmt: skip
+    with open_slide(tmp_path / "a.tif") as slide:
+        assert slide.read(0, Box(64, 64, 66, 66))[..., 0].tolist() == [[249, 6], [6, 6]]
+
+
 @pytest.mark.parametrize("tile", [(128, 128), None])
 @pytest.mark.parametrize("extra", ["unassalpha", "assocalpha", "unspecified"])
 @pytest.mark.parametrize("reader", ["auto", "image"])

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 ADVICE = "convert it to a tiled pyramid, for example: vips tiffsave IN OUT.tif --tile --pyramid --compression jpeg"
 CACHE_BYTES = 128e6  # decoded tiles kept: neighbouring boxes share the tiles on their border
 MAX_CHUNK_BYTES = 512e6  # decoded size of the largest strip or tile that is read for one box
-SAMPLE_CHUNKS, SAMPLE_BYTES = 64, 256e6  # at most these of the coarsest level decide the scaling of deep pixels and the use of opacity
+SAMPLE_CHUNKS, SAMPLE_BYTES = 64, 256e6  # at most these of a level decide the scaling of deep pixels and the use of opacity
 LOOKED_AT = 64  # directories of a generic TIFF that are looked at before OpenSlide may read it; a stack shows in the first few
 WHITE = 255
 
@@ -144,10 +144,9 @@ class TiffPixels:
         samples = level.planes * len(level.pages) if level.planes * len(level.pages) > 1 else int(page.samplesperpixel)
         if page.dtype == np.uint8 and not page.extrasamples:
             return np.zeros((1, 1, samples), np.uint8)
-        count = level.columns * level.rows
-        affordable = max(int(SAMPLE_BYTES / (level.wide * level.high * samples * page.dtype.itemsize)), 1)
-        picked = np.unique(np.linspace(0, count - 1, min(count, SAMPLE_CHUNKS, affordable)).round().astype(int)).tolist()
-        found = [raw.reshape(-1, samples) for raw in self._readable(level, picked)]
+        # The mean of few bright spots is dark: for the depth of the pixels the finest level counts, too.
+        levels = [level] if page.dtype == np.uint8 or len(self._levels) == 1 else [level, self._levels[0]]
+        found = [raw.reshape(-1, samples) for level in levels for raw in self._readable(level, _spread(level, samples))]
         return np.concatenate(found)[None] if found else np.zeros((1, 1, samples), page.dtype)
 
     def _readable(self, level: _Level, indices: list[int]) -> Iterator[NDArray[Any]]:
@@ -192,6 +191,13 @@ class _Level:
     def rows(self) -> int:
         """Tiles, or strips, one above the other."""
         return -(-self.height // self.high)
+
+
+def _spread(level: _Level, samples: int) -> list[int]:
+    """Indices of tiles spread evenly over a level."""
+    count = level.columns * level.rows
+    affordable = max(int(SAMPLE_BYTES / (level.wide * level.high * samples * level.page.dtype.itemsize)), 1)
+    return sorted({round(at) for at in np.linspace(0, count - 1, min(count, SAMPLE_CHUNKS, affordable))})
 
 
 def _levels_of(series: tifffile.TiffPageSeries) -> tuple[list[_Level], tuple[str, ...]]:
