@@ -240,7 +240,7 @@ def test_what_qupath_files_hold_besides(tmp_path: Path) -> None:
         main, ["evaluate", str(p), str(png(tmp_path / "t.png", label([*TRUTH, (70, 10, "a")]))), "--json", str(tmp_path / "s")]
     )
     assert "1 annotations beside detections were taken for regions and left out" in result.stderr
-    assert "1 of 5 outlines cross themselves and were repaired" in result.stderr
+    assert "1 of 5 outlines touch, cross or overlap themselves and were repaired" in result.stderr
     assert json.loads((tmp_path / "s").read_text())["pooled"]["pq"] == pytest.approx(4 / (4 + 1 / 2))
     nothing = geojson(tmp_path / "none.geojson", [])
     assert scores(tmp_path, nothing, p)["pooled"]["pq"] == 0
@@ -288,7 +288,7 @@ def test_wrong_input_is_one_line(tmp_path: Path) -> None:
     assert "1 objects, no polygon" in fails(geojson(tmp_path / "dots.geojson", [], extra=[dot]), image)
     for bad in ([[[0, 0], [None, 1], [1, 1], [0, 0]]], [[[0, 0], [float("nan"), 1], [1, 1], [0, 0]]], [[[0, 0], ["x", 1], [1, 1]]], [[1]], 3):
         wrong = {"type": "Feature", "geometry": {"type": "Polygon", "coordinates": bad}, "properties": {}}
-        assert "features[0].geometry: " in fails(geojson(tmp_path / "bad.geojson", [], extra=[wrong]), image)
+        assert "features[0].geometry" in fails(geojson(tmp_path / "bad.geojson", [], extra=[wrong]), image)
     geopandas.GeoDataFrame({"geometry": [shapely.box(0, 0, float("inf"), 1)]}).to_parquet(tmp_path / "inf.parquet")
     assert "non-finite number among its coordinates" in fails(tmp_path / "inf.parquet", image)
     geopandas.GeoDataFrame({"geometry": [shapely.Point(0, 0)]}).to_parquet(tmp_path / "point.parquet")
@@ -296,7 +296,7 @@ def test_wrong_input_is_one_line(tmp_path: Path) -> None:
     geopandas.pd.DataFrame({"a": [1]}).to_parquet(tmp_path / "plain.parquet")
     assert "no column 'geometry'" in fails(tmp_path / "plain.parquet", image)
     (tmp_path / "bad.csv").write_text("x,y\n1,2\n3,nan\n")
-    assert "line 3: x and y are '3' and 'nan'" in fails(tmp_path / "bad.csv", image, "--mpp", 1)
+    assert 'line 3: x and y are "3" and "nan"' in fails(tmp_path / "bad.csv", image, "--mpp", 1)
     (tmp_path / "col.csv").write_text("row,col\n1,2\n")
     assert "the columns are row, col; x and y are needed" in fails(tmp_path / "col.csv", image, "--mpp", 1)
     (tmp_path / "empty").mkdir()
@@ -312,7 +312,7 @@ def test_wrong_input_is_one_line(tmp_path: Path) -> None:
     assert "--radius: 0 is not allowed" in fails(image, image, "--radius", 0)
     assert "1.5 is no IoU" in fails(image, image, "--thresholds", "0.5,1.5")
     assert "is no list of numbers" in fails(image, image, "--thresholds", "half")
-    assert "not readable as JSON" in fails(image, image, "--classes", image)
+    assert "this is a picture (PNG), not text" in fails(image, image, "--classes", image)
     (tmp_path / "there.json").write_text("mine")
     assert "exists already; give another --json file, or pass --overwrite" in fails(image, image, "--json", tmp_path / "there.json")
     assert (tmp_path / "there.json").read_text() == "mine"

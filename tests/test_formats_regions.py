@@ -44,12 +44,13 @@ def test_annotations_are_joined(tmp_path: Path) -> None:
         feature(moved(SQUARE, 50)),
         feature([moved(SQUARE, 500)], kind="MultiPolygon"),
     )
-    shape = read_regions(path, INFO)
+    shape, notes = read_regions(path, INFO)
+    assert notes == [f"{path}: 1 of 4 objects are not polygons and were left out; the first is features[1] (Point)"]
     assert isinstance(shape, shapely.MultiPolygon)
     assert shape.is_valid
     assert shape.area == 150 * 100 - 100 + 100 * 100
     path.write_bytes(gzip.compress(path.read_bytes()))
-    assert read_regions(path, INFO).equals(shape)
+    assert read_regions(path, INFO)[0].equals(shape)
 
 
 @pytest.mark.parametrize(
@@ -61,15 +62,16 @@ def test_annotations_are_joined(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_every_form_is_read(tmp_path: Path, document: object) -> None:
     (tmp_path / "roi.json").write_text(json.dumps(document))
-    shape = read_regions(tmp_path / "roi.json", INFO)
+    shape, notes = read_regions(tmp_path / "roi.json", INFO)
+    assert notes == []
     assert isinstance(shape, shapely.Polygon)
     assert shape.bounds == (10, 10, 110, 110)
 
 
 def test_bounds_are_added_and_the_slide_is_the_limit(tmp_path: Path) -> None:
     path = write(tmp_path / "roi.geojson", feature(SQUARE))
-    assert read_regions(path, replace(INFO, bounds=(100, 50, 500, 500))).bounds == (110, 60, 210, 160)
-    assert read_regions(path, replace(INFO, bounds=(950, 50, 50, 50))).bounds == (960, 60, 1000, 160)
+    assert read_regions(path, replace(INFO, bounds=(100, 50, 500, 500)))[0].bounds == (110, 60, 210, 160)
+    assert read_regions(path, replace(INFO, bounds=(950, 50, 50, 50)))[0].bounds == (960, 60, 1000, 160)
 
 
 @pytest.mark.parametrize(
@@ -79,16 +81,14 @@ def test_bounds_are_added_and_the_slide_is_the_limit(tmp_path: Path) -> None:
         ([{"type": "Feature", "geometry": None}], "1 objects, no polygon"),
         ([feature()], "1 objects, no polygon"),
         ([feature(moved(SQUARE, 2000))], r"the regions \(2010, 10, 2110, 110\) lie outside the slide, which has 1000 x 800 px"),
-        (
-            [feature([[0, 0], [10, 10], [10, 0], [0, 10], [0, 0]])],
-            r"features\[0\]\.geometry: invalid polygon \(Self-intersection.*draw the region again",
-        ),
-        ([feature(SQUARE[:-1])], r"features\[0\]\.geometry: a ring is not closed"),
-        ([feature([])], r"features\[0\]\.geometry: a ring is not closed|null, text"),
+        ([feature([])], r"features\[0\]\.geometry: a ring has no positions"),
+        ([feature([[1, 1], [5, 5]])], r"features\[0\]\.geometry: a ring has 2 positions; 3 at least are needed"),
+        ([feature([[1, 1], [5, 5], [1, 1]])], r"1 objects, 1 polygons without an area"),
+        ([{"type": "Feature", "geometry": {"type": "Point", "coordinates": [1, 2]}}], r"1 points, and no polygon; did you mean --seeds\?"),
         ([feature([[0, 0], [None, 1], [1, 1], [0, 0]])], r"features\[0\]\.geometry: null, text or a non-finite number"),
-        ([feature([[0], [1]])], r"features\[0\]\.geometry: coordinates are no rings"),
-        ([feature(7)], r"features\[0\]\.geometry: coordinates are no rings"),
-        ([7], r"features\[0\]: 7 is no GeoJSON Feature"),
+        ([feature([[0], [1]])], r"features\[0\]\.geometry: coordinates are not rings"),
+        ([feature(7)], r"features\[0\]\.geometry: coordinates are not rings"),
+        ([7], r"features\[0\]: 7 is not a GeoJSON Feature"),
     ],
 )
 def test_mistakes(tmp_path: Path, features: list[object], message: str) -> None:

@@ -77,14 +77,14 @@ def test_addresses_stay_as_they_are(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("", "line 1: columns none; it must name columns out of path, mpp, seeds, name"),
+        ("", "the file is empty"),
         ("a.svs\nb.svs\n", "line 1: column 'a.svs'"),
         ("mpp,name\n0.5,x\n", "with path among them"),
         ("path,mpp,scanner\na.svs,,x\n", "line 1: column 'scanner'"),
         ("path,path\na,b\n", "each once"),
         ("path\n", "no slide in it"),
         ("path,mpp\n,0.5\n", "line 2: no path"),
-        ("path,mpp\na.svs,half\n", "line 2: mpp 'half' is no number"),
+        ("path,mpp\na.svs,half\n", "line 2: mpp 'half' is not a number"),
         ("path,name\na.svs,../up\n", "line 2: name '../up' cannot be a folder's name"),
         ("path,name\na.svs,summary.csv\n", "cannot be a folder's name"),
         ("path,mpp\na.svs,0\n", "line 2: mpp is 0; it must lie between"),
