@@ -5,18 +5,18 @@ from __future__ import annotations
 import gzip
 import json
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 import shapely
 
 from wsiseg.errors import FormatError
+from wsiseg.evaluation.sources import Outlines, read_side
 from wsiseg.formats.regions import read_regions
 from wsiseg.records import SlideInfo
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
+SHARED = Path(__file__).resolve().parents[2] / "shared"
 INFO = SlideInfo("/data/a.svs", "openslide", "aperio", ((1000, 800),), (1.0,), 0.5, "--mpp")
 SQUARE = [[10, 10], [110, 10], [110, 110], [10, 110], [10, 10]]
 HOLE = [[20, 20], [30, 20], [30, 30], [20, 30], [20, 20]]
@@ -72,6 +72,57 @@ def test_bounds_are_added_and_the_slide_is_the_limit(tmp_path: Path) -> None:
     path = write(tmp_path / "roi.geojson", feature(SQUARE))
     assert read_regions(path, replace(INFO, bounds=(100, 50, 500, 500)))[0].bounds == (110, 60, 210, 160)
     assert read_regions(path, replace(INFO, bounds=(950, 50, 50, 50)))[0].bounds == (960, 60, 1000, 160)
+
+
+BOW_TIE = [[0, 0], [100, 100], [100, 0], [0, 100], [0, 0]]
+SPIKE = [[10, 10], [110, 10], [110, 110], [150, 150], [110, 110], [10, 110], [10, 10]]
+EIGHT = [[0, 0], [50, 50], [0, 100], [100, 100], [50, 50], [100, 0], [0, 0]]  # touches itself in the middle
+REPAIRED = "1 of 1 objects touch, cross or overlap themselves and were repaired; the first is features[0] ("
+
+
+@pytest.mark.parametrize(
+    ("drawn", "area", "note"),
+    [
+        (feature(SPIKE), 100 * 100, REPAIRED),
+        (feature(BOW_TIE), 2 * 100 * 50 / 2, REPAIRED),
+        (feature(EIGHT), 2 * 100 * 50 / 2, REPAIRED),
+        (feature([SQUARE], [moved(SQUARE, 50)], kind="MultiPolygon"), 150 * 100, REPAIRED),  # joined, not cut out of each other
+        (feature([SQUARE], [moved(SQUARE, 100)], kind="MultiPolygon"), 200 * 100, REPAIRED),  # parts that share a side
+        (feature(SQUARE, moved(HOLE, 85)), 100 * 100 - 5 * 10, REPAIRED),  # a hole across the edge
+        (feature(SQUARE, moved(HOLE, 200)), 100 * 100, REPAIRED),  # a hole beside its part
+        (feature(SQUARE, HOLE, moved(HOLE, 5)), 100 * 100 - 15 * 10, REPAIRED),  # holes that overlap
+        (feature(SQUARE[:-1]), 100 * 100, "1 of 1 objects have a line that was not closed; it was closed; the first is features[0]"),
+        (feature(SQUARE[:-1], HOLE[:-1]), 100 * 100 - 100, "1 of 1 objects have a line that was not closed"),
+    ],
+)
+def test_what_can_be_repaired_is_and_said(tmp_path: Path, drawn: dict[str, Any], area: float, note: str) -> None:
+    path = write(tmp_path / "roi.geojson", drawn)
+    shape, notes = read_regions(path, INFO)
+    assert shape.is_valid
+    assert shape.area == area
+    assert [n.startswith(f"{path}: {note}") for n in notes] == [True], notes
+    outlines = read_side(path, {})  # `wsiseg evaluate` repairs alike
+    assert isinstance(outlines, Outlines)
+    assert [p.area for p in outlines.polygons] == [area]
+    assert len(outlines.notes) == 1
+
+
+def test_what_has_no_area_is_left_out_and_said(tmp_path: Path) -> None:
+    path = write(tmp_path / "roi.geojson", feature(SQUARE), feature([[1, 1], [5, 5], [1, 1]]))
+    shape, notes = read_regions(path, INFO)
+    assert shape.area == 100 * 100
+    assert notes[-1] == f"{path}: 1 of 2 objects have no area and were left out; the first is features[1]"
+
+
+@pytest.mark.realdata
+@pytest.mark.parametrize(("name", "area"), [("spike", 90 * 90), ("overlapping-multipolygon", 90 * 90 + 100 * 100 - 50 * 50)])
+def test_regions_from_the_wild(name: str, area: float) -> None:
+    path = SHARED / "cases" / "invalid-roi-refused" / f"{name}.geojson"
+    if not path.exists():
+        pytest.skip("the folder ../shared is not here")
+    shape, notes = read_regions(path, INFO)
+    assert shape.area == area
+    assert "repaired" in notes[0]
 
 
 @pytest.mark.parametrize(

@@ -468,7 +468,7 @@ def _merge(current: Any, mapping: Any, where: str, prefix: str) -> Any:  # noqa:
     changes: dict[str, Any] = {}
     for key, value in mapping.items():
         if key not in known:
-            shown = prefix + (key if key.isprintable() else ascii(key))
+            shown = prefix + (key if key.isprintable() and len(key) < 100 else reprlib.repr(key))
             raise ConfigError(f"{where}: unknown key {shown}; {did_you_mean(key, known)}allowed here: {', '.join(known)}")
         if dataclasses.is_dataclass(getattr(current, key)):
             changes[key] = _merge(getattr(current, key), value, where, f"{prefix}{key}.")

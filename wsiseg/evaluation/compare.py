@@ -223,12 +223,13 @@ def _side(source: Path | NDArray[np.integer], types: Path | NDArray[np.integer] 
     if isinstance(source, np.ndarray) and (source.ndim != 2 or source.dtype.kind not in "uib"):
         raise FormatError(f"an array of {source.dtype} and shape {source.shape}; integers of shape (height, width) are needed")
     side = Labels(source) if isinstance(source, np.ndarray) else read_side(source, options.names)
+    notes = list(side.notes)
     if types is None:
         return side
     if not isinstance(side, Labels):
         raise FormatError(f"{_said(source)}: an image of types was given for it, but only label images need one; leave it out")
-    ids = majority(side.ids, types if isinstance(types, np.ndarray) else read_label(types))
-    return Labels(side.ids, type_names(options.names, [i or None for i in ids.tolist()]))
+    ids = majority(side.ids, types if isinstance(types, np.ndarray) else read_label(types, notes))
+    return Labels(side.ids, type_names(options.names, [i or None for i in ids.tolist()]), tuple(notes))
 
 
 def _in_one_frame(p: Side, g: Side, where: str, notes: list[str]) -> tuple[Side, Side]:

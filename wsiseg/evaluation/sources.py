@@ -13,10 +13,12 @@ keeps the two apart.
 from __future__ import annotations
 
 import json
+import logging
 import struct
+import tokenize
 import zlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import shapely
@@ -27,7 +29,7 @@ from wsiseg.formats.documents import class_name, iter_features, read_texts
 from wsiseg.formats.geojson_geometry import FARTHEST_PX, read_polygons, repaired
 from wsiseg.formats.text_tables import read_table
 from wsiseg.records import UNASSIGNED
-from wsiseg.text import did_you_mean, parse_json, read_text, show
+from wsiseg.text import parse_json, read_text, show
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -44,7 +46,7 @@ KINDS = "allowed are .png, .tif, .npy (labels), .geojson, .json, .gz, .zip, .par
 # What decoders of other libraries raise on damaged files.
 UNREADABLE = (
     OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ArithmeticError, SyntaxError, EOFError, AssertionError, MemoryError,
-    struct.error, zlib.error,
+    struct.error, tokenize.TokenError, zlib.error,
 )  # fmt: skip
 COLUMNS = ("x", "y", "type")  #: of points
 
@@ -121,7 +123,8 @@ def read_side(path: Path, names: Mapping[str, str]) -> Side:
     if suffix is None or not path.is_file():
         raise FormatError(f"{path}: {path.suffix or 'a name without suffix'} is no kind of file that can be compared; {KINDS}")
     if suffix in IMAGES:
-        return Labels(read_label(path))
+        notes: list[str] = []
+        return Labels(read_label(path, notes), notes=tuple(notes))
     if suffix == ".csv":
         return _read_points(path, names)
     return _read_parquet(path, names) if suffix == ".parquet" else _read_geojson(path, names)
@@ -160,8 +163,15 @@ def run_file(folder: Path) -> Path | None:
     return next((folder / name for name in RUN_FILES if (folder / name).is_file()), None) if folder.is_dir() else None
 
 
-def read_label(path: Path) -> NDArray[np.integer]:
+def read_label(path: Path, notes: list[str]) -> NDArray[np.integer]:
     """A label image, or an image of type ids: integers of shape (H, W).
+
+    Parameters
+    ----------
+    path
+        PNG, TIFF or NumPy's ``.npy``.
+    notes
+        Gets a sentence where the decoder read the file, but had doubts.
 
     Raises
     ------
@@ -171,10 +181,13 @@ def read_label(path: Path) -> NDArray[np.integer]:
     if suffix_of(path) not in IMAGES:
         raise FormatError(f"{path}: not a label image; allowed are .png, .tif, .tiff and .npy")
     try:
-        pixels = _load(path)
+        with _Overheard() as overheard:
+            pixels = _load(path)
     except UNREADABLE as error:
-        reason = (str(error) or type(error).__name__).split("\n", 1)[0]
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise FormatError(f"{path}: not a readable label image ({reason}); copy or export it again") from error
+    if overheard.said:
+        notes.append(f"{path}: may be damaged, the decoder says: {' '.join(overheard.said[0].split())[:200]}; compare it with the original")
     if pixels.ndim > 2:
         pixels = np.squeeze(pixels)
     if pixels.ndim == 3:
@@ -194,10 +207,38 @@ def type_names(names: Mapping[str, str], values: list[Any]) -> NDArray[np.object
     return out if any(out) else None
 
 
+class _Overheard(logging.Handler):
+    """Keeps what the decoders log from stderr: one line of ours says it."""
+
+    loggers = tuple(logging.getLogger(name) for name in ("tifffile", "imagecodecs"))
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.said: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.said.append(record.getMessage())
+
+    def __enter__(self) -> Self:
+        self.before = [(logger.level, logger.propagate) for logger in self.loggers]
+        for logger in self.loggers:
+            logger.addHandler(self)
+            logger.setLevel(logging.WARNING)
+            logger.propagate = False
+        return self
+
+    def __exit__(self, *reason: object) -> None:
+        for logger, (level, propagate) in zip(self.loggers, self.before, strict=True):
+            logger.removeHandler(self)
+            logger.setLevel(level)
+            logger.propagate = propagate
+
+
 def _load(path: Path) -> NDArray[Any]:
     suffix = path.suffix.lower()
     if suffix == ".npy":
-        return np.asarray(np.load(path, allow_pickle=False))
+        with path.open("rb") as stream:
+            return np.asarray(np.lib.format.read_array(stream, allow_pickle=False))
     if suffix in (".tif", ".tiff"):
         import tifffile
 
@@ -215,11 +256,10 @@ def _load(path: Path) -> NDArray[Any]:
 
 def _read_points(path: Path, names: Mapping[str, str]) -> Points:
     table = read_table(read_text(path, FormatError), str(path), FormatError, known=COLUMNS, numbers=("x", "y"))
-    missing = [name for name in ("x", "y") if name not in table.columns]
-    if missing:
-        hint = did_you_mean(missing[0], table.columns)
-        found = ", ".join(table.columns)[:200]
-        raise FormatError(f"{path}: the columns are {found}; {hint}x and y are needed, and type if there are types")
+    if not {"x", "y"} <= set(table.columns):
+        found = ", ".join(filter(None, table.columns))
+        found = show(found) if len(found) > 200 or not found.isprintable() else found or "none"
+        raise FormatError(f"{path}: the columns are {found}; x and y are needed, and type if there are types")
     xy: list[tuple[float, float]] = []
     types: list[str] = []
     for line, row in table.rows:

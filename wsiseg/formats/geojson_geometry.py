@@ -80,8 +80,16 @@ def read_polygons(geometry: object, place: str, error: type[WsisegError]) -> tup
 
 
 def repaired(shape: shapely.Geometry) -> shapely.Geometry:
-    """The area that a Polygon or MultiPolygon encloses, valid; parts that overlap are joined, not cut out of each other."""
-    parts = [polygonal(shapely.make_valid(part)) for part in shapely.get_parts(shape)]
+    """The area that a Polygon or MultiPolygon encloses, valid.
+
+    Where a ring crosses itself, what it goes round once is inside. Parts that overlap are joined, and holes are cut out of their own part: GEOS alone
+    would cut parts out of each other, and make an area of what a hole has outside of its part.
+    """
+    parts = []
+    for part in shapely.get_parts(shape):
+        outer = polygonal(shapely.make_valid(shapely.Polygon(part.exterior)))
+        holes = [polygonal(shapely.make_valid(shapely.Polygon(hole))) for hole in part.interiors]
+        parts.append(polygonal(shapely.difference(outer, shapely.union_all(holes))) if holes else outer)
     return parts[0] if len(parts) == 1 else polygonal(shapely.union_all(parts))
 
 
