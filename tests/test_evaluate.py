@@ -327,3 +327,36 @@ def test_real_typed_images(shared_data: Path, tmp_path: Path) -> None:
     assert len(found["images"]) == 5
     assert set(found["classes"]) <= {"tumor", "nonTIL_stromal", "sTIL", "other_nucleus"}
     assert {round(found["pooled"][m], 9) for m in ("aji", "aji_plus", "pq", "msa", "dice", "mpq_plus", "macro_f1", "type_accuracy")} == {1.0}
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("zip.npy", b"PK\x03\x04" + bytes(50)),  # numpy would open it as an archive
+        ("header.npy", b"\x93NUMPY\x01\x00\x10\x00{'shape': (60,\n " + bytes(9)),  # and parses the header as Python
+        ("huge.npy", b"\x93NUMPY\x01\x00\x46\x00" + b"{'descr': '<u2', 'fortran_order': False, 'shape': (60000000, 70000000), }"[:70].ljust(70)),
+        ("object.npy", b"\x93NUMPY\x01\x00\x40\x00" + b"{'descr': '|O', 'fortran_order': False, 'shape': (6, 7), }".ljust(64)),
+        ("text.png", b"x,y\n1,2\n"),
+        ("text.tif", b"x,y\n1,2\n"),
+        ("empty.png", b""),
+    ],
+)
+def test_damaged_label_images_are_one_line(name: str, content: bytes, tmp_path: Path) -> None:
+    """Found by changing bytes at random: other kinds of exceptions than the decoders document."""
+    (tmp_path / name).write_bytes(content)
+    assert "not a readable label image" in fails(tmp_path / name, png(tmp_path / "t.png", label(TRUTH)))
+
+
+def test_what_a_decoder_doubts_is_a_warning(tmp_path: Path) -> None:
+    """A TIFF with a damaged tag that is read all the same: said in a line of ours, not in the decoder's."""
+    image = png(tmp_path / "t.png", label(TRUTH))
+    tifffile.imwrite(tmp_path / "p.tif", label(TRUTH), tile=(16, 16), compression="zlib")
+    content = (tmp_path / "p.tif").read_bytes()
+    with tifffile.TiffFile(tmp_path / "p.tif") as file:
+        tag = file.pages[0].tags["ResolutionUnit"]  # any tag that is not needed
+        place = tag.offset
+    (tmp_path / "p.tif").write_bytes(content[: place + 2] + b"\xff\xff" + content[place + 4 :])
+    result = CliRunner().invoke(main, ["evaluate", str(tmp_path / "p.tif"), str(image)])
+    assert result.exit_code == 0, result.output
+    assert f"Warning: {tmp_path / 'p.tif'}: may be damaged, the decoder says: " in result.stderr
+    assert result.stderr.count("\n") == 1
