@@ -62,14 +62,14 @@ def read_list(path: Path) -> list[Entry]:
     table = read_table(_text(path), place, ConfigError, known=COLUMNS, numbers=("mpp",))
     wrong = unknown_columns(table.columns, COLUMNS)
     if wrong or "path" not in table.columns:
-        found = wrong or f"columns {', '.join(filter(None, table.columns))}; "
+        found = wrong or f"columns {', '.join(filter(None, table.columns))[:200]}; "
         raise ConfigError(f"{place}: line 1: {found}it must name columns out of {', '.join(COLUMNS)}, each once, with path among them")
     entries = [_entry(row, table, path, line) for line, row in table.rows]
     for what in ("path", "name"):
         given = [value for value in (getattr(e, what) for e in entries) if value]
         twice = [value for value in given if given.count(value) > 1]
         if twice:
-            raise ConfigError(f"--slides {path}: {what} {twice[0]} is there twice; each slide and each name once")
+            raise ConfigError(f"--slides {path}: {what} {twice[0][:300]} is there twice; each slide and each name once")
     if not entries:
         raise ConfigError(f"--slides {path}: no slide in it; one line per slide below the line that names the columns")
     return entries
@@ -85,12 +85,12 @@ def _text(path: Path) -> str:
 def _entry(row: dict[str, str], table: TextTable, path: Path, number: int) -> Entry:
     place = f"--slides {path}: line {number}"
     if row.get(""):
-        raise ConfigError(f"{place}: {row['']!r} is in a column without a name; name all columns in the first line")
+        raise ConfigError(f"{place}: {row[''][:40]!r} is in a column without a name; name all columns in the first line")
     if not row.get("path"):
         raise ConfigError(f"{place}: no path; give the path of a slide")
     name = row.get("name") or None
     if name and (Path(name).name != name or name.startswith(".") or name.endswith(".csv")):
-        raise ConfigError(f"{place}: name {name!r} cannot be a folder's name; use letters, digits, '-' and '_'")
+        raise ConfigError(f"{place}: name {name[:100]!r} cannot be a folder's name; use letters, digits, '-' and '_'")
     mpp = None
     if row.get("mpp"):
         mpp = table.number(row["mpp"])
@@ -98,7 +98,7 @@ def _entry(row: dict[str, str], table: TextTable, path: Path, number: int) -> En
             raise ConfigError(f"{place}: mpp {row['mpp'][:40]!r} is not a number; give microns per pixel, for example 0.25, or nothing")
         low, high = LIMITS["mpp"]
         if not low <= mpp <= high:
-            raise ConfigError(f"{place}: mpp is {row['mpp']}; it must lie between {low:g} and {high:g}")
+            raise ConfigError(f"{place}: mpp is {row['mpp'][:40]}; it must lie between {low:g} and {high:g}")
     return Entry(_from(path.parent, row["path"]), mpp, _from(path.parent, row["seeds"]) if row.get("seeds") else None, name)
 
 
