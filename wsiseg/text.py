@@ -70,8 +70,8 @@ def read_text(path: Path, error: type[WsisegError]) -> str:
     return decode(read_content(path, error), str(path), error)
 
 
-def decode(content: bytes, place: str, error: type[WsisegError]) -> str:
-    r"""Bytes as text: UTF-8 with or without a byte order mark, UTF-16 and UTF-32 with one; line ends as ``\n``.
+def decode(content: bytes, place: str, error: type[WsisegError], *, utf8_only: bool = False) -> str:
+    r"""Bytes as text: UTF-8 with or without a byte order mark, UTF-16 and UTF-32 (unless ``utf8_only``) with one; line ends as ``\n``.
 
     Raises
     ------
@@ -79,7 +79,7 @@ def decode(content: bytes, place: str, error: type[WsisegError]) -> str:
         Of the class ``error``: not text, in another encoding, empty, or with NUL characters.
     """
     _refuse_kinds(content[:512], place, error, _PACKED)
-    encoding = next((name for mark, name in _MARKS if content.startswith(mark)), "utf-8")
+    encoding = "utf-8" if utf8_only else next((name for mark, name in _MARKS if content.startswith(mark)), "utf-8")
     try:
         text = content.decode(encoding).removeprefix("\ufeff")
     except UnicodeDecodeError as problem:

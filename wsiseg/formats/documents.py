@@ -25,7 +25,7 @@ GEOMETRY_TYPES = ("Point", "MultiPoint", "LineString", "MultiLineString", "Polyg
 QUPATH_TYPES = frozenset({"FeatureCollection", "Feature", *GEOMETRY_TYPES})
 
 
-def read_texts(path: Path, error: type[WsisegError]) -> Iterator[tuple[str, str]]:
+def read_texts(path: Path, error: type[WsisegError], *, utf8_only: bool = False) -> Iterator[tuple[str, str]]:
     """Each document of a file, one at a time.
 
     Parameters
@@ -34,6 +34,8 @@ def read_texts(path: Path, error: type[WsisegError]) -> Iterator[tuple[str, str]
         Text, gzip or zip; entries of a zip that are not ``.geojson``, ``.json``, ``.tsv``, ``.csv`` or ``.txt`` are skipped.
     error
         The class to raise when it cannot be read.
+    utf8_only
+        Refuse UTF-16, as QuPath does.
 
     Yields
     ------
@@ -43,11 +45,11 @@ def read_texts(path: Path, error: type[WsisegError]) -> Iterator[tuple[str, str]
     content = read_content(path, error)
     if content[:2] == b"\x1f\x8b":
         content = _unpack(gzip.GzipFile(fileobj=io.BytesIO(content)), str(path), error)
-        yield str(path), decode(content, str(path), error)
+        yield str(path), decode(content, str(path), error, utf8_only=utf8_only)
     elif content[:4] in (b"PK\x03\x04", b"PK\x05\x06"):
-        yield from _zip_texts(path, content, error)
+        yield from _zip_texts(path, content, error, utf8_only=utf8_only)
     else:
-        yield str(path), decode(content, str(path), error)
+        yield str(path), decode(content, str(path), error, utf8_only=utf8_only)
 
 
 def iter_features(document: object, place: str, error: type[WsisegError]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -127,7 +129,7 @@ def _feature(item: object, where: str, error: type[WsisegError]) -> dict[str, An
     return item
 
 
-def _zip_texts(path: Path, content: bytes, error: type[WsisegError]) -> Iterator[tuple[str, str]]:
+def _zip_texts(path: Path, content: bytes, error: type[WsisegError], *, utf8_only: bool) -> Iterator[tuple[str, str]]:
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             names = [n for n in archive.namelist() if n.lower().endswith(DOCUMENT_SUFFIXES) and not n.startswith("__MACOSX/")]
@@ -138,7 +140,7 @@ def _zip_texts(path: Path, content: bytes, error: type[WsisegError]) -> Iterator
             for name in names:
                 place = f"{path}: {name}"
                 with archive.open(name) as entry:
-                    text = decode(_unpack(entry, place, error), place, error)
+                    text = decode(_unpack(entry, place, error), place, error, utf8_only=utf8_only)
                 yield place, text
     except (*DAMAGED, NotImplementedError, RuntimeError, LookupError) as problem:
         if isinstance(problem, error):
