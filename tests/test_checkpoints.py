@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 GRID, WINDOW, DIM, HEAD_DIM, DEPTH = 8, 3, 16, 8, 4
 
 
+ONE = torch.ones(1)
+
+
 def tiny_sam(dim: int = DIM, depth: int = DEPTH, head_dim: int = HEAD_DIM) -> dict[str, Tensor]:
     """Names and shapes of a small SAM, as far as they are looked at; every second block is global."""
     sam = {
@@ -108,6 +111,81 @@ def test_containers(container: str, tmp_path: Path) -> None:
     found = read_checkpoint(saved(tmp_path / "a.pt", {container: sam, "epoch": 3, "optimizer": {"lr": 0.1}}))
     assert_same(found.sam, sam)
     assert found.notes == ("left out of a.pt: epoch, optimizer",)
+
+
+PREFIXES = ["_orig_mod.", "net.", "sam_model.", "model.sam.", "module._orig_mod.", "_orig_mod.module.model.", "trainer.student.sam."]
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_any_prefix(prefix: str, tmp_path: Path) -> None:
+    """Whatever stands before every name of the model, at the top or in a container; what is beside it is said."""
+    sam = tiny_sam()
+    assert_same(read_checkpoint(saved(tmp_path / "a.pt", with_prefix(prefix, sam | {"pixel_mean": ONE}))).sam, sam)
+    found = read_checkpoint(saved(tmp_path / "a.pt", {"model": with_prefix(prefix, sam) | {"loss.weight": ONE}}))
+    assert_same(found.sam, sam)
+    assert found.notes == ("left out of a.pt: model.loss.weight",)
+
+
+def test_wrapped_parts(tmp_path: Path) -> None:
+    """torch.compile or DataParallel around a part of the model only."""
+    sam = tiny_sam()
+    for inner in ("_orig_mod.", "module."):
+        wrapped = {key.replace("image_encoder.", f"image_encoder.{inner}"): value for key, value in sam.items()}
+        assert_same(read_checkpoint(saved(tmp_path / "a.pt", wrapped)).sam, sam)
+
+
+@pytest.mark.parametrize(
+    ("place", "rest"),
+    [
+        (("model_state_dict",), "epoch"), (("net",), "epoch"), (("ema",), "epoch"), (("params",), "epoch"), (("anything",), "epoch"),
+        (("checkpoint", "state_dict"), "checkpoint.epoch, epoch"), (("ckpt", "ema", "net"), "ckpt.ema.epoch, ckpt.epoch, epoch"),
+    ],
+)  # fmt: skip
+def test_any_container(place: tuple[str, ...], rest: str, tmp_path: Path) -> None:
+    """Whatever the keys that lead to the model; what is left out on the way is said."""
+    sam = tiny_sam()
+    content: dict[str, Any] = with_prefix("module.", sam)
+    for key in reversed(place):
+        content = {key: content, "epoch": 3}
+    if len(place) == 3:
+        refused(saved(tmp_path / "a.pt", content), "holds no tensors by name")  # one level deeper than is looked
+        return
+    found = read_checkpoint(saved(tmp_path / "a.pt", content))
+    assert_same(found.sam, sam)
+    assert found.notes == (f"left out of a.pt: {rest}",)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"), [("model", "ema"), ("net", "model_ema"), ("state_dict", "model"), ("zebra", "ema_state"), ("model", "network")]
+)
+def test_one_of_several_models(first: str, second: str, tmp_path: Path) -> None:
+    """The documented order decides, not that of the file; the other is named."""
+    sam, other = tiny_sam(), tiny_sam()
+    for content in ({first: sam, second: other}, {second: other, first: sam}):
+        found = read_checkpoint(saved(tmp_path / "a.pt", content))
+        assert_same(found.sam, sam)
+        assert found.notes[0] == f"a.pt holds 2 models; {first} was taken, not {second}"
+    found = read_checkpoint(saved(tmp_path / "a.pt", {"model": with_prefix("ema.", other) | with_prefix("student.", sam)}))
+    assert_same(found.sam, sam)
+    assert found.notes[0] == "a.pt holds 2 models; model.student was taken, not model.ema"
+
+
+@pytest.mark.parametrize("form", ["beside", "prefix", "nested", "flat and prefix"])
+def test_decoder_anywhere(form: str, tmp_path: Path) -> None:
+    """An instance decoder under any key or prefix, in the model's file or in its own; nothing of it is said to be left out."""
+    sam, decoder = tiny_sam(), tiny_decoder()
+    content: dict[str, Any] = {
+        "beside": {"model": sam, "unetr": with_prefix("_orig_mod.", decoder)},
+        "prefix": {"state_dict": with_prefix("net.sam.", sam) | with_prefix("net.unetr.", decoder)},
+        "nested": {"ckpt": {"model": sam, "decoder": decoder}},
+        "flat and prefix": sam | with_prefix("decoder.", decoder),
+    }[form]
+    file = saved(tmp_path / "a.pt", content)
+    found = read_checkpoint(file)
+    assert_same(found.sam, sam)
+    assert_same(found.decoder, decoder)
+    assert found.notes == ()
+    assert_same(read_checkpoint(saved(tmp_path / "s.pt", sam), file).decoder, decoder)
 
 
 def test_decoder_beside(tmp_path: Path) -> None:
@@ -423,7 +501,6 @@ def test_no_permission(tmp_path: Path) -> None:
 
 SAM = tiny_sam()
 ENCODER = {key: value for key, value in SAM.items() if key.startswith("image_encoder.")}
-ONE = torch.ones(1)
 
 
 @pytest.mark.parametrize(

@@ -240,7 +240,7 @@ def test_what_qupath_files_hold_besides(tmp_path: Path) -> None:
         main, ["evaluate", str(p), str(png(tmp_path / "t.png", label([*TRUTH, (70, 10, "a")]))), "--json", str(tmp_path / "s")]
     )
     assert "1 annotations beside detections were taken for regions and left out" in result.stderr
-    assert "1 of 5 outlines cross themselves and were repaired" in result.stderr
+    assert "1 of 5 outlines touch, cross or overlap themselves and were repaired" in result.stderr
     assert json.loads((tmp_path / "s").read_text())["pooled"]["pq"] == pytest.approx(4 / (4 + 1 / 2))
     nothing = geojson(tmp_path / "none.geojson", [])
     assert scores(tmp_path, nothing, p)["pooled"]["pq"] == 0
@@ -288,7 +288,7 @@ def test_wrong_input_is_one_line(tmp_path: Path) -> None:
     assert "1 objects, no polygon" in fails(geojson(tmp_path / "dots.geojson", [], extra=[dot]), image)
     for bad in ([[[0, 0], [None, 1], [1, 1], [0, 0]]], [[[0, 0], [float("nan"), 1], [1, 1], [0, 0]]], [[[0, 0], ["x", 1], [1, 1]]], [[1]], 3):
         wrong = {"type": "Feature", "geometry": {"type": "Polygon", "coordinates": bad}, "properties": {}}
-        assert "features[0].geometry: " in fails(geojson(tmp_path / "bad.geojson", [], extra=[wrong]), image)
+        assert "features[0].geometry" in fails(geojson(tmp_path / "bad.geojson", [], extra=[wrong]), image)
     geopandas.GeoDataFrame({"geometry": [shapely.box(0, 0, float("inf"), 1)]}).to_parquet(tmp_path / "inf.parquet")
     assert "non-finite number among its coordinates" in fails(tmp_path / "inf.parquet", image)
     geopandas.GeoDataFrame({"geometry": [shapely.Point(0, 0)]}).to_parquet(tmp_path / "point.parquet")
@@ -296,7 +296,7 @@ def test_wrong_input_is_one_line(tmp_path: Path) -> None:
     geopandas.pd.DataFrame({"a": [1]}).to_parquet(tmp_path / "plain.parquet")
     assert "no column 'geometry'" in fails(tmp_path / "plain.parquet", image)
     (tmp_path / "bad.csv").write_text("x,y\n1,2\n3,nan\n")
-    assert "line 3: x and y are '3' and 'nan'" in fails(tmp_path / "bad.csv", image, "--mpp", 1)
+    assert 'line 3: x and y are "3" and "nan"' in fails(tmp_path / "bad.csv", image, "--mpp", 1)
     (tmp_path / "col.csv").write_text("row,col\n1,2\n")
     assert "the columns are row, col; x and y are needed" in fails(tmp_path / "col.csv", image, "--mpp", 1)
     (tmp_path / "empty").mkdir()
@@ -312,7 +312,7 @@ def test_wrong_input_is_one_line(tmp_path: Path) -> None:
     assert "--radius: 0 is not allowed" in fails(image, image, "--radius", 0)
     assert "1.5 is no IoU" in fails(image, image, "--thresholds", "0.5,1.5")
     assert "is no list of numbers" in fails(image, image, "--thresholds", "half")
-    assert "not readable as JSON" in fails(image, image, "--classes", image)
+    assert "this is a picture (PNG), not text" in fails(image, image, "--classes", image)
     (tmp_path / "there.json").write_text("mine")
     assert "exists already; give another --json file, or pass --overwrite" in fails(image, image, "--json", tmp_path / "there.json")
     assert (tmp_path / "there.json").read_text() == "mine"
@@ -327,3 +327,36 @@ def test_real_typed_images(shared_data: Path, tmp_path: Path) -> None:
     assert len(found["images"]) == 5
     assert set(found["classes"]) <= {"tumor", "nonTIL_stromal", "sTIL", "other_nucleus"}
     assert {round(found["pooled"][m], 9) for m in ("aji", "aji_plus", "pq", "msa", "dice", "mpq_plus", "macro_f1", "type_accuracy")} == {1.0}
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("zip.npy", b"PK\x03\x04" + bytes(50)),  # numpy would open it as an archive
+        ("header.npy", b"\x93NUMPY\x01\x00\x10\x00{'shape': (60,\n " + bytes(9)),  # and parses the header as Python
+        ("huge.npy", b"\x93NUMPY\x01\x00\x46\x00" + b"{'descr': '<u2', 'fortran_order': False, 'shape': (60000000, 70000000), }"[:70].ljust(70)),
+        ("object.npy", b"\x93NUMPY\x01\x00\x40\x00" + b"{'descr': '|O', 'fortran_order': False, 'shape': (6, 7), }".ljust(64)),
+        ("text.png", b"x,y\n1,2\n"),
+        ("text.tif", b"x,y\n1,2\n"),
+        ("empty.png", b""),
+    ],
+)
+def test_damaged_label_images_are_one_line(name: str, content: bytes, tmp_path: Path) -> None:
+    """Found by changing bytes at random: other kinds of exceptions than the decoders document."""
+    (tmp_path / name).write_bytes(content)
+    assert "not a readable label image" in fails(tmp_path / name, png(tmp_path / "t.png", label(TRUTH)))
+
+
+def test_what_a_decoder_doubts_is_a_warning(tmp_path: Path) -> None:
+    """A TIFF with a damaged tag that is read all the same: said in a line of ours, not in the decoder's."""
+    image = png(tmp_path / "t.png", label(TRUTH))
+    tifffile.imwrite(tmp_path / "p.tif", label(TRUTH), tile=(16, 16), compression="zlib")
+    content = (tmp_path / "p.tif").read_bytes()
+    with tifffile.TiffFile(tmp_path / "p.tif") as file:
+        tag = file.pages[0].tags["ResolutionUnit"]  # any tag that is not needed
+        place = tag.offset
+    (tmp_path / "p.tif").write_bytes(content[: place + 2] + b"\xff\xff" + content[place + 4 :])
+    result = CliRunner().invoke(main, ["evaluate", str(tmp_path / "p.tif"), str(image)])
+    assert result.exit_code == 0, result.output
+    assert f"Warning: {tmp_path / 'p.tif'}: may be damaged, the decoder says: " in result.stderr
+    assert result.stderr.count("\n") == 1

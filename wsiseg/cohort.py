@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import io
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,9 @@ from typing import TYPE_CHECKING, Any
 from wsiseg.config import LIMITS
 from wsiseg.errors import ConfigError, InterruptedRunError, WsisegError
 from wsiseg.formats.atomic import atomic_path
+from wsiseg.formats.text_tables import TextTable, read_table, unknown_columns
 from wsiseg.pipeline import segment_slide
+from wsiseg.text import read_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -50,63 +51,54 @@ def read_list(path: Path) -> list[Entry]:
     Parameters
     ----------
     path
-        CSV with comma, semicolon or tab, as spreadsheets write it.
+        CSV with comma, semicolon or tab, as spreadsheets write it (text_tables.py).
 
     Raises
     ------
     ConfigError
         It cannot be read, or a line of it is wrong: the place, and what is allowed there.
     """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8 text"
-        raise ConfigError(f"--slides {path}: cannot be read ({reason}); give a CSV file whose first line names the columns") from error
-    lines = text.splitlines()
-    header = lines[0] if lines else ""
-    delimiter = max(",;\t", key=header.count)
-    try:
-        rows = list(csv.reader(io.StringIO(text), delimiter=delimiter))
-    except csv.Error as error:
-        raise ConfigError(f"--slides {path}: not a CSV file ({error}); one line per slide below the line that names the columns") from error
-    columns = [column.strip().lower() for column in rows[0]] if rows else []
-    wrong = [c for c in columns if c not in COLUMNS]
-    if "path" not in columns or wrong or len(set(columns)) < len(columns):
-        found = f"column {wrong[0]!r}" if wrong else f"columns {', '.join(columns) or 'none'}"
-        raise ConfigError(f"--slides {path}: line 1: {found}; it must name columns out of {', '.join(COLUMNS)}, each once, with path among them")
-    entries = []
-    for number, row in enumerate(rows[1:], 2):
-        if any(cell.strip() for cell in row[len(columns) :]):
-            found = f"--slides {path}: line {number}: {len(row)} cells for {len(columns)} columns"
-            raise ConfigError(f"{found}; name all columns in the first line, or quote what has commas in it")
-        if any(cell.strip() for cell in row):
-            entries.append(_entry(dict(zip(columns, (cell.strip() for cell in row), strict=False)), path, number))
+    place = f"--slides {path}"
+    table = read_table(_text(path), place, ConfigError, known=COLUMNS, numbers=("mpp",))
+    wrong = unknown_columns(table.columns, COLUMNS)
+    if wrong or "path" not in table.columns:
+        found = wrong or f"columns {', '.join(filter(None, table.columns))[:200]}; "
+        raise ConfigError(f"{place}: line 1: {found}it must name columns out of {', '.join(COLUMNS)}, each once, with path among them")
+    entries = [_entry(row, table, path, line) for line, row in table.rows]
     for what in ("path", "name"):
         given = [value for value in (getattr(e, what) for e in entries) if value]
         twice = [value for value in given if given.count(value) > 1]
         if twice:
-            raise ConfigError(f"--slides {path}: {what} {twice[0]} is there twice; each slide and each name once")
+            raise ConfigError(f"--slides {path}: {what} {twice[0][:300]} is there twice; each slide and each name once")
     if not entries:
         raise ConfigError(f"--slides {path}: no slide in it; one line per slide below the line that names the columns")
     return entries
 
 
-def _entry(row: dict[str, str], path: Path, number: int) -> Entry:
+def _text(path: Path) -> str:
+    try:
+        return read_text(path, ConfigError)
+    except ConfigError as error:
+        raise ConfigError(f"--slides {error}; give a CSV file whose first line names the columns") from error
+
+
+def _entry(row: dict[str, str], table: TextTable, path: Path, number: int) -> Entry:
     place = f"--slides {path}: line {number}"
+    if row.get(""):
+        raise ConfigError(f"{place}: {row[''][:40]!r} is in a column without a name; name all columns in the first line")
     if not row.get("path"):
         raise ConfigError(f"{place}: no path; give the path of a slide")
     name = row.get("name") or None
     if name and (Path(name).name != name or name.startswith(".") or name.endswith(".csv")):
-        raise ConfigError(f"{place}: name {name!r} cannot be a folder's name; use letters, digits, '-' and '_'")
+        raise ConfigError(f"{place}: name {name[:100]!r} cannot be a folder's name; use letters, digits, '-' and '_'")
     mpp = None
     if row.get("mpp"):
-        try:
-            mpp = float(row["mpp"])
-        except ValueError as error:
-            raise ConfigError(f"{place}: mpp {row['mpp']!r} is no number; give microns per pixel, for example 0.25, or nothing") from error
+        mpp = table.number(row["mpp"])
+        if mpp is None:
+            raise ConfigError(f"{place}: mpp {row['mpp'][:40]!r} is not a number; give microns per pixel, for example 0.25, or nothing")
         low, high = LIMITS["mpp"]
         if not low <= mpp <= high:
-            raise ConfigError(f"{place}: mpp is {row['mpp']}; it must lie between {low:g} and {high:g}")
+            raise ConfigError(f"{place}: mpp is {row['mpp'][:40]}; it must lie between {low:g} and {high:g}")
     return Entry(_from(path.parent, row["path"]), mpp, _from(path.parent, row["seeds"]) if row.get("seeds") else None, name)
 
 

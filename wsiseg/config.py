@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
+import reprlib
 import tomllib
 import types
 import typing
@@ -12,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from wsiseg.errors import ConfigError
+from wsiseg.text import did_you_mean, parse_json, read_text
 
 if typing.TYPE_CHECKING:
     from collections.abc import Iterator
@@ -356,7 +359,8 @@ NOT_HASHED = (
     "model", "mpp", "reader", "seeds", "bank", "roi",
 )  # fmt: skip
 
-_POSITIVE, _SHARE = (1e-6, 1e6), (0.0, 1.0)
+_SHARE = (0.0, 1.0)
+_LARGEST = 1e300  #: a whole number may be too large for a float
 #: Allowed range of every number.
 LIMITS: dict[str, tuple[float, float]] = {
     "mpp": (0.01, 100), "workers": (1, 1024), "batch_size": (1, 1024), "max_ram_gb": (0.5, 1e5), "max_vram_gb": (0.1, 1e5),
@@ -404,29 +408,46 @@ def from_mapping(mapping: dict[str, Any], where: str, base: RunConfig | None = N
 def read_config(path: Path, base: RunConfig | None = None) -> RunConfig:
     """A configuration file, TOML or JSON; a manifest of a run is accepted too (its ``config`` member is used)."""
     try:
-        text = path.read_text(encoding="utf-8")
-        mapping = json.loads(text) if text.lstrip().startswith("{") else tomllib.loads(text)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot read the configuration ({error.strerror}); pass an existing TOML or JSON file") from error
-    except ValueError as error:
-        raise ConfigError(f"{path}: neither TOML nor JSON ({error}); see `wsiseg run --help` for the keys") from error
+        text = read_text(path, ConfigError)
+    except ConfigError as error:
+        raise ConfigError(f"{error}; a TOML or JSON file of settings is needed") from error
+    if text.lstrip().startswith("{"):
+        mapping = parse_json(text, str(path), ConfigError)
+    else:
+        try:
+            mapping = tomllib.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"{path}: neither TOML nor JSON ({error}); docs/methods.md names the keys") from error
     return from_mapping(mapping.get("config", mapping), str(path), base)
 
 
 def check(config: RunConfig, where: str = "configuration") -> None:
-    """Refuse values outside their range.
+    """Refuse values of the wrong type, that are not among the allowed ones, or outside their range.
 
     Raises
     ------
     ConfigError
-        The first value that is out of range, with the range.
+        The first such value, with what is allowed.
     """
+    for name, value, hint in _settings(config):
+        _cast(value, hint, where, name)
     for name, value in _numbers(config):
         low, high = LIMITS[name]
         if not low <= value <= high:  # false for NaN as well
-            raise ConfigError(f"{where}: {name} is {value:g}; it must lie between {low:g} and {high:g}")
+            raise ConfigError(f"{where}: {name} is {_shown(value)}; it must lie between {low:g} and {high:g}")
     if not config.formats:
         raise ConfigError(f"{where}: formats is empty; name at least one, for example parquet")
+
+
+def _settings(section: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:  # noqa: ANN401
+    """Every setting with its dotted name and its annotated type."""
+    hints = typing.get_type_hints(type(section))
+    for item in dataclasses.fields(section):
+        value = getattr(section, item.name)
+        if dataclasses.is_dataclass(hints[item.name]) and type(value) is hints[item.name]:
+            yield from _settings(value, f"{prefix}{item.name}.")
+        else:
+            yield prefix + item.name, value, hints[item.name]
 
 
 def _numbers(section: Any, prefix: str = "") -> Iterator[tuple[str, float]]:  # noqa: ANN401
@@ -442,12 +463,13 @@ def _numbers(section: Any, prefix: str = "") -> Iterator[tuple[str, float]]:  # 
 def _merge(current: Any, mapping: Any, where: str, prefix: str) -> Any:  # noqa: ANN401
     if not isinstance(mapping, dict):
         raise ConfigError(f"{where}: {prefix.rstrip('.') or 'the top level'} must be a table of keys, found {type(mapping).__name__}")
-    known = {f.name for f in dataclasses.fields(current)}
+    known = sorted(f.name for f in dataclasses.fields(current))
     hints = typing.get_type_hints(type(current))
     changes: dict[str, Any] = {}
     for key, value in mapping.items():
         if key not in known:
-            raise ConfigError(f"{where}: unknown key {prefix}{key}; allowed here: {', '.join(sorted(known))}")
+            shown = prefix + (key if key.isprintable() and len(key) < 100 else reprlib.repr(key))
+            raise ConfigError(f"{where}: unknown key {shown}; {did_you_mean(key, known)}allowed here: {', '.join(known)}")
         if dataclasses.is_dataclass(getattr(current, key)):
             changes[key] = _merge(getattr(current, key), value, where, f"{prefix}{key}.")
         else:
@@ -458,19 +480,26 @@ def _merge(current: Any, mapping: Any, where: str, prefix: str) -> Any:  # noqa:
 def _cast(value: Any, hint: Any, where: str, name: str) -> Any:  # noqa: ANN401
     """``value`` as the annotated type of its field, or a sentence."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Literal:
-        if value in arguments:
-            return value
-        raise ConfigError(f"{where}: {name} is {value!r}; choose from {', '.join(map(str, arguments))}")
     if origin in (types.UnionType, typing.Union):
-        if value is None:
-            return None
-        return _cast(value, next(a for a in arguments if a is not type(None)), where, name)
+        return None if value is None else _cast(value, next(a for a in arguments if a is not type(None)), where, name)
     if origin is tuple and isinstance(value, list | tuple) and all(isinstance(v, str) for v in value):
-        return tuple(value)
-    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
-    if hint in (int, bool, str) and type(value) is hint:
+        return tuple(_cast(v, str, where, name) for v in value)
+    if origin is Literal:
+        if not isinstance(value, str) or value not in arguments:
+            allowed = ", ".join(map(str, arguments))
+            raise ConfigError(f"{where}: {name} is {_shown(value)}; {did_you_mean(value, arguments)}choose from {allowed}")
         return value
-    wanted = getattr(hint, "__name__", str(hint))
-    raise ConfigError(f"{where}: {name} is {value!r}; it must be of type {wanted}")
+    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return math.copysign(math.inf, value > 0 or -1) if abs(value) > _LARGEST else float(value)
+    if not (isinstance(value, str) if hint is str else type(value) is hint):
+        raise ConfigError(f"{where}: {name} is {_shown(value)}; it must be of type {getattr(hint, '__name__', str(hint))}")
+    if hint is str and "\0" in value:
+        raise ConfigError(f"{where}: {name} is {_shown(value)}; a NUL character is not allowed in it; leave it out")
+    return value
+
+
+def _shown(value: object) -> str:
+    """A value in a message: short, in one line, whatever it is."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return "too large" if abs(value) > _LARGEST else f"{value:g}"
+    return reprlib.repr(value)[:100]

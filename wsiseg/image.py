@@ -28,6 +28,7 @@ from wsiseg.segmenting import segment_tile
 from wsiseg.sheet import Sheet
 from wsiseg.slide import read_region
 from wsiseg.slide.array_reader import ArrayReader
+from wsiseg.text import did_you_mean
 from wsiseg.tiles import plan_blocks
 from wsiseg.tissue import SearchArea
 
@@ -114,7 +115,7 @@ def chain_image(
         float64 of shape (n, 2): the prompt of each cell, px of ``labels``, corner frame.
     """
     if like not in COP_FORMS:
-        raise ConfigError(f"like={like!r}: choose from {', '.join(COP_FORMS)}")
+        raise ConfigError(f"like={like!r}: {did_you_mean(like, COP_FORMS)}choose from {', '.join(COP_FORMS)}")
     form = COP_FORMS[like]
     config = dataclasses.replace(config or RunConfig(), mpp=mpp, method="auto")  # the method is the form
     cop = dataclasses.replace(config.cop, gate=form.gate, localise=form.localise)

@@ -135,7 +135,10 @@ def plan_run(slide: str, config: RunConfig, out: Path, *, name: str | None = Non
         if seeds:
             seeds, more = check_seeds(seeds, info)
             warnings += more
-        roi = read_regions(Path(config.roi), info) if config.roi else None
+        roi = None
+        if config.roi:
+            roi, more = read_regions(Path(config.roi), info)
+            warnings += more
         resolved = resolve(
             config, card.name, maps=card.instance_decoder, clicked=seeds is not None or bank is not None, chains=bank is None or bool(bank.high)
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from wsiseg.evaluation.scores import Evaluation, ImageScores, class_scores, has_
 from wsiseg.evaluation.sources import Labels, Outlines, Points, Side, files_in, read_label, read_side, run_file, type_names
 from wsiseg.evaluation.summary import PointHits, mean_interval, retention
 from wsiseg.evaluation.types import RADIUS_UM, detect, pool_detections
+from wsiseg.text import did_you_mean, parse_json, read_text
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -99,7 +99,8 @@ def evaluate(
     predicted = {p for _, p in detection.pairs} | set(detection.spurious)
     if typed and not predicted & set(detection.classes):
         theirs, ours = _some(sorted(predicted - {""})), _some(detection.classes)
-        notes.append(f"no type in common: {theirs} predicted, {ours} in the truth; names must be alike, --classes names the ids")
+        hint = next((hint for name in sorted(predicted - {""}) if (hint := did_you_mean(name, detection.classes))), "")
+        notes.append(f"no type in common: {theirs} predicted, {ours} in the truth; {hint}names must be alike, --classes names the ids")
     ratios: dict[str, float] = {}
     if baseline is not None:
         # The baseline's own types, if it has any, are in its files: an image of types belongs to one prediction only.
@@ -133,10 +134,7 @@ def _class_names(classes: str | Path | Mapping[str, str] | None) -> dict[str, st
     if classes is None:
         return {}
     if isinstance(classes, str | Path):
-        try:
-            classes = json.loads(Path(classes).read_text(encoding="utf-8-sig"))
-        except (OSError, ValueError) as error:
-            raise FormatError(f'{classes}: not readable as JSON ({error}); type ids and their names are needed, {{"1": "tumour"}}') from error
+        classes = parse_json(read_text(Path(classes), FormatError), str(classes), FormatError)
         if not isinstance(classes, dict) or not all(isinstance(name, str) for name in classes.values()):
             raise FormatError('--classes: an object of type ids and their names is needed, {"1": "tumour"}')
     return {str(key): name for key, name in classes.items()}
@@ -225,12 +223,13 @@ def _side(source: Path | NDArray[np.integer], types: Path | NDArray[np.integer] 
     if isinstance(source, np.ndarray) and (source.ndim != 2 or source.dtype.kind not in "uib"):
         raise FormatError(f"an array of {source.dtype} and shape {source.shape}; integers of shape (height, width) are needed")
     side = Labels(source) if isinstance(source, np.ndarray) else read_side(source, options.names)
+    notes = list(side.notes)
     if types is None:
         return side
     if not isinstance(side, Labels):
         raise FormatError(f"{_said(source)}: an image of types was given for it, but only label images need one; leave it out")
-    ids = majority(side.ids, types if isinstance(types, np.ndarray) else read_label(types))
-    return Labels(side.ids, type_names(options.names, [i or None for i in ids.tolist()]))
+    ids = majority(side.ids, types if isinstance(types, np.ndarray) else read_label(types, notes))
+    return Labels(side.ids, type_names(options.names, [i or None for i in ids.tolist()]), tuple(notes))
 
 
 def _in_one_frame(p: Side, g: Side, where: str, notes: list[str]) -> tuple[Side, Side]:

@@ -13,6 +13,7 @@ import numpy as np
 import shapely
 
 from wsiseg.errors import FormatError
+from wsiseg.formats.geojson_geometry import polygonal
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -191,14 +192,6 @@ def disjoint(polygons: NDArray[np.object_]) -> tuple[NDArray[np.object_], int]:
             out[k] = polygonal(shapely.difference(polygons[k], shapely.union_all(polygons[j[rows]])))
             cut += shapely.area(out[k]) < 0.99 * shapely.area(polygons[k])
     return out, cut
-
-
-def polygonal(geometry: shapely.Geometry) -> shapely.Geometry:
-    """The parts of a geometry that have an area, as one Polygon or MultiPolygon (empty where there is none)."""
-    if shapely.get_type_id(geometry) in (shapely.GeometryType.POLYGON, shapely.GeometryType.MULTIPOLYGON):
-        return geometry
-    parts = shapely.get_parts(shapely.get_parts(geometry))
-    return shapely.multipolygons(parts[shapely.get_type_id(parts) == shapely.GeometryType.POLYGON])
 
 
 def _sizes(ids: NDArray[np.int64], count: NDArray[np.int64], wanted: int | None) -> tuple[NDArray[np.int64], NDArray[np.float64]]:

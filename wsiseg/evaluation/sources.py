@@ -12,19 +12,24 @@ keeps the two apart.
 
 from __future__ import annotations
 
-import csv
 import json
+import logging
+import struct
+import tokenize
 import zlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import shapely
 
+from wsiseg.config import LIMITS
 from wsiseg.errors import FormatError
-from wsiseg.evaluation.contingency import polygonal
-from wsiseg.formats.documents import iter_features, parse_json, read_texts
+from wsiseg.formats.documents import class_name, iter_features, read_texts
+from wsiseg.formats.geojson_geometry import FARTHEST_PX, read_polygons, repaired
+from wsiseg.formats.text_tables import read_table
 from wsiseg.records import UNASSIGNED
+from wsiseg.text import parse_json, read_text, show
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -39,7 +44,11 @@ RUN_FILES = ("cells.parquet", "cells.geojson.gz", "cells.geojson.zip")
 NOT_CELLS = ("classes.json", "manifest.json")  #: other documents that lie in such folders
 KINDS = "allowed are .png, .tif, .npy (labels), .geojson, .json, .gz, .zip, .parquet (outlines) and .csv (points)"
 # What decoders of other libraries raise on damaged files.
-UNREADABLE = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ArithmeticError, SyntaxError, EOFError, zlib.error)
+UNREADABLE = (
+    OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ArithmeticError, SyntaxError, EOFError, AssertionError, MemoryError,
+    struct.error, tokenize.TokenError, zlib.error,
+)  # fmt: skip
+COLUMNS = ("x", "y", "type")  #: of points
 
 
 @dataclass(frozen=True)
@@ -114,7 +123,8 @@ def read_side(path: Path, names: Mapping[str, str]) -> Side:
     if suffix is None or not path.is_file():
         raise FormatError(f"{path}: {path.suffix or 'a name without suffix'} is no kind of file that can be compared; {KINDS}")
     if suffix in IMAGES:
-        return Labels(read_label(path))
+        notes: list[str] = []
+        return Labels(read_label(path, notes), notes=tuple(notes))
     if suffix == ".csv":
         return _read_points(path, names)
     return _read_parquet(path, names) if suffix == ".parquet" else _read_geojson(path, names)
@@ -153,8 +163,15 @@ def run_file(folder: Path) -> Path | None:
     return next((folder / name for name in RUN_FILES if (folder / name).is_file()), None) if folder.is_dir() else None
 
 
-def read_label(path: Path) -> NDArray[np.integer]:
+def read_label(path: Path, notes: list[str]) -> NDArray[np.integer]:
     """A label image, or an image of type ids: integers of shape (H, W).
+
+    Parameters
+    ----------
+    path
+        PNG, TIFF or NumPy's ``.npy``.
+    notes
+        Gets a sentence where the decoder read the file, but had doubts.
 
     Raises
     ------
@@ -164,10 +181,13 @@ def read_label(path: Path) -> NDArray[np.integer]:
     if suffix_of(path) not in IMAGES:
         raise FormatError(f"{path}: not a label image; allowed are .png, .tif, .tiff and .npy")
     try:
-        pixels = _load(path)
+        with _Overheard() as overheard:
+            pixels = _load(path)
     except UNREADABLE as error:
-        reason = (str(error) or type(error).__name__).split("\n", 1)[0]
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise FormatError(f"{path}: not a readable label image ({reason}); copy or export it again") from error
+    if overheard.said:
+        notes.append(f"{path}: may be damaged, the decoder says: {' '.join(overheard.said[0].split())[:200]}; compare it with the original")
     if pixels.ndim > 2:
         pixels = np.squeeze(pixels)
     if pixels.ndim == 3:
@@ -187,10 +207,38 @@ def type_names(names: Mapping[str, str], values: list[Any]) -> NDArray[np.object
     return out if any(out) else None
 
 
+class _Overheard(logging.Handler):
+    """Keeps what the decoders log from stderr: one line of ours says it."""
+
+    loggers = tuple(logging.getLogger(name) for name in ("tifffile", "imagecodecs"))
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.said: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.said.append(record.getMessage())
+
+    def __enter__(self) -> Self:
+        self.before = [(logger.level, logger.propagate) for logger in self.loggers]
+        for logger in self.loggers:
+            logger.addHandler(self)
+            logger.setLevel(logging.WARNING)
+            logger.propagate = False
+        return self
+
+    def __exit__(self, *reason: object) -> None:
+        for logger, (level, propagate) in zip(self.loggers, self.before, strict=True):
+            logger.removeHandler(self)
+            logger.setLevel(level)
+            logger.propagate = propagate
+
+
 def _load(path: Path) -> NDArray[Any]:
     suffix = path.suffix.lower()
     if suffix == ".npy":
-        return np.asarray(np.load(path, allow_pickle=False))
+        with path.open("rb") as stream:
+            return np.asarray(np.lib.format.read_array(stream, allow_pickle=False))
     if suffix in (".tif", ".tiff"):
         import tifffile
 
@@ -207,25 +255,20 @@ def _load(path: Path) -> NDArray[Any]:
 
 
 def _read_points(path: Path, names: Mapping[str, str]) -> Points:
+    table = read_table(read_text(path, FormatError), str(path), FormatError, known=COLUMNS, numbers=("x", "y"))
+    if not {"x", "y"} <= set(table.columns):
+        found = ", ".join(filter(None, table.columns))
+        found = show(found) if len(found) > 200 or not found.isprintable() else found or "none"
+        raise FormatError(f"{path}: the columns are {found}; x and y are needed, and type if there are types")
     xy: list[tuple[float, float]] = []
     types: list[str] = []
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as stream:
-            rows = csv.DictReader(stream)
-            columns = rows.fieldnames or []
-            if not {"x", "y"} <= set(columns):
-                raise FormatError(f"{path}: the columns are {', '.join(columns) or 'none'}; x and y are needed, and type if there are types")
-            for row in rows:
-                try:
-                    x, y = float(row["x"]), float(row["y"])
-                except (TypeError, ValueError):
-                    x = y = np.nan
-                if not np.isfinite([x, y]).all():
-                    raise FormatError(f"{path}: line {rows.line_num}: x and y are {row['x']!r} and {row['y']!r}; finite numbers are needed")
-                xy.append((x, y))
-                types.append(row.get("type") or "")
-    except (UnicodeDecodeError, csv.Error, OSError) as error:
-        raise FormatError(f"{path}: not a readable table ({error}); save it as comma-separated UTF-8") from error
+    for line, row in table.rows:
+        x, y = (table.number(row.get(axis, "")) for axis in ("x", "y"))
+        if x is None or y is None or not (abs(x) <= FARTHEST_PX and abs(y) <= FARTHEST_PX):  # (NaN is not below it)
+            found = f"{show(row.get('x', ''))} and {show(row.get('y', ''))}"
+            raise FormatError(f"{path}: line {line}: x and y are {found}; finite numbers of px are needed")
+        xy.append((x, y))
+        types.append(row.get("type", ""))
     return Points(np.array(xy, np.float64).reshape(-1, 2), type_names(names, types))
 
 
@@ -262,56 +305,39 @@ def _read_parquet(path: Path, names: Mapping[str, str]) -> Outlines:
 def _read_geojson(path: Path, names: Mapping[str, str]) -> Outlines:
     geometries: list[shapely.Geometry] = []
     types: list[str] = []
-    kinds: list[str] = []
-    count, note = 0, {}
+    kinds: list[object] = []
+    count, opened, note = 0, 0, {}
     for place, text in read_texts(path, FormatError):
         document = parse_json(text, place, FormatError)
         if isinstance(document, dict) and isinstance(document.get("wsiseg"), dict):
             note = document["wsiseg"]
         for inside, feature in iter_features(document, place, FormatError):
             count += 1
-            properties = feature.get("properties")
-            properties = properties if isinstance(properties, dict) else {}
+            properties = feature.get("properties") or {}
             # of a QuPath cell that has both, the nucleus: what nucleus metrics are about
-            shape = _shape(feature.get("nucleusGeometry") or feature.get("geometry"), f"{place}: {inside}")
-            if shape is not None:
-                geometries.append(shape)
-                types.append(_class_name(properties.get("classification")))
-                kinds.append(str(properties.get("objectType") or properties.get("object_type") or ""))
+            nucleus = feature.get("nucleusGeometry")
+            outline = feature.get("geometry") if nucleus is None else nucleus
+            shapes, unclosed = read_polygons(outline, f"{place}: {inside}", FormatError)
+            opened += unclosed > 0
+            if shapes:
+                geometries.append(shapes[0] if len(shapes) == 1 else shapely.MultiPolygon(shapes))
+                types.append(class_name(properties.get("classification"), f"{place}: {inside}", FormatError))
+                kinds.append(properties.get("objectType") or properties.get("object_type") or "")
     if count and not geometries:
         raise FormatError(f"{path}: {count} objects, no polygon; export the outlined cells from QuPath with File > Export objects as GeoJSON")
-    notes: tuple[str, ...] = ()
-    if {"detection", "cell"} & set(kinds) and "annotation" in kinds:  # then the annotations are regions around the cells
+    notes: tuple[str, ...] = (f"{path}: {opened} of {count} outlines were not closed; they were closed",) if opened else ()
+    if ("detection" in kinds or "cell" in kinds) and "annotation" in kinds:  # then the annotations are regions around the cells
         cells = [k for k, kind in enumerate(kinds) if kind != "annotation"]
-        notes = (f"{path}: {len(kinds) - len(cells)} annotations beside detections were taken for regions and left out",)
+        notes += (f"{path}: {len(kinds) - len(cells)} annotations beside detections were taken for regions and left out",)
         geometries, types = [geometries[k] for k in cells], [types[k] for k in cells]
     found = np.empty(len(geometries), object)
     found[:] = geometries
     polygons, kept, more = _cleaned(found, path)
-    mpp, origin = _scale_and_origin(note)
-    return Outlines(polygons, type_names(names, _picked(types, kept)), mpp, "qupath", origin, notes + more)
-
-
-def _shape(geometry: Any, place: str) -> shapely.Geometry | None:  # noqa: ANN401
-    """Polygon or MultiPolygon of a GeoJSON geometry, holes kept; ``None`` for anything else."""
-    if not isinstance(geometry, dict):
-        return None
-    kind, parts = geometry.get("type"), geometry.get("coordinates")
-    if kind == "GeometryCollection":  # QuPath 0.4 and 0.5 write them
-        members = [shape for shape in (_shape(member, place) for member in geometry.get("geometries") or []) if shape is not None]
-        return shapely.union_all(members) if members else None
-    if kind not in ("Polygon", "MultiPolygon"):
-        return None
     try:
-        rings = [[np.array(ring, np.float64)[:, :2] for ring in part or []] for part in ([parts] if kind == "Polygon" else parts or [])]
-        if not all(np.isfinite(ring).all() for part in rings for ring in part):
-            raise FormatError(f"{place}.geometry: null, text or a non-finite number among the coordinates; export the file again")
-        polygons = [shapely.Polygon(part[0], part[1:]) for part in rings if part]
-    except (TypeError, IndexError, ValueError, shapely.errors.GEOSException) as error:
-        if isinstance(error, FormatError):
-            raise
-        raise FormatError(f"{place}.geometry: coordinates are no rings of [x, y] positions; export the file again") from error
-    return polygons[0] if len(polygons) == 1 else shapely.MultiPolygon(polygons)
+        mpp, origin = _scale_and_origin(note)
+    except UNREADABLE as error:
+        raise FormatError(f"{path}: 'wsiseg' in it has the wrong mpp or bounds ({show(note)}); take that member out") from error
+    return Outlines(polygons, type_names(names, _picked(types, kept)), mpp, "qupath", origin, notes + more)
 
 
 def _cleaned(geometries: NDArray[np.object_], path: Path) -> tuple[NDArray[np.object_], NDArray[np.bool_], tuple[str, ...]]:
@@ -323,14 +349,16 @@ def _cleaned(geometries: NDArray[np.object_], path: Path) -> tuple[NDArray[np.ob
     if not np.isfinite(xy).all():
         first = int(owner[~np.isfinite(xy).all(axis=1)][0])
         raise FormatError(f"{path}: outline {first} has a non-finite number among its coordinates; export the file again")
+    if len(xy) and np.abs(xy).max() > FARTHEST_PX:
+        raise FormatError(f"{path}: the coordinate {np.abs(xy).max():g} is farther than any slide reaches; px are needed; export the file again")
     broken = np.flatnonzero(area_like & ~shapely.is_valid(geometries))
     out = geometries.copy()
     for row in broken:
-        out[row] = polygonal(shapely.make_valid(geometries[row]))
+        out[row] = repaired(geometries[row])
     kept = area_like & (shapely.area(out) > 0)
     notes = []
     if len(broken):
-        notes.append(f"{path}: {len(broken)} of {len(out)} outlines cross themselves and were repaired")
+        notes.append(f"{path}: {len(broken)} of {len(out)} outlines touch, cross or overlap themselves and were repaired")
     if not kept.all():
         notes.append(f"{path}: {int((~kept).sum())} of {len(out)} objects have no area and were left out")
     return out[kept], kept, tuple(notes)
@@ -340,15 +368,12 @@ def _picked(values: list[Any], kept: NDArray[np.bool_]) -> list[Any]:
     return [value for value, keep in zip(values, kept.tolist(), strict=False) if keep]
 
 
-def _class_name(value: object) -> str:
-    """Name of a QuPath classification in any of its forms; empty: unclassified."""
-    if isinstance(value, dict):
-        names = value.get("names")
-        return ": ".join(map(str, names)) if isinstance(names, list) else str(value.get("name") or "")
-    return value if isinstance(value, str) else ""
-
-
 def _scale_and_origin(note: dict[str, Any]) -> tuple[float | None, tuple[float, float] | None]:
     """Microns per px and the origin of QuPath's frame from what wsiseg wrote into a file."""
     mpp, bounds = note.get("mpp"), note.get("bounds")
-    return None if mpp is None else float(mpp), None if bounds is None else (float(bounds[0]), float(bounds[1]))
+    if mpp is not None and not LIMITS["mpp"][0] <= mpp <= LIMITS["mpp"][1]:
+        raise ValueError(f"mpp {mpp}")
+    origin = None if bounds is None else (float(bounds[0]), float(bounds[1]))
+    if origin is not None and not max(map(abs, origin)) <= FARTHEST_PX:
+        raise ValueError(f"bounds {bounds}")
+    return None if mpp is None else float(mpp), origin

@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Protocol, cast
 
 from wsiseg.errors import ConfigError
+from wsiseg.text import did_you_mean
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -50,6 +51,7 @@ def load_writer(name: str) -> Writer:
         No format has that name.
     """
     if name not in FORMATS:
-        raise ConfigError(f"--format: unknown format {name!r}; allowed are {', '.join(sorted(FORMATS))}, comma-separated")
+        allowed = f"allowed are {', '.join(sorted(FORMATS))}, comma-separated"
+        raise ConfigError(f"--format: unknown format {name!r}; {did_you_mean(name, FORMATS)}{allowed}")
     module, function = FORMATS[name].split(":")
     return cast("Writer", getattr(importlib.import_module(module), function))

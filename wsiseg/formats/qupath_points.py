@@ -26,7 +26,8 @@ from typing import TYPE_CHECKING, Any
 from wsiseg import __version__
 from wsiseg.errors import SeedsError
 from wsiseg.formats.atomic import atomic_path
-from wsiseg.formats.documents import QUPATH_TYPES, iter_features
+from wsiseg.formats.documents import QUPATH_TYPES, class_name, iter_features
+from wsiseg.formats.geojson_geometry import kind_of, read_points, read_polygons
 from wsiseg.formats.seed_rules import (
     Color,
     Point,
@@ -37,15 +38,18 @@ from wsiseg.formats.seed_rules import (
     default_colors,
     is_number,
     short,
-    show,
 )  # fmt: skip
+from wsiseg.formats.text_tables import columns_of, read_table
 from wsiseg.records import Seeds, SeedType
+from wsiseg.text import show
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 NEGATIVE_NAME = "not this type"  #: name of the annotation of a click against its class
 POINT_SUFFIXES = (".geojson", ".geojson.gz")  #: that are written
+COLUMNS = ("x", "y", "class", "name", "color")  #: of the table of points
+
 
 @dataclass
 class QuPathClicks:
@@ -58,6 +62,7 @@ class QuPathClicks:
     unclassified: list[str] = field(default_factory=list)
     passed_over: list[str] = field(default_factory=list)
     features: int = 0
+    regions: int = 0
 
     def add_document(self, document: object, place: str) -> None:
         """Take the Point and MultiPoint Features of a GeoJSON document."""
@@ -65,40 +70,31 @@ class QuPathClicks:
             self.features += 1
             where = f"{place}: {inside}"
             geometry = feature.get("geometry")
-            kind = geometry.get("type") if isinstance(geometry, dict) else None
-            if not isinstance(geometry, dict) or kind not in ("Point", "MultiPoint"):
-                self.passed_over.append(f"{inside} ({kind})")
+            clicks = read_points(geometry, where, SeedsError)
+            if kind_of(geometry) not in ("Point", "MultiPoint") and not clicks:
+                self.passed_over.append(f"{inside} ({kind_of(geometry)})")
+                self.regions += bool(read_polygons(geometry, where, SeedsError)[0])
                 continue
-            coordinates = geometry.get("coordinates")
-            if not isinstance(coordinates, list):
-                raise SeedsError(f"{where}.geometry: no list of coordinates; export the points from QuPath again")
-            positions = coordinates if kind == "MultiPoint" else [coordinates] if coordinates else []
-            clicks = [_position(position, f"{where}.geometry.coordinates") for position in positions]
             if clicks:  # "Create points for all classes" leaves empty annotations
-                properties = feature.get("properties")
-                properties = properties if isinstance(properties, dict) else {}
-                name, color = _class_of(properties.get("classification"), where)
+                properties = feature.get("properties") or {}
+                name = class_name(properties.get("classification"), where, SeedsError)
+                color = _color_of(properties.get("classification"))
                 self._add(name, color, clicks, inside, negative=_is_negative(properties.get("name")))
 
     def add_table(self, text: str, place: str) -> None:
-        """Take the rows of the .tsv of the points dialog."""
-        header, *lines = text.splitlines()
-        columns = header.lstrip().split("\t")
-        for number, line in enumerate(lines, start=2):
-            if not line.strip():
-                continue
+        """Take the rows of the .tsv of the points dialog, or of such a table from a spreadsheet."""
+        table = read_table(text, place, SeedsError, known=COLUMNS, numbers=("x", "y"))
+        for line, row in table.rows:
             self.features += 1
-            row = dict(zip(columns, line.split("\t"), strict=False))
-            where = f"{place}: line {number}"
-            try:
-                x, y = float(row["x"]), float(row["y"])
-            except (KeyError, ValueError) as error:
+            where = f"{place}: line {line}"
+            x, y = (table.number(row.get(axis, "")) for axis in ("x", "y"))
+            if x is None or y is None:
                 found = show(f"{row.get('x', '')} {row.get('y', '')}")
-                raise SeedsError(f"{where}: x and y are {found}; numbers with a decimal point are needed; save them again") from error
-            packed = row.get("color", "").strip()
-            color = _unpacked(int(packed)) if re.fullmatch(r"-?\d+", packed) else None
+                raise SeedsError(f"{where}: x and y are {found}; two numbers are needed; save them again")
+            packed = row.get("color", "")
+            color = _unpacked(int(packed)) if re.fullmatch(r"-?[0-9]{1,10}", packed) else None
             click = (coordinate(x, where), coordinate(y, where))
-            self._add(row.get("class", "").strip(), color, [click], f"line {number}", negative=_is_negative(row.get("name")))
+            self._add(row.get("class", ""), color, [click], f"line {line}", negative=_is_negative(row.get("name")))
 
     def _add(self, name: str, color: Color | None, clicks: list[Point], inside: str, *, negative: bool) -> None:
         if not name:
@@ -116,6 +112,10 @@ class QuPathClicks:
             raise SeedsError(f"{self.source}: {self.unclassified[0]}: the points have no class, so their cell type is unknown; {remedy}")
         if not self.points:
             found = f"{self.features} objects, but no points" if self.features else "no objects"
+            if self.regions:
+                raise SeedsError(
+                    f"{self.source}: these are {self.regions} regions, and no points; seeds are points with a class; did you mean --roi?"
+                )
             raise SeedsError(
                 f"{self.source}: {found} in it; seeds are points with a class; in QuPath click cells with the Points tool, one class per "
                 "cell type, and use File > Export objects as GeoJSON"
@@ -135,10 +135,10 @@ class QuPathClicks:
         check_clicks(kinds, places)
         notes = []
         if self.unclassified:
-            notes.append(f"{self.source}: {len(self.unclassified)} point annotations without a class were passed over; {remedy}")
+            notes.append(f"{self.source}: {len(self.unclassified)} point annotations without a class were skipped; {remedy}")
         if self.passed_over:
             first = self.passed_over[0]
-            notes.append(f"{self.source}: {len(self.passed_over)} objects that are no points were passed over, the first is {first}")
+            notes.append(f"{self.source}: {len(self.passed_over)} objects that are not points were skipped, the first is {first}")
         return QuPathSeeds(kinds, self.source, None, tuple(notes))
 
 
@@ -197,38 +197,23 @@ def is_geojson(document: object) -> bool:
 
 
 def is_table(text: str) -> bool:
-    """Whether a text is the .tsv of QuPath's points dialog."""
-    return text.lstrip()[0] not in '{["' and re.match(r"\s*x\ty\t", text) is not None
+    """Whether a text is a table of points, as the .tsv of QuPath's points dialog."""
+    return text.lstrip()[0] not in "{[" and {"x", "y"} <= set(columns_of(text, COLUMNS))
 
 
 def _is_negative(name: object) -> bool:
     return isinstance(name, str) and " ".join(name.split()).casefold() == NEGATIVE_NAME
 
 
-def _position(value: object, place: str) -> Point:
-    if not isinstance(value, list) or len(value) < 2:
-        raise SeedsError(f"{place}: {show(value)} is no position [x, y]; export the points from QuPath again")
-    return coordinate(value[0], place), coordinate(value[1], place)
-
-
-def _class_of(value: object, place: str) -> tuple[str, Color | None]:
-    """Name (empty: unclassified) and colour of a QuPath classification in any of its forms since 0.2."""
-    if value is None:
-        return "", None
-    if isinstance(value, str):
-        return value.strip(), None
+def _color_of(value: object) -> Color | None:
+    """The colour of a QuPath classification, where it says one."""
     if not isinstance(value, dict):
-        raise SeedsError(f"{place}.properties.classification: {show(value)} is no class; export the points from QuPath again")
-    names = value.get("names")
-    name = ": ".join(map(str, names)) if isinstance(names, list) else str(value.get("name") or "")
-    parent = value.get("parentClass")
-    if parent is not None:
-        name = f"{_class_of(parent, place)[0]}: {name}"
+        return None
     color = value.get("color")
     if isinstance(color, list) and len(color) >= 3 and all(is_number(part) and 0 <= part <= 255 for part in color[:3]):
-        return name.strip(), (int(color[0]), int(color[1]), int(color[2]))
+        return int(color[0]), int(color[1]), int(color[2])
     packed = value.get("colorRGB", color)
-    return name.strip(), _unpacked(packed) if isinstance(packed, int) and not isinstance(packed, bool) else None
+    return _unpacked(packed) if isinstance(packed, int) and not isinstance(packed, bool) else None
 
 
 def _unpacked(argb: int) -> Color:

@@ -57,7 +57,7 @@ def validate_geojson(path: Path) -> list[str]:
     try:
         if path.name.lower().endswith(".zip"):
             problems += _zip_names(path)
-        for place, text in read_texts(path, FormatError):
+        for place, text in read_texts(path, FormatError, utf8_only=True):
             prefix = "" if place == str(path) else place.removeprefix(f"{path}: ") + ": "
             for problem in _document_problems(text, seen):
                 problems.append(prefix + problem)
@@ -206,7 +206,8 @@ def _feature_problems(feature: Any, place: str, seen: set[str]) -> Iterator[str]
             yield f"{place}.{member}: {rule}"
     if isinstance(properties, dict):
         for key in ("childObjects", "children"):
-            for index, child in enumerate(properties.get(key) or []):
+            children = properties.get(key)
+            for index, child in enumerate(children if isinstance(children, list) else []):
                 yield from _feature_problems(child, f"{place}.properties.{key}[{index}]", seen)
 
 

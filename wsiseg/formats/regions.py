@@ -8,14 +8,14 @@ Specification: https://datatracker.ietf.org/doc/html/rfc7946
 
 from __future__ import annotations
 
-import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy as np
 import shapely
 
 from wsiseg.errors import FormatError
-from wsiseg.formats.documents import iter_features, parse_json, read_texts
+from wsiseg.formats.documents import iter_features, read_texts
+from wsiseg.formats.geojson_geometry import kind_of, read_points, read_polygons, repaired
+from wsiseg.text import parse_json
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -23,37 +23,78 @@ if TYPE_CHECKING:
     from wsiseg.records import SlideInfo
 
 
-def read_regions(path: Path, info: SlideInfo) -> shapely.MultiPolygon | shapely.Polygon:
+def read_regions(path: Path, info: SlideInfo) -> tuple[shapely.MultiPolygon | shapely.Polygon, list[str]]:
     """Read the regions to work on.
 
     Parameters
     ----------
     path
-        GeoJSON, plain, .gz or .zip: FeatureCollection, array, Feature, or a bare geometry. Anything but polygons is passed over.
+        GeoJSON, plain, .gz or .zip: FeatureCollection, array, Feature, or a bare geometry.
     info
         Of the slide: its bounds are added to the coordinates, its size limits them.
 
     Returns
     -------
-    shapely.MultiPolygon or shapely.Polygon
-        The union of all polygons in absolute level-0 px, cut at the edge of the slide; valid, with an area.
+    tuple of (shapely.MultiPolygon or shapely.Polygon, list of str)
+        The union of all polygons in absolute level-0 px, cut at the edge of the slide; valid, with an area. And warnings, one sentence each:
+        what was repaired, closed or left out.
 
     Raises
     ------
     FormatError
-        There is no polygon, one is invalid, or all lie outside the slide.
+        The file cannot be read, there is no polygon with an area, or all lie outside the slide.
     """
-    polygons: list[shapely.Polygon] = []
-    count = 0
+    drawn: list[shapely.Geometry] = []
+    broken: list[str] = []
+    opened: list[str] = []
+    empty: list[str] = []
+    others: list[str] = []
+    points = count = 0
     for place, text in read_texts(path, FormatError):
-        for inside, feature in iter_features(parse_json(text, place, FormatError), place, FormatError):
+        document = parse_json(text, place, FormatError)
+        if isinstance(document, dict) and "types" in document and "version" in document:
+            raise FormatError(f"{place}: these are clicks (a seeds.json), not regions; did you mean --seeds?")
+        for inside, feature in iter_features(document, place, FormatError):
             count += 1
-            polygons += _polygons(feature.get("geometry"), f"{place}: {inside}")
-    if not polygons:
-        raise FormatError(f"{path}: {count} objects, no polygon; draw regions in QuPath and use File > Export objects as GeoJSON")
+            geometry = feature.get("geometry")
+            polygons, unclosed = read_polygons(geometry, f"{place}: {inside}", FormatError)
+            if not polygons:
+                others.append(f"{inside} ({kind_of(geometry)})")
+                points += bool(read_points(geometry, f"{place}: {inside}", FormatError))
+                continue
+            shape = shapely.MultiPolygon(polygons)
+            if not shape.is_valid:
+                broken.append(f"{inside} ({' '.join(shapely.is_valid_reason(shape).split())})")
+                shape = repaired(shape)
+            if unclosed:
+                opened.append(inside)
+            if shape.area > 0:
+                drawn.append(shape)
+            else:
+                empty.append(inside)
+    if points and not drawn and not empty:
+        raise FormatError(f"{path}: these are {points} points, and no polygon; did you mean --seeds?")
+    if not drawn:
+        found = f"{len(empty)} polygons without an area" if empty else "no polygon"
+        raise FormatError(f"{path}: {count} objects, {found}; draw regions in QuPath and use File > Export objects as GeoJSON")
+    notes = [
+        f"{path}: {len(found)} of {count} objects {what}; the first is {found[0]}"
+        for found, what in (
+            (broken, "touch, cross or overlap themselves and were repaired"),
+            (opened, "have a line that was not closed; it was closed"),
+            (empty, "have no area and were left out"),
+            (others, "are not polygons and were left out"),
+        )
+        if found
+    ]
+    return _on_slide(drawn, path, info), notes
+
+
+def _on_slide(drawn: list[shapely.Geometry], path: Path, info: SlideInfo) -> shapely.MultiPolygon | shapely.Polygon:
+    """The union in absolute level-0 px, cut at the edge of the slide."""
     shift = (0, 0) if info.bounds is None else info.bounds[:2]
     width, height = info.size_px0
-    united = shapely.transform(shapely.union_all(polygons), lambda xy: xy + shift)
+    united = shapely.transform(shapely.union_all(drawn), lambda xy: xy + shift)
     parts = shapely.get_parts(shapely.get_parts(shapely.intersection(united, shapely.box(0, 0, width, height))))
     parts = parts[(shapely.get_type_id(parts) == shapely.GeometryType.POLYGON) & (shapely.area(parts) > 0)]
     if not len(parts):
@@ -63,35 +104,3 @@ def read_regions(path: Path, info: SlideInfo) -> shapely.MultiPolygon | shapely.
             "coordinates are level-0 px; check that the file belongs to this slide"
         )
     return parts[0] if len(parts) == 1 else shapely.MultiPolygon(list(parts))
-
-
-def _polygons(geometry: Any, place: str) -> list[shapely.Polygon]:  # noqa: ANN401
-    if not isinstance(geometry, dict):
-        return []
-    kind = geometry.get("type")
-    if kind == "GeometryCollection":  # QuPath 0.4 and 0.5 write them
-        return [polygon for member in geometry.get("geometries") or [] for polygon in _polygons(member, place)]
-    if kind not in ("Polygon", "MultiPolygon"):
-        return []
-    coordinates = geometry.get("coordinates")
-    parts: list[Any] = [coordinates] if kind == "Polygon" else coordinates or []
-    try:
-        polygons = [shapely.Polygon(_ring(part[0], place), [_ring(hole, place) for hole in part[1:]]) for part in parts if part]
-    except (TypeError, IndexError, KeyError, ValueError, shapely.errors.GEOSException) as error:
-        if isinstance(error, FormatError):
-            raise
-        raise FormatError(f"{place}.geometry: coordinates are no rings of [x, y] positions; export the regions again") from error
-    shape = shapely.MultiPolygon(polygons)
-    if not shape.is_valid:
-        reason = re.sub(r"\s+", " ", shapely.is_valid_reason(shape))
-        raise FormatError(f"{place}.geometry: invalid polygon ({reason}); draw the region again without crossing its own line")
-    return [polygon for polygon in polygons if polygon.area > 0]
-
-
-def _ring(ring: Any, place: str) -> np.ndarray[Any, np.dtype[np.float64]]:  # noqa: ANN401
-    xy = np.array([(position[0], position[1]) for position in ring])
-    if xy.dtype.kind not in "iuf" or not np.isfinite(xy).all():
-        raise FormatError(f"{place}.geometry: null, text or a non-finite number among the coordinates; export the regions again")
-    if len(xy) < 4 or (xy[0] != xy[-1]).any():
-        raise FormatError(f"{place}.geometry: a ring is not closed; its first position must be repeated at the end, 4 positions at least")
-    return xy.astype(np.float64)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import math
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from wsiseg.errors import SeedsError
+from wsiseg.formats.geojson_geometry import finite
 from wsiseg.records import UNASSIGNED, Seeds, SeedType
+from wsiseg.text import show
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -79,27 +79,13 @@ def check_clicks(kinds: tuple[SeedType, ...], places: list[str]) -> None:
 
 
 def coordinate(value: object, place: str) -> float:
-    """A finite number, or a sentence."""
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise SeedsError(f"{place}: {show(value)} is no number; coordinates are finite numbers, in level-0 px, without quotes")
-    try:
-        number = float(value)
-    except OverflowError:
-        number = math.inf
-    if not math.isfinite(number):
-        raise SeedsError(f"{place}: {number} is not finite; coordinates are finite numbers, in level-0 px")
-    return number
+    """A coordinate of a click, or a sentence."""
+    return finite(value, place, SeedsError)
 
 
 def is_number(value: object) -> bool:
     """Whether a JSON value is a number; ``true`` is none."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def show(value: object) -> str:
-    """``value`` as JSON, at most 40 characters of it."""
-    text = json.dumps(value, ensure_ascii=True, default=str)
-    return text if len(text) <= 40 else f"{text[:37]}..."
 
 
 def short(point: Point) -> list[float]:

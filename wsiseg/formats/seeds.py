@@ -12,14 +12,13 @@ QuPath's points (qupath_points.py) stay as they are in :func:`read_seeds`; :func
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from typing import TYPE_CHECKING, Any
 
 from wsiseg.errors import SeedsError
 from wsiseg.formats.atomic import atomic_path, require_free
-from wsiseg.formats.documents import parse_json, read_texts
+from wsiseg.formats.documents import read_texts
 from wsiseg.formats.qupath_points import POINT_SUFFIXES, QuPathClicks, is_geojson, is_table, write_qupath_points
 from wsiseg.formats.seed_rules import (
     PALETTE,
@@ -33,9 +32,9 @@ from wsiseg.formats.seed_rules import (
     file_name,
     is_number,
     short,
-    show,
 )  # fmt: skip
 from wsiseg.records import Seeds, SeedType, SlideInfo
+from wsiseg.text import did_you_mean, parse_json, show
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -230,7 +229,8 @@ def _parse(document: object, place: str, source: str) -> Seeds:
         raise SeedsError(f"{place}: slide is {show(slide)}; it must be the slide's file name, or be left out")
     frame = members.get("frame", "slide")
     if frame not in FRAMES:
-        raise SeedsError(f"{place}: frame is {show(frame)}; allowed are 'slide' (absolute level-0 px), 'qupath' (relative to the bounds)")
+        allowed = "allowed are 'slide' (absolute level-0 px), 'qupath' (relative to the bounds)"
+        raise SeedsError(f"{place}: frame is {show(frame)}; {did_you_mean(frame, FRAMES)}{allowed}")
     types = members.get("types")
     if not isinstance(types, list) or not types:
         found = "missing" if types is None else "empty" if types == [] else show(types)
@@ -252,7 +252,7 @@ def _parse_type(value: object, number: int, file_place: str, *, absolute: bool) 
             raise SeedsError(f"{place}: no {key!r}; every type needs 'name' and 'points'")
     name = members["name"]
     if not isinstance(name, str):
-        raise SeedsError(f"{place}.name: {show(name)} is no text; write the name of a cell type in quotes")
+        raise SeedsError(f"{place}.name: {show(name)} is not text; write the name of a cell type in quotes")
     points = _points(members["points"], f"{place}.points", absolute=absolute)
     if not points:
         raise SeedsError(f"{place}.points: type {name!r} has no points; click at least one cell of it, or remove the type")
@@ -263,13 +263,13 @@ def _parse_type(value: object, number: int, file_place: str, *, absolute: bool) 
 
 def _points(value: object, place: str, *, absolute: bool) -> tuple[Point, ...]:
     if not isinstance(value, list):
-        raise SeedsError(f"{place}: {show(value)} is no list of points; write [[x, y], ...] in level-0 px")
+        raise SeedsError(f"{place}: {show(value)} is not a list of points; write [[x, y], ...] in level-0 px")
     points = []
     for number, pair in enumerate(value):
         where = f"{place}[{number}]"
         if not isinstance(pair, list) or len(pair) != 2:
             hint = "; one point is written [[x, y]], with two brackets" if number == 0 and is_number(pair) else ""
-            raise SeedsError(f"{where}: {show(pair)} is no point; a point is [x, y] in level-0 px{hint}")
+            raise SeedsError(f"{where}: {show(pair)} is not a point; a point is [x, y] in level-0 px{hint}")
         x, y = (coordinate(part, where) for part in pair)
         if absolute and (x < 0 or y < 0):
             raise SeedsError(f"{where}: ({x:g}, {y:g}) is negative; level-0 px begin at 0; click inside the slide")
@@ -279,7 +279,7 @@ def _points(value: object, place: str, *, absolute: bool) -> tuple[Point, ...]:
 
 def _parse_color(value: object, place: str) -> Color:
     if not isinstance(value, str) or not re.fullmatch(r"#[0-9a-fA-F]{6}", value):
-        raise SeedsError(f'{place}: {show(value)} is no colour; write "#rrggbb", e.g. "#c80000", or leave it out')
+        raise SeedsError(f'{place}: {show(value)} is not a colour; write "#rrggbb", e.g. "#c80000", or leave it out')
     return int(value[1:3], 16), int(value[3:5], 16), int(value[5:7], 16)
 
 
@@ -292,9 +292,7 @@ def _object(value: object, place: str, needed: str) -> dict[str, Any]:
 def _check_keys(members: dict[str, Any], allowed: tuple[str, ...], place: str) -> None:
     for key in members:
         if key not in allowed:
-            near = difflib.get_close_matches(key.lower(), allowed, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            raise SeedsError(f"{place}: unknown key {key!r}; {hint}allowed are {', '.join(allowed)}; rename or remove it")
+            raise SeedsError(f"{place}: unknown key {key[:40]!r}; {did_you_mean(key, allowed)}allowed are {', '.join(allowed)}; rename or remove it")
 
 
 # --- what holds for both kinds ----------------------------------------------------------------------------------------------------

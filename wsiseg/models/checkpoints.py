@@ -2,11 +2,15 @@
 
 Forms that are read [1]_, by content whatever the name::
 
-    flat               image_encoder.*  prompt_encoder.*  mask_decoder.*      official SAM, micro-sam; also after "module.", "sam." or "model."
+    flat               image_encoder.*  prompt_encoder.*  mask_decoder.*      official SAM, micro-sam
     with decoder       {"model_state": flat, "decoder_state": decoder}        exported by micro-sam
     training           the same, keys after "sam.", and objects of training   micro-sam's best.pt
     decoder            base.*  deconvN.*  decoder.*  out_conv.*               micro-sam's second file; given beside the first
     ours               sam.<flat>  decoder.<decoder>                          safetensors, of `wsiseg models import`
+
+Each also below any key, up to two levels deep (``{"ckpt": {"model_state_dict": flat}}``), and with anything before its names (``net.``,
+``model.sam.``); ``module.`` and ``_orig_mod.`` are taken out wherever they are. Of several models the outermost is read, then the one whose key
+comes first in ``_CONTAINERS``, averaged weights (``ema``) last; the others are named in a note.
 
 References
 ----------
@@ -29,11 +33,14 @@ from wsiseg.models.torch_files import read_torch_file
 if TYPE_CHECKING:
     from pathlib import Path
 
-_WRAPPERS = ("module.", "sam.", "model.")
-_CONTAINERS = ("model_state", "state_dict", "model")
+_WRAPPER = re.compile(r"(^|\.)(?:(?:_orig_mod|module)\.)+")  # of torch.compile and of DataParallel; also around a part of the model
+#: Mappings that hold the model, the likeliest first; of others the averaged weights (``ema``) come last.
+_CONTAINERS = ("model_state", "state_dict", "model", "model_state_dict", "net", "network", "params", "weights")
+_DEPTH = 2  #: mappings within mappings that are looked into
 _STATISTICS = {"pixel_mean", "pixel_std"}
 _PARTS = ("image_encoder.", "prompt_encoder.", "mask_decoder.")
 _PATCHES = "image_encoder.patch_embed.proj.weight"
+_LAST = "out_conv.weight"
 _DECODER_CHANNELS = 3  # foreground, distance to the centre, distance to the boundary
 _NAMES = {(768, 12): "ViT-B", (1024, 24): "ViT-L", (1280, 32): "ViT-H"}
 
@@ -233,61 +240,155 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 # Sorting
 
 
+@dataclass(frozen=True)
+class _State:
+    """A mapping of names to tensors in a file. ``place``: its keys, ``model`` or ``ckpt.ema``; empty for the file's own."""
+
+    place: str
+    tensors: dict[str, Tensor]
+    rest: tuple[str, ...]
+
+
+def _states(content: Mapping[Any, Any], place: str = "", depth: int = _DEPTH) -> list[_State]:
+    """Every mapping that holds tensors, the outermost first, then in the order of ``_CONTAINERS``; names without wrappers."""
+    names = {str(key): value for key, value in content.items()}
+    tensors = {_WRAPPER.sub(r"\1", key): value for key, value in names.items() if isinstance(value, Tensor)}
+    found = [_State(place, tensors, tuple(sorted(key for key, value in names.items() if not isinstance(value, Tensor))))] if tensors else []
+    inner = sorted(
+        (key for key, value in names.items() if isinstance(value, Mapping)),
+        key=lambda key: (_CONTAINERS.index(key) if key in _CONTAINERS else len(_CONTAINERS), "ema" in key.lower(), key),
+    )
+    if depth:
+        levels = [_states(names[key], f"{place}.{key}" if place else key, depth - 1) for key in inner]
+        found += [state for states in levels for state in states if state.place.count(".") == place.count(".") + bool(place)]
+        found += [state for states in levels for state in states if state.place.count(".") > place.count(".") + bool(place)]
+    return found
+
+
+def _prefixes(tensors: Mapping[str, Tensor], ending: str) -> list[str]:
+    """What stands before ``ending`` in names, ``""`` or with a point at its end; the shortest first."""
+    before = {key.removesuffix(ending) for key in tensors if key.endswith(ending)}
+    whole = [prefix for prefix in before if not prefix or prefix.endswith(".")]
+    return sorted(whole, key=lambda prefix: ("ema" in prefix.lower(), len(prefix), prefix))
+
+
 def _split(content: dict[str, Any], path: Path, notes: list[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Tensors of the model and of its decoder, under their plain names."""
-    state = content
-    for container in _CONTAINERS:
-        if isinstance(content.get(container), Mapping):
-            state = {str(key): value for key, value in content[container].items()}
-            rest = sorted(content.keys() - {container, "decoder_state"})
-            if rest:
-                notes.append(f"left out of {path.name}: {', '.join(rest[:5])}{', ...' if len(rest) > 5 else ''}")
-            break
-    tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
-    if not tensors:
-        shown = ", ".join(sorted(state)[:3]) or "nothing"
+    states = _states(content)
+    if not states:
+        shown = ", ".join(sorted(content)[:3]) or "nothing"
         raise WeightsError(f"{path}: holds no tensors by name (found: {shown}); pass a SAM checkpoint")
     own = content.get("decoder_state")
-    # ours, before prefixes go: "decoder." is also the name of a part of the decoder
-    if any(key.startswith("sam.") for key in tensors) and not own:
-        own = {key.removeprefix("decoder."): value for key, value in tensors.items() if key.startswith("decoder.")}
-        tensors = {key: value for key, value in tensors.items() if not key.startswith("decoder.")}
     if own is not None and not isinstance(own, Mapping):
         raise WeightsError(f"{path}: decoder_state is a {type(own).__name__}, not a dict of tensors; get the file again")
-    return _unwrapped(tensors), _without_encoder(own or {})
+    models = [
+        (state, prefix)
+        for state in states
+        for prefix in _prefixes(state.tensors, _PATCHES)
+        if all(any(key.startswith(prefix + part) for key in state.tensors) for part in _PARTS)
+    ]
+    if not models:  # it is named for what it is later; the model's part is the first that is not the decoder
+        state = next((state for state in states if state.place != "decoder_state"), states[0])
+        return _without_common_prefix(state.tensors), {}
+    (state, prefix), others = models[0], models[1:]
+    if others:
+        named = [_named(other, before) for other, before in others]
+        notes.append(f"{path.name} holds {len(models)} models; {_named(state, prefix)} was taken, not {', '.join(named[:3])}{_dots(named, 3)}")
+    inside = {key.removeprefix(prefix): value for key, value in state.tensors.items() if key.startswith(prefix)}
+    sam = {key: value for key, value in inside.items() if key.startswith(_PARTS) or _is_adapter(key)}
+    decoder, holder, before = _decoder_of(states, state)
+    skipped = [
+        key
+        for key in state.tensors
+        if key.removeprefix(prefix) not in _STATISTICS
+        and not (key.startswith(prefix) and key.removeprefix(prefix) in sam)
+        and not (holder is state and key.startswith(before))
+    ]
+    _note_rest(content, state, holder, skipped, path, notes)
+    return sam, decoder
 
 
-def _unwrapped(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Prefixes that every name has are removed; so are the constants of the input."""
-    prefixed = True
-    while prefixed:
+def _decoder_of(states: list[_State], model: _State) -> tuple[dict[str, Tensor], _State | None, str]:
+    """The instance decoder: where the file says ``decoder_state``, beside the model, or elsewhere; and where it was, with what before its names."""
+    stated = [state for state in states if state.place == "decoder_state"]
+    for state in (*stated, model, *states):
+        for prefix in _prefixes(state.tensors, _LAST):
+            if any(key.startswith(f"{prefix}deconv1.") for key in state.tensors):
+                return _without_encoder(state.tensors, prefix), state, prefix
+    if stated:
+        return _without_encoder(stated[0].tensors, ""), stated[0], ""  # refused later, by the names in it
+    return {}, None, ""
+
+
+def _note_rest(content: dict[str, Any], state: _State, holder: _State | None, skipped: list[str], path: Path, notes: list[str]) -> None:
+    """Say what was left out: around the mappings that were taken, in them, and of tensors beside the model's."""
+    within = {state.place, holder.place if holder else state.place}
+    taken = within - {""}
+    around = {part for place in taken for part in _parents(place)}
+    rest: list[str] = []
+
+    def look(members: Mapping[Any, Any], place: str) -> None:
+        for key, value in members.items():
+            name = f"{place}.{key}" if place else str(key)
+            if name in around and isinstance(value, Mapping):
+                look(value, name)
+            elif name not in taken and not (isinstance(value, Tensor) and (place in within or str(key) in _STATISTICS)):
+                rest.append(name)
+
+    look(content, "")
+    rest += [f"{state.place}.{key}" for key in state.rest if state.place and f"{state.place}.{key}" not in rest]
+    rest += [f"{state.place}.{key}" if state.place else key for key in skipped]
+    rest = sorted(dict.fromkeys(rest))
+    if rest:
+        notes.append(f"left out of {path.name}: {', '.join(rest[:5])}{_dots(rest, 5)}")
+
+
+def _parents(place: str) -> list[str]:
+    parts = place.split(".")
+    return [".".join(parts[:k]) for k in range(1, len(parts))]
+
+
+def _named(state: _State, prefix: str) -> str:
+    return f"{'.'.join(filter(None, (state.place, prefix.rstrip('.')))) or 'the one at the top'}"
+
+
+def _dots(names: list[str], shown: int) -> str:
+    return ", ..." if len(names) > shown else ""
+
+
+def _is_adapter(key: str) -> bool:
+    return "lora_" in key or "w_a_linear" in key or "w_b_linear" in key
+
+
+def _without_common_prefix(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Parts of a name that every name begins with are removed; so are the constants of the input."""
+    while True:
         tensors = {key: value for key, value in tensors.items() if key not in _STATISTICS}
-        prefixed = False
-        for prefix in _WRAPPERS:
-            if tensors and all(key.startswith(prefix) for key in tensors):
-                tensors, prefixed = {key.removeprefix(prefix): value for key, value in tensors.items()}, True
-    return tensors
+        firsts = {key.split(".", 1)[0] + "." for key in tensors if "." in key} if all("." in key for key in tensors) else set()
+        if len(firsts) != 1 or firsts <= {*_PARTS, "vision_encoder."} or any(map(_is_adapter, firsts)):
+            return tensors
+        tensors = {key.removeprefix(min(firsts)): value for key, value in tensors.items()}
 
 
-def _without_encoder(state: Mapping[Any, Any]) -> dict[str, Tensor]:
-    plain = _unwrapped({str(key): value for key, value in state.items() if isinstance(value, Tensor)})
-    return {key: value for key, value in plain.items() if not key.startswith("encoder")}
+def _without_encoder(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    plain = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+    return {key: value for key, value in plain.items() if not key.startswith("encoder.") and key not in _STATISTICS}
 
 
 def _decoder(content: dict[str, Any], path: Path) -> dict[str, Tensor]:
     """Of a file that was given as a decoder."""
-    state: Any = next((content[key] for key in ("decoder_state", *_CONTAINERS) if isinstance(content.get(key), Mapping)), content)
-    if any(str(key).startswith(("sam.", *_PARTS)) for key in state) and "decoder_state" not in content:
+    states = _states(content)
+    found = _decoder_of(states, states[0])[0] if states else {}
+    if _is_decoder(found):
+        return found
+    if any(_prefixes(state.tensors, _PATCHES) for state in states):
         raise WeightsError(f"{path}: given as a decoder, but it holds a SAM model; pass micro-sam's decoder file, or leave --decoder out")
-    found = _without_encoder(state)
-    if not _is_decoder(found):
-        shown = ", ".join(sorted(found)[:3]) or "no tensors"
-        raise WeightsError(f"{path}: not an instance decoder (found: {shown}); pass micro-sam's decoder file, or leave --decoder out")
-    return found
+    shown = ", ".join(sorted(found or (states[0].tensors if states else ()))[:3]) or "no tensors"
+    raise WeightsError(f"{path}: not an instance decoder (found: {shown}); pass micro-sam's decoder file, or leave --decoder out")
 
 
 def _is_decoder(keys: Mapping[str, Tensor]) -> bool:
-    return "out_conv.weight" in keys and any(key.startswith("deconv1.") for key in keys)
+    return _LAST in keys and any(key.startswith("deconv1.") for key in keys)
 
 
 # Refusing
@@ -296,7 +397,7 @@ def _is_decoder(keys: Mapping[str, Tensor]) -> bool:
 def _require_sam(sam: dict[str, Tensor], path: Path) -> None:
     """What is not a whole SAM with a plain ViT is named for what it is."""
     supported = "pass a SAM checkpoint with a ViT-B, ViT-L or ViT-H encoder"
-    if any("lora_" in key or "w_a_linear" in key or "w_b_linear" in key for key in sam):
+    if any(_is_adapter(key) for key in sam):
         if _PATCHES not in sam:
             raise WeightsError(f"{path}: holds only a LoRA adapter, not the model; merge it into the base model first and pass the result")
         raise WeightsError(f"{path}: a model with LoRA layers in it; merge them into the base weights first and pass the result")

@@ -34,6 +34,7 @@ import platformdirs
 
 from wsiseg.errors import ConfigError, WeightsError
 from wsiseg.models.cards import ModelCard, file_hash, require_same
+from wsiseg.text import did_you_mean
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -327,7 +328,7 @@ def import_model(
     if not math.isfinite(mpp) or not MPP_RANGE[0] <= mpp <= MPP_RANGE[1]:
         raise ConfigError(f"mpp {mpp:g}: must lie between {MPP_RANGE[0]:g} and {MPP_RANGE[1]:g}, in microns per pixel; 40x is about 0.25")
     if normalise not in NORMALISE:
-        raise ConfigError(f"normalise {normalise}: unknown; choose from {', '.join(NORMALISE)}")
+        raise ConfigError(f"normalise {normalise}: unknown; {did_you_mean(normalise, NORMALISE)}choose from {', '.join(NORMALISE)}")
 
     from wsiseg.models.checkpoints import read_checkpoint, recognise
     from wsiseg.models.sam import SamModel

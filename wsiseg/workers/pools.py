@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from wsiseg import machine
 from wsiseg.config import ClusterConfig
 from wsiseg.errors import ConfigError, RunError
+from wsiseg.text import did_you_mean
 from wsiseg.workers.crew import Pool
 from wsiseg.workers.tasks import describe
 
@@ -65,7 +66,8 @@ def check_scheduler(scheduler: str | None, cluster: ClusterConfig | None = None)
     if scheduler is None or scheduler.startswith(("tcp://", "tls://", "ucx://", "ws://", "wss://", "inproc://")):
         return
     if scheduler not in _BATCH:
-        raise ConfigError(f"--scheduler {scheduler}: is neither an address nor a batch system; pass tcp://host:port, or one of {', '.join(_BATCH)}")
+        allowed = f"pass tcp://host:port, or one of {', '.join(_BATCH)}"
+        raise ConfigError(f"--scheduler {scheduler}: is neither an address nor a batch system; {did_you_mean(scheduler, _BATCH)}{allowed}")
     command = _BATCH[scheduler][1]
     if shutil.which(command) is None:
         remedy = "run wsiseg where jobs are submitted, or pass --workers alone"
