@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from wsiseg.config import LIMITS
 from wsiseg.errors import ConfigError, InterruptedRunError, WsisegError
 from wsiseg.formats.atomic import atomic_path
+from wsiseg.paths import read_text
 from wsiseg.pipeline import segment_slide
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def read_list(path: Path) -> list[Entry]:
         It cannot be read, or a line of it is wrong: the place, and what is allowed there.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_text(path, "utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
         raise ConfigError(f"--slides {path}: cannot be read ({reason}); give a CSV file whose first line names the columns") from error

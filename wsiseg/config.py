@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from wsiseg.errors import ConfigError
+from wsiseg.paths import read_text, require_text
 
 if typing.TYPE_CHECKING:
     from collections.abc import Iterator
@@ -404,7 +405,7 @@ def from_mapping(mapping: dict[str, Any], where: str, base: RunConfig | None = N
 def read_config(path: Path, base: RunConfig | None = None) -> RunConfig:
     """A configuration file, TOML or JSON; a manifest of a run is accepted too (its ``config`` member is used)."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
         mapping = json.loads(text) if text.lstrip().startswith("{") else tomllib.loads(text)
     except OSError as error:
         raise ConfigError(f"{path}: cannot read the configuration ({error.strerror}); pass an existing TOML or JSON file") from error
@@ -414,17 +415,21 @@ def read_config(path: Path, base: RunConfig | None = None) -> RunConfig:
 
 
 def check(config: RunConfig, where: str = "configuration") -> None:
-    """Refuse values outside their range.
+    """Refuse values outside their range, and empty texts.
 
     Raises
     ------
     ConfigError
-        The first value that is out of range, with the range.
+        The first value that is out of range, with the range; or a text that is empty or that no file can be called.
     """
     for name, value in _numbers(config):
         low, high = LIMITS[name]
         if not low <= value <= high:  # false for NaN as well
             raise ConfigError(f"{where}: {name} is {value:g}; it must lie between {low:g} and {high:g}")
+    for name, text in _texts(config):
+        if not text.strip():
+            raise ConfigError(f"{where}: {name} is empty; give a value, or leave it out")
+        require_text(text, ConfigError)
     if not config.formats:
         raise ConfigError(f"{where}: formats is empty; name at least one, for example parquet")
 
@@ -437,6 +442,16 @@ def _numbers(section: Any, prefix: str = "") -> Iterator[tuple[str, float]]:  # 
             yield from _numbers(value, f"{prefix}{item.name}.")
         elif isinstance(value, int | float) and not isinstance(value, bool):
             yield prefix + item.name, value
+
+
+def _texts(section: Any, prefix: str = "") -> Iterator[tuple[str, str]]:  # noqa: ANN401
+    """Every text of the configuration with its dotted name."""
+    for item in dataclasses.fields(section):
+        value = getattr(section, item.name)
+        if dataclasses.is_dataclass(value):
+            yield from _texts(value, f"{prefix}{item.name}.")
+        elif isinstance(value, str | tuple):
+            yield from ((prefix + item.name, text) for text in ((value,) if isinstance(value, str) else value))
 
 
 def _merge(current: Any, mapping: Any, where: str, prefix: str) -> Any:  # noqa: ANN401

@@ -93,6 +93,8 @@ def segment_slide(
     WsisegError
         Wrong input; nothing has been written then.
     """
+    if not str(out).strip():
+        raise RunError("the folder of all runs is empty; give a path")
     tally = Tally(str(slide))
     with tally.clock("plan"):
         plan = plan_run(str(slide), config, Path(out), name=name, overwrite=overwrite)

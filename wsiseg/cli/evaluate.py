@@ -49,10 +49,13 @@ def command(
     """  # noqa: D301 - click's mark for lines that stay as they are
     from wsiseg.errors import ConfigError
     from wsiseg.evaluation import evaluate
-    from wsiseg.formats.atomic import write_json
+    from wsiseg.formats.atomic import require_free, write_json
+    from wsiseg.paths import kind_of
 
-    if json_file is not None and json_file.exists() and not overwrite:
-        raise ConfigError(f"{json_file}: exists already; give another --json file, or pass --overwrite")
+    if json_file is not None:
+        if kind_of(json_file, ConfigError) == "file" and not overwrite:
+            raise ConfigError(f"{json_file}: exists already; give another --json file, or pass --overwrite")
+        require_free(json_file, ConfigError, overwrite=True)
     try:
         levels = tuple(float(text) for text in thresholds.split(","))
     except ValueError as error:

@@ -22,6 +22,7 @@ from wsiseg.evaluation.scores import Evaluation, ImageScores, class_scores, has_
 from wsiseg.evaluation.sources import Labels, Outlines, Points, Side, files_in, read_label, read_side, run_file, type_names
 from wsiseg.evaluation.summary import PointHits, mean_interval, retention
 from wsiseg.evaluation.types import RADIUS_UM, detect, pool_detections
+from wsiseg.paths import kind_of, read_text
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -134,7 +135,7 @@ def _class_names(classes: str | Path | Mapping[str, str] | None) -> dict[str, st
         return {}
     if isinstance(classes, str | Path):
         try:
-            classes = json.loads(Path(classes).read_text(encoding="utf-8-sig"))
+            classes = json.loads(read_text(Path(classes), "utf-8-sig"))
         except (OSError, ValueError) as error:
             raise FormatError(f'{classes}: not readable as JSON ({error}); type ids and their names are needed, {{"1": "tumour"}}') from error
         if not isinstance(classes, dict) or not all(isinstance(name, str) for name in classes.values()):
@@ -179,9 +180,10 @@ def _located(source: Source) -> Path | NDArray[np.integer] | dict[str, Path]:
     if isinstance(source, np.ndarray):
         return source
     path = Path(source)
-    if not path.exists():
+    found = kind_of(path, FormatError)
+    if found == "nothing":
         raise FormatError(f"{path}: no such file or folder; check the path")
-    return run_file(path) or (files_in(path) if path.is_dir() else path)
+    return run_file(path) or (files_in(path) if found == "folder" else path)
 
 
 def _wrong_kind(what: str, files: dict[str, Path]) -> Path:

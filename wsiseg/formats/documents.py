@@ -9,6 +9,8 @@ import zipfile
 import zlib
 from typing import TYPE_CHECKING, Any
 
+from wsiseg.paths import read_bytes
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
@@ -38,7 +40,7 @@ def read_texts(path: Path, error: type[WsisegError]) -> Iterator[tuple[str, str]
         Where the document is (``seeds.zip: points.geojson``), and its text.
     """
     try:
-        content = path.read_bytes()
+        content = read_bytes(path)
     except OSError as problem:
         raise error(f"{path}: cannot be read ({problem.strerror}); check the path and its permissions") from problem
     if content[:2] == b"\x1f\x8b":
