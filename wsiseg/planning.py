@@ -125,7 +125,8 @@ def plan_run(slide: str, config: RunConfig, out: Path, *, name: str | None = Non
     card, weights = find_weights(config.model)
     for known in config.formats:
         load_writer(known)
-    require_text(out / (name or ""), RunError)
+    with readable(out, RunError):
+        require_text((out / (name or "")).absolute(), RunError)
     if config.seeds is not None and config.bank is not None:
         raise ConfigError("--bank and --seeds: both say what the types are; pass one of them")
     seeds = read_seeds(Path(config.seeds)) if config.seeds is not None else None

@@ -90,6 +90,12 @@ class RunFolder:
                 _remove(self.path / name)
         _sweep(self.path)
 
+    def interrupt(self, run_hash: str) -> None:
+        """Note that this run was stopped, if it has not come to its end; it is ``running`` again when it is resumed."""
+        manifest = self.read_manifest()
+        if manifest and manifest["run_hash"] == run_hash and manifest.get("status") == "running":
+            self.write_manifest(manifest | {"status": "interrupted"})
+
     def write_manifest(self, content: dict[str, Any]) -> None:
         """Replace the manifest, whole or not at all."""
         write_json(self.manifest, content)
@@ -170,6 +176,8 @@ def claim_folder(out: Path, slide: str, manifest: dict[str, Any], *, name: str |
             exclusive = previous is None and not (overwrite and folder.manifest.exists())
             if not same and not _create(folder, manifest, exclusive=exclusive):
                 continue  # another slide was quicker
+            if same and previous is not None and previous.get("status") == "interrupted":
+                folder.write_manifest(manifest)
             folder.parts.mkdir(exist_ok=True)
             with tempfile.TemporaryFile(dir=folder.parts):
                 pass
