@@ -417,20 +417,17 @@ def test_what_cannot_be_printed_is_an_error_of_a_command_that_prints(slide: Path
         assert [line for line in done.stderr.splitlines() if not line.startswith("Imported")] == []
 
 
-@pytest.mark.parametrize("how", ["> /dev/full", "2> /dev/full", "> /dev/full 2>&1", ">&- 2>&-", "<&- >&- 2>&-", "| true", "2>&1 | true"])
+@pytest.mark.parametrize("how", ["> /dev/full", "2> /dev/full | true", "<&- >&- 2>&-", "2>&1 | true"])
 def test_a_run_is_what_its_files_are_whatever_its_streams_are(slide: Path, how: str) -> None:
-    (slide.parent / "list.csv").write_text(f"path,name\n{slide},a\nnowhere.svs,b\n")
-    log = "/dev/full" if "2>" in how else "-"
-    done = shell(f"$W run -v {slide} --mpp 0.25 --out {slide.parent}/out --log-json {log} {how}")
-    assert done.returncode == 0, done.stderr
-    manifest = json.loads((slide.parent / "out" / slide.stem / "manifest.json").read_text())
-    assert manifest["status"] == "complete"
-    assert {(slide.parent / "out" / slide.stem / name).read_bytes()[:2] for name in manifest["files"]} == {b"PA", b"\x1f\x8b"}
-    done = shell(f"$W run --slides {slide.parent}/list.csv --mpp 0.25 --out {slide.parent}/two {how}")
+    """A list goes on to its end; the status is that of the work: 3, for one of two slides is not there."""
+    out = slide.parent / "out"
+    (slide.parent / "list.csv").write_text(f"path,name\nnowhere.svs,b\n{slide},a\n")
+    done = shell(f"$W run -v --slides {slide.parent}/list.csv --mpp 0.25 --out {out} --log-json {'/dev/full' if '2>' in how else '-'} {how}")
     assert done.returncode == 3, done.stderr
-    assert "complete" in (slide.parent / "two/summary.csv").read_text()
-    done = shell(f"$W run {slide.parent}/nowhere.svs {how}")
-    assert done.returncode == 1, done.stderr
+    manifest = json.loads((out / "a/manifest.json").read_text())
+    assert manifest["status"] == "complete"
+    assert {(out / "a" / name).read_bytes()[:2] for name in manifest["files"]} == {b"PA", b"\x1f\x8b"}
+    assert "complete" in (out / "summary.csv").read_text()
     assert shell(f"$W run --nonsense {how}").returncode == 2
 
 
@@ -449,7 +446,7 @@ def test_a_log_into_a_pipe_that_nobody_reads(slide: Path) -> None:
     assert "cannot be written (No such device or address)" in result.stderr
 
 
-@pytest.mark.parametrize("locale", [{"LC_ALL": "C"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, {"LC_ALL": "POSIX"}])
+@pytest.mark.parametrize("locale", [{"LC_ALL": "C"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}])
 def test_names_in_a_locale_without_letters(slide: Path, locale: dict[str, str]) -> None:
     """Where Python reads names as UTF-8 they work; where it does not, and of names that no encoding has, one line that says so."""
     for name, fits in (("pr\u00f8ve", "PYTHONUTF8" not in locale), (os.fsdecode(b"pr\xf8ve"), False)):
