@@ -24,12 +24,14 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from wsiseg import RunConfig, segment_slide
+from wsiseg.claims import Claims
 from wsiseg.cli import main
-from wsiseg.config import check, read_config
-from wsiseg.errors import ConfigError, FormatError, RunError, SlideError, WsisegError
+from wsiseg.config import TissueConfig, check, read_config
+from wsiseg.errors import ConfigError, FormatError, InterruptedRunError, RunError, SlideError, WsisegError
 from wsiseg.evaluation import evaluate
 from wsiseg.formats.atomic import atomic_path
 from wsiseg.paths import kind_of, names_in, readable
+from wsiseg.shards import Shard
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -263,6 +265,20 @@ def test_a_device_is_never_replaced(tmp_path: Path) -> None:
     assert (tmp_path / "a").is_fifo()
 
 
+@pytest.mark.parametrize("number", REFUSALS)
+def test_what_refuses_while_a_file_is_written_is_one_sentence(tmp_path: Path, number: int) -> None:
+    with pytest.raises(RunError, match=rf"a: cannot be written \({os.strerror(number)}\); make room, or choose"), atomic_path(tmp_path / "a"):
+        raise OSError(number, os.strerror(number))
+
+
+def test_a_current_folder_that_is_gone(tmp_path: Path) -> None:
+    (tmp_path / "gone").mkdir()
+    for words in ("info x.svs", "doctor", f"demo {tmp_path}/demo"):
+        done = shell(f"cd {tmp_path}/gone && rmdir {tmp_path}/gone; $W {words}; status=$?; mkdir -p {tmp_path}/gone; exit $status")
+        assert done.returncode == 1
+        assert done.stderr == "Error: the current folder is gone (No such file or directory); change to another one with cd\n"
+
+
 # --- which names are the same
 
 
@@ -489,3 +505,31 @@ def test_the_notice_of_a_stop_has_a_line_of_its_own(tmp_path: Path) -> None:
     assert re.search(rb"SIGINT: [^\n]*\n", said)
     assert json.loads((out / "a/manifest.json").read_text())["status"] == "interrupted"
     assert not [p.name for p in out.rglob("*") if p.name.endswith((".part", ".partial", ".claim"))]
+
+
+def test_a_stopped_run_says_so_until_it_is_resumed(slide: Path) -> None:
+    """And not while another process is about to write the end of the same run; of a shard, its record."""
+    out, config = slide.parent / "out", RunConfig(mpp=0.25, tissue=TissueConfig(enabled=False))
+
+    def status(name: str) -> str:
+        return json.loads((out / name / "manifest.json").read_text())["status"]
+
+    def stop(name: str, **more: Shard) -> None:
+        with pytest.raises(InterruptedRunError):
+            segment_slide(slide, config, out, name=name, stopped=lambda: True, **more)
+
+    stop("a")
+    assert status("a") == "interrupted"
+    seen = []
+    segment_slide(slide, config, out, name="a", on_progress=lambda *_: seen.append(status("a")))
+    assert set(seen) == {"running"}
+    assert status("a") == "complete"
+    stop("s", shard=Shard(1, 1))
+    assert json.loads((out / "s/parts/shard-1-of-1.json").read_text())["status"] == "interrupted"
+    stop("c")
+    with Claims(out / "c/parts") as other:
+        other.take("end")
+        manifest = json.loads((out / "c/manifest.json").read_text())
+        (out / "c/manifest.json").write_text(json.dumps(manifest | {"status": "running"}))
+        stop("c")
+        assert status("c") == "running"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import sys
+from pathlib import Path
 from typing import Any
 
 import click
@@ -51,6 +52,10 @@ class _Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:  # noqa: ANN401
         from wsiseg.errors import InterruptedRunError, WsisegError
 
+        try:
+            Path.cwd()
+        except OSError as error:  # of which torch and others would end the process
+            raise click.ClickException(f"the current folder is gone ({error.strerror}); change to another one with cd") from error
         try:
             return super().invoke(ctx)
         except WsisegError as error:

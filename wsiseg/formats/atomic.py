@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 # What the user can repair; anything else keeps its own exception.
 REPAIRABLE = {
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR,
+    errno.ENAMETOOLONG, errno.ELOOP, errno.EIO, errno.ENOTCONN, errno.ESTALE,
 }  # fmt: skip
 
 
