@@ -168,7 +168,7 @@ def test_a_damaged_sheet_is_named(tmp_path: Path, change: Callable[[dict], objec
         (("run",), 2, "Give either SLIDE... or --slides CSV"),
         (("run", "a.svs", "--slides", "list.csv"), 2, "Give either SLIDE... or --slides CSV"),
         (("run", "a.svs", "--shard", "3"), 1, "--shard 3: not a shard"),
-        (("run", "a.svs", "--shard", ""), 1, "--shard : not a shard"),
+        (("run", "a.svs", "--shard", ""), 2, "--shard: empty; a variable that is not set?"),
         (("run", "a.svs", "--max-ram", "0.01"), 1, "max_ram_gb is 0.01; it must lie between"),
         (("run", "a.svs", "--batch-size", "0"), 2, "--batch-size"),
         (("run", "--slides", "none.csv"), 1, "--slides none.csv: cannot be read"),

@@ -161,7 +161,7 @@ def segment_slides(
 
 
 def _write_summary(path: Path, rows: list[dict[str, Any]]) -> None:
-    with atomic_path(path) as partial, partial.open("w", encoding="utf-8", newline="") as file:
+    with atomic_path(path) as partial, partial.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
         writer = csv.DictWriter(file, SUMMARY, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from wsiseg.errors import ConfigError
+from wsiseg.paths import require_text
 from wsiseg.text import did_you_mean, parse_json, read_text
 
 if typing.TYPE_CHECKING:
@@ -422,7 +423,7 @@ def read_config(path: Path, base: RunConfig | None = None) -> RunConfig:
 
 
 def check(config: RunConfig, where: str = "configuration") -> None:
-    """Refuse values of the wrong type, that are not among the allowed ones, or outside their range.
+    """Refuse values of the wrong type, that are not among the allowed ones, or outside their range, and empty texts.
 
     Raises
     ------
@@ -435,6 +436,10 @@ def check(config: RunConfig, where: str = "configuration") -> None:
         low, high = LIMITS[name]
         if not low <= value <= high:  # false for NaN as well
             raise ConfigError(f"{where}: {name} is {_shown(value)}; it must lie between {low:g} and {high:g}")
+    for name, text in _texts(config):
+        if not text.strip():
+            raise ConfigError(f"{where}: {name} is empty; give a value, or leave it out")
+        require_text(text, ConfigError)
     if not config.formats:
         raise ConfigError(f"{where}: formats is empty; name at least one, for example parquet")
 
@@ -458,6 +463,16 @@ def _numbers(section: Any, prefix: str = "") -> Iterator[tuple[str, float]]:  # 
             yield from _numbers(value, f"{prefix}{item.name}.")
         elif isinstance(value, int | float) and not isinstance(value, bool):
             yield prefix + item.name, value
+
+
+def _texts(section: Any, prefix: str = "") -> Iterator[tuple[str, str]]:  # noqa: ANN401
+    """Every text of the configuration with its dotted name."""
+    for item in dataclasses.fields(section):
+        value = getattr(section, item.name)
+        if dataclasses.is_dataclass(value):
+            yield from _texts(value, f"{prefix}{item.name}.")
+        elif isinstance(value, str | tuple):
+            yield from ((prefix + item.name, text) for text in ((value,) if isinstance(value, str) else value))
 
 
 def _merge(current: Any, mapping: Any, where: str, prefix: str) -> Any:  # noqa: ANN401

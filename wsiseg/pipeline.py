@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wsiseg import __version__, runs
-from wsiseg.errors import RunError
+from wsiseg.errors import InterruptedRunError, RunError
 from wsiseg.formats import FILE_NAMES, load_writer
 from wsiseg.formats.atomic import partial_name
 from wsiseg.formats.bank import write_bank
@@ -26,7 +26,7 @@ from wsiseg.records import Provenance, Typing, TypingNotes
 from wsiseg.segmenting import finished_block, segment_blocks
 from wsiseg.sheet import read_sheet, write_sheet
 from wsiseg.stitching import stitch
-from wsiseg.tally import Tally
+from wsiseg.tally import Tally, interrupt_shard
 from wsiseg.workers import map_blocks
 
 if TYPE_CHECKING:
@@ -93,6 +93,8 @@ def segment_slide(
     WsisegError
         Wrong input; nothing has been written then.
     """
+    if not str(out).strip():
+        raise RunError("the folder of all runs is empty; give a path")
     tally = Tally(str(slide))
     with tally.clock("plan"):
         plan = plan_run(str(slide), config, Path(out), name=name, overwrite=overwrite)
@@ -105,7 +107,7 @@ def segment_slide(
         runs.drop_stale_files(folder, set(plan.sheet.tiles))
         if read_sheet(folder.parts, plan.sheet.run_hash) is None:
             write_sheet(folder.parts, plan.sheet)
-        with plan.tools.claims as claims:
+        with plan.tools.claims as claims, _settled(folder, plan.sheet, claims, shard):
             tally.begin(plan.tools.model.device, folder, plan.sheet, shard)
             _segment(plan, shard.of(plan.blocks) if shard else plan.blocks, claims, tally, on_progress, stopped)
             if shard:
@@ -162,7 +164,7 @@ def merge_run(
     for known in sheet.config.formats:
         load_writer(known)
     tally = Tally(sheet.info.path)
-    with Claims(folder.parts) as claims:
+    with Claims(folder.parts) as claims, _settled(folder, sheet, claims):
         missing = tally.collect(folder, sheet)
         if missing and not allow_missing:
             raise RunError(f"{run}: {tally.describe_missing(folder, missing, sheet, claims)}; run those shards again, or pass --allow-missing")
@@ -274,6 +276,23 @@ def _segment(
                 add(report)
             tried |= {b.name for b in todo}
             idle = idle + 1 if len(tally.blocks) == done else 0
+
+
+@contextlib.contextmanager
+def _settled(folder: RunFolder, sheet: Sheet, claims: Claims, shard: Shard | None = None) -> Iterator[None]:
+    """After an orderly stop the manifest says ``interrupted``, and no longer ``running``, unless another process is at work on the folder."""
+    try:
+        yield
+    except InterruptedRunError:
+        with contextlib.suppress(RunError):  # that the run was stopped is what there is to say
+            if shard:
+                interrupt_shard(folder, shard, sheet.run_hash)
+            if not claims.busy(sheet.tiles) and claims.take(_END):
+                try:
+                    folder.interrupt(sheet.run_hash)
+                finally:
+                    claims.release(_END)
+        raise
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import hashlib
 import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ import torch
 
 from wsiseg.claims import Claims
 from wsiseg.config import TILE_UM, CopConfig, RunConfig, StitchingConfig, TypingConfig, check
-from wsiseg.errors import ConfigError, SlideError
+from wsiseg.errors import ConfigError, RunError, SlideError
 from wsiseg.formats import load_writer
 from wsiseg.formats.bank import read_bank
 from wsiseg.formats.regions import read_regions
@@ -22,6 +23,7 @@ from wsiseg.formats.seeds import check_seeds, read_seeds
 from wsiseg.geometry import Lattice
 from wsiseg.models import find_weights, load_model, pick_device
 from wsiseg.models.cards import file_hash
+from wsiseg.paths import readable, require_text, target
 from wsiseg.runs import check_folder, find_folder
 from wsiseg.seeding import build_bank
 from wsiseg.sheet import Sheet, read_sheet
@@ -123,20 +125,22 @@ def plan_run(slide: str, config: RunConfig, out: Path, *, name: str | None = Non
     card, weights = find_weights(config.model)
     for known in config.formats:
         load_writer(known)
-    if config.seeds and config.bank:
+    with readable(out, RunError):
+        require_text((out / (name or "")).absolute(), RunError)
+    if config.seeds is not None and config.bank is not None:
         raise ConfigError("--bank and --seeds: both say what the types are; pass one of them")
-    seeds = read_seeds(Path(config.seeds)) if config.seeds else None
-    bank = load_bank(Path(config.bank), weights) if config.bank else None
+    seeds = read_seeds(Path(config.seeds)) if config.seeds is not None else None
+    bank = load_bank(Path(config.bank), weights) if config.bank is not None else None
     with contextlib.ExitStack() as stack:
         reader = stack.enter_context(open_slide(slide, mpp=config.mpp, reader=config.reader))
         info = reader.info
         require_cellular(info)
         warnings = list(info.warnings)
-        if seeds:
+        if seeds is not None:
             seeds, more = check_seeds(seeds, info)
             warnings += more
         roi = None
-        if config.roi:
+        if config.roi is not None:
             roi, more = read_regions(Path(config.roi), info)
             warnings += more
         resolved = resolve(
@@ -147,7 +151,7 @@ def plan_run(slide: str, config: RunConfig, out: Path, *, name: str | None = Non
         run_hash, parts_hash = _digests(slide, resolved, info, weights)
         folder = find_folder(out, slide_path(slide), name)
         check_folder(folder, run_hash, overwrite=overwrite)
-        if config.bank:
+        if config.bank is not None:
             refuse_own_bank(folder, Path(config.bank))
         if not overwrite and folder.is_complete(run_hash, config.formats):
             return folder
@@ -162,7 +166,7 @@ def plan_run(slide: str, config: RunConfig, out: Path, *, name: str | None = Non
         earlier = read_sheet(folder.parts, run_hash)
         if earlier:  # one bank for all shards of a run, wherever they were made
             bank = earlier.bank
-        elif seeds:
+        elif seeds is not None:
             bank = build_bank(reader, model, seeds, lattice, resolved, chains=resolved.method == "cop")
             bank = dataclasses.replace(bank, cells=bank.cells.take(area.holds(bank.cells.points_xy)))
         blocks = plan_blocks(
@@ -172,7 +176,7 @@ def plan_run(slide: str, config: RunConfig, out: Path, *, name: str | None = Non
         job = Job(slide, resolved, lattice, area, bank, folder.parts, parts_hash)
         sheet = Sheet(
             dataclasses.replace(info, path=slide_path(slide)), resolved, bank, {b.name: len(b.tiles) for b in blocks}, run_hash, parts_hash,
-            file_hash(weights), model.descriptor_size, area.size_um2(info) / 1e6, tuple(warnings),
+            file_hash(weights), model.descriptor_size, area.size_um2(info) / 1e6, tuple(warnings), target(slide),
         )  # fmt: skip
         plan = Plan(job, Tools(job, reader, model, Claims(folder.parts)), blocks, sheet)
         stack.pop_all()
@@ -185,7 +189,7 @@ def _digests(slide: str, config: RunConfig, info: SlideInfo, weights: Path) -> t
         "slide": _slide_key(slide), "levels": info.level_sizes, "reader": info.reader, "mpp": info.mpp,
         "weights": file_hash(weights), "roi": _content_hash(config.roi),
     }  # fmt: skip
-    clicks = _content_hash(config.seeds or config.bank)
+    clicks = _content_hash(config.bank if config.seeds is None else config.seeds)
     # What is settled after the parts does not make them stale: types, overlaps, and under APG the seeds.
     segmenting = dataclasses.replace(config, typing=TypingConfig(), stitching=StitchingConfig())
     clicked = {"seeds": clicks} if config.method == "cop" else {}
@@ -194,8 +198,16 @@ def _digests(slide: str, config: RunConfig, info: SlideInfo, weights: Path) -> t
 
 
 def slide_path(slide: str) -> str:
-    """The slide's name in manifests: absolute path, or URL."""
-    return slide if "://" in slide else str(Path(slide).resolve())
+    """The slide's name in manifests: absolute path, that of a symbolic link as it is; or URL.
+
+    Raises
+    ------
+    SlideError
+        A folder above it has a name that is not text.
+    """
+    path = slide if "://" in slide else os.path.abspath(slide)  # noqa: PTH100 - Path.absolute() leaves the ".." in it
+    require_text(path, SlideError)
+    return path
 
 
 def refuse_own_bank(folder: RunFolder, bank: Path) -> None:
@@ -206,7 +218,7 @@ def refuse_own_bank(folder: RunFolder, bank: Path) -> None:
     ConfigError
         The bank lies in the folder.
     """
-    if bank.resolve() == folder.bank.resolve():
+    if target(str(bank)) == target(str(folder.bank)):
         raise ConfigError(f"--bank {bank}: is the bank of {folder.path} itself, which would be lost; leave that run out, or pass another --out")
 
 
@@ -250,11 +262,11 @@ def resolve(config: RunConfig, model: str, *, maps: bool, clicked: bool, chains:
 
 def _slide_key(slide: str) -> str:
     """Identity of a slide without reading all of it: size and digest of both ends."""
-    path = Path(slide)
-    if not path.is_file():
+    if "://" in slide:
         return slide
-    size, end = path.stat().st_size, 1 << 20
-    with path.open("rb") as stream:
+    path, end = Path(slide), 1 << 20
+    with readable(path, SlideError), path.open("rb") as stream:
+        size = os.fstat(stream.fileno()).st_size
         digest = hashlib.sha256(stream.read(end))
         stream.seek(max(size - end, 0))
         digest.update(stream.read(end))
@@ -262,7 +274,10 @@ def _slide_key(slide: str) -> str:
 
 
 def _content_hash(path: str | None) -> str:
-    return file_hash(Path(path)) if path else ""
+    if path is None:
+        return ""
+    with readable(Path(path), ConfigError):
+        return file_hash(Path(path))
 
 
 def describe(sheet: Sheet) -> dict[str, Any]:
@@ -271,6 +286,7 @@ def describe(sheet: Sheet) -> dict[str, Any]:
     return {
         "slide": {
             "path": info.path,
+            "target": sheet.target or info.path,
             "reader": info.reader,
             "format": info.format,
             "size_px0": list(info.size_px0),

@@ -23,6 +23,7 @@ from wsiseg.formats.geoparquet import CellTable, read_table, write_retyped
 from wsiseg.formats.seeds import check_seeds, read_seeds
 from wsiseg.models import find_weights, load_types
 from wsiseg.models.cards import file_hash
+from wsiseg.paths import kind_of
 from wsiseg.planning import load_bank, refuse_own_bank
 from wsiseg.propagation import account, assign_types, claim
 from wsiseg.records import Bank, Cells, Provenance, SlideInfo
@@ -77,8 +78,8 @@ def type_run(
         raise ConfigError("types come from --seeds FILE or from --bank FILE; pass one of the two")
     folder, manifest = _finished_run(run)
     config = from_mapping(manifest["config"], str(folder.manifest))
-    config = dataclasses.replace(config, seeds=str(seeds) if seeds else None, bank=str(bank) if bank else None, model=model or config.model)
-    if settings:
+    config = dataclasses.replace(config, seeds=_named(seeds), bank=_named(bank), model=config.model if model is None else model)
+    if settings is not None:
         config = dataclasses.replace(config, typing=read_config(settings, config).typing)
     if formats:
         config = dataclasses.replace(config, formats=tuple(dict.fromkeys((*formats, "parquet"))))
@@ -87,7 +88,7 @@ def type_run(
     check(config, str(folder.manifest))
     if config.method == "cop":
         raise RunError(f"{run}: has only cells that looked like its own clicks (--method cop); run the slide with --method apg or amg")
-    if bank:
+    if bank is not None:
         refuse_own_bank(folder, bank)
     name = config.model
     weights = find_weights(name)[1]
@@ -97,10 +98,10 @@ def type_run(
     info = _slide_info(manifest, table)
     warnings: list[str] = []
     rows: list[NDArray[np.intp]] = []
-    if seeds:
+    if seeds is not None:
         checked, warnings = check_seeds(read_seeds(seeds), info)
         clicks, rows = bank_of_table(table, checked, config, info.mpp)
-    elif bank:
+    elif bank is not None:
         clicks = load_bank(bank, weights)
     result, notes = assign_types(table.descriptors, table.points_xy * info.mpp, clicks, load_types(name), config.typing)
     result = claim(result, rows)
@@ -128,6 +129,10 @@ def type_run(
     return manifest
 
 
+def _named(path: Path | None) -> str | None:
+    return None if path is None else str(path)
+
+
 def _finished_run(run: Path) -> tuple[RunFolder, dict[str, Any]]:
     """The folder and its manifest."""
     folder = RunFolder(run)
@@ -141,7 +146,7 @@ def _finished_run(run: Path) -> tuple[RunFolder, dict[str, Any]]:
     missing = [key for key in ("parts_hash", "model", "warnings", "seconds") if key not in manifest]
     if missing or "sha256" not in manifest["model"]:
         raise RunError(f"{folder.manifest}: damaged (no {(missing or ['sha256'])[0]!r} in it); run the slide again: its parts are used")
-    if not (folder.path / FILE_NAMES["parquet"]).exists():
+    if kind_of(folder.path / FILE_NAMES["parquet"], RunError) == "nothing":
         raise RunError(f"{run}: no cells.parquet in it; run the slide again with --format geojson,parquet, its finished parts are used again")
     return folder, manifest
 

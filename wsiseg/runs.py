@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 from wsiseg.errors import RunError
 from wsiseg.formats import FILE_NAMES
 from wsiseg.formats.atomic import PARTIAL_PATTERN, is_abandoned, partial_name, refusals, write_json
+from wsiseg.paths import kind_of, normal, read_text, refusal, target
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -56,13 +57,21 @@ class RunFolder:
         return self.path / "parts"
 
     def read_manifest(self) -> dict[str, Any] | None:
-        """The manifest, or ``None`` when there is none of wsiseg's."""
+        """The manifest, or ``None`` when there is none of wsiseg's.
+
+        Raises
+        ------
+        RunError
+            There is one, and it cannot be read.
+        """
         try:
-            content = json.loads(self.manifest.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            content = json.loads(read_text(self.manifest))
+        except (FileNotFoundError, NotADirectoryError, ValueError):
             return None
+        except OSError as error:
+            raise RunError(f"{self.manifest}: {refusal(error)}") from error
         shape = {"run_hash": str, "slide": dict, "config": dict}
-        ours = isinstance(content, dict) and all(isinstance(content.get(k), kind) for k, kind in shape.items())
+        ours = isinstance(content, dict) and all(isinstance(content.get(k), type_) for k, type_ in shape.items())
         return content if ours else None
 
     def is_complete(self, run_hash: str, formats: Sequence[str]) -> bool:
@@ -81,6 +90,12 @@ class RunFolder:
                 _remove(self.path / name)
         _sweep(self.path)
 
+    def interrupt(self, run_hash: str) -> None:
+        """Note that this run was stopped, if it has not come to its end; it is ``running`` again when it is resumed."""
+        manifest = self.read_manifest()
+        if manifest and manifest["run_hash"] == run_hash and manifest.get("status") == "running":
+            self.write_manifest(manifest | {"status": "interrupted"})
+
     def write_manifest(self, content: dict[str, Any]) -> None:
         """Replace the manifest, whole or not at all."""
         write_json(self.manifest, content)
@@ -90,7 +105,7 @@ def find_folder(out: Path, slide: str, name: str | None = None) -> RunFolder:
     """The folder of a slide below ``out``: ``name``, or the slide's stem, with a suffix when another slide holds that name."""
     plain, suffixed = _candidates(out, slide, name)
     manifest = plain.read_manifest()
-    return suffixed if manifest and manifest["slide"].get("path") != slide else plain
+    return suffixed if manifest and not _is_of(manifest, slide) else plain
 
 
 def check_folder(folder: RunFolder, run_hash: str, *, overwrite: bool) -> None:
@@ -111,12 +126,13 @@ def check_folder(folder: RunFolder, run_hash: str, *, overwrite: bool) -> None:
         With what is there and what to do.
     """
     try:
-        if folder.path.exists() and not folder.path.is_dir():
+        found = kind_of(folder.path, RunError)
+        if found in ("file", "special"):
             raise RunError(f"{folder.path}: is a file, a folder is needed; pass another --out")
         manifest = folder.read_manifest()
         if overwrite:
             return
-        if manifest is None and folder.path.is_dir() and not _only_beginnings(folder):
+        if manifest is None and found == "folder" and not _only_beginnings(folder):
             raise RunError(f"{folder.path}: holds files but no manifest.json of wsiseg; pass another --out, or --overwrite to use it all the same")
         if manifest and manifest["run_hash"] != run_hash:
             made, config = manifest.get("seeds") or "none", manifest["config"]
@@ -128,8 +144,8 @@ def check_folder(folder: RunFolder, run_hash: str, *, overwrite: bool) -> None:
                 f"{folder.path}: holds a run of another configuration (model {config.get('model')}, method {config.get('method')}, seeds {made}); "
                 "pass another --out, or --overwrite to replace it"
             )
-    except PermissionError as error:
-        raise _unwritable(folder.path, error) from error
+    except OSError as error:
+        raise error if isinstance(error, RunError) else _unwritable(folder.path, error) from error
 
 
 def claim_folder(out: Path, slide: str, manifest: dict[str, Any], *, name: str | None = None, overwrite: bool) -> RunFolder:
@@ -151,7 +167,7 @@ def claim_folder(out: Path, slide: str, manifest: dict[str, Any], *, name: str |
     """
     for folder in _candidates(out, slide, name):
         previous = folder.read_manifest()
-        if previous and previous["slide"].get("path") != slide:
+        if previous and not _is_of(previous, slide):
             continue
         check_folder(folder, manifest["run_hash"], overwrite=overwrite)
         try:
@@ -160,6 +176,8 @@ def claim_folder(out: Path, slide: str, manifest: dict[str, Any], *, name: str |
             exclusive = previous is None and not (overwrite and folder.manifest.exists())
             if not same and not _create(folder, manifest, exclusive=exclusive):
                 continue  # another slide was quicker
+            if same and previous is not None and previous.get("status") == "interrupted":
+                folder.write_manifest(manifest)
             folder.parts.mkdir(exist_ok=True)
             with tempfile.TemporaryFile(dir=folder.parts):
                 pass
@@ -207,12 +225,19 @@ def versions() -> dict[str, str]:
 
 def _candidates(out: Path, slide: str, called: str | None) -> tuple[RunFolder, RunFolder]:
     if called:
-        return RunFolder(out / called), RunFolder(out / called)
-    name = Path(slide).name
+        return RunFolder(out / normal(called)), RunFolder(out / normal(called))
+    name = normal(Path(slide).name)
     for ending in (".ome.tiff", ".ome.tif"):
         name = name[: -len(ending)] if name.lower().endswith(ending) else name
-    stem = (Path(name).stem if name == Path(slide).name else name) or "slide"
-    return RunFolder(out / stem), RunFolder(out / f"{stem}-{hashlib.sha256(os.fsencode(slide)).hexdigest()[:6]}")
+    stem = (Path(name).stem if name == normal(Path(slide).name) else name) or "slide"
+    return RunFolder(out / stem), RunFolder(out / f"{stem}-{hashlib.sha256(os.fsencode(target(slide))).hexdigest()[:6]}")
+
+
+def _is_of(manifest: dict[str, Any], slide: str) -> bool:
+    """Whether a run is of this slide: the files that the names lead to are compared, for links move and names have two forms."""
+    path = manifest["slide"].get("path")
+    known = manifest["slide"].get("target")
+    return path == slide or (known or (isinstance(path, str) and target(path))) == target(slide)
 
 
 def _create(folder: RunFolder, manifest: dict[str, Any], *, exclusive: bool) -> bool:
@@ -224,7 +249,7 @@ def _create(folder: RunFolder, manifest: dict[str, Any], *, exclusive: bool) -> 
             folder.manifest.hardlink_to(draft)
         except FileExistsError:
             current = folder.read_manifest()
-            if current and current["slide"].get("path") != manifest["slide"]["path"]:
+            if current and not _is_of(current, manifest["slide"]["path"]):
                 return False
             check_folder(folder, manifest["run_hash"], overwrite=False)
         except OSError:  # a file system without hard links: the last writer wins, as before

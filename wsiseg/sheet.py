@@ -2,7 +2,7 @@
 
     plan.json           JSON: slide, resolved settings, names of all blocks with their tiles, digests, length of a descriptor
     clicks.safetensors  the bank, where there are clicks (formats/bank.py): every shard of a run types by the same one
-    clicks.part         the clicked cells (formats/parts.py)
+    clicks.cells        the clicked cells (formats/parts.py)
 
 plan.json is written last: where it is, the others are. Private to a run.
 """  # fmt: skip
@@ -20,6 +20,7 @@ from wsiseg.errors import FormatError
 from wsiseg.formats.atomic import write_json
 from wsiseg.formats.bank import restore_bank, write_bank
 from wsiseg.formats.parts import read_part, write_part
+from wsiseg.paths import read_text, refusal
 from wsiseg.records import SlideInfo
 
 if TYPE_CHECKING:
@@ -54,6 +55,8 @@ class Sheet:
         Area that is searched, as far as it is known.
     warnings
         Of the slide and the clicks.
+    target
+        Which file the slide is, links followed (:func:`wsiseg.paths.target`).
     """
 
     info: SlideInfo
@@ -66,13 +69,14 @@ class Sheet:
     descriptor_size: int
     tissue_mm2: float
     warnings: tuple[str, ...] = ()
+    target: str = ""
 
 
 def write_sheet(folder: Path, sheet: Sheet) -> None:
     """Write the files into the folder of the parts."""
     if sheet.bank is not None:
         write_bank(folder / "clicks.safetensors", sheet.bank, sheet.info.path, sheet.weights)
-        write_part(folder / "clicks.part", sheet.bank.cells, sheet.run_hash, {})
+        write_part(folder / "clicks.cells", sheet.bank.cells, sheet.run_hash, {})
     note = {k: v for k, v in vars(sheet).items() if k != "bank"}
     note |= {"clicks_sha256": _digest(folder) if sheet.bank is not None else ""}
     note |= {"version": VERSION, "info": dataclasses.asdict(sheet.info), "config": dataclasses.asdict(sheet.config), "clicks": sheet.bank is not None}
@@ -90,14 +94,14 @@ def read_sheet(folder: Path, run_hash: str | None = None) -> Sheet | None:
     """
     path = folder / "plan.json"
     try:
-        note: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        note: dict[str, Any] = json.loads(read_text(path))
         if note["version"] != VERSION or run_hash not in (None, note["run_hash"]):
             return None
         bank = None
         if note["clicks"]:
             if _digest(folder) != note["clicks_sha256"]:  # another run was begun over this one, and stopped
                 return None
-            bank = dataclasses.replace(restore_bank(folder / "clicks.safetensors"), cells=read_part(folder / "clicks.part")[0])
+            bank = dataclasses.replace(restore_bank(folder / "clicks.safetensors"), cells=read_part(folder / "clicks.cells")[0])
         known = {f.name for f in dataclasses.fields(Sheet)}
         rest = {k: v for k, v in note.items() if k in known}
         rest |= {"tiles": {str(name): int(count) for name, count in note["tiles"]}, "warnings": tuple(note["warnings"])}
@@ -107,11 +111,13 @@ def read_sheet(folder: Path, run_hash: str | None = None) -> Sheet | None:
     except (OSError, ValueError, KeyError, TypeError) as error:
         if isinstance(error, FormatError):
             raise
+        if isinstance(error, OSError):
+            raise FormatError(f"{path}: {refusal(error)}") from error
         raise FormatError(f"{path}: damaged ({error!r}); delete it and run the slide's command again: finished parts are used") from error
 
 
 def _digest(folder: Path) -> str:
-    return hashlib.sha256((folder / "clicks.safetensors").read_bytes() + (folder / "clicks.part").read_bytes()).hexdigest()
+    return hashlib.sha256((folder / "clicks.safetensors").read_bytes() + (folder / "clicks.cells").read_bytes()).hexdigest()
 
 
 def _info(note: dict[str, Any]) -> SlideInfo:

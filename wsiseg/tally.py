@@ -78,7 +78,7 @@ class Tally:
         if shard:
             facts["shard"] = str(shard)
             self._earlier = _read_record(_record(folder, shard), sheet.run_hash)
-            if not self._earlier:
+            if self._earlier.get("status") != "shard":
                 write_json(_record(folder, shard), {"status": "running", "shard": str(shard), "host": machine.host(), "run_hash": sheet.run_hash})
         logger.info("%s: begins", self.slide, extra={"event": "begin", "facts": facts})
 
@@ -206,6 +206,13 @@ class Tally:
             "peak_ram_mb": round(max(self._peak, peak_bytes()) / 2**20, 1),
             "peak_vram_mb": round(self._device_peak / 2**20, 1),
         }
+
+
+def interrupt_shard(folder: RunFolder, shard: Shard, run_hash: str) -> None:
+    """Note that a shard which had begun was stopped."""
+    record = _read_record(_record(folder, shard), run_hash)
+    if record.get("status") == "running":
+        write_json(_record(folder, shard), record | {"status": "interrupted"})
 
 
 def _record(folder: RunFolder, shard: Shard) -> Path:

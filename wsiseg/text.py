@@ -7,6 +7,8 @@ import json
 import re
 from typing import TYPE_CHECKING, Any
 
+from wsiseg.paths import require_regular
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
@@ -53,6 +55,7 @@ def read_content(path: Path, error: type[WsisegError]) -> bytes:
         Of the class ``error``: it cannot be read, is too large, or begins as a picture or another known kind of file does.
     """
     try:
+        require_regular(path)
         with path.open("rb") as stream:
             _refuse_kinds(stream.peek(512), str(path), error)  # a slide given by mistake is not read whole
             content = stream.read(MAX_BYTES + 1)

@@ -68,7 +68,8 @@ def test_a_signal_finishes_the_block_in_hand(run: Run, undisturbed: tuple[dict[s
     assert "Traceback" not in errors
     before = parts(run.folder(tmp_path))
     assert 0 < len(before) < 16
-    assert not list(run.folder(tmp_path).rglob("*.claim"))
+    assert not [p.name for p in run.folder(tmp_path).rglob("*") if p.name.endswith((".claim", ".partial", ".part"))]
+    assert json.loads((run.folder(tmp_path) / "manifest.json").read_text())["status"] == "interrupted"
     done = run(tmp_path)
     assert done.returncode == 0, done.stderr
     assert {name: written for name, written in parts(run.folder(tmp_path)).items() if name in before} == before
@@ -116,6 +117,7 @@ def test_a_signal_to_all_processes(run: Run, undisturbed: tuple[dict[str, bytes]
     assert "Traceback" not in errors
     assert len(errors.splitlines()) == 2
     assert not list(run.folder(tmp_path).rglob("*.claim"))
+    assert json.loads((run.folder(tmp_path) / "manifest.json").read_text())["status"] == "interrupted"
     assert run(tmp_path).returncode == 0
     assert files_of(run.folder(tmp_path)) == undisturbed[0]
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib
 import logging
 import sys
+from pathlib import Path
 from typing import Any
 
 import click
 
 from wsiseg import __version__
+from wsiseg.cli.streams import OUTPUT, one_line
 
 # name -> module below wsiseg.cli, and the line shown by `wsiseg --help` (so that help imports nothing else)
 COMMANDS = {
@@ -51,15 +53,27 @@ class _Commands(click.Group):
         from wsiseg.errors import InterruptedRunError, WsisegError
 
         try:
+            Path.cwd()
+        except OSError as error:  # of which torch and others would end the process
+            raise click.ClickException(f"the current folder is gone ({error.strerror}); change to another one with cd") from error
+        try:
             return super().invoke(ctx)
         except WsisegError as error:
             said = _Interrupted if isinstance(error, InterruptedRunError) else click.ClickException
-            raise said(" ".join(str(error).split())) from error
+            raise said(one_line(str(error))) from error
         except MemoryError as error:
             raise click.ClickException("out of memory; pass --max-ram, a smaller --tile-size or fewer --workers") from error
-        except BrokenPipeError:
-            sys.stderr.close()
-            sys.exit(1)
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        """Run a command; the exit status is that of its work, whatever becomes of the streams."""
+        OUTPUT.begin()
+        try:
+            return super().main(*args, **kwargs)
+        except SystemExit as end:
+            if not end.code and (reason := OUTPUT.lost()):
+                click.echo(f"Error: standard output: cannot be written ({reason}); make room, or write it elsewhere", err=True)
+                raise SystemExit(1) from None
+            raise
 
 
 @click.command(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import click
 
+from wsiseg.cli.arguments import Working
 
-@click.command(short_help="Write a small real slide with clicks.")
+
+@click.command(cls=Working, short_help="Write a small real slide with clicks.")
 @click.argument("folder", type=click.Path(path_type=Path))
 def command(folder: Path) -> None:
     """Write a small slide of real tissue and a click per cell type into FOLDER, and print the command that runs on them."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import click
 
+from wsiseg.cli.arguments import Command
 
-@click.command(short_help="Check what works on this machine.")
+
+@click.command(cls=Command, short_help="Check what works on this machine.")
 @click.pass_context
 def command(ctx: click.Context) -> None:
     """Try readers, model, GPU and disk; each failure comes with its remedy. Exit status 1 when something needed is missing."""

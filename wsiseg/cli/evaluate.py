@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING
 
 import click
 
+from wsiseg.cli.arguments import Command
+from wsiseg.cli.streams import OUTPUT
+
 if TYPE_CHECKING:
     from wsiseg.evaluation import Evaluation
 
@@ -20,7 +23,7 @@ TITLES = {
 OF_IMAGES = ("aji", "aji_plus", "pq", "msa", "dice", "detection_f1", "macro_f1", "type_accuracy", "point_precision")  # columns of the image table
 
 
-@click.command(short_help="Score outlines and types against a truth.")
+@click.command(cls=Command, short_help="Score outlines and types against a truth.")
 @click.argument("prediction", metavar="PRED", type=click.Path(path_type=Path))
 @click.argument("truth", metavar="TRUTH", type=click.Path(path_type=Path))
 @click.option("--pred-types", type=click.Path(path_type=Path), metavar="PATH", help="Image of type ids for a label image PRED, or a folder of them.")
@@ -49,10 +52,13 @@ def command(
     """  # noqa: D301 - click's mark for lines that stay as they are
     from wsiseg.errors import ConfigError
     from wsiseg.evaluation import evaluate
-    from wsiseg.formats.atomic import write_json
+    from wsiseg.formats.atomic import require_free, write_json
+    from wsiseg.paths import kind_of
 
-    if json_file is not None and json_file.exists() and not overwrite:
-        raise ConfigError(f"{json_file}: exists already; give another --json file, or pass --overwrite")
+    if json_file is not None:
+        if kind_of(json_file, ConfigError) == "file" and not overwrite:
+            raise ConfigError(f"{json_file}: exists already; give another --json file, or pass --overwrite")
+        require_free(json_file, ConfigError, overwrite=True)
     try:
         levels = tuple(float(text) for text in thresholds.split(","))
     except ValueError as error:
@@ -61,6 +67,7 @@ def command(
         prediction, truth, prediction_types=pred_types, truth_types=truth_types, classes=classes, mpp=mpp, radius_um=radius, thresholds=levels,
         baseline=baseline,
     )  # fmt: skip
+    OUTPUT.extra = json_file is not None
     for note in scores.notes:
         click.echo(f"Warning: {note}", err=True)
     _report(scores, images=not summary)

@@ -7,10 +7,11 @@ from typing import Any, get_args, get_type_hints
 
 import click
 
+from wsiseg.cli.arguments import Command
 from wsiseg.config import RunConfig
 
 
-@click.command(short_help="What is known of a slide before a run.")
+@click.command(cls=Command, short_help="What is known of a slide before a run.")
 @click.argument("slide")
 @click.option("--mpp", type=float, metavar="UM", help="Microns per level-0 pixel, when the slide does not say.")
 @click.option("--reader", type=click.Choice(get_args(get_type_hints(RunConfig)["reader"])), default="auto", show_default=True)

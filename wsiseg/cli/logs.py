@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import sys
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
@@ -51,7 +53,12 @@ def log_json(path: Path) -> None:
         It cannot be written.
     """
     try:
-        handler: logging.Handler = logging.StreamHandler(sys.stderr) if str(path) == "-" else logging.FileHandler(path, encoding="utf-8")
+        if str(path) != "-":
+            # A pipe without a reader would be waited for. Text that is not: what a name holds that no encoding does.
+            os.close(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NONBLOCK", 0), 0o666))
+            handler: logging.Handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
+        else:
+            handler = logging.StreamHandler(sys.stderr)
     except OSError as error:
         raise RunError(f"--log-json {path}: cannot be written ({error.strerror}); pass a file in a folder that you may write to") from error
     handler.setFormatter(_Lines())
@@ -70,4 +77,5 @@ def log_json(path: Path) -> None:
 def _close(logger: logging.Logger, handler: logging.Handler) -> None:
     logger.removeHandler(handler)
     logger.setLevel(logging.NOTSET)
-    handler.close()
+    with contextlib.suppress(OSError):  # said already
+        handler.close()

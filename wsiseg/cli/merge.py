@@ -6,8 +6,11 @@ from pathlib import Path
 
 import click
 
+from wsiseg.cli.arguments import Working
+from wsiseg.cli.streams import one_line
 
-@click.command(short_help="Join the shards of a run.")
+
+@click.command(cls=Working, short_help="Join the shards of a run.")
 @click.argument("runs", nargs=-1, required=True, metavar="RUN...", type=click.Path(path_type=Path))
 @click.option("--allow-missing", is_flag=True, help="Write what is there, although blocks are missing; the exit status is 3 then.")
 @click.option("--format", "formats", metavar="LIST", help="Files to write, comma-separated.  [default: those of the shards]")
@@ -30,7 +33,7 @@ def command(ctx: click.Context, /, runs: tuple[Path, ...], allow_missing: bool, 
     from wsiseg.pipeline import merge_run
 
     set_verbosity(0, quiet)
-    wanted = tuple(f.strip() for f in formats.split(",") if f.strip()) if formats else None
+    wanted = tuple(f.strip() for f in formats.split(",") if f.strip()) if formats is not None else None
     failed, holes = [], False
     with Stop() as stopped:
         for run in runs:
@@ -41,7 +44,7 @@ def command(ctx: click.Context, /, runs: tuple[Path, ...], allow_missing: bool, 
             except WsisegError as error:
                 if len(runs) == 1:
                     raise
-                failed.append(str(error))
+                failed.append(one_line(str(error)))
                 continue
             holes |= manifest["status"] != "complete"
             if not quiet:

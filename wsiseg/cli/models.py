@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING
 
 import click
 
+from wsiseg.cli.arguments import Group, Working
+from wsiseg.cli.streams import one_line
 from wsiseg.models.store import MPP_RANGE, NORMALISE
 
 if TYPE_CHECKING:
     from wsiseg.models.cards import ModelCard
 
 
-@click.group(short_help="List, check, import and download models.", name="models")
+@click.group(cls=Group, short_help="List, check, import and download models.", name="models")
 def command() -> None:
     """Work with models: the one in the package, and checkpoints of the SAM family that you import once and then call by name.
 
@@ -38,7 +40,7 @@ def list_() -> None:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-    click.echo(f"Imported models are in {models_folder()}", err=True)
+    click.echo(one_line(f"Imported models are in {models_folder()}"), err=True)
 
 
 @command.command(short_help="All that is known of a model.")
@@ -59,12 +61,12 @@ def verify(ctx: click.Context, names: tuple[str, ...]) -> None:
 
     verdicts = verify_all(names)
     for name, wrong in verdicts.items():
-        click.echo(f"Error: {wrong}" if wrong else f"{name}: fine", err=bool(wrong))
+        click.echo(f"Error: {one_line(wrong)}" if wrong else f"{name}: fine", err=bool(wrong))
     if any(verdicts.values()):
         ctx.exit(1)
 
 
-@command.command("import", short_help="Take in a checkpoint of the SAM family.")
+@command.command("import", cls=Working, short_help="Take in a checkpoint of the SAM family.")
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--name", required=True, help="What --model will take: lower-case letters, digits, dots, hyphens, underscores.")
 @click.option("--decoder", type=click.Path(path_type=Path), metavar="FILE", help="The instance decoder, where it is in a file of its own.")
@@ -99,7 +101,7 @@ def import_(
     )
 
 
-@command.command(short_help="Fetch a published checkpoint.")
+@command.command(cls=Working, short_help="Fetch a published checkpoint.")
 @click.argument("name")
 @click.option("--overwrite", is_flag=True, help="Replace a model of this name.")
 def download(name: str, overwrite: bool) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 import click
 
 from wsiseg.cli import set_verbosity
+from wsiseg.cli.arguments import Working
 from wsiseg.config import HALO_UM, TILE_UM, RunConfig, from_mapping, read_config
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ def _choices(field: str) -> click.Choice[str]:
     return click.Choice(get_args(get_type_hints(RunConfig)[field]))
 
 
-@click.command(short_help="Segment and type slides.")
+@click.command(cls=Working, short_help="Segment and type slides.")
 @click.argument("slides", nargs=-1, metavar="SLIDE...")
 @click.option("--seeds", metavar="FILE", help="Clicks, one or more per cell type: seeds.json, or points exported from QuPath.")
 @click.option("--bank", metavar="FILE", help="bank.safetensors of another slide's run: its clicks type this one.")
@@ -83,17 +84,17 @@ def command(
     wsiseg run --slides list.csv --out results
     """  # noqa: D301 - click's mark for lines that stay as they are
     set_verbosity(verbose, quiet)
-    if bool(slides) == bool(slide_list):
+    if bool(slides) == (slide_list is not None):
         raise click.UsageError("Give either SLIDE... or --slides CSV.")
-    config = read_config(config_file) if config_file else RunConfig()
-    if options["seeds"] or options["bank"]:  # either flag beats both in the file
+    config = read_config(config_file) if config_file is not None else RunConfig()
+    if options["seeds"] is not None or options["bank"] is not None:  # either flag beats both in the file
         config = dataclasses.replace(config, seeds=None, bank=None)
     config = from_mapping(_as_settings(options), "command line", config)
 
     from wsiseg.cli.stop import Stop
     from wsiseg.shards import read_shard
 
-    if log_file:
+    if log_file is not None:
         from wsiseg.cli.logs import log_json
 
         log_json(log_file)
@@ -101,9 +102,9 @@ def command(
     with Stop() as stopped:
         from wsiseg.cohort import Entry, read_list
 
-        entries = read_list(slide_list) if slide_list else [Entry(slide) for slide in slides]
+        entries = read_list(slide_list) if slide_list is not None else [Entry(slide) for slide in slides]
         hidden = no_progress or quiet
-        if slide_list or len(slides) > 1:
+        if slide_list is not None or len(slides) > 1:
             status = _many(entries, config, out, stopped, shard=mine, overwrite=overwrite, hidden=hidden, quiet=quiet)
         else:
             status = _one(slides[0], config, out, stopped, shard=mine, overwrite=overwrite, hidden=hidden, quiet=quiet)

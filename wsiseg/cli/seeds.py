@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, get_args, get_type_hints
 
 import click
 
+from wsiseg.cli.arguments import Group, Working
 from wsiseg.config import RunConfig, from_mapping
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ _DEFAULT = RunConfig()
 _MPP = click.option("--mpp", type=float, metavar="UM", help="Microns per level-0 pixel of the slide, when it does not say.")
 
 
-@click.group(short_help="Check, convert and preview files of clicks.", name="seeds")
+@click.group(cls=Group, short_help="Check, convert and preview files of clicks.", name="seeds")
 def command() -> None:
     """Work with files of clicks: seeds.json, or points exported from QuPath.
 
@@ -39,16 +40,16 @@ def check(seeds: Path, slide: str | None, mpp: float | None) -> None:
 
     found = read_seeds(seeds)
     warnings = list(found.notes)
-    if slide:
+    if slide is not None:
         from wsiseg.slide import open_slide
 
         with open_slide(slide, mpp=mpp, require_mpp=False) as reader:
             found, warnings = check_seeds(found, reader.info)
     _report(found, warnings)
-    click.echo(f"{seeds}: fine{f' for {slide}' if slide else ''}")
+    click.echo(f"{seeds}: fine{'' if slide is None else f' for {slide}'}")
 
 
-@command.command(short_help="QuPath's points to seeds.json, or back.")
+@command.command(cls=Working, short_help="QuPath's points to seeds.json, or back.")
 @click.argument("source", metavar="IN", type=click.Path(path_type=Path))
 @click.argument("target", metavar="OUT", type=click.Path(path_type=Path))
 @click.option("--slide", help="Check the clicks against this slide, and count from where OUT needs it: the slide's corner, or QuPath's.")
@@ -72,7 +73,7 @@ def convert(source: Path, target: Path, slide: str | None, mpp: float | None, ov
     """  # noqa: D301 - click's mark for lines that stay as they are
     from wsiseg.formats.seeds import convert_seeds
 
-    if slide:
+    if slide is not None:
         from wsiseg.slide import open_slide
 
         with open_slide(slide, mpp=mpp, require_mpp=False) as reader:
@@ -83,7 +84,7 @@ def convert(source: Path, target: Path, slide: str | None, mpp: float | None, ov
     click.echo(f"{target}: written")
 
 
-@command.command(short_help="Draw what each click hits, before a run.")
+@command.command(cls=Working, short_help="Draw what each click hits, before a run.")
 @click.argument("seeds", type=click.Path(path_type=Path))
 @click.argument("slide")
 @click.option("--out", required=True, metavar="FILE.png", type=click.Path(path_type=Path), help="The picture to write.")

@@ -40,4 +40,11 @@ class Stop:
             os.kill(os.getpid(), number)  # what is half written is swept up by the next run
         self._asked = True
         with contextlib.suppress(OSError):  # not through Python's streams: they may be in use, and who reads them may be gone
-            os.write(2, f"{name}: the block in hand is finished, then this stops; once more stops it now\n".encode())
+            os.write(2, _new_line() + f"{name}: the block in hand is finished, then this stops; once more stops it now\n".encode())
+
+
+def _new_line() -> bytes:
+    """What brings a terminal to the start of an empty line: the progress bar, and the ``^C`` that was typed, stand in the current one."""
+    if not os.isatty(2):
+        return b""
+    return b"\n" if os.environ.get("TERM", "dumb") == "dumb" else b"\r\x1b[2K"

@@ -6,8 +6,11 @@ from pathlib import Path
 
 import click
 
+from wsiseg.cli.arguments import Working
+from wsiseg.cli.streams import one_line
 
-@click.command(short_help="Type a finished run again.")
+
+@click.command(cls=Working, short_help="Type a finished run again.")
 @click.argument("runs", nargs=-1, required=True, metavar="RUN...", type=click.Path(path_type=Path))
 @click.option("--seeds", type=click.Path(path_type=Path), metavar="FILE", help="Clicks on RUN's slide: seeds.json, or points exported from QuPath.")
 @click.option("--bank", type=click.Path(path_type=Path), metavar="FILE", help="bank.safetensors of another slide's run: its clicks type this one.")
@@ -37,9 +40,9 @@ def command(
     from wsiseg.errors import ConfigError, WsisegError
     from wsiseg.retyping import type_run
 
-    if seeds and len(runs) > 1:
+    if seeds is not None and len(runs) > 1:
         raise ConfigError("--seeds: clicks belong to one slide; pass one RUN, or --bank for several")
-    wanted = tuple(f.strip() for f in formats.split(",") if f.strip()) if formats else None
+    wanted = tuple(f.strip() for f in formats.split(",") if f.strip()) if formats is not None else None
     failed = []
     for run in runs:
         try:
@@ -47,7 +50,7 @@ def command(
         except WsisegError as error:
             if len(runs) == 1:
                 raise
-            failed.append(str(error))
+            failed.append(one_line(str(error)))
             continue
         for warning in manifest["typing"]["warnings"]:
             click.echo(f"Warning: {warning}", err=True)

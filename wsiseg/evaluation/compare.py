@@ -21,6 +21,7 @@ from wsiseg.evaluation.scores import Evaluation, ImageScores, class_scores, has_
 from wsiseg.evaluation.sources import Labels, Outlines, Points, Side, files_in, read_label, read_side, run_file, type_names
 from wsiseg.evaluation.summary import PointHits, mean_interval, retention
 from wsiseg.evaluation.types import RADIUS_UM, detect, pool_detections
+from wsiseg.paths import kind_of
 from wsiseg.text import did_you_mean, parse_json, read_text
 
 if TYPE_CHECKING:
@@ -177,9 +178,10 @@ def _located(source: Source) -> Path | NDArray[np.integer] | dict[str, Path]:
     if isinstance(source, np.ndarray):
         return source
     path = Path(source)
-    if not path.exists():
+    found = kind_of(path, FormatError)
+    if found == "nothing":
         raise FormatError(f"{path}: no such file or folder; check the path")
-    return run_file(path) or (files_in(path) if path.is_dir() else path)
+    return run_file(path) or (files_in(path) if found == "folder" else path)
 
 
 def _wrong_kind(what: str, files: dict[str, Path]) -> Path:

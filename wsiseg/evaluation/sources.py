@@ -28,6 +28,7 @@ from wsiseg.errors import FormatError
 from wsiseg.formats.documents import class_name, iter_features, read_texts
 from wsiseg.formats.geojson_geometry import FARTHEST_PX, read_polygons, repaired
 from wsiseg.formats.text_tables import read_table
+from wsiseg.paths import kind_of, names_in, normal, require_regular, require_text
 from wsiseg.records import UNASSIGNED
 from wsiseg.text import parse_json, read_text, show
 
@@ -120,7 +121,7 @@ def read_side(path: Path, names: Mapping[str, str]) -> Side:
         The file is of no such kind, damaged, or holds something else.
     """
     suffix = suffix_of(path)
-    if suffix is None or not path.is_file():
+    if suffix is None or kind_of(path, FormatError) != "file":
         raise FormatError(f"{path}: {path.suffix or 'a name without suffix'} is no kind of file that can be compared; {KINDS}")
     if suffix in IMAGES:
         notes: list[str] = []
@@ -144,12 +145,14 @@ def files_in(folder: Path) -> dict[str, Path]:
         There is nothing of the kind, or two files of one stem.
     """
     found: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()):
+    for name in names_in(folder, FormatError):
+        path = folder / name
         suffix = suffix_of(path)
         run = run_file(path)
-        if path.name.startswith(".") or path.name in NOT_CELLS or (run is None and (suffix is None or not path.is_file())):
+        if name.startswith(".") or name in NOT_CELLS or (run is None and (suffix is None or kind_of(path, FormatError) != "file")):
             continue
-        stem = path.name if run or suffix is None else path.name[: -len(suffix)]
+        require_text(path, FormatError)
+        stem = normal(name if run or suffix is None else name[: -len(suffix)])
         if stem in found:
             raise FormatError(f"{folder}: {found[stem].name} and {path.name} are both named {stem!r}; one per image is needed, remove the other")
         found[stem] = run or path
@@ -160,7 +163,9 @@ def files_in(folder: Path) -> dict[str, Path]:
 
 def run_file(folder: Path) -> Path | None:
     """The cells of a folder that `wsiseg run` wrote; ``None`` if it is no such folder."""
-    return next((folder / name for name in RUN_FILES if (folder / name).is_file()), None) if folder.is_dir() else None
+    if kind_of(folder, FormatError) != "folder":
+        return None
+    return next((folder / name for name in RUN_FILES if kind_of(folder / name, FormatError) == "file"), None)
 
 
 def read_label(path: Path, notes: list[str]) -> NDArray[np.integer]:
@@ -181,6 +186,7 @@ def read_label(path: Path, notes: list[str]) -> NDArray[np.integer]:
     if suffix_of(path) not in IMAGES:
         raise FormatError(f"{path}: not a label image; allowed are .png, .tif, .tiff and .npy")
     try:
+        require_regular(path)
         with _Overheard() as overheard:
             pixels = _load(path)
     except UNREADABLE as error:

@@ -14,6 +14,7 @@ import orjson
 
 from wsiseg import machine
 from wsiseg.errors import RunError, WsisegError
+from wsiseg.paths import kind_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -22,11 +23,13 @@ if TYPE_CHECKING:
 # What the user can repair; anything else keeps its own exception.
 REPAIRABLE = {
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR,
+    errno.ENAMETOOLONG, errno.ELOOP, errno.EIO, errno.ENOTCONN, errno.ESTALE,
 }  # fmt: skip
 
 
 PARTIAL_PATTERN = ".*.partial"  #: temporary names, wherever a process was killed while writing
 _DAY = 86_400  # seconds
+_NO_FILE = "a pipe, a device or a socket; a file is written here; give another name"
 
 
 @contextmanager
@@ -46,10 +49,13 @@ def atomic_path(path: Path) -> Iterator[Path]:
     Raises
     ------
     RunError
-        The disk is full or the folder cannot be written. The temporary file is removed after any exception.
+        The disk is full or the folder cannot be written; or a device or a pipe has this name.
+        The temporary file is removed after any exception.
     """
     partial = path.parent / partial_name(path.name)
     try:
+        if kind_of(path, RunError) == "special":
+            raise RunError(f"{path}: {_NO_FILE}")
         with refusals(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             yield partial
@@ -101,9 +107,12 @@ def require_free(path: Path, error: type[WsisegError], *, overwrite: bool) -> No
     overwrite
         A file may be replaced; a folder never.
     """
-    if path.is_dir():
+    found = kind_of(path, error)
+    if found == "folder":
         raise error(f"{path}: is a folder; a file is written here; give a file name")
-    if path.exists() and not overwrite:
+    if found == "special":  # which a new file would replace
+        raise error(f"{path}: {_NO_FILE}")
+    if found == "file" and not overwrite:
         raise error(f"{path}: there is a file of this name already; it is replaced only on request; give another name, or pass --overwrite")
 
 

@@ -21,6 +21,7 @@ from safetensors.numpy import save
 
 from wsiseg.errors import FormatError
 from wsiseg.formats.atomic import atomic_path
+from wsiseg.paths import require_regular
 from wsiseg.records import UNASSIGNED, Bank, Cells
 
 if TYPE_CHECKING:
@@ -93,6 +94,7 @@ def read_bank(path: Path) -> tuple[Bank, dict[str, Any]]:
         The file is missing, damaged, or no bank.
     """
     try:
+        require_regular(path)
         with safe_open(path, framework="numpy") as file:
             note: dict[str, Any] = json.loads((file.metadata() or {})["wsiseg"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping

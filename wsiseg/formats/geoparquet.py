@@ -96,7 +96,8 @@ def write_geoparquet(path: Path, cells: CellSource, typing: Typing, info: SlideI
 def _writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
     """With the statistics by which readers skip row groups; those of ids, outlines and descriptors help nobody and take time."""
     leaves = [name for name in schema.names if name not in ("id", "bbox", "geometry", "descriptor")] + [f"bbox.{corner}" for corner in CORNERS]
-    return pq.ParquetWriter(path, schema, compression="zstd", use_dictionary=["type"], write_statistics=leaves)
+    place = path.absolute()  # a colon in a relative one makes it an address
+    return pq.ParquetWriter(place, schema, compression="zstd", use_dictionary=["type"], write_statistics=leaves)
 
 
 def _numbered(cells: CellSource) -> Iterator[tuple[int, Cells]]:

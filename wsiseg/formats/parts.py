@@ -129,7 +129,8 @@ def write_part(path: Path, cells: Cells, config_hash: str, counts: dict[str, int
     }  # fmt: skip
     table = _table(cells).replace_schema_metadata({KEY: json.dumps(note, sort_keys=True)})
     with atomic_path(path) as partial:
-        pq.write_table(table, partial, compression="zstd", use_dictionary=False, write_page_checksum=True)
+        place = partial.absolute()  # a colon in a relative one makes it an address
+        pq.write_table(table, place, compression="zstd", use_dictionary=False, write_page_checksum=True)
 
 
 def _table(cells: Cells) -> pa.Table:

@@ -33,6 +33,7 @@ from wsiseg.formats.seed_rules import (
     is_number,
     short,
 )  # fmt: skip
+from wsiseg.paths import normal, readable
 from wsiseg.records import Seeds, SeedType, SlideInfo
 from wsiseg.text import did_you_mean, parse_json, show
 
@@ -107,7 +108,7 @@ def check_seeds(seeds: Seeds, info: SlideInfo) -> tuple[Seeds, list[str]]:
         The file names another slide, or a click lies outside this one.
     """
     slide = file_name(info.path)
-    if seeds.slide is not None and file_name(seeds.slide) != slide:
+    if seeds.slide is not None and normal(file_name(seeds.slide)) != normal(slide):
         raise SeedsError(
             f"{seeds.source}: slide: these seeds are for {file_name(seeds.slide)!r}, but the slide is {slide!r}; "
             "give the seeds of this slide, or correct or remove 'slide' in the file"
@@ -185,7 +186,9 @@ def convert_seeds(source: Path, target: Path, info: SlideInfo | None = None, *, 
     """
     require_free(target, SeedsError, overwrite=overwrite)
     seeds, from_qupath = _read(source)
-    if target.exists() and target.samefile(source):
+    with readable(target, SeedsError):
+        itself = target.exists() and target.samefile(source)
+    if itself:
         raise SeedsError(f"{target}: this is also the file that is read; the clicks would be lost if writing failed; give the new file another name")
     suffixes = (".json",) if from_qupath else POINT_SUFFIXES
     if not target.name.lower().endswith(suffixes):

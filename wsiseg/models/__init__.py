@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from wsiseg.errors import ConfigError, WeightsError
 from wsiseg.models.cards import ModelCard, file_hash, require_same
 from wsiseg.models.store import SAM_NETWORK, card_of_file, find_card, stored_cards
+from wsiseg.paths import kind_of
 
 if TYPE_CHECKING:
     import torch
@@ -49,9 +50,12 @@ def find_weights(model: str) -> tuple[ModelCard, Path]:
     if model in MODELS:
         return MODELS[model], MODELS[model].weights
     path = Path(model)
-    if path.suffix == ".safetensors" and path.is_file():
+    found = kind_of(path, WeightsError)
+    if found == "special":
+        raise WeightsError(f"--model {model}: a pipe or a device; give the name of a model, or a .safetensors file")
+    if path.suffix == ".safetensors" and found == "file":
         return card_of_file(path), path
-    if path.is_file():
+    if found == "file":
         how = f"wsiseg models import {path} --name NAME --mpp UM"
         raise WeightsError(f"--model {model}: not a .safetensors file; a checkpoint is converted once, without running anything in it: {how}")
     card = find_card(model)

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from wsiseg.errors import WeightsError
 from wsiseg.models.torch_files import read_torch_file
+from wsiseg.paths import kind_of, readable, require_regular
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -204,12 +205,15 @@ def _read(path: Path) -> tuple[dict[str, Any], list[str]]:
 
 def _kind(path: Path) -> str:
     """``torch`` or ``safetensors``, by the first bytes."""
-    if path.is_dir():
+    found = kind_of(path, WeightsError)
+    if found == "folder":
         raise WeightsError(f"{path}: is a folder; pass the weight file in it")
-    if not path.exists():
+    if found == "nothing":
         raise WeightsError(f"{path}: no such file; check the path")
-    with path.open("rb") as stream:
-        head = stream.read(512)
+    with readable(path, WeightsError):
+        require_regular(path)
+        with path.open("rb") as stream:
+            head = stream.read(512)
     if not head:
         raise WeightsError(f"{path}: the file is empty; copy or download it again")
     if head.startswith((b"PK\x03\x04", b"PK\x05\x06")):

@@ -34,6 +34,7 @@ import platformdirs
 
 from wsiseg.errors import ConfigError, WeightsError
 from wsiseg.models.cards import ModelCard, file_hash, require_same
+from wsiseg.paths import kind_of, names_in, read_text, readable
 from wsiseg.text import did_you_mean
 
 if TYPE_CHECKING:
@@ -107,7 +108,8 @@ def models_folder() -> Path:
 def stored_names(folder: Path | None = None) -> list[str]:
     """Names that have a card in the folder, readable or not; sorted."""
     folder = folder or models_folder()
-    return sorted(path.stem for path in folder.glob("*.json") if _NAME.fullmatch(path.stem))
+    stems = (name.removesuffix(".json") for name in names_in(folder, WeightsError) if name.endswith(".json"))
+    return sorted(stem for stem in stems if _NAME.fullmatch(stem))
 
 
 def stored_cards(folder: Path | None = None) -> list[ModelCard]:
@@ -136,8 +138,8 @@ def find_card(name: str, folder: Path | None = None) -> ModelCard | None:
         return None
     path = (folder or models_folder()) / f"{name}.json"
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        content = json.loads(read_text(path))
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:
         raise WeightsError(f"{path}: the card cannot be read ({error}); import or download the model again with --overwrite") from error
@@ -146,7 +148,7 @@ def find_card(name: str, folder: Path | None = None) -> ModelCard | None:
     if not sound or content["name"] != name or content["weights"] != f"{name}.safetensors" or content["network"] != SAM_NETWORK:
         raise WeightsError(f"{path}: not a card that wsiseg wrote; import or download the model again with --overwrite")
     card = ModelCard(**{**content, "weights": path.parent / content["weights"]})
-    if not card.weights.is_file():
+    if kind_of(card.weights, WeightsError) != "file":
         raise WeightsError(f"{card.weights}: the weights of {name} are missing; import or download the model again with --overwrite")
     return card
 
@@ -169,8 +171,9 @@ def card_of_file(path: Path) -> ModelCard:
     from wsiseg.models import MODELS
 
     for card in MODELS.values():
-        if card.weights.exists() and path.samefile(card.weights):
-            return card
+        with readable(path, WeightsError):
+            if kind_of(card.weights, WeightsError) == "file" and path.samefile(card.weights):
+                return card
     try:
         with safe_open(path, framework="numpy") as file:
             metadata, keys = file.metadata() or {}, list(file.keys())
@@ -359,7 +362,7 @@ def _require_free(name: str, folder: Path, *, overwrite: bool) -> None:
         raise ConfigError(f"name {name!r}: not allowed; use a-z, 0-9, dots, hyphens and underscores, and begin with a letter or digit")
     if name in MODELS:
         raise ConfigError(f"name {name}: belongs to a model of the package; choose another")
-    if (folder / f"{name}.json").exists() and not overwrite:
+    if kind_of(folder / f"{name}.json", WeightsError) != "nothing" and not overwrite:
         raise WeightsError(f"{name}: there is a model of this name already; it is replaced only on request; choose another name, or pass --overwrite")
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, Self, cast
 
 from wsiseg.errors import ConfigError, SlideError
+from wsiseg.paths import kind_of, readable, require_regular, require_text
 from wsiseg.slide.mpp import check_override, require_cellular
 from wsiseg.slide.resample import FOREIGN_ERRORS, read_region, thumbnail
 
@@ -110,7 +111,7 @@ def open_slide(path: str | Path, *, mpp: float | None = None, reader: str = "aut
     address = os.fspath(path)
     remote = "://" in address
     if not remote:
-        _check_file(Path(address))
+        address = str(_checked_file(address))
     names = [reader] if reader != "auto" else [name for name in READERS if not (remote and name == "openslide")]
     slide = first_that_decodes(address, mpp, names, hidden_damage=reader == "auto")
     if require_mpp and math.isnan(slide.info.mpp):
@@ -194,21 +195,24 @@ def _hides_damage(path: str) -> bool:
         return False
 
 
-def _check_file(path: Path) -> None:
-    """Refuse what is no readable file, before a reader turns it into a riddle."""
-    if path.is_dir():
+def _checked_file(address: str) -> Path:
+    """The path of a readable file; anything else is refused, before a reader turns it into a riddle."""
+    if not address.strip():
+        raise SlideError("the path of the slide is empty; give a file")
+    require_text(address, SlideError)
+    path = Path(address)
+    found = kind_of(path, SlideError)
+    if found == "nothing":
+        raise SlideError(f"{path}: no such file; check the path")
+    if found == "folder":
         raise SlideError(f"{path}: is a folder, not a slide; give the file (for MRXS the .mrxs beside the folder, for DICOM one .dcm)")
-    try:
+    with readable(path, SlideError):
+        require_regular(path)
         with path.open("rb") as file:
             empty = not file.read(1)
-    except FileNotFoundError as error:
-        raise SlideError(f"{path}: no such file; check the path") from error
-    except PermissionError as error:
-        raise SlideError(f"{path}: no permission to read it; change the file's permissions or run as a user who may") from error
-    except OSError as error:
-        raise SlideError(f"{path}: cannot be read ({error.strerror or error}); check the disk and the path") from error
     if empty:
         raise SlideError(f"{path}: the file is empty (0 bytes); copy or download it again")
+    return path
 
 
 def _guess(address: str, remote: bool) -> str:

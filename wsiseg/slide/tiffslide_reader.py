@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import tifffile
+from fsspec.core import OpenFile
+from fsspec.implementations.local import LocalFileSystem
 from tiffslide import TiffSlide
 
 from wsiseg.errors import SlideError
@@ -42,7 +44,7 @@ class TiffSlideReader:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # TiffSlide warns of vendors whose metadata it reads in part
-                self._slide = _LevelSlide(path)
+                self._slide = _LevelSlide(_source(path))
                 try:
                     self.info = self._describe(mpp)
                 except BaseException:
@@ -116,6 +118,11 @@ class TiffSlideReader:
 def open_tiffslide(path: str, mpp: float | None) -> TiffSlideReader:
     """Open ``path`` with TiffSlide; ``mpp`` overrides the file's."""
     return TiffSlideReader(path, mpp)
+
+
+def _source(path: str) -> str | OpenFile:
+    """What TiffSlide is given: it takes ``::`` in the name of a local file for a chain of file systems."""
+    return OpenFile(LocalFileSystem(), path) if "::" in path and "://" not in path else path
 
 
 class _LevelSlide(TiffSlide):
