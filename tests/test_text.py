@@ -151,7 +151,7 @@ def test_what_is_not_text_is_named_for_what_it_is(kind: str, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("kind", ["seeds", "list", "config"])
 def test_a_name_with_a_nul_is_refused(kind: str) -> None:
-    one_line(readers(Path("a\0b.csv"))[kind], "'a\\x00b.csv'", "not the name of a file")
+    one_line(readers(Path("a\0b.csv"))[kind], "'a\\x00b.csv'", "a NUL character, which no name of a file has")
 
 
 def test_json_that_is_refused(tmp_path: Path) -> None:

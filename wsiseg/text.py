@@ -7,7 +7,7 @@ import json
 import re
 from typing import TYPE_CHECKING, Any
 
-from wsiseg.paths import require_regular
+from wsiseg.paths import require_regular, require_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -54,6 +54,7 @@ def read_content(path: Path, error: type[WsisegError]) -> bytes:
     WsisegError
         Of the class ``error``: it cannot be read, is too large, or begins as a picture or another known kind of file does.
     """
+    require_text(path, error)
     try:
         require_regular(path)
         with path.open("rb") as stream:
@@ -61,8 +62,6 @@ def read_content(path: Path, error: type[WsisegError]) -> bytes:
             content = stream.read(MAX_BYTES + 1)
     except OSError as problem:
         raise error(f"{path}: cannot be read ({problem.strerror or problem}); check the path and its permissions") from problem
-    except ValueError as problem:  # a NUL character in the name
-        raise error(f"{str(path)!r}: not the name of a file ({problem}); check the path") from problem
     if len(content) > MAX_BYTES:
         raise error(f"{path}: more than {MAX_BYTES >> 30} GiB; split the file")
     return content
