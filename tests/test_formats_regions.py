@@ -76,8 +76,8 @@ def test_bounds_are_added_and_the_slide_is_the_limit(tmp_path: Path) -> None:
     ("features", "message"),
     [
         ([], "0 objects, no polygon; draw regions in QuPath"),
-        ([{"type": "Feature", "geometry": None}], "1 objects, no polygon"),
-        ([feature()], "1 objects, no polygon"),
+        ([{"type": "Feature", "geometry": None}], "1 object, no polygon"),
+        ([feature()], "1 object, no polygon"),
         ([feature(moved(SQUARE, 2000))], r"the regions \(2010, 10, 2110, 110\) lie outside the slide, which has 1000 x 800 px"),
         (
             [feature([[0, 0], [10, 10], [10, 0], [0, 10], [0, 0]])],

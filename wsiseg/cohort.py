@@ -17,10 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wsiseg.config import LIMITS
+from wsiseg.config import check_mpp
 from wsiseg.errors import ConfigError, InterruptedRunError, WsisegError
 from wsiseg.formats.atomic import atomic_path
-from wsiseg.pipeline import segment_slide
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -44,13 +43,15 @@ class Entry:
     name: str | None = None
 
 
-def read_list(path: Path) -> list[Entry]:
+def read_list(path: Path, *, force_mpp: bool = False) -> list[Entry]:
     """The slides of a list.
 
     Parameters
     ----------
     path
         CSV with comma, semicolon or tab, as spreadsheets write it.
+    force_mpp
+        Accept scales at which no cell can be found.
 
     Raises
     ------
@@ -80,7 +81,7 @@ def read_list(path: Path) -> list[Entry]:
             found = f"--slides {path}: line {number}: {len(row)} cells for {len(columns)} columns"
             raise ConfigError(f"{found}; name all columns in the first line, or quote what has commas in it")
         if any(cell.strip() for cell in row):
-            entries.append(_entry(dict(zip(columns, (cell.strip() for cell in row), strict=False)), path, number))
+            entries.append(_entry(dict(zip(columns, (cell.strip() for cell in row), strict=False)), path, number, force_mpp=force_mpp))
     for what in ("path", "name"):
         given = [value for value in (getattr(e, what) for e in entries) if value]
         twice = [value for value in given if given.count(value) > 1]
@@ -91,7 +92,7 @@ def read_list(path: Path) -> list[Entry]:
     return entries
 
 
-def _entry(row: dict[str, str], path: Path, number: int) -> Entry:
+def _entry(row: dict[str, str], path: Path, number: int, *, force_mpp: bool) -> Entry:
     place = f"--slides {path}: line {number}"
     if not row.get("path"):
         raise ConfigError(f"{place}: no path; give the path of a slide")
@@ -104,9 +105,7 @@ def _entry(row: dict[str, str], path: Path, number: int) -> Entry:
             mpp = float(row["mpp"])
         except ValueError as error:
             raise ConfigError(f"{place}: mpp {row['mpp']!r} is no number; give microns per pixel, for example 0.25, or nothing") from error
-        low, high = LIMITS["mpp"]
-        if not low <= mpp <= high:
-            raise ConfigError(f"{place}: mpp is {row['mpp']}; it must lie between {low:g} and {high:g}")
+        check_mpp(mpp, force=force_mpp, where=f"{place}: mpp")
     return Entry(_from(path.parent, row["path"]), mpp, _from(path.parent, row["seeds"]) if row.get("seeds") else None, name)
 
 
@@ -122,6 +121,7 @@ def segment_slides(
     overwrite: bool = False,
     shard: Shard | None = None,
     progress: Callable[[str], Callable[[int, int, int], None]] | None = None,
+    on_warning: Callable[[str], None] = lambda _: None,
     stopped: Callable[[], bool] = lambda: False,
 ) -> Iterator[dict[str, Any]]:
     """Segment slides one after the other; what is complete is passed over, so the same call again repeats only what failed.
@@ -130,7 +130,7 @@ def segment_slides(
     ----------
     entries
         Of :func:`read_list`.
-    config, out, overwrite, stopped
+    config, out, overwrite, on_warning, stopped
         As for :func:`~wsiseg.pipeline.segment_slide`.
     shard
         Work on this shard's slides only.
@@ -143,14 +143,17 @@ def segment_slides(
         Per slide the keys of ``SUMMARY`` and ``manifest`` (``None`` of a slide that failed). A table of them is written to ``out`` at the end, as
         ``summary.csv``, or ``summary-K-of-N.csv`` for a shard.
     """
+    from wsiseg.pipeline import segment_slide  # loads torch: a list with a wrong line is refused before
+
     rows = []
     for entry in shard.of(entries) if shard else entries:
         mine = dataclasses.replace(config, mpp=entry.mpp or config.mpp, seeds=entry.seeds or config.seeds, bank=None if entry.seeds else config.bank)
         row: dict[str, Any] = dict.fromkeys(SUMMARY, "") | {"slide": entry.path, "manifest": None}
         try:
             manifest = segment_slide(
-                entry.path, mine, out, name=entry.name, overwrite=overwrite, stopped=stopped, on_progress=progress(entry.path) if progress else None
-            )
+                entry.path, mine, out, name=entry.name, overwrite=overwrite, stopped=stopped, on_warning=on_warning,
+                on_progress=progress(entry.path) if progress else None,
+            )  # fmt: skip
             row |= {key: manifest["counts"][key] for key in ("cells", "tiles", "tiles_failed")}
             row |= {"status": manifest["status"], "folder": manifest["folder"], "seconds": manifest["seconds"]["total"], "manifest": manifest}
             row["message"] = manifest["failures"][0] if manifest["failures"] else ""

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from wsiseg.errors import counted
+
 if TYPE_CHECKING:
     from wsiseg.evaluation import Evaluation
 
@@ -79,7 +81,7 @@ def _reason(error: OSError) -> str:
 def _report(scores: Evaluation, *, images: bool) -> None:
     truth, predicted = (sum(image.counts[k] for image in scores.images) for k in (0, 1))
     n = len(scores.images)
-    click.echo(f"{n} image{'s' if n > 1 else ''}, {truth} cells in the truth, {predicted} in the prediction\n")
+    click.echo(f"{counted(n, 'image')}, {counted(truth, 'cell')} in the truth, {predicted} in the prediction\n")
     kept = {"retention": scores.retention} if scores.retention else {}
     rows = [["metric", "mean", "95 % interval", "pooled", *kept]]
     for metric in dict.fromkeys([*scores.means, *scores.pooled]):

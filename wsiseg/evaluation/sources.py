@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import shapely
 
-from wsiseg.errors import FormatError
+from wsiseg.errors import FormatError, counted
 from wsiseg.evaluation.contingency import polygonal
 from wsiseg.formats.documents import iter_features, parse_json, read_texts
 from wsiseg.records import UNASSIGNED
@@ -279,7 +279,8 @@ def _read_geojson(path: Path, names: Mapping[str, str]) -> Outlines:
                 types.append(_class_name(properties.get("classification")))
                 kinds.append(str(properties.get("objectType") or properties.get("object_type") or ""))
     if count and not geometries:
-        raise FormatError(f"{path}: {count} objects, no polygon; export the outlined cells from QuPath with File > Export objects as GeoJSON")
+        nothing = f"{path}: {counted(count, 'object')}, no polygon"
+        raise FormatError(f"{nothing}; export the outlined cells from QuPath with File > Export objects as GeoJSON")
     notes: tuple[str, ...] = ()
     if {"detection", "cell"} & set(kinds) and "annotation" in kinds:  # then the annotations are regions around the cells
         cells = [k for k, kind in enumerate(kinds) if kind != "annotation"]

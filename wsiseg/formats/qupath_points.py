@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from wsiseg import __version__
-from wsiseg.errors import SeedsError
+from wsiseg.errors import SeedsError, counted
 from wsiseg.formats.atomic import atomic_path
 from wsiseg.formats.documents import QUPATH_TYPES, iter_features
 from wsiseg.formats.seed_rules import (
@@ -115,7 +115,7 @@ class QuPathClicks:
         if not self.points and self.unclassified:
             raise SeedsError(f"{self.source}: {self.unclassified[0]}: the points have no class, so their cell type is unknown; {remedy}")
         if not self.points:
-            found = f"{self.features} objects, but no points" if self.features else "no objects"
+            found = f"{counted(self.features, 'object')}, but no points" if self.features else "no objects"
             raise SeedsError(
                 f"{self.source}: {found} in it; seeds are points with a class; in QuPath click cells with the Points tool, one class per "
                 "cell type, and use File > Export objects as GeoJSON"

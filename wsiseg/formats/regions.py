@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import shapely
 
-from wsiseg.errors import FormatError
+from wsiseg.errors import FormatError, counted
 from wsiseg.formats.documents import iter_features, parse_json, read_texts
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def read_regions(path: Path, info: SlideInfo) -> shapely.MultiPolygon | shapely.
             count += 1
             polygons += _polygons(feature.get("geometry"), f"{place}: {inside}")
     if not polygons:
-        raise FormatError(f"{path}: {count} objects, no polygon; draw regions in QuPath and use File > Export objects as GeoJSON")
+        raise FormatError(f"{path}: {counted(count, 'object')}, no polygon; draw regions in QuPath and use File > Export objects as GeoJSON")
     shift = (0, 0) if info.bounds is None else info.bounds[:2]
     width, height = info.size_px0
     united = shapely.transform(shapely.union_all(polygons), lambda xy: xy + shift)

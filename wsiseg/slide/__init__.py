@@ -12,8 +12,9 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, Self, cast
 
+from wsiseg.config import check_mpp
 from wsiseg.errors import ConfigError, SlideError
-from wsiseg.slide.mpp import check_override, require_cellular
+from wsiseg.slide.mpp import require_cellular
 from wsiseg.slide.resample import FOREIGN_ERRORS, read_region, thumbnail
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ class SlideReader(Protocol):
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None: ...
 
 
-def open_slide(path: str | Path, *, mpp: float | None = None, reader: str = "auto", require_mpp: bool = True) -> SlideReader:
+def open_slide(path: str | Path, *, mpp: float | None = None, force_mpp: bool = False, reader: str = "auto", require_mpp: bool = True) -> SlideReader:
     """Open a slide with the first reader that can.
 
     Parameters
@@ -86,6 +87,8 @@ def open_slide(path: str | Path, *, mpp: float | None = None, reader: str = "aut
         A file, or an fsspec address (``s3://bucket/slide.svs``).
     mpp
         Microns per level-0 pixel, in place of what the file says.
+    force_mpp
+        Accept an ``mpp`` at which no cell can be found.
     reader
         A name of `READERS`, or ``auto`` to try them in order.
     require_mpp
@@ -104,7 +107,7 @@ def open_slide(path: str | Path, *, mpp: float | None = None, reader: str = "aut
     ConfigError
         ``mpp`` or ``reader`` is not allowed.
     """
-    check_override(mpp)
+    check_mpp(mpp, force=force_mpp)
     if reader != "auto" and reader not in READERS:
         raise ConfigError(f"reader: {reader!r} is unknown; choose auto, {', '.join(READERS)}")
     address = os.fspath(path)
