@@ -40,13 +40,14 @@ WINDOWS = 4  #: a second each on one core
 DIAMETER_UM = 5.63  #: of the median nucleus, as a disc: geometric mean of TNBC (5.1) and NuInsSeG (6.2), train
 NUCLEUS_UM2 = math.pi / 4 * DIAMETER_UM**2
 TRUSTED = 0.25  #: how far, as a natural logarithm, the size seen on a rung may be from that before the rung counts for little
+MARGIN = 1.2  #: nearer to the ends of the ladder than this there is no estimate
 MIN_NUCLEI = 20  #: on all windows and rungs, weighted; of fewer the median says nothing
 SPREAD = (0.7, 1.45)  #: nine of ten labelled samples have their true scale within these factors of the estimate
 CONTRADICTION = 1.7  #: how far a stated scale may be from the estimate before it is doubted: 20x and 40x are a factor of 2
 
 OVERVIEW_PX = 1_000_000  #: of the overview on which the windows are chosen: levels that small are read in no time
 CELL_PX0 = 256  #: level-0 px; places are squares of at least this side, and at most 64 x 64 of them
-LEAST, DARKEST = 0.03, 1.0  #: optical density of red, which haematoxylin absorbs and eosin does not: mean of a square with some nuclei; ink
+LEAST, DARKEST = 0.01, 1.0  #: optical density of red, which haematoxylin absorbs and eosin does not: mean of a square with some nuclei; ink
 RICH = 0.3  #: squares with this share of the richest one's are candidates: the very richest may be a lymph follicle, or ink
 
 
@@ -149,7 +150,7 @@ def judge(rungs: Sequence[Rung]) -> ScaleEstimate | None:
     order = np.argsort(logs)
     shares = np.cumsum(np.array(weights)[order])
     mpp = math.exp(np.interp(shares[-1] / 2, shares - np.array(weights)[order] / 2, np.array(logs)[order]))
-    if not LADDER[1] <= mpp <= LADDER[-2]:  # at the ends one cannot see what lies beyond
+    if not LADDER[0] * MARGIN <= mpp <= LADDER[-1] / MARGIN:  # at the ends one cannot see what lies beyond
         return None
     return ScaleEstimate(mpp, mpp * SPREAD[0], mpp * SPREAD[1])
 
