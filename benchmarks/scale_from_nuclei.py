@@ -2,10 +2,10 @@
 
     python benchmarks/scale_from_nuclei.py --data DATA
 
-Writes results/scale_from_nuclei.md and .json. A sample is four windows of one patient (tnbc), organ (nuinsseg) or image (brca_m2c; monuseg, evaluation only),
-averaged down to the stated scale; around each image lie others of its group, since a window at a fine assumed scale is larger than an image.
-The constants of wsiseg/nuclear_scale.py were chosen on tnbc and brca_m2c (train), those of wsiseg/plausibility.py on tnbc and nuinsseg. The scale
-of nuinsseg is nominal, and its estimates are relative to that.
+Writes results/scale_from_nuclei.md and .json. A sample is four windows of one patient (tnbc), organ (nuinsseg) or image (brca_m2c; monuseg,
+evaluation only), averaged down to the stated scale; around each image lie others of its group, since a window at a fine assumed scale is larger
+than an image. The constants of wsiseg/nuclear_scale.py were chosen on tnbc and brca_m2c (train), those of wsiseg/plausibility.py on tnbc and
+nuinsseg. The scale of nuinsseg is nominal, and its estimates are relative to that.
 """
 
 from __future__ import annotations
@@ -110,7 +110,8 @@ def main() -> None:
                 f"beyond {CONTRADICTION}x": int((np.abs(np.log(ratios)) > math.log(CONTRADICTION)).sum()),
             })  # fmt: skip
             print(rows[-1], flush=True)
-    tables = {"estimated from nuclei": rows, "labelled nuclei": [fields(options.data / name, SETS[name][0]) for name in options.sets if (options.data / name / "label").is_dir()]}
+    drawn = [name for name in options.sets if (options.data / name / "label").is_dir()]
+    tables = {"estimated from nuclei": rows, "labelled nuclei": [fields(options.data / name, SETS[name][0]) for name in drawn]}
     write_results("scale_from_nuclei", tables, "`benchmarks/scale_from_nuclei.py`: a sample is four windows of one patient, organ or image.")
 
 

@@ -284,3 +284,90 @@ def test_a_missing_scale_is_a_slide_error(tmp_path: Path) -> None:
     Image.new("RGB", (64, 64), (243, 243, 243)).save(tmp_path / "a.png")
     with pytest.raises(SlideError, match="no microns per pixel"):
         pipeline.segment_slide(tmp_path / "a.png", RunConfig(), tmp_path / "out")
+
+
+def clicks(folder: Path, *points: tuple[float, float], **more: object) -> Path:
+    path = folder / "clicks.json"
+    path.write_text(json.dumps({"version": 1, "types": [{"name": "a", "points": [list(p) for p in points], **more}]}))
+    return path
+
+
+def half_glass(folder: Path) -> Path:
+    """Tissue on the left, glass on the right, at 0.5 um per px."""
+    image = np.full((600, 1200, 3), 243, np.uint8)
+    image[:, :600] = discs(0.5, 300.0)
+    path = folder / "half.tiff"
+    tifffile.imwrite(path, image, photometric="rgb", tile=(256, 256), resolution=(2e4, 2e4), resolutionunit="CENTIMETER", metadata=None)
+    return path
+
+
+def test_seeds_check_finds_clicks_on_glass(wsiseg: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
+    """What `run` would refuse is refused here, without a model; tissue within a click's reach is enough, whatever it is."""
+    slide = half_glass(tmp_path)
+    status, output = wsiseg("seeds", "check", clicks(tmp_path, (300, 300), (605, 300)), "--slide", slide)
+    assert status == 0, output
+    assert "a: 2 clicks" in output
+    status, output = wsiseg("seeds", "check", clicks(tmp_path, (300, 300), (900, 300), negative=[[1000, 10]]), "--slide", slide)
+    assert status == 1
+    assert "Warning: " in output
+    assert "types[0].negative[0] = [1000, 10]: on glass, no tissue within 4 um" in output
+    assert "types[0].points[1] = [900, 300]: on glass" in output.splitlines()[-1]
+    assert "points[0]" not in output
+    status, output = wsiseg("run", slide, "--seeds", clicks(tmp_path, (900, 300)), "--out", tmp_path / "out")
+    assert status == 1
+    assert "no cell there" in output
+    Image.new("RGB", (64, 64), (243, 243, 243)).save(tmp_path / "a.png")
+    status, output = wsiseg("seeds", "check", clicks(tmp_path, (30, 30)), "--slide", tmp_path / "a.png")
+    assert status == 0
+    assert "Warning: the slide has no microns per pixel, so clicks on glass are not found; pass --mpp" in output
+
+
+def test_other_clicks_on_the_same_cells_name_the_command_for_that(
+    demo: tuple[Path, Path], wsiseg: Callable[..., tuple[int, str]], tmp_path: Path
+) -> None:
+    slide, seeds = demo
+    assert wsiseg("run", slide, "--out", tmp_path / "out")[0] == 0
+    status, output = wsiseg("run", slide, "--seeds", seeds, "--out", tmp_path / "out")
+    assert status == 1
+    assert output.count("\n") == 1
+    command = f"wsiseg type {tmp_path / 'out' / 'ihc'} --seeds {seeds}"
+    assert f"`{command}`" in output
+    assert "--overwrite" in output
+    assert wsiseg(*command.split()[1:])[0] == 0
+    status, output = wsiseg("run", slide, "--seeds", seeds, "--out", tmp_path / "out", "--tile-size", 64)
+    assert status == 1
+    assert f"`{command}`" not in output, "other tiles are other parts: typing again is not enough"
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("sam-vit-b", "not here yet; fetch it once with `wsiseg models download sam-vit-b`"),
+        ("vit-b-histopathology", "`wsiseg models download vit-b-histopathology`"),
+        ("nuclei-compct", "did you mean nuclei-compact?"),
+        ("sam_vit_b", "did you mean sam-vit-b?"),
+        ("resnet", "no such model"),
+    ],
+)
+def test_a_model_that_is_not_here_is_helped_with(
+    name: str, said: str, demo: tuple[Path, Path], wsiseg: Callable[..., tuple[int, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WSISEG_MODELS", str(tmp_path / "models"))
+    for arguments in (("run", demo[0], "--model", name, "--out", tmp_path / "out"), ("models", "show", name)):
+        status, output = wsiseg(*arguments)
+        assert status == 1
+        assert said in output
+        assert ("did you mean" in output) == ("did you mean" in said)
+
+
+def test_an_error_of_a_list_is_printed_once(demo: tuple[Path, Path], wsiseg: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
+    (tmp_path / "list.csv").write_text(f"path\n{demo[0]}\nabsent.svs\n")
+    status, output = wsiseg("run", "--slides", tmp_path / "list.csv", "--out", tmp_path / "out")
+    assert status == 3
+    assert output.count("no such file") == 1
+    assert "no such file" in (tmp_path / "out/summary.csv").read_text()
+
+
+def test_numbers_in_sentences_agree_with_their_nouns(demo: tuple[Path, Path], wsiseg: Callable[..., tuple[int, str]]) -> None:
+    output = wsiseg("info", demo[0], "--no-estimate")[1]
+    assert "in 1 block\n" in output
