@@ -296,7 +296,7 @@ def test_a_single_feature_and_nested_children(tmp_path: Path) -> None:
     }  # fmt: skip
     seeds = read_seeds(write(tmp_path / "s", collection(parent)))
     assert seeds.types == EXPECTED
-    assert "1 object that are no points were passed over, the first is features[0] (Polygon)" in check_seeds(seeds, INFO)[1][0]
+    assert "1 object other than points skipped, the first is features[0] (Polygon)" in check_seeds(seeds, INFO)[1][0]
 
 
 @pytest.mark.parametrize(

@@ -344,8 +344,8 @@ def test_other_clicks_on_the_same_cells_name_the_command_for_that(
     [
         ("sam-vit-b", "not here yet; fetch it once with `wsiseg models download sam-vit-b`"),
         ("vit-b-histopathology", "`wsiseg models download vit-b-histopathology`"),
-        ("nuclei-compct", "did you mean nuclei-compact?"),
-        ("sam_vit_b", "did you mean sam-vit-b?"),
+        ("nuclei-compct", "did you mean nuclei-compact? "),
+        ("sam_vit_b", "did you mean sam-vit-b? "),
         ("resnet", "no such model"),
     ],
 )

@@ -138,7 +138,7 @@ class QuPathClicks:
             notes.append(f"{self.source}: {len(self.unclassified)} point annotations without a class were passed over; {remedy}")
         if self.passed_over:
             first = self.passed_over[0]
-            notes.append(f"{self.source}: {len(self.passed_over)} objects that are no points were passed over, the first is {first}")
+            notes.append(f"{self.source}: {counted(len(self.passed_over), 'object')} other than points skipped, the first is {first}")
         return QuPathSeeds(kinds, self.source, None, tuple(notes))
 
 

@@ -223,7 +223,7 @@ def absence(name: str, what: str, folder: Path | None = None) -> str:
         return f"not here yet; {how} `wsiseg models download {name}`"
     here = [*MODELS, *stored_names(folder)]
     near = difflib.get_close_matches(name.lower(), [*here, *DOWNLOADS, *BY_HAND], n=1)
-    return f"{what}{f'; did you mean {near[0]}?' if near else ''}; models here: {', '.join(here)}"
+    return f"{what}; {f'did you mean {near[0]}? ' if near else ''}models here: {', '.join(here)}"
 
 
 def verify(card: ModelCard) -> None:
