@@ -77,7 +77,7 @@ def test_verify_finds_damage(checkpoint: Path, folder: Path, wsiseg: Callable[..
         (("import", "{checkpoint}", "--name", "a", "--decoder", "{checkpoint}"), 1, "given as a decoder, but it holds a SAM model"),
         (("import", "{checkpoint}"), 2, "Missing option '--name'"),
         (("import", "{checkpoint}", "--name", "a", "--normalise", "x"), 2, "Invalid value for '--normalise'"),
-        (("show", "absent"), 1, "absent: no such model here; models: nuclei-compact"),
+        (("show", "absent"), 1, "absent: no such model here; models here: nuclei-compact"),
         (("verify", "absent"), 1, "absent: no such model here"),
         (("download", "absent"), 1, "absent: nothing to download under this name"),
         (("download", "vit-h-histopathology"), 1, "vit-h-histopathology: no sha256 of it is published"),

@@ -112,7 +112,7 @@ def test_seeds_that_cannot_be_used(content: object, sentence: str, demo: tuple[P
 def test_other_wrong_options(demo: tuple[Path, Path], tmp_path: Path) -> None:
     out, slide = tmp_path / "out", demo[0]
     complains(out, "No such file", "run", slide, "--seeds", tmp_path / "absent.json")
-    complains(out, "mpp is 0; it must lie between 0.01 and 100", "run", slide, "--mpp", 0)
+    complains(out, "mpp: 0 is not allowed", "run", slide, "--mpp", 0)
     complains(out, "no such model", "run", slide, "--model", "sam9")
     complains(out, "not a device", "run", slide, "--device", "gpu7")
     complains(out, "tile_um is 3", "run", slide, "--tile-size", 3)
@@ -249,7 +249,7 @@ def test_a_tile_that_cannot_be_read_is_listed(demo: tuple[Path, Path], tmp_path:
     status, output = wsiseg(*arguments, "--out", tmp_path / "holes")
     assert status == 3
     assert "Missing: slide: a tile is damaged" in output
-    assert "1 of 16 tiles are missing" in output
+    assert "1 of 16 tiles is missing" in output
     monkeypatch.undo()
     assert wsiseg(*arguments, "--out", tmp_path / "holes")[0] == 0
     for name in ("cells.parquet", "cells.geojson.gz"):

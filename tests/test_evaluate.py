@@ -285,7 +285,7 @@ def test_wrong_input_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "cut.geojson").write_text('{"type": "FeatureCollection", "features": [')
     assert "not JSON at line 1" in fails(tmp_path / "cut.geojson", image)
     dot = {"type": "Feature", "geometry": {"type": "Point", "coordinates": [1, 2]}, "properties": {}}
-    assert "1 objects, no polygon" in fails(geojson(tmp_path / "dots.geojson", [], extra=[dot]), image)
+    assert "1 object, no polygon" in fails(geojson(tmp_path / "dots.geojson", [], extra=[dot]), image)
     for bad in ([[[0, 0], [None, 1], [1, 1], [0, 0]]], [[[0, 0], [float("nan"), 1], [1, 1], [0, 0]]], [[[0, 0], ["x", 1], [1, 1]]], [[1]], 3):
         wrong = {"type": "Feature", "geometry": {"type": "Polygon", "coordinates": bad}, "properties": {}}
         assert "features[0].geometry" in fails(geojson(tmp_path / "bad.geojson", [], extra=[wrong]), image)

@@ -129,8 +129,8 @@ def test_regions_from_the_wild(name: str, area: float) -> None:
     ("features", "message"),
     [
         ([], "0 objects, no polygon; draw regions in QuPath"),
-        ([{"type": "Feature", "geometry": None}], "1 objects, no polygon"),
-        ([feature()], "1 objects, no polygon"),
+        ([{"type": "Feature", "geometry": None}], "1 object, no polygon"),
+        ([feature()], "1 object, no polygon"),
         ([feature(moved(SQUARE, 2000))], r"the regions \(2010, 10, 2110, 110\) lie outside the slide, which has 1000 x 800 px"),
         ([feature([])], r"features\[0\]\.geometry: a ring has no positions"),
         ([feature([[1, 1], [5, 5]])], r"features\[0\]\.geometry: a ring has 2 positions; 3 at least are needed"),

@@ -296,7 +296,7 @@ def test_a_single_feature_and_nested_children(tmp_path: Path) -> None:
     }  # fmt: skip
     seeds = read_seeds(write(tmp_path / "s", collection(parent)))
     assert seeds.types == EXPECTED
-    assert "1 objects that are not points were skipped, the first is features[0] (Polygon)" in check_seeds(seeds, INFO)[1][0]
+    assert "1 object other than points skipped, the first is features[0] (Polygon)" in check_seeds(seeds, INFO)[1][0]
 
 
 @pytest.mark.parametrize(
@@ -340,7 +340,7 @@ def test_nan_literals_and_duplicate_keys_are_tolerated(tmp_path: Path) -> None:
     ("features", "message"),
     [
         ([], "no objects in it; seeds are points with a class"),
-        ([multi([], TUMOR)], "1 objects, but no points in it; .* Points tool"),
+        ([multi([], TUMOR)], "1 object, but no points in it; .* Points tool"),
         ([point(1, 2), point(3, 4)], r"features\[0\]: the points have no class, .* 'Set selected', and export again"),
         ([point(1, 2, None)], r"features\[0\]: the points have no class"),
         (

@@ -260,7 +260,7 @@ def test_damage_is_found(checkpoint: Path, folder: Path) -> None:
     assert "sha256 differs from the card of a; the file is damaged" in verdicts["a"]
     assert "the weights of b are missing" in verdicts["b"]
     assert "the card cannot be read" in verdicts["c"]
-    assert "no such model here; models: nuclei-compact, a, b, c, d" in verify_all(("e",))["e"]
+    assert "no such model here; models here: nuclei-compact, a, b, c, d" in verify_all(("e",))["e"]
     assert [card.name for card in stored_cards()] == ["a", "d"]
     assert all("\n" not in wrong for wrong in verdicts.values())
     assert import_model(checkpoint, "b", overwrite=True) in stored_cards()
@@ -285,7 +285,7 @@ def test_cards_of_others(change: dict[str, Any], checkpoint: Path, folder: Path)
 @pytest.mark.parametrize("name", ["../a", "/etc/passwd", "", "sam.pt", "absent"])
 def test_no_such_card(name: str, folder: Path) -> None:
     assert find_card(name) is None
-    with pytest.raises(WeightsError, match="no such model here; models: nuclei-compact; others come with"):
+    with pytest.raises(WeightsError, match="no such model here; models here: nuclei-compact; see `wsiseg models list`"):
         known_card(name)
 
 

@@ -435,7 +435,7 @@ def test_preview_of_qupaths_points_and_what_stops_it(tmp_path: Path, demo: tuple
         (("seeds", "preview", tmp_path / "no.json", slide, "--out", out), "cannot be read"),
         (("seeds", "preview", points, slide, "--out", out, "--model", "other"), "no such model"),
         (("seeds", "preview", points, slide, "--out", out, "--device", "abacus"), "not a device"),
-        (("seeds", "preview", points, slide, "--out", out, "--mpp", "1000"), "is not allowed"),
+        (("seeds", "preview", points, slide, "--out", out, "--mpp", "40"), "40 looks like a magnification"),
     ]
     for arguments, sentence in refused:
         status, output = wsiseg(*arguments)

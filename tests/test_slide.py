@@ -241,7 +241,7 @@ def test_an_unknown_remote_address():
         open_slide("memory://nowhere/a.tif")
 
 
-@pytest.mark.parametrize("mpp", [0, -0.25, math.nan, math.inf, 1000, 1e-5])
+@pytest.mark.parametrize("mpp", [0, -0.25, math.nan, math.inf, 1e-5, 1e5])
 def test_mpp_that_cannot_be_meant(mpp):
     with pytest.raises(ConfigError, match=r"--mpp: .* is not allowed"):
         open_slide("nowhere.svs", mpp=mpp)

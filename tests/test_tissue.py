@@ -157,7 +157,7 @@ def test_real_slides(slides_dir, name, mpp, brightfield, low, high):
     """Shares of the slide, from masks that were looked at."""
     from wsiseg.slide import open_slide, thumbnail
 
-    with open_slide(slides_dir / name, mpp=mpp) as slide:
+    with open_slide(slides_dir / name, mpp=mpp, force_mpp=True) as slide:
         overview, scale = thumbnail(slide, CONFIG.overview_mpp)
         found = find_tissue(overview, scale, CONFIG, mpp=slide.info.mpp)
     assert found.brightfield == brightfield

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wsiseg.config import LIMITS
+from wsiseg.config import check_mpp
 from wsiseg.errors import ConfigError, InterruptedRunError, WsisegError
 from wsiseg.formats.atomic import atomic_path
 from wsiseg.formats.text_tables import TextTable, read_table, unknown_columns
@@ -45,13 +45,15 @@ class Entry:
     name: str | None = None
 
 
-def read_list(path: Path) -> list[Entry]:
+def read_list(path: Path, *, force_mpp: bool = False) -> list[Entry]:
     """The slides of a list.
 
     Parameters
     ----------
     path
         CSV with comma, semicolon or tab, as spreadsheets write it (text_tables.py).
+    force_mpp
+        Accept scales at which no cell can be found.
 
     Raises
     ------
@@ -64,7 +66,7 @@ def read_list(path: Path) -> list[Entry]:
     if wrong or "path" not in table.columns:
         found = wrong or f"columns {', '.join(filter(None, table.columns))[:200]}; "
         raise ConfigError(f"{place}: line 1: {found}it must name columns out of {', '.join(COLUMNS)}, each once, with path among them")
-    entries = [_entry(row, table, path, line) for line, row in table.rows]
+    entries = [_entry(row, table, path, line, force_mpp=force_mpp) for line, row in table.rows]
     for what in ("path", "name"):
         given = [value for value in (getattr(e, what) for e in entries) if value]
         twice = [value for value in given if given.count(value) > 1]
@@ -82,7 +84,7 @@ def _text(path: Path) -> str:
         raise ConfigError(f"--slides {error}; give a CSV file whose first line names the columns") from error
 
 
-def _entry(row: dict[str, str], table: TextTable, path: Path, number: int) -> Entry:
+def _entry(row: dict[str, str], table: TextTable, path: Path, number: int, *, force_mpp: bool) -> Entry:
     place = f"--slides {path}: line {number}"
     if row.get(""):
         raise ConfigError(f"{place}: {row[''][:40]!r} is in a column without a name; name all columns in the first line")
@@ -96,9 +98,7 @@ def _entry(row: dict[str, str], table: TextTable, path: Path, number: int) -> En
         mpp = table.number(row["mpp"])
         if mpp is None:
             raise ConfigError(f"{place}: mpp {row['mpp'][:40]!r} is not a number; give microns per pixel, for example 0.25, or nothing")
-        low, high = LIMITS["mpp"]
-        if not low <= mpp <= high:
-            raise ConfigError(f"{place}: mpp is {row['mpp'][:40]}; it must lie between {low:g} and {high:g}")
+        check_mpp(mpp, force=force_mpp, where=f"{place}: mpp")
     return Entry(_from(path.parent, row["path"]), mpp, _from(path.parent, row["seeds"]) if row.get("seeds") else None, name)
 
 
@@ -114,6 +114,7 @@ def segment_slides(
     overwrite: bool = False,
     shard: Shard | None = None,
     progress: Callable[[str], Callable[[int, int, int], None]] | None = None,
+    on_warning: Callable[[str], None] = lambda _: None,
     stopped: Callable[[], bool] = lambda: False,
 ) -> Iterator[dict[str, Any]]:
     """Segment slides one after the other; what is complete is passed over, so the same call again repeats only what failed.
@@ -122,7 +123,7 @@ def segment_slides(
     ----------
     entries
         Of :func:`read_list`.
-    config, out, overwrite, stopped
+    config, out, overwrite, on_warning, stopped
         As for :func:`~wsiseg.pipeline.segment_slide`.
     shard
         Work on this shard's slides only.
@@ -141,8 +142,9 @@ def segment_slides(
         row: dict[str, Any] = dict.fromkeys(SUMMARY, "") | {"slide": entry.path, "manifest": None}
         try:
             manifest = segment_slide(
-                entry.path, mine, out, name=entry.name, overwrite=overwrite, stopped=stopped, on_progress=progress(entry.path) if progress else None
-            )
+                entry.path, mine, out, name=entry.name, overwrite=overwrite, stopped=stopped, on_warning=on_warning,
+                on_progress=progress(entry.path) if progress else None,
+            )  # fmt: skip
             row |= {key: manifest["counts"][key] for key in ("cells", "tiles", "tiles_failed")}
             row |= {"status": manifest["status"], "folder": manifest["folder"], "seconds": manifest["seconds"]["total"], "manifest": manifest}
             row["message"] = manifest["failures"][0] if manifest["failures"] else ""

@@ -23,6 +23,11 @@ if typing.TYPE_CHECKING:
 
 Method = Literal["auto", "apg", "cop", "amg"]
 
+CELLULAR_MPP = (0.05, 2.0)  #: finer is below what light resolves, coarser makes a 6 um nucleus 3 px wide
+FORCED_MPP = (0.01, 100.0)  #: with --force-mpp: 1000x oil immersion with a small camera pixel .. a macro photograph
+_OBJECTIVES = (5.0, 10.0, 20.0, 40.0, 60.0, 63.0, 80.0, 100.0)  # powers that are typed in place of a scale
+_UM_OF_1X = 10.0  # scanners have about this over the objective's power
+
 
 @dataclass(frozen=True)
 class TissueConfig:
@@ -310,6 +315,8 @@ class RunConfig:
 
     Attributes
     ----------
+    mpp, force_mpp
+        Microns per level-0 pixel in place of what the file says; outside of ``CELLULAR_MPP`` only with ``force_mpp``.
     batch_size
         Tiles encoded together. ``None``: one on a CPU, as many as fit on a GPU.
     max_ram_gb, max_vram_gb
@@ -323,6 +330,7 @@ class RunConfig:
     model: str = "nuclei-compact"
     method: Method = "auto"
     mpp: float | None = None
+    force_mpp: bool = False
     reader: Literal["auto", "openslide", "tiffslide", "image"] = "auto"
     seeds: str | None = None
     bank: str | None = None
@@ -357,14 +365,14 @@ REVISION = 4
 #: How fast it goes and what is written; and what is hashed by its content instead of its name.
 NOT_HASHED = (
     "device", "batch_size", "max_ram_gb", "max_vram_gb", "workers", "scheduler", "cluster", "formats",
-    "model", "mpp", "reader", "seeds", "bank", "roi",
+    "model", "mpp", "force_mpp", "reader", "seeds", "bank", "roi",
 )  # fmt: skip
 
 _SHARE = (0.0, 1.0)
 _LARGEST = 1e300  #: a whole number may be too large for a float
 #: Allowed range of every number.
 LIMITS: dict[str, tuple[float, float]] = {
-    "mpp": (0.01, 100), "workers": (1, 1024), "batch_size": (1, 1024), "max_ram_gb": (0.5, 1e5), "max_vram_gb": (0.1, 1e5),
+    "mpp": FORCED_MPP, "workers": (1, 1024), "batch_size": (1, 1024), "max_ram_gb": (0.5, 1e5), "max_vram_gb": (0.1, 1e5),
     "cluster.cores": (1, 1024),
     "tissue.overview_mpp": (0.25, 64), "tissue.min_area_um2": (0, 1e9), "tissue.max_hole_um2": (0, 1e9), "tissue.margin_um": (0, 1e4),
     "tiling.tile_um": (16, 4096), "tiling.halo_um": (0, 512), "tiling.block_tiles": (1, 64), "tiling.origin_um": (-1e6, 1e6),
@@ -432,6 +440,7 @@ def check(config: RunConfig, where: str = "configuration") -> None:
     """
     for name, value, hint in _settings(config):
         _cast(value, hint, where, name)
+    check_mpp(config.mpp, force=config.force_mpp, where=f"{where}: mpp")
     for name, value in _numbers(config):
         low, high = LIMITS[name]
         if not low <= value <= high:  # false for NaN as well
@@ -442,6 +451,38 @@ def check(config: RunConfig, where: str = "configuration") -> None:
         require_text(text, ConfigError)
     if not config.formats:
         raise ConfigError(f"{where}: formats is empty; name at least one, for example parquet")
+
+
+def check_mpp(mpp: float | None, *, force: bool = False, where: str = "--mpp") -> None:
+    """Refuse a stated scale at which no cell can be found; a magnification typed as microns looks like one.
+
+    Parameters
+    ----------
+    mpp
+        Microns per level-0 pixel; ``None``: nothing was stated.
+    force
+        Accept what lies outside of ``CELLULAR_MPP``, as long as it lies in ``FORCED_MPP``.
+    where
+        What to call it in the error.
+
+    Raises
+    ------
+    ConfigError
+        The scale is not allowed; with the one that was probably meant.
+    """
+    low, high = FORCED_MPP if force else CELLULAR_MPP
+    if mpp is None or low <= mpp <= high:
+        return
+    usual = "40x is about 0.25, 20x about 0.5"
+    if force or not FORCED_MPP[0] <= mpp <= FORCED_MPP[1] * 100:  # false for NaN as well
+        raise ConfigError(f"{where}: {mpp:g} is not allowed; give microns per pixel from {low:g} to {high:g} ({usual})")
+    if mpp in _OBJECTIVES:
+        meant = f"{_UM_OF_1X / mpp:.2g}"
+        raise ConfigError(f"{where}: {mpp:g} looks like a magnification; {mpp:g}x is about {meant} microns per pixel: pass --mpp {meant}")
+    if low <= mpp / 1000 <= high:
+        raise ConfigError(f"{where}: {mpp:g} looks like nanometres; that is {mpp / 1000:g} microns per pixel: pass --mpp {mpp / 1000:g}")
+    kind = "fine" if mpp < low else "coarse"
+    raise ConfigError(f"{where}: {mpp:g} microns per pixel is too {kind} for cells; allowed is {low:g} to {high:g} ({usual}), or pass --force-mpp")
 
 
 def _settings(section: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:  # noqa: ANN401

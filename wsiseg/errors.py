@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 
+def counted(number: int, thing: str) -> str:
+    """``1 block``, ``2 blocks``: for sentences."""
+    return f"{number} {thing}{'' if number == 1 else 's'}"
+
+
 class WsisegError(Exception):
     """Base of every error that wsiseg raises on purpose; the command line shows it as one line and exits 1."""
 

@@ -21,6 +21,7 @@ from wsiseg.formats.bank import write_bank
 from wsiseg.meter import give_back
 from wsiseg.outlines import CACHE_BYTES
 from wsiseg.planning import describe, open_tools, plan_run, slide_path
+from wsiseg.plausibility import implausible
 from wsiseg.propagation import account, assign_types, keep_clicks
 from wsiseg.records import Provenance, Typing, TypingNotes
 from wsiseg.segmenting import finished_block, segment_blocks
@@ -59,6 +60,7 @@ def segment_slide(
     overwrite: bool = False,
     shard: Shard | None = None,
     on_progress: Callable[[int, int, int], None] | None = None,
+    on_warning: Callable[[str], None] = lambda _: None,
     stopped: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
     """Segment and type one slide.
@@ -77,6 +79,8 @@ def segment_slide(
         Work on this shard's blocks only, and leave the rest to :func:`merge_run`.
     on_progress
         Called with tiles done, tiles in all, outlines so far.
+    on_warning
+        Called with each sentence about what is doubtful before the work begins. The manifest has them as well, with those of the result.
     stopped
         When it turns true, the block in hand is finished and no other begun.
 
@@ -100,6 +104,8 @@ def segment_slide(
         plan = plan_run(str(slide), config, Path(out), name=name, overwrite=overwrite)
     if isinstance(plan, runs.RunFolder):
         return (plan.read_manifest() or {}) | {"already": True}
+    for doubt in plan.sheet.warnings:
+        on_warning(doubt)
     with plan.tools.reader:
         begun = describe(plan.sheet) | {"wsiseg": __version__, "versions": runs.versions(), "status": "running"}
         folder = runs.claim_folder(Path(out), slide_path(str(slide)), begun, name=name, overwrite=overwrite)
@@ -192,12 +198,14 @@ def finish(folder: RunFolder, sheet: Sheet, tally: Tally, types: TypeSpace | Non
         write_bank(folder.bank, sheet.bank, provenance.slide, sheet.weights)
         files.append(folder.bank.name)
     folder.drop_old_files(files)
-    manifest = describe(sheet) | tally.account(sheet) | {
+    outcome = tally.account(sheet)
+    doubts = implausible(cells.areas, sheet) if outcome["status"] == "complete" else ()
+    manifest = describe(sheet) | outcome | {
         "wsiseg": __version__,
         "versions": runs.versions(),
         "folder": str(folder.path),
         "files": files,
-        "warnings": [*sheet.warnings, *notes.warnings],
+        "warnings": [*sheet.warnings, *notes.warnings, *doubts],
         "types": typing.count(),
         "typing": account(typing, sheet.bank, notes) if sheet.bank else {},
     }  # fmt: skip

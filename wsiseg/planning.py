@@ -6,7 +6,9 @@ import contextlib
 import dataclasses
 import hashlib
 import logging
+import math
 import os
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +17,7 @@ import torch
 
 from wsiseg.claims import Claims
 from wsiseg.config import TILE_UM, CopConfig, RunConfig, StitchingConfig, TypingConfig, check
-from wsiseg.errors import ConfigError, RunError, SlideError
+from wsiseg.errors import ConfigError, RunError, SlideError, counted
 from wsiseg.formats import load_writer
 from wsiseg.formats.bank import read_bank
 from wsiseg.formats.regions import read_regions
@@ -23,6 +25,7 @@ from wsiseg.formats.seeds import check_seeds, read_seeds
 from wsiseg.geometry import Lattice
 from wsiseg.models import find_weights, load_model, pick_device
 from wsiseg.models.cards import file_hash
+from wsiseg.nuclear_scale import contradiction, estimate_scale, require_scale
 from wsiseg.paths import readable, require_text, target
 from wsiseg.runs import check_folder, find_folder
 from wsiseg.seeding import build_bank
@@ -89,7 +92,7 @@ class Plan:
 def open_tools(job: Job, number: int = 0) -> Tools:
     """The slide and model of worker ``number``; where there are several GPUs, each worker has its own."""
     config = job.config
-    reader = open_slide(job.slide, mpp=config.mpp, reader=config.reader)
+    reader = open_slide(job.slide, mpp=config.mpp, force_mpp=config.force_mpp, reader=config.reader)
     device = config.device
     if device in ("auto", "cuda") and torch.cuda.device_count() > 1:
         device = f"cuda:{number % torch.cuda.device_count()}"
@@ -132,9 +135,11 @@ def plan_run(slide: str, config: RunConfig, out: Path, *, name: str | None = Non
     seeds = read_seeds(Path(config.seeds)) if config.seeds is not None else None
     bank = load_bank(Path(config.bank), weights) if config.bank is not None else None
     with contextlib.ExitStack() as stack:
-        reader = stack.enter_context(open_slide(slide, mpp=config.mpp, reader=config.reader))
+        reader = stack.enter_context(
+            open_slide(slide, mpp=config.mpp, force_mpp=config.force_mpp, reader=config.reader, require_mpp=False)
+        )  # fmt: skip
+        require_scale(reader)
         info = reader.info
-        require_cellular(info)
         warnings = list(info.warnings)
         if seeds is not None:
             seeds, more = check_seeds(seeds, info)
@@ -150,7 +155,7 @@ def plan_run(slide: str, config: RunConfig, out: Path, *, name: str | None = Non
             raise ConfigError(f"--bank {config.bank}: has no prototypes for --method cop; leave --method out, or make it by a run with --method cop")
         run_hash, parts_hash = _digests(slide, resolved, info, weights)
         folder = find_folder(out, slide_path(slide), name)
-        check_folder(folder, run_hash, overwrite=overwrite)
+        check_folder(folder, run_hash, overwrite=overwrite, retype=_retype(folder, resolved, parts_hash))
         if config.bank is not None:
             refuse_own_bank(folder, Path(config.bank))
         if not overwrite and folder.is_complete(run_hash, config.formats):
@@ -195,6 +200,18 @@ def _digests(slide: str, config: RunConfig, info: SlideInfo, weights: Path) -> t
     clicked = {"seeds": clicks} if config.method == "cop" else {}
     segmenting = segmenting if clicked else dataclasses.replace(segmenting, cop=CopConfig())
     return config.hash(**facts, seeds=clicks), segmenting.hash(**facts, **clicked)
+
+
+def _retype(folder: RunFolder, config: RunConfig, parts_hash: str) -> str:
+    """The command that does what a run would, when the folder holds the same cells and only the clicks are others; else nothing."""
+    manifest = folder.read_manifest() or {}
+    same = {"stitching": dataclasses.asdict(config.stitching), "typing": dataclasses.asdict(config.typing)}
+    if manifest.get("parts_hash") != parts_hash or any(manifest["config"].get(key) != value for key, value in same.items()):
+        return ""
+    if manifest.get("status") not in ("complete", "incomplete") or config.method == "cop" or (config.seeds is None and config.bank is None):
+        return ""
+    clicks = ("--seeds", config.seeds) if config.seeds is not None else ("--bank", str(config.bank))
+    return shlex.join(["wsiseg", "type", str(folder.path), *clicks])
 
 
 def slide_path(slide: str) -> str:
@@ -304,8 +321,19 @@ def describe(sheet: Sheet) -> dict[str, Any]:
     }
 
 
-def survey(slide: str, *, mpp: float | None = None, reader: str = "auto", config: RunConfig | None = None) -> dict[str, Any]:
-    """What `wsiseg info` prints: facts of a slide, its tissue and the tiles of a default run.
+def survey(
+    slide: str, *, mpp: float | None = None, force_mpp: bool = False, reader: str = "auto", estimate: bool = True, config: RunConfig | None = None
+) -> dict[str, Any]:
+    """What `wsiseg info` prints: facts of a slide, the scale that its nuclei suggest, its tissue and the tiles of a default run.
+
+    Parameters
+    ----------
+    slide, mpp, force_mpp, reader
+        As for :func:`~wsiseg.slide.open_slide`.
+    estimate
+        Whether to look at nuclei, which takes some seconds.
+    config
+        Defaults when absent.
 
     Raises
     ------
@@ -313,7 +341,7 @@ def survey(slide: str, *, mpp: float | None = None, reader: str = "auto", config
         The slide cannot be opened. A slide without microns per pixel is described all the same.
     """
     config = config or RunConfig()
-    with open_slide(slide, mpp=mpp, reader=reader, require_mpp=False) as opened:
+    with open_slide(slide, mpp=mpp, force_mpp=force_mpp, reader=reader, require_mpp=False) as opened:
         info = opened.info
         sizes = [f"{w} x {h} px, downsample {d:g}" for (w, h), d in zip(info.level_sizes, info.downsamples, strict=True)]
         facts: dict[str, Any] = {
@@ -325,6 +353,11 @@ def survey(slide: str, *, mpp: float | None = None, reader: str = "auto", config
             "bounds": None if info.bounds is None else "x {} y {} width {} height {} px".format(*info.bounds),
         }
         warnings = list(info.warnings)
+        if estimate:
+            found = estimate_scale(opened)
+            facts["mpp by nuclei"] = "no estimate: too few nuclei" if found is None else str(found)
+            if found is not None and not math.isnan(info.mpp):
+                warnings += contradiction(info.mpp, found)
         if info.mpp_source != "none":
             tissue = find_tissue(*thumbnail(opened, config.tissue.overview_mpp), config.tissue, mpp=info.mpp)
             blocks = plan_blocks(
@@ -332,9 +365,10 @@ def survey(slide: str, *, mpp: float | None = None, reader: str = "auto", config
             )
             warnings += tissue.warnings
             facts["tissue"] = f"{tissue.area_um2(info.mpp) / 1e6:.2f} mm2, margin included"
-            facts["tiles"] = f"{sum(len(b.tiles) for b in blocks)} of {config.tiling.tile_um or TILE_UM:g} um, in {len(blocks)} blocks"
+            facts["tiles"] = f"{sum(len(b.tiles) for b in blocks)} of {config.tiling.tile_um or TILE_UM:g} um, in {counted(len(blocks), 'block')}"
             try:
                 require_cellular(info)
             except SlideError as error:
-                warnings.append(str(error))
+                said = str(error)
+                warnings = [w for w in warnings if w.partition(" for cells")[0] not in said] + [said]
     return facts | {"warnings": warnings}

@@ -11,14 +11,15 @@ import shapely
 
 from wsiseg.config import RunConfig, check
 from wsiseg.contact_sheet import Panel, draw_sheet, panel_side
-from wsiseg.errors import RunError, SeedsError
+from wsiseg.errors import RunError, SeedsError, counted
 from wsiseg.formats.atomic import atomic_path, require_free
 from wsiseg.formats.seed_rules import file_name
 from wsiseg.formats.seeds import check_seeds, read_seeds
 from wsiseg.geometry import Box, Lattice
 from wsiseg.models import load_model
+from wsiseg.nuclear_scale import require_scale
 from wsiseg.seeding import find_clicked, on_one_cell, same_cell
-from wsiseg.slide import open_slide, read_region, require_cellular
+from wsiseg.slide import open_slide, read_region
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -111,8 +112,9 @@ def preview_seeds(
         raise RunError(f"{out}: the sheet is written as PNG; give it a name that ends in .png")
     require_free(out, RunError, overwrite=overwrite)
     found = read_seeds(seeds)
-    with open_slide(slide, mpp=config.mpp, reader=config.reader) as reader:
-        require_cellular(info := reader.info)
+    with open_slide(slide, mpp=config.mpp, force_mpp=config.force_mpp, reader=config.reader, require_mpp=False) as reader:
+        require_scale(reader)
+        info = reader.info
         found, warnings = check_seeds(found, info)
         model = load_model(config.model, config.device, config.precision)
         listed, clicks = _listed(found), []
@@ -124,7 +126,7 @@ def preview_seeds(
         side = panel_side(len(drawn))
         panels = [_panel(click, reader, side) for click in drawn]
     bad = sum(bool(c.fault) for c in clicks)
-    title = f"{seeds.name} on {file_name(info.path)}: {len(clicks)} clicks, {bad} bad; a panel is {WINDOW_UM:g} um wide"
+    title = f"{seeds.name} on {file_name(info.path)}: {counted(len(clicks), 'click')}, {bad} bad; a panel is {WINDOW_UM:g} um wide"
     if len(drawn) < len(clicks):
         title += f"; {len(drawn)} of them drawn"
     sheet = draw_sheet(panels, found.types, title, WINDOW_UM / side)

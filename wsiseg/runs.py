@@ -108,7 +108,7 @@ def find_folder(out: Path, slide: str, name: str | None = None) -> RunFolder:
     return suffixed if manifest and not _is_of(manifest, slide) else plain
 
 
-def check_folder(folder: RunFolder, run_hash: str, *, overwrite: bool) -> None:
+def check_folder(folder: RunFolder, run_hash: str, *, overwrite: bool, retype: str = "") -> None:
     """Refuse a folder that holds another run, or something that is no run; touches nothing.
 
     Parameters
@@ -119,6 +119,8 @@ def check_folder(folder: RunFolder, run_hash: str, *, overwrite: bool) -> None:
         Digest of everything that decides the result.
     overwrite
         Accept both.
+    retype
+        A command that gives the cells in the folder the wanted types, when nothing else differs; named in the error.
 
     Raises
     ------
@@ -140,6 +142,9 @@ def check_folder(folder: RunFolder, run_hash: str, *, overwrite: bool) -> None:
                 raise RunError(
                     f"{folder.path}: was typed again with `wsiseg type` ({made}); use that for other clicks, or pass --overwrite to run it again"
                 )
+            if retype:
+                held = f"{folder.path}: holds the same cells with other clicks (seeds {made})"
+                raise RunError(f"{held}; `{retype}` types them again, or pass --overwrite")
             raise RunError(
                 f"{folder.path}: holds a run of another configuration (model {config.get('model')}, method {config.get('method')}, seeds {made}); "
                 "pass another --out, or --overwrite to replace it"

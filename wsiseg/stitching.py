@@ -91,6 +91,8 @@ class Settled:
         Row of each cell among them.
     bounds
         (N, 4): xmin, ymin, xmax, ymax of each cell, level-0 px.
+    areas
+        (N,): of each cell, level-0 px squared.
     cut_rows, cut_wkb
         Rows that lost an overlap, sorted, and what is left of them.
     """
@@ -98,6 +100,7 @@ class Settled:
     outlines: Outlines
     rows: NDArray[np.intp]
     bounds: NDArray[np.float64]
+    areas: NDArray[np.float64]
     cut_rows: NDArray[np.intp]
     cut_wkb: pa.Array
 
@@ -193,7 +196,7 @@ def stitch(
     rows = rows[_z_order(numbers.points_xy[rows])]
     overlapped = len(outlines) - int(kept.sum()) - clusters
     counts = StitchCounts(len(outlines), len(rows), overlapped, clusters, int(kept.sum()) - len(rows), len(cut_rows))
-    return Settled(outlines, rows, bounds[rows], cut_rows, cut_wkb), counts
+    return Settled(outlines, rows, bounds[rows], areas[rows], cut_rows, cut_wkb), counts
 
 
 def find_pairs(outlines: Outlines, config: StitchingConfig) -> Pairs:

@@ -8,7 +8,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from wsiseg import machine
-from wsiseg.errors import FormatError, InterruptedRunError, RunError
+from wsiseg.errors import FormatError, InterruptedRunError, RunError, counted
 from wsiseg.formats.atomic import write_json
 from wsiseg.formats.parts import open_part, part_is_current
 from wsiseg.meter import Clock, peak_bytes
@@ -102,7 +102,7 @@ class Tally:
 
     def interrupted(self, blocks: int | None = None) -> InterruptedRunError:
         """What to raise when the run was asked to stop; ``blocks`` is how many there are, before they are all done."""
-        where = "while its files were written" if blocks is None else f"with {len(self.blocks)} of {blocks} blocks finished"
+        where = "while its files were written" if blocks is None else f"with {len(self.blocks)} of {counted(blocks, 'block')} finished"
         logger.info("%s: stopped", self.slide, extra={"event": "stopped", "facts": {"slide": self.slide, "blocks": len(self.blocks)}})
         return InterruptedRunError(f"{self.slide}: stopped {where}; nothing is lost: run the same command again to go on")
 
@@ -150,7 +150,7 @@ class Tally:
             records = [_read_record(path, sheet.run_hash) for path in folder.parts.glob("shard-*-of-*.json")]
             counts = {int(r["shard"].rpartition("/")[2]) for r in records if r}
             names = ", ".join(absent[:_NAMED]) + (", ..." if len(absent) > _NAMED else "")
-            said.append(f"{len(absent)} of {len(sheet.tiles)} blocks are missing ({names})")
+            said.append(f"{len(absent)} of {counted(len(sheet.tiles), 'block')} {'is' if len(absent) == 1 else 'are'} missing ({names})")
             if len(counts) == 1:
                 shard = Shard(1, counts.pop())
                 owners = sorted({shard.owner(place) for place, name in enumerate(sheet.tiles) if name in absent})
@@ -160,7 +160,7 @@ class Tally:
                 said.append(f"{len(busy)} of them are being worked on ({claims.holder(busy[0])})")
         if self._failures:
             failures = self._said()
-            said.append(f"{len(failures)} tiles could not be read (first: {failures[0]})")
+            said.append(f"{counted(len(failures), 'tile')} could not be read (first: {failures[0]})")
         return "; ".join(said)
 
     def require_current(self, parts: Sequence[Path], parts_hash: str) -> None:
@@ -178,7 +178,7 @@ class Tally:
     def account(self, sheet: Sheet) -> dict[str, Any]:
         """The manifest's account of what came of the blocks and what it cost."""
         absent = {name: tiles for name, tiles in sheet.tiles.items() if name not in self.blocks}
-        failures = [*self._said(), *(f"block {name}: none of its {tiles} tiles was worked on" for name, tiles in absent.items())]
+        failures = [*self._said(), *(f"block {name}: none of its tiles was worked on ({tiles})" for name, tiles in absent.items())]
         counts = self._sums()
         counts["tiles"] += sum(absent.values())
         counts["tiles_failed"] += sum(absent.values())

@@ -110,7 +110,7 @@ def find_tissue(thumbnail: NDArray[np.uint8], scale: float, config: TissueConfig
     pixel_um = config.overview_mpp if mpp is None else mpp * scale
     brightfield, warnings = _background(thumbnail)
     smooth = ndimage.gaussian_filter(thumbnail.astype(np.float32), (1.0, 1.0, 0.0))  # px; noise is not tissue
-    signal = _stain(smooth) if brightfield else smooth.max(axis=2)
+    signal = _stain(smooth, glass_white(smooth)) if brightfield else smooth.max(axis=2)
     found = signal > (_stain_threshold(signal) if brightfield else _glow_threshold(signal))
     if brightfield:
         found &= ~_padding(thumbnail)
@@ -127,10 +127,27 @@ def _background(thumbnail: NDArray[np.uint8]) -> tuple[bool, tuple[str, ...]]:
     return False, (f"does not look like brightfield H&E: the background is dark (median grey level {median:.0f} of 255)",)
 
 
-def _stain(smooth: NDArray[np.float32]) -> NDArray[np.float32]:
+def is_brightfield(thumbnail: NDArray[np.uint8]) -> bool:
+    """Whether an overview (h, w, 3) has a bright background."""
+    return _background(thumbnail)[0]
+
+
+def glass_white(thumbnail: NDArray[np.uint8] | NDArray[np.float32]) -> NDArray[np.float64]:
+    """The colour (3,) of empty glass on an overview (h, w, 3), or the closest that glass can have."""
+    glass = np.clip(np.percentile(thumbnail.reshape(-1, 3), WHITE_POINT, axis=0), *WHITE_RANGE)
+    white: NDArray[np.float64] = np.maximum(glass, glass.max() - WHITE_TINT)
+    return white
+
+
+def is_glass(pixels: NDArray[np.uint8], white: NDArray[np.float64]) -> bool:
+    """Whether nothing at all is on the pixels (h, w, 3), where glass has the colour ``white``."""
+    from scipy import ndimage
+
+    return float(_stain(ndimage.gaussian_filter(pixels.astype(np.float32), (1.0, 1.0, 0.0)), white).max()) < STAIN_FLOOR
+
+
+def _stain(smooth: NDArray[np.float32], glass: NDArray[np.float64]) -> NDArray[np.float32]:
     """Colour plus some of the absorption: the spread between channels of the optical density, and half of its mean -> (h, w)."""
-    glass = np.clip(np.percentile(smooth.reshape(-1, 3), WHITE_POINT, axis=0), *WHITE_RANGE)
-    glass = np.maximum(glass, glass.max() - WHITE_TINT)
     density = np.log10(glass / np.clip(smooth, 1, glass)).astype(np.float32)
     signal: NDArray[np.float32] = GREY_WEIGHT * density.mean(axis=2) + density.max(axis=2) - density.min(axis=2)
     return signal

@@ -168,7 +168,7 @@ def test_merge_with_what_is_there(run: Run, undisturbed: tuple[dict[str, bytes],
     folder = run.folder(tmp_path)
     done = merge(run, folder, "--allow-missing")
     assert done.returncode == 3
-    assert "Missing: block 0000-0001: none of its 1 tiles was worked on" in done.stderr
+    assert "Missing: block 0000-0001: none of its tiles was worked on (1)" in done.stderr
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["status"] == "incomplete"
     assert manifest["counts"]["blocks_missing"] == 8

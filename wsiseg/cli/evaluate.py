@@ -10,6 +10,7 @@ import click
 
 from wsiseg.cli.arguments import Command
 from wsiseg.cli.streams import OUTPUT
+from wsiseg.errors import counted
 
 if TYPE_CHECKING:
     from wsiseg.evaluation import Evaluation
@@ -86,7 +87,7 @@ def _reason(error: OSError) -> str:
 def _report(scores: Evaluation, *, images: bool) -> None:
     truth, predicted = (sum(image.counts[k] for image in scores.images) for k in (0, 1))
     n = len(scores.images)
-    click.echo(f"{n} image{'s' if n > 1 else ''}, {truth} cells in the truth, {predicted} in the prediction\n")
+    click.echo(f"{counted(n, 'image')}, {counted(truth, 'cell')} in the truth, {predicted} in the prediction\n")
     kept = {"retention": scores.retention} if scores.retention else {}
     rows = [["metric", "mean", "95 % interval", "pooled", *kept]]
     for metric in dict.fromkeys([*scores.means, *scores.pooled]):

@@ -7,20 +7,26 @@ from typing import Any, get_args, get_type_hints
 
 import click
 
+from wsiseg.cli import mpp_options
 from wsiseg.cli.arguments import Command
-from wsiseg.config import RunConfig
+from wsiseg.config import RunConfig, check_mpp
 
 
 @click.command(cls=Command, short_help="What is known of a slide before a run.")
 @click.argument("slide")
-@click.option("--mpp", type=float, metavar="UM", help="Microns per level-0 pixel, when the slide does not say.")
+@mpp_options
 @click.option("--reader", type=click.Choice(get_args(get_type_hints(RunConfig)["reader"])), default="auto", show_default=True)
+@click.option("--no-estimate", is_flag=True, help="Do not estimate microns per pixel from the nuclei, which takes some seconds.")
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
-def command(slide: str, mpp: float | None, reader: str, as_json: bool) -> None:
-    """Print format, size, levels, microns per pixel and where they are from, bounds, tissue, tiles, and what looks doubtful in SLIDE."""
+def command(slide: str, mpp: float | None, force_mpp: bool, reader: str, no_estimate: bool, as_json: bool) -> None:
+    """Print what is known of SLIDE: format, size, levels, microns per pixel and where they are from, bounds, tissue, tiles, and what looks doubtful.
+
+    "mpp by nuclei" is an estimate from the size of some nuclei, good to about a third: enough to tell 20x from 40x.
+    """
+    check_mpp(mpp, force=force_mpp)
     from wsiseg.planning import survey
 
-    facts = survey(slide, mpp=mpp, reader=reader)
+    facts = survey(slide, mpp=mpp, force_mpp=force_mpp, reader=reader, estimate=not no_estimate)
     if as_json:
         click.echo(json.dumps(facts, indent=2))
         return

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 import click
 
-from wsiseg.cli import set_verbosity
+from wsiseg.cli import mpp_options, set_verbosity
 from wsiseg.cli.arguments import Working
 from wsiseg.config import HALO_UM, TILE_UM, RunConfig, from_mapping, read_config
+from wsiseg.errors import counted
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Collection, Sequence
 
     from wsiseg.cli.stop import Stop
     from wsiseg.cohort import Entry
@@ -34,7 +35,7 @@ def _choices(field: str) -> click.Choice[str]:
 @click.option("--out", type=click.Path(path_type=Path), default=Path("wsiseg-out"), show_default=True, help="Folder of all runs.")
 @click.option("--method", type=_choices("method"), help=f"How prompts are found.  [default: {_DEFAULT.method}]")
 @click.option("--model", metavar="NAME|PATH", help=f"Model, or a .safetensors file of it.  [default: {_DEFAULT.model}]")
-@click.option("--mpp", type=float, metavar="UM", help="Microns per level-0 pixel, when the slide does not say or says wrong.")
+@mpp_options
 @click.option("--reader", type=_choices("reader"), help=f"Slide library.  [default: {_DEFAULT.reader}]")
 @click.option("--roi", metavar="FILE", help="GeoJSON polygons (QuPath annotations): only cells inside.")
 @click.option("--no-tissue", is_flag=True, help="Look everywhere, not only on tissue.")
@@ -86,7 +87,8 @@ def command(
     set_verbosity(verbose, quiet)
     if bool(slides) == (slide_list is not None):
         raise click.UsageError("Give either SLIDE... or --slides CSV.")
-    config = read_config(config_file) if config_file is not None else RunConfig()
+    forced = RunConfig(force_mpp=options.pop("force_mpp"))
+    config = read_config(config_file, forced) if config_file is not None else forced
     if options["seeds"] is not None or options["bank"] is not None:  # either flag beats both in the file
         config = dataclasses.replace(config, seeds=None, bank=None)
     config = from_mapping(_as_settings(options), "command line", config)
@@ -102,7 +104,7 @@ def command(
     with Stop() as stopped:
         from wsiseg.cohort import Entry, read_list
 
-        entries = read_list(slide_list) if slide_list is not None else [Entry(slide) for slide in slides]
+        entries = read_list(slide_list, force_mpp=config.force_mpp) if slide_list is not None else [Entry(slide) for slide in slides]
         hidden = no_progress or quiet
         if slide_list is not None or len(slides) > 1:
             status = _many(entries, config, out, stopped, shard=mine, overwrite=overwrite, hidden=hidden, quiet=quiet)
@@ -117,9 +119,12 @@ def _one(slide: str, config: RunConfig, out: Path, stopped: Stop, *, shard: Shar
     from wsiseg.pipeline import segment_slide
 
     with Progress(Path(slide).name, hidden=hidden) as progress:
-        manifest = segment_slide(slide, config, out, overwrite=overwrite, shard=shard, on_progress=progress.update, stopped=stopped)
+        said = _Said(quiet=quiet)
+        manifest = segment_slide(
+            slide, config, out, overwrite=overwrite, shard=shard, on_progress=progress.update, on_warning=said, stopped=stopped
+        )  # fmt: skip
     if not quiet:
-        report(manifest)
+        report(manifest, said.warnings)
     return 3 if manifest["failures"] else 0
 
 
@@ -130,17 +135,18 @@ def _many(
     from wsiseg.cli.progress import Progress
     from wsiseg.cohort import segment_slides
 
-    rows = []
+    rows, said = [], _Said(quiet=quiet)
     with Progress("", hidden=hidden) as progress:
 
         def follow(slide: str) -> Callable[[int, int, int], None]:
             progress.retitle(Path(slide).name)
+            said.begin(slide)
             return progress.update
 
-        for row in segment_slides(entries, config, out, overwrite=overwrite, shard=shard, progress=follow, stopped=stopped):
+        for row in segment_slides(entries, config, out, overwrite=overwrite, shard=shard, progress=follow, on_warning=said, stopped=stopped):
             rows.append(row)
             if row["manifest"] and not quiet:
-                report(row["manifest"])
+                report(row["manifest"], said.warnings)
             elif not row["manifest"]:
                 click.echo(f"Error: {row['message']}", err=True)
     bad = [row for row in rows if row["status"] != "complete"]
@@ -149,8 +155,9 @@ def _many(
         click.echo(f"\n{'slide':{width}}  status      {'cells':>9}  {'missing tiles':>13}  {'seconds':>8}")
         for row in rows:
             line = f"{Path(row['slide']).name:{width}}  {row['status']:10}  {row['cells']:>9}  {row['tiles_failed']:>13}  {row['seconds']:>8}"
-            click.echo(f"{line}  {row['message']}".rstrip())
-        click.echo(f"{len(rows) - len(bad)} of {len(rows)} slides complete" + ("; the same command again tries the others once more" if bad else ""))
+            click.echo(line.rstrip())  # why it failed was said when it did, and stands in summary.csv
+        again = "; the same command again tries the others once more" if bad else ""
+        click.echo(f"{len(rows) - len(bad)} of {counted(len(rows), 'slide')} complete{again}")
     failed = sum(row["status"] == "failed" for row in rows)
     return 0 if not bad else 1 if failed == len(rows) else 3
 
@@ -168,21 +175,40 @@ def _as_settings(options: dict[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def report(manifest: dict[str, Any]) -> None:
-    """What came of a run, or of a shard."""
-    for warning in manifest["warnings"]:
-        click.echo(f"Warning: {warning}", err=True)
+class _Said:
+    """Prints what is doubtful before the work on a slide begins, and keeps it, so that it is not said again at the end."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        self.quiet, self.place, self.warnings = quiet, "", list[str]()
+
+    def begin(self, slide: str) -> None:
+        """One slide of several, which is named from now on."""
+        self.place = f"{Path(slide).name}: "
+        self.warnings.clear()
+
+    def __call__(self, warning: str) -> None:
+        self.warnings.append(warning)
+        if not self.quiet:
+            click.echo(f"Warning: {self.place}{warning}", err=True)
+
+
+def report(manifest: dict[str, Any], said: Collection[str] = ()) -> None:
+    """What came of a run, or of a shard; ``said`` was printed before."""
+    for warning in dict.fromkeys(manifest["warnings"]):
+        if warning not in said:
+            click.echo(f"Warning: {warning}", err=True)
     for failure in manifest["failures"]:
         click.echo(f"Missing: {failure}", err=True)
     counts = manifest["counts"]
     if manifest["status"] == "shard":
-        done = f"{counts['blocks']} blocks, {counts['outlines']} outlines in {manifest['seconds']['total']:.1f} s"
+        done = f"{counted(counts['blocks'], 'block')}, {counted(counts['outlines'], 'outline')} in {manifest['seconds']['total']:.1f} s"
         click.echo(f"{manifest['folder']}: shard {manifest['shard']}: {done}; when all shards are done: wsiseg merge {manifest['folder']}")
         return
     types = manifest["types"]
     typed = ", ".join(f"{name} {n}" for name, n in types.items() if len(types) > 1)
     when = "complete already" if manifest.get("already") else f"in {manifest['seconds']['total']:.1f} s"
-    click.echo(f"{manifest['folder']}: {counts['cells']} cells{f' ({typed})' if typed else ''}, {when}")
+    click.echo(f"{manifest['folder']}: {counted(counts['cells'], 'cell')}{f' ({typed})' if typed else ''}, {when}")
     if manifest["status"] != "complete":
         again = "run those shards again, then merge" if counts["blocks_missing"] else "run the same command again to try them once more"
-        click.echo(f"{counts['tiles_failed']} of {counts['tiles']} tiles are missing; {again}", err=True)
+        failed = counts["tiles_failed"]
+        click.echo(f"{failed} of {counted(counts['tiles'], 'tile')} {'is' if failed == 1 else 'are'} missing; {again}", err=True)

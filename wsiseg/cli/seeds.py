@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args, get_type_hints
 
 import click
 
+from wsiseg.cli import mpp_options
 from wsiseg.cli.arguments import Group, Working
-from wsiseg.config import RunConfig, from_mapping
+from wsiseg.config import RunConfig, check_mpp, from_mapping
+from wsiseg.errors import counted
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -16,7 +19,6 @@ if TYPE_CHECKING:
     from wsiseg.records import Seeds
 
 _DEFAULT = RunConfig()
-_MPP = click.option("--mpp", type=float, metavar="UM", help="Microns per level-0 pixel of the slide, when it does not say.")
 
 
 @click.group(cls=Group, short_help="Check, convert and preview files of clicks.", name="seeds")
@@ -33,29 +35,39 @@ def command() -> None:
 @command.command(short_help="Say what is in a file of clicks, or what is wrong with it.")
 @click.argument("seeds", type=click.Path(path_type=Path))
 @click.option("--slide", help="Also check the clicks against this slide.")
-@_MPP
-def check(seeds: Path, slide: str | None, mpp: float | None) -> None:
-    """Say what is in SEEDS, or what is wrong with it."""
+@mpp_options
+def check(seeds: Path, slide: str | None, mpp: float | None, force_mpp: bool) -> None:
+    """Say what is in SEEDS, or what is wrong with it; with --slide also which clicks lie outside the slide or on glass."""
+    from wsiseg.errors import SeedsError
     from wsiseg.formats.seeds import check_seeds, read_seeds
 
-    found = read_seeds(seeds)
+    check_mpp(mpp, force=force_mpp)
+    found, glass = read_seeds(seeds), tuple[str, ...]()
     warnings = list(found.notes)
     if slide is not None:
+        from wsiseg.glass import clicks_on_glass
         from wsiseg.slide import open_slide
 
-        with open_slide(slide, mpp=mpp, require_mpp=False) as reader:
-            found, warnings = check_seeds(found, reader.info)
-    _report(found, warnings)
-    click.echo(f"{seeds}: fine{'' if slide is None else f' for {slide}'}")
+        with open_slide(slide, mpp=mpp, force_mpp=force_mpp, require_mpp=False) as reader:
+            found, more = check_seeds(found, reader.info)
+            warnings = list(more)
+            if math.isnan(reader.info.mpp):
+                warnings.append("the slide has no microns per pixel, so clicks on glass are not found; pass --mpp")
+            else:
+                glass = clicks_on_glass(reader, found, _DEFAULT)
+    _report(found, [*warnings, *glass[1:]])
+    if glass:  # a run refuses them
+        raise SeedsError(glass[0])
+    click.echo(f"{seeds}: OK{'' if slide is None else f' for {slide}'}")
 
 
 @command.command(cls=Working, short_help="QuPath's points to seeds.json, or back.")
 @click.argument("source", metavar="IN", type=click.Path(path_type=Path))
 @click.argument("target", metavar="OUT", type=click.Path(path_type=Path))
 @click.option("--slide", help="Check the clicks against this slide, and count from where OUT needs it: the slide's corner, or QuPath's.")
-@_MPP
+@mpp_options
 @click.option("--overwrite", is_flag=True, help="Replace OUT.")
-def convert(source: Path, target: Path, slide: str | None, mpp: float | None, overwrite: bool) -> None:
+def convert(source: Path, target: Path, slide: str | None, mpp: float | None, force_mpp: bool, overwrite: bool) -> None:
     """Turn points exported from QuPath into a seeds.json, or a seeds.json into points for QuPath.
 
     What IN holds decides, whatever its name: GeoJSON (plain, .gz or .zip) and the points dialog's .tsv become a seeds.json, so OUT ends in
@@ -73,10 +85,11 @@ def convert(source: Path, target: Path, slide: str | None, mpp: float | None, ov
     """  # noqa: D301 - click's mark for lines that stay as they are
     from wsiseg.formats.seeds import convert_seeds
 
+    check_mpp(mpp, force=force_mpp)
     if slide is not None:
         from wsiseg.slide import open_slide
 
-        with open_slide(slide, mpp=mpp, require_mpp=False) as reader:
+        with open_slide(slide, mpp=mpp, force_mpp=force_mpp, require_mpp=False) as reader:
             written, warnings = convert_seeds(source, target, reader.info, overwrite=overwrite)
     else:
         written, warnings = convert_seeds(source, target, overwrite=overwrite)
@@ -88,14 +101,14 @@ def convert(source: Path, target: Path, slide: str | None, mpp: float | None, ov
 @click.argument("seeds", type=click.Path(path_type=Path))
 @click.argument("slide")
 @click.option("--out", required=True, metavar="FILE.png", type=click.Path(path_type=Path), help="The picture to write.")
-@click.option("--mpp", type=float, metavar="UM", help="Microns per level-0 pixel, when the slide does not say or says wrong.")
+@mpp_options
 @click.option("--model", metavar="NAME|PATH", help=f"Model, or a .safetensors file of it.  [default: {_DEFAULT.model}]")
 @click.option("--device", metavar="NAME", help=f"auto, cpu, cuda or cuda:N.  [default: {_DEFAULT.device}]")
 @click.option(
     "--reader", type=click.Choice(get_args(get_type_hints(RunConfig)["reader"])), help=f"Slide library.  [default: {_DEFAULT.reader}]"
 )
 @click.option("--overwrite", is_flag=True, help="Replace FILE.png.")
-def preview(seeds: Path, slide: str, out: Path, overwrite: bool, **options: str | float | None) -> None:
+def preview(seeds: Path, slide: str, out: Path, overwrite: bool, **options: str | float | bool | None) -> None:
     """Draw one panel per click of SEEDS on SLIDE: its surroundings, and the outline of the cell that a run takes it for.
 
     A cross marks a click of the type, a diagonal cross a click against it. Under each panel stand the type, the click in level-0 px, and the
@@ -114,7 +127,7 @@ def preview(seeds: Path, slide: str, out: Path, overwrite: bool, **options: str 
     with Progress(seeds.name, hidden=False, unit="clicks") as progress:
         sheet = preview_seeds(seeds, slide, out, config, overwrite=overwrite, on_progress=progress.update)
     _report(sheet.seeds, sheet.warnings)
-    click.echo(f"{out}: {sheet.drawn} of {sheet.clicks} clicks drawn, {sheet.bad} bad")
+    click.echo(f"{out}: {sheet.drawn} of {counted(sheet.clicks, 'click')} drawn, {sheet.bad} bad")
     if sheet.faults:
         raise SeedsError(sheet.faults[0])
 
@@ -122,6 +135,6 @@ def preview(seeds: Path, slide: str, out: Path, overwrite: bool, **options: str 
 def _report(seeds: Seeds, warnings: Iterable[str]) -> None:
     for kind in seeds.types:
         negative = f", {len(kind.negative)} negative" if kind.negative else ""
-        click.echo(f"{kind.name}: {len(kind.points)} click{'s' if len(kind.points) != 1 else ''}{negative}")
+        click.echo(f"{kind.name}: {counted(len(kind.points), 'click')}{negative}")
     for warning in warnings:
         click.echo(f"Warning: {warning}", err=True)

@@ -24,7 +24,7 @@ import numpy as np
 import shapely
 
 from wsiseg.config import LIMITS
-from wsiseg.errors import FormatError
+from wsiseg.errors import FormatError, counted
 from wsiseg.formats.documents import class_name, iter_features, read_texts
 from wsiseg.formats.geojson_geometry import FARTHEST_PX, read_polygons, repaired
 from wsiseg.formats.text_tables import read_table
@@ -330,7 +330,8 @@ def _read_geojson(path: Path, names: Mapping[str, str]) -> Outlines:
                 types.append(class_name(properties.get("classification"), f"{place}: {inside}", FormatError))
                 kinds.append(properties.get("objectType") or properties.get("object_type") or "")
     if count and not geometries:
-        raise FormatError(f"{path}: {count} objects, no polygon; export the outlined cells from QuPath with File > Export objects as GeoJSON")
+        nothing = f"{path}: {counted(count, 'object')}, no polygon"
+        raise FormatError(f"{nothing}; export the outlined cells from QuPath with File > Export objects as GeoJSON")
     notes: tuple[str, ...] = (f"{path}: {opened} of {count} outlines were not closed; they were closed",) if opened else ()
     if ("detection" in kinds or "cell" in kinds) and "annotation" in kinds:  # then the annotations are regions around the cells
         cells = [k for k, kind in enumerate(kinds) if kind != "annotation"]

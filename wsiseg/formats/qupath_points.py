@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from wsiseg import __version__
-from wsiseg.errors import SeedsError
+from wsiseg.errors import SeedsError, counted
 from wsiseg.formats.atomic import atomic_path
 from wsiseg.formats.documents import QUPATH_TYPES, class_name, iter_features
 from wsiseg.formats.geojson_geometry import kind_of, read_points, read_polygons
@@ -111,10 +111,10 @@ class QuPathClicks:
         if not self.points and self.unclassified:
             raise SeedsError(f"{self.source}: {self.unclassified[0]}: the points have no class, so their cell type is unknown; {remedy}")
         if not self.points:
-            found = f"{self.features} objects, but no points" if self.features else "no objects"
+            found = f"{counted(self.features, 'object')}, but no points" if self.features else "no objects"
             if self.regions:
                 raise SeedsError(
-                    f"{self.source}: these are {self.regions} regions, and no points; seeds are points with a class; did you mean --roi?"
+                    f"{self.source}: {counted(self.regions, 'region')}, and no points; seeds are points with a class; did you mean --roi?"
                 )
             raise SeedsError(
                 f"{self.source}: {found} in it; seeds are points with a class; in QuPath click cells with the Points tool, one class per "
@@ -138,7 +138,7 @@ class QuPathClicks:
             notes.append(f"{self.source}: {len(self.unclassified)} point annotations without a class were skipped; {remedy}")
         if self.passed_over:
             first = self.passed_over[0]
-            notes.append(f"{self.source}: {len(self.passed_over)} objects that are not points were skipped, the first is {first}")
+            notes.append(f"{self.source}: {counted(len(self.passed_over), 'object')} other than points skipped, the first is {first}")
         return QuPathSeeds(kinds, self.source, None, tuple(notes))
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import shapely
 
-from wsiseg.errors import FormatError
+from wsiseg.errors import FormatError, counted
 from wsiseg.formats.documents import iter_features, read_texts
 from wsiseg.formats.geojson_geometry import kind_of, read_points, read_polygons, repaired
 from wsiseg.text import parse_json
@@ -73,10 +73,10 @@ def read_regions(path: Path, info: SlideInfo) -> tuple[shapely.MultiPolygon | sh
             else:
                 empty.append(inside)
     if points and not drawn and not empty:
-        raise FormatError(f"{path}: these are {points} points, and no polygon; did you mean --seeds?")
+        raise FormatError(f"{path}: {counted(points, 'point')}, and no polygon; did you mean --seeds?")
     if not drawn:
-        found = f"{len(empty)} polygons without an area" if empty else "no polygon"
-        raise FormatError(f"{path}: {count} objects, {found}; draw regions in QuPath and use File > Export objects as GeoJSON")
+        found = f"{counted(len(empty), 'polygon')} without an area" if empty else "no polygon"
+        raise FormatError(f"{path}: {counted(count, 'object')}, {found}; draw regions in QuPath and use File > Export objects as GeoJSON")
     notes = [
         f"{path}: {len(found)} of {count} objects {what}; the first is {found[0]}"
         for found, what in (

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from wsiseg.errors import ConfigError, WeightsError
 from wsiseg.models.cards import ModelCard, file_hash, require_same
-from wsiseg.models.store import SAM_NETWORK, card_of_file, find_card, stored_cards
+from wsiseg.models.store import SAM_NETWORK, absence, card_of_file, find_card
 from wsiseg.paths import kind_of
 
 if TYPE_CHECKING:
@@ -60,8 +60,7 @@ def find_weights(model: str) -> tuple[ModelCard, Path]:
         raise WeightsError(f"--model {model}: not a .safetensors file; a checkpoint is converted once, without running anything in it: {how}")
     card = find_card(model)
     if card is None:
-        names = ", ".join([*MODELS, *(c.name for c in stored_cards())])
-        raise WeightsError(f"--model {model}: no such model and no such file; models here: {names}; see `wsiseg models list`")
+        raise WeightsError(f"--model {model}: {absence(model, 'no such model and no such file')}; see `wsiseg models list`")
     return card, card.weights
 
 

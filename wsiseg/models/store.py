@@ -13,6 +13,7 @@ Nothing is downloaded but by `download`.
 from __future__ import annotations
 
 import contextlib
+import difflib
 import errno
 import json
 import logging
@@ -213,9 +214,20 @@ def known_card(name: str, folder: Path | None = None) -> ModelCard:
 
     card = MODELS.get(name) or find_card(name, folder)
     if card is None:
-        here = ", ".join([*MODELS, *stored_names(folder)])
-        raise WeightsError(f"{name}: no such model here; models: {here}; others come with `wsiseg models download` or `wsiseg models import`")
+        raise WeightsError(f"{name}: {absence(name, 'no such model here', folder)}; see `wsiseg models list`")
     return card
+
+
+def absence(name: str, what: str, folder: Path | None = None) -> str:
+    """Why there is no model of this name, and how to get it or what was probably meant: for an error that begins with ``what``."""
+    from wsiseg.models import MODELS
+
+    if name in DOWNLOADS or name in BY_HAND:
+        how = "fetch it once with" if name in DOWNLOADS else "its authors' files are listed by"
+        return f"not here yet; {how} `wsiseg models download {name}`"
+    here = [*MODELS, *stored_names(folder)]
+    near = difflib.get_close_matches(name.lower(), [*here, *DOWNLOADS, *BY_HAND], n=1)
+    return f"{what}; {f'did you mean {near[0]}? ' if near else ''}models here: {', '.join(here)}"
 
 
 def verify(card: ModelCard) -> None:

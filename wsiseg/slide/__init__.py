@@ -12,9 +12,10 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, Self, cast
 
+from wsiseg.config import check_mpp
 from wsiseg.errors import ConfigError, SlideError
 from wsiseg.paths import kind_of, readable, require_regular, require_text
-from wsiseg.slide.mpp import check_override, require_cellular
+from wsiseg.slide.mpp import require_cellular
 from wsiseg.slide.resample import FOREIGN_ERRORS, read_region, thumbnail
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ class SlideReader(Protocol):
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None: ...
 
 
-def open_slide(path: str | Path, *, mpp: float | None = None, reader: str = "auto", require_mpp: bool = True) -> SlideReader:
+def open_slide(path: str | Path, *, mpp: float | None = None, force_mpp: bool = False, reader: str = "auto", require_mpp: bool = True) -> SlideReader:
     """Open a slide with the first reader that can.
 
     Parameters
@@ -87,6 +88,8 @@ def open_slide(path: str | Path, *, mpp: float | None = None, reader: str = "aut
         A file, or an fsspec address (``s3://bucket/slide.svs``).
     mpp
         Microns per level-0 pixel, in place of what the file says.
+    force_mpp
+        Accept an ``mpp`` at which no cell can be found.
     reader
         A name of `READERS`, or ``auto`` to try them in order.
     require_mpp
@@ -105,7 +108,7 @@ def open_slide(path: str | Path, *, mpp: float | None = None, reader: str = "aut
     ConfigError
         ``mpp`` or ``reader`` is not allowed.
     """
-    check_override(mpp)
+    check_mpp(mpp, force=force_mpp)
     if reader != "auto" and reader not in READERS:
         raise ConfigError(f"reader: {reader!r} is unknown; choose auto, {', '.join(READERS)}")
     address = os.fspath(path)

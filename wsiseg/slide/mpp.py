@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree as ET
 
-from wsiseg.errors import ConfigError, SlideError
+from wsiseg.config import CELLULAR_MPP
+from wsiseg.errors import SlideError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
 
 NO_SOURCE = "none"
 OVERRIDE = "--mpp"
-OVERRIDE_RANGE = (0.01, 100.0)  # 1000x oil immersion with a small camera pixel .. a macro photograph
-CELLULAR_RANGE = (0.05, 2.0)  # finer is below what light resolves, coarser makes a 6 um nucleus 3 px wide
 PRINT_MPP = 10.0  # 2540 dpi: resolution tags this coarse (72, 96, 300, 600, 1200 dpi) are software defaults, not microscopes
 ANISOTROPY_NOTE, ANISOTROPY_LIMIT = 0.01, 0.10
 CONTRADICTION = 0.05  # relative difference between --mpp and the file
@@ -167,7 +166,7 @@ def settle(found: PixelSize | None, override: float | None, objective: float | N
         mpp, source = found.mean, found.source
     else:
         return math.nan, NO_SOURCE, ()
-    low, high = CELLULAR_RANGE
+    low, high = CELLULAR_MPP
     if not low <= mpp <= high:
         notes.append(f"{mpp:.4g} microns per pixel ({source}) is too {'fine' if mpp < low else 'coarse'} for cells ({low} to {high})")
     if found and found.anisotropy > ANISOTROPY_NOTE:
@@ -179,21 +178,6 @@ def settle(found: PixelSize | None, override: float | None, objective: float | N
     if objective and not 1 / OBJECTIVE_TOLERANCE < mpp * objective / 10 < OBJECTIVE_TOLERANCE:
         notes.append(f"{mpp:.4g} microns per pixel ({source}) contradicts the {objective:g}x objective (about {10 / objective:.3g})")
     return mpp, source, tuple(notes)
-
-
-def check_override(mpp: float | None) -> None:
-    """Refuse an ``--mpp`` that cannot be meant.
-
-    Raises
-    ------
-    ConfigError
-        Not a number in `OVERRIDE_RANGE`.
-    """
-    low, high = OVERRIDE_RANGE
-    if mpp is not None and not (math.isfinite(mpp) and low <= mpp <= high):
-        raise ConfigError(
-            f"--mpp: {mpp:g} is not allowed; give microns per pixel from {low:g} to {high:g} (40x is about 0.25, 20x about 0.5)"
-        )
 
 
 def require_cellular(info: SlideInfo) -> None:
@@ -213,7 +197,7 @@ def require_cellular(info: SlideInfo) -> None:
         raise SlideError(f"{info.path}: no microns per pixel in the file; pass --mpp (for example --mpp 0.25)")
     if info.mpp_source == OVERRIDE:
         return
-    low, high = CELLULAR_RANGE
+    low, high = CELLULAR_MPP
     if not low <= info.mpp <= high:
         raise SlideError(
             f"{info.path}: {info.mpp:.4g} microns per pixel ({info.mpp_source}) is too {'fine' if info.mpp < low else 'coarse'} for cells; "
