@@ -153,7 +153,8 @@ def test_clicks_lead_to_cells_in_a_model_without_maps(wsiseg, tmp_path):
     [
         ("toy", ("--method", "apg"), "--method apg: toy has no instance decoder; use --method cop with --seeds, or --method amg, or another model"),
         ("toy", ("--tile-size", "240"), "--tile-size, --halo: the model takes tiles of 256 um with a halo of 32 um or more on each side"),
-        ("toi", (), "--model toi: no such model and no such file; did you mean toy? models here: nuclei-compact, toy, toy-maps; see `wsiseg models list`"),
+        ("toi", (),
+            "--model toi: no such model and no such file; did you mean toy? models here: nuclei-compact, toy, toy-maps; see `wsiseg models list`"),
     ],
 )
 def test_wrong_requests_are_one_line(wsiseg, tmp_path, model, options, sentence):
