@@ -162,7 +162,7 @@ def rungs(true: float, count: int = 60, diameter: float = DIAMETER_UM) -> list[R
     out = []
     for mpp in LADDER:
         seen = diameter * mpp / true
-        n = count if 0.5 < mpp / true < 2.5 else 0
+        n = count if 0.5 < seen / DIAMETER_UM < 2.5 else 0
         out.append(Rung(mpp, np.full(n, math.pi / 4 * seen**2), np.full(n, 0.7)))
     return out
 

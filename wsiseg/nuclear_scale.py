@@ -2,8 +2,8 @@
 
 A few windows of tissue are shown to the packaged network at a ladder of assumed scales. Near the right one it finds nuclei, and their median
 diameter says by how much the assumption is off: the diameter that it sees grows with the assumed scale, that of nuclei is known.
-Tissues differ (a lymph node's nuclei are smaller than a liver's), so the estimate is good to about a third
-(benchmarks/results/scale_from_nuclei.md): it tells 20x from 40x, not 0.25 from 0.22.
+Tissues differ (a lymph node's nuclei are smaller than a liver's), so the estimate is good to about a third,
+and fields of large tumour nuclei can be off by two (benchmarks/results/scale_from_nuclei.md): it tells 20x from 40x, not 0.25 from 0.22.
 """
 
 from __future__ import annotations
@@ -37,12 +37,13 @@ MODEL = "nuclei-compact"
 LADDER = tuple(0.125 * 2 ** (k / 2) for k in range(9))  #: assumed microns per px, 0.125 to 2
 WINDOW_PX = 320  #: model px: at the right scale 80 um, which hold 20 to 100 nuclei
 WINDOWS = 4  #: a second each on one core
-DIAMETER_UM = 5.63  #: of the median nucleus, as a disc: geometric mean of TNBC (5.1) and NuInsSeG (6.2), train
+DIAMETER_UM = 5.8  #: of the median nucleus that the network outlines, as a disc: at it, TNBC is estimated as much too coarse as BRCA-M2C too fine
 NUCLEUS_UM2 = math.pi / 4 * DIAMETER_UM**2
-TRUSTED = 0.25  #: how far, as a natural logarithm, the size seen on a rung may be from that before the rung counts for little
+CHANCE = 0.35  #: score of outlines that are found in texture at any scale; what is above it counts
+TRUSTED = 0.2  #: how far, as a natural logarithm, the size seen on a rung may be from that before the rung counts for little
 MARGIN = 1.2  #: nearer to the ends of the ladder than this there is no estimate
-MIN_NUCLEI = 20  #: on all windows and rungs, weighted; of fewer the median says nothing
-SPREAD = (0.7, 1.45)  #: nine of ten labelled samples have their true scale within these factors of the estimate
+LEAST_WEIGHT = 10.0  #: of all rungs, about that of 30 nuclei; of fewer the median says nothing
+SPREAD = (0.8, 1.6)  #: nine of ten labelled samples have their true scale within these factors of the estimate
 CONTRADICTION = 1.7  #: how far a stated scale may be from the estimate before it is doubted: 20x and 40x are a factor of 2
 
 OVERVIEW_PX = 1_000_000  #: of the overview on which the windows are chosen: levels that small are read in no time
@@ -137,15 +138,18 @@ def judge(rungs: Sequence[Rung]) -> ScaleEstimate | None:
     """The scale from what was found on the ladder; ``None`` when that is too little, or beyond the ladder.
 
     Each rung has its own estimate, the assumed scale times usual over seen diameter. They are averaged (median), weighted by how much was found
-    there (area times score), and how close to the usual its size is: far from the right scale, outlines are parts of nuclei or texture.
+    there (times the median area, since a window holds fewer nuclei the coarser it is taken to be), and by how close to the usual its size is: far
+    from the right scale, outlines are parts of nuclei or texture.
     """
     logs, weights = [], []
     for rung in rungs:
         if len(rung.areas_um2):
-            off = math.log(DIAMETER_UM / math.sqrt(4 * float(np.median(rung.areas_um2)) / math.pi))
+            median = float(np.median(rung.areas_um2))
+            off = math.log(DIAMETER_UM / math.sqrt(4 * median / math.pi))
+            found = float(np.clip(rung.scores - CHANCE, 0, None).sum()) * median / NUCLEUS_UM2
             logs.append(math.log(rung.mpp) + off)
-            weights.append(float(rung.scores @ rung.areas_um2) / NUCLEUS_UM2 * math.exp(-0.5 * (off / TRUSTED) ** 2))
-    if sum(weights) < MIN_NUCLEI:
+            weights.append(found * math.exp(-0.5 * (off / TRUSTED) ** 2))
+    if sum(weights) < LEAST_WEIGHT:
         return None
     order = np.argsort(logs)
     shares = np.cumsum(np.array(weights)[order])

@@ -1,7 +1,7 @@
 """What came of a run, against what tissue has: a wrong scale or a stain that is not H&E ends in few, tiny or huge cells, never in an error.
 
-The limits are from the labelled images of TNBC and NuInsSeG (713 fields of 0.01 to 0.02 mm2, 33 organs, drawn by hand); the median nucleus of a
-field has 9 to 96 um2 in 98 of 100 of them, and there are 95 to 28 000 nuclei per mm2 (benchmarks/results/scale_from_nuclei.md).
+The limits are from the labelled images of TNBC and NuInsSeG (some 700 fields of 0.01 to 0.02 mm2, 32 kinds of tissue, drawn by hand); the median
+nucleus of a field has 9 to 96 um2 in 98 of 100 of them, and there are 95 to 28 000 nuclei per mm2 (benchmarks/results/scale_from_nuclei.md).
 """
 
 from __future__ import annotations
