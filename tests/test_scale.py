@@ -133,7 +133,7 @@ def test_what_no_tissue_has_is_said_with_the_likely_reason() -> None:
     (large,) = said(np.full(3000, 450.0))
     assert "wrong by about 4x?" in large
     (sparse,) = said(np.full(5, 30.0))
-    assert sparse.startswith("only 5 cells per mm2 in 1 mm2 searched, tissue has 20 to 40,000: the scale is wrong (0.5 microns per pixel, --mpp)")
+    assert sparse.startswith("only 5 cells per mm2 in 1 mm2 searched, tissue has 95 to 40,000: the scale is wrong (0.5 microns per pixel, --mpp)")
     (dense,) = said(np.full(90_000, 30.0))
     assert dense.startswith("90,000 cells per mm2")
     assert said(np.full(3, 300.0), mm2=0.01) == (), "three cells in a small image say nothing"

@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 NUCLEUS_UM2 = 28.0  #: median nucleus of all labelled fields: between TNBC's 21 and NuInsSeG's 33
 MEDIAN_UM2 = (9.0, 100.0)  #: median area of a run's nuclei: the 1st and 99th percentile of the labelled fields, rounded outwards
-DENSITY_MM2 = (20.0, 40_000.0)  #: cells per mm2 searched: a fifth of the emptiest labelled field, since fat and glass at the edge are searched too ..
+DENSITY_MM2 = (95.0, 40_000.0)  #: cells per mm2 searched: the emptiest labelled field; a slide that is mostly fat may have fewer, and is told so ..
 #: .. and half as much again as in the fullest
 FEW = 50  #: of fewer cells the median says little, and of so few nobody needs a density that is too high
-SMALL_MM2 = 0.1  #: in less tissue than this, 2 cells are a low density; a biopsy has ten times as much
+SMALL_MM2 = 0.1  #: in less tissue than this, a few cells are a low density; a biopsy has ten times as much
 
 
 def implausible(areas_px0: NDArray[np.float64], sheet: Sheet) -> tuple[str, ...]:
