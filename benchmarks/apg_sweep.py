@@ -16,8 +16,8 @@ from common import automatic_points, cells_of, encode, instance_images, write_re
 from PIL import Image
 
 from wsiseg.config import RunConfig, from_mapping
-from wsiseg.evaluation.labels import rasterise
 from wsiseg.evaluation.metrics import score
+from wsiseg.evaluation.rasterize import rasterise
 from wsiseg.models import load_model
 
 MOVES: list[dict[str, dict[str, float]]] = [

@@ -13,12 +13,12 @@ import torch
 from PIL import Image
 
 from wsiseg.geometry import Box, Lattice
-from wsiseg.masks import decode
-from wsiseg.polygons import trace
-from wsiseg.prompts.apg import apg_points
 from wsiseg.records import Cells, Embeddings
-from wsiseg.second_round import ask_again
-from wsiseg.stitching import stitch
+from wsiseg.segmentation.decoding import decode
+from wsiseg.segmentation.polygons import trace
+from wsiseg.segmentation.prompts.apg import apg_points
+from wsiseg.segmentation.refinement import ask_again
+from wsiseg.stitching.stitch import stitch
 
 if TYPE_CHECKING:
     from wsiseg.config import RunConfig

@@ -25,7 +25,7 @@ from common import write_results
 from memory import write_slide, write_toy
 
 from wsiseg.models import pick_device
-from wsiseg.models.sam import SamModel
+from wsiseg.models.sam.model import SamModel
 from wsiseg.testing import VIT_B, VIT_H, VIT_L, VIT_TOY, random_sam
 
 if TYPE_CHECKING:

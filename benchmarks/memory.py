@@ -26,8 +26,8 @@ from common import write_results
 from PIL import Image
 from skimage.data import immunohistochemistry
 
-from wsiseg.models.sam import SamModel
-from wsiseg.models.unetr import InstanceDecoder
+from wsiseg.models.sam.instance_decoder import InstanceDecoder
+from wsiseg.models.sam.model import SamModel
 from wsiseg.testing import VIT_TOY, disturb, random_sam
 
 if TYPE_CHECKING:

@@ -24,10 +24,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from common import write_results
 
-from wsiseg.models import sam_encoder
-from wsiseg.models.sam import SamModel
-from wsiseg.models.sam_modules import modeling
-from wsiseg.models.unetr import InstanceDecoder
+from wsiseg.models.sam import encoder as sam_encoder
+from wsiseg.models.sam.instance_decoder import InstanceDecoder
+from wsiseg.models.sam.model import SamModel
+from wsiseg.models.sam.modules import modeling
 from wsiseg.testing import VIT_B, VIT_H, VIT_L, VIT_TOY, disturb, random_sam
 
 if TYPE_CHECKING:

@@ -25,11 +25,11 @@ from skimage.measure import find_contours
 
 from wsiseg.config import ApgConfig, CopConfig, MaskConfig
 from wsiseg.geometry import Box, Lattice
-from wsiseg.masks import decode
 from wsiseg.models import load_model
-from wsiseg.polygons import trace
-from wsiseg.prompts.apg import apg_points
-from wsiseg.prompts.chain_of_prompts import component_points
+from wsiseg.segmentation.decoding import decode
+from wsiseg.segmentation.polygons import trace
+from wsiseg.segmentation.prompts.apg import apg_points
+from wsiseg.segmentation.prompts.chain_of_prompts import component_points
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -22,14 +22,14 @@ from scipy import ndimage
 from scipy.stats import spearmanr
 
 from wsiseg.config import RunConfig
-from wsiseg.evaluation.labels import rasterise
 from wsiseg.evaluation.metrics import overlaps, score
+from wsiseg.evaluation.rasterize import rasterise
 from wsiseg.geometry import Box, Lattice
 from wsiseg.models import load_model
 from wsiseg.models.nuclei_compact import MASKS
-from wsiseg.polygons import trace
 from wsiseg.records import Cells, Hints, WindowMasks
-from wsiseg.stitching import stitch
+from wsiseg.segmentation.polygons import trace
+from wsiseg.stitching.stitch import stitch
 
 JITTER_UM = 2.0
 CONFIG = every_click_a_cell(RunConfig())

@@ -19,8 +19,8 @@ from PIL import Image, ImageDraw
 from scipy import ndimage
 
 from wsiseg.config import RunConfig
-from wsiseg.evaluation.labels import rasterise
 from wsiseg.evaluation.metrics import score
+from wsiseg.evaluation.rasterize import rasterise
 from wsiseg.models import load_model
 
 

@@ -30,20 +30,20 @@ import torch
 from common import write_results
 from memory import patch, write_slide
 
-from wsiseg import planning
 from wsiseg.config import RunConfig, StitchingConfig, from_mapping
 from wsiseg.formats.geojson import validate_geojson
 from wsiseg.formats.parts import write_part
 from wsiseg.models import find_weights, load_model
 from wsiseg.models.cards import file_hash
-from wsiseg.outlines import Outlines
-from wsiseg.pipeline import merge_run, segment_slide
-from wsiseg.planning import plan_run
 from wsiseg.records import Bank, Cells, SlideInfo
-from wsiseg.segmenting import BLOCK_COUNTS
-from wsiseg.sheet import Sheet, write_sheet
+from wsiseg.runs import plan as planning
+from wsiseg.runs.plan import plan_run
+from wsiseg.runs.plan_file import Sheet, write_sheet
+from wsiseg.runs.slide import merge_run, segment_slide
+from wsiseg.segmentation.blocks import BLOCK_COUNTS
 from wsiseg.slide import read_region
-from wsiseg.stitching import choose, find_pairs
+from wsiseg.stitching.outline_store import Outlines
+from wsiseg.stitching.stitch import choose, find_pairs
 from wsiseg.testing import DiscModel
 
 if TYPE_CHECKING:
@@ -217,8 +217,8 @@ def overhead(slide: Path, name: str, tiles: int, rounds: int) -> dict[str, objec
 @torch.inference_mode()
 def bare_calls(tools: planning.Tools, tiles: list, pixels: list[np.ndarray]) -> float:
     """Seconds of encode and decode alone, with the prompts that the run has; pixels go round."""
-    from wsiseg.masks import decode
-    from wsiseg.prompts import find_points
+    from wsiseg.segmentation.decoding import decode
+    from wsiseg.segmentation.prompts import find_points
 
     seconds = 0.0
     for k, tile in enumerate(tiles):

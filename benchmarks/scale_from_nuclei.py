@@ -4,7 +4,7 @@
 
 Writes results/scale_from_nuclei.md and .json. A sample is four windows of one patient (tnbc), organ (nuinsseg) or image (brca_m2c; monuseg,
 evaluation only), averaged down to the stated scale; around each image lie others of its group, since a window at a fine assumed scale is larger
-than an image. The constants of wsiseg/nuclear_scale.py were chosen on tnbc and brca_m2c (train), those of wsiseg/plausibility.py on tnbc and
+than an image. The constants of wsiseg/segmentation/nuclear_scale.py were chosen on tnbc and brca_m2c (train), those of wsiseg/runs/plausibility.py on tnbc and
 nuinsseg. The scale of nuinsseg is nominal, and its estimates are relative to that.
 """
 
@@ -19,7 +19,7 @@ from common import write_results
 from PIL import Image
 
 from wsiseg.models import load_model
-from wsiseg.nuclear_scale import CONTRADICTION, LADDER, WINDOW_PX, WINDOWS, climb, judge
+from wsiseg.segmentation.nuclear_scale import CONTRADICTION, LADDER, WINDOW_PX, WINDOWS, climb, judge
 
 MIDDLE, QUARTERS = ((0.5, 0.5),), ((0.25, 0.25), (0.75, 0.25), (0.25, 0.75), (0.75, 0.75))
 #: set -> microns per px of its files (nuinsseg's is nominal: its nuclei look like that), and the places of the windows in an image

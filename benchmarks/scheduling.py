@@ -22,7 +22,7 @@ from common import write_results
 
 from wsiseg.config import TilingConfig
 from wsiseg.geometry import Lattice
-from wsiseg.tiles import plan_blocks
+from wsiseg.slide.tiling import plan_blocks
 from wsiseg.workers import map_blocks
 from wsiseg.workers.tasks import group
 

@@ -17,8 +17,8 @@ from accuracy import interval
 from common import automatic_points, cells_of, encode, instance_images, write_results
 
 from wsiseg.config import RunConfig, SecondRoundConfig
-from wsiseg.evaluation.labels import rasterise
 from wsiseg.evaluation.metrics import score
+from wsiseg.evaluation.rasterize import rasterise
 from wsiseg.models import load_model
 
 FORMS = {

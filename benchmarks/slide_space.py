@@ -22,7 +22,7 @@ from common import write_results
 from rules import nearest_click, ours
 from typed import SETS, confusion, describe, draw_clicks, macro_f1, spread
 
-from wsiseg import discriminant
+from wsiseg.celltypes import plda as discriminant
 from wsiseg.models import load_model
 
 NAME = "brca_m2c/dev"

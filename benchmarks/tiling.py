@@ -15,8 +15,8 @@ from common import write_results
 
 from wsiseg.config import RunConfig, TilingConfig
 from wsiseg.geometry import Box
-from wsiseg.image import segment_image
 from wsiseg.models import load_model
+from wsiseg.runs.image import segment_image
 from wsiseg.slide import open_slide
 
 

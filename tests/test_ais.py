@@ -7,7 +7,7 @@ import pytest
 from scipy import ndimage
 from skimage.filters import gaussian
 
-from wsiseg.prompts.ais import AisConfig, ais_labels
+from wsiseg.reference.ais import AisConfig, ais_labels
 
 
 def circles(discs: list[tuple[int, int, float]], shape: tuple[int, int]) -> np.ndarray:

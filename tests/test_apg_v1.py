@@ -13,7 +13,7 @@ from skimage.segmentation import find_boundaries
 
 from wsiseg.errors import ConfigError
 from wsiseg.geometry import Box
-from wsiseg.prompts.apg_v1 import ApgV1, Cutout, cut_out, filter_and_nms_v1, grown_boxes, paint_v1, prompts_v1, segment_v1, stability_v1
+from wsiseg.reference.apg_v1 import ApgV1, Cutout, cut_out, filter_and_nms_v1, grown_boxes, paint_v1, prompts_v1, segment_v1, stability_v1
 
 
 def circles(discs: list[tuple[int, int, float]], shape: tuple[int, int]) -> np.ndarray:

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from wsiseg.config import CopConfig, RunConfig
-from wsiseg.prompts import find_points
-from wsiseg.prompts.chain_of_prompts import farthest_point_recursion, gate_map, hierarchical_seeds
 from wsiseg.records import Bank, Cells, Embeddings
-from wsiseg.seeding import _floor
+from wsiseg.seeds.bank import _floor
+from wsiseg.segmentation.prompts import find_points
+from wsiseg.segmentation.prompts.chain_of_prompts import farthest_point_recursion, gate_map, hierarchical_seeds
 
 SIDE, STEP = 4, 10  #: cells of a nucleus, and from one nucleus to the next
 AXES = np.eye(32, dtype=np.float32)

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from wsiseg.errors import WeightsError
-from wsiseg.models.checkpoints import Architecture, read_checkpoint, recognise
+from wsiseg.models.sam.checkpoints import Architecture, read_checkpoint, recognise
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from wsiseg.models import store
-from wsiseg.models.checkpoints import Architecture
+from wsiseg.models.sam.checkpoints import Architecture
 from wsiseg.testing import random_sam
 
 if TYPE_CHECKING:

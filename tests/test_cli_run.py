@@ -233,8 +233,8 @@ def test_a_blank_slide_gives_empty_files(tmp_path: Path) -> None:
 
 def test_a_tile_that_cannot_be_read_is_listed(demo: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Exit 3 and a sentence; the same command reads just the missing block again and then gives the undisturbed bytes."""
-    from wsiseg import segmenting
     from wsiseg.errors import SlideError
+    from wsiseg.segmentation import blocks as segmenting
 
     arguments = ("run", demo[0], "--tile-size", 64, "--no-tissue")
     assert wsiseg(*arguments, "--out", tmp_path / "good")[0] == 0

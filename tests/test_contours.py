@@ -8,7 +8,7 @@ from scipy import ndimage
 from skimage.draw import polygon2mask
 from skimage.measure import find_contours
 
-from wsiseg.contours import zero_rings
+from wsiseg.segmentation.contours import zero_rings
 
 
 def rings_of(images: np.ndarray) -> list[list[np.ndarray]]:

@@ -423,7 +423,7 @@ def test_snakemake_plans_the_same_jobs(site: Site) -> None:
 
 def test_names_of_run_folders(tmp_path: Path) -> None:
     """Snakefile and Nextflow script call a slide's folder as wsiseg does."""
-    from wsiseg.runs import find_folder
+    from wsiseg.runs.folder import find_folder
 
     names = ["a.svs", "b.c.ome.tif", "d.OME.TIFF", "e.f.tiff", "g.mrxs"]
     (tmp_path / "slides.csv").write_text("\n".join(["path", *names]))

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from wsiseg import machine
 from wsiseg.errors import ConfigError, RunError
 from wsiseg.formats import FILE_NAMES, FORMATS, load_writer
-from wsiseg.formats.atomic import atomic_path, is_abandoned, write_json
+from wsiseg.runtime import process as machine
+from wsiseg.runtime.atomic import atomic_path, is_abandoned, write_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -80,7 +80,7 @@ def test_every_registered_writer_loads_and_has_a_file_name() -> None:
 
 def test_leftovers_of_dead_writers_are_removed_and_live_ones_kept(tmp_path: Path) -> None:
     """What a killed process left goes; what a running one is writing stays, as do files that are not ours."""
-    from wsiseg.runs import RunFolder, drop_stale_files
+    from wsiseg.runs.folder import RunFolder, drop_stale_files
 
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
@@ -171,7 +171,7 @@ FILL = """
 import resource, sys
 from pathlib import Path
 from wsiseg.errors import RunError
-from wsiseg.formats.atomic import atomic_path
+from wsiseg.runtime.atomic import atomic_path
 if len(sys.argv) > 2:
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), int(sys.argv[2])))
 folder = Path(sys.argv[1])

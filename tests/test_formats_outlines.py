@@ -13,8 +13,8 @@ import shapely
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wsiseg.formats import qupath_outlines
-from wsiseg.formats.qupath_outlines import _are_stars, outline_texts, snap_polygons
+from wsiseg.formats.qupath import coordinates as qupath_outlines
+from wsiseg.formats.qupath.coordinates import _are_stars, outline_texts, snap_polygons
 from wsiseg.formats.wkb import wkb_column
 
 

@@ -12,7 +12,7 @@ import pytest
 import shapely
 
 from wsiseg.errors import FormatError
-from wsiseg.evaluation.sources import Outlines, read_side
+from wsiseg.evaluation.inputs import Outlines, read_side
 from wsiseg.formats.regions import read_regions
 from wsiseg.records import SlideInfo
 

@@ -22,13 +22,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from wsiseg.cohort import read_list
 from wsiseg.config import read_config
 from wsiseg.errors import WsisegError
 from wsiseg.evaluation import evaluate
 from wsiseg.formats.regions import read_regions
 from wsiseg.formats.seeds import check_seeds, read_seeds, write_seeds
 from wsiseg.records import SlideInfo
+from wsiseg.runs.slide_list import read_list
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from wsiseg.config import TilingConfig
 from wsiseg.geometry import Box, Lattice, round_up
-from wsiseg.tiles import plan_blocks
+from wsiseg.slide.tiling import plan_blocks
 
 
 def everywhere(*_: float) -> bool:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from wsiseg.evaluation import contingency
 from wsiseg.evaluation.assignment import assign
 from wsiseg.evaluation.contingency import centroids, disjoint, majority, outline_overlaps, overlaps
-from wsiseg.evaluation.labels import rasterise
+from wsiseg.evaluation.detection import detect, match_points, pool_detections
 from wsiseg.evaluation.metrics import (
     Quality,
     aji,
@@ -31,8 +31,8 @@ from wsiseg.evaluation.metrics import (
     sq,
     tally,
 )
+from wsiseg.evaluation.rasterize import rasterise
 from wsiseg.evaluation.summary import PointHits, mean_interval, retention
-from wsiseg.evaluation.types import detect, match_points, pool_detections
 
 seeds = st.integers(0, 10_000)
 

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from wsiseg.errors import ConfigError, WeightsError
 from wsiseg.models import MODELS, WEIGHTS_FOLDER, find_weights, store
-from wsiseg.models.checkpoints import Architecture, read_checkpoint
+from wsiseg.models.sam.checkpoints import Architecture, read_checkpoint
+from wsiseg.models.sam.instance_decoder import InstanceDecoder
 from wsiseg.models.store import (
     DOWNLOADS,
     SAM_NETWORK,
@@ -41,7 +42,6 @@ from wsiseg.models.store import (
     verify,
     verify_all,
 )  # fmt: skip
-from wsiseg.models.unetr import InstanceDecoder
 from wsiseg.testing import random_sam
 
 if TYPE_CHECKING:

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from wsiseg.config import MaskConfig
-from wsiseg.masks import decode
 from wsiseg.models.nuclei_compact import MASKS, NucleiCompact
 from wsiseg.records import Hints
+from wsiseg.segmentation.decoding import decode
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ from skimage import data
 
 from wsiseg.config import COP_FORMS
 from wsiseg.errors import ConfigError
-from wsiseg.image import chain_image
-from wsiseg.prompts.painting import Canvas
 from wsiseg.records import Seeds, SeedType
+from wsiseg.reference.cop_label_map import Canvas
+from wsiseg.runs.image import chain_image
 
 
 def square(side: int) -> np.ndarray:

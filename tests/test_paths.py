@@ -24,14 +24,14 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from wsiseg import RunConfig, segment_slide
-from wsiseg.claims import Claims
 from wsiseg.cli import main
 from wsiseg.config import TissueConfig, check, read_config
 from wsiseg.errors import ConfigError, FormatError, InterruptedRunError, RunError, SlideError, WsisegError
 from wsiseg.evaluation import evaluate
-from wsiseg.formats.atomic import atomic_path
-from wsiseg.paths import kind_of, names_in, readable
-from wsiseg.shards import Shard
+from wsiseg.runtime.atomic import atomic_path
+from wsiseg.runtime.claims import Claims
+from wsiseg.runtime.paths import kind_of, names_in, readable
+from wsiseg.runtime.shards import Shard
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -9,8 +9,8 @@ import torch
 
 from wsiseg.config import MaskConfig
 from wsiseg.geometry import Box, Lattice, largest_part
-from wsiseg.polygons import trace
 from wsiseg.records import WindowMasks
+from wsiseg.segmentation.polygons import trace
 
 SIMPLIFY_NOTHING = MaskConfig(min_area_um2=0.0, simplify_um=0.0)
 

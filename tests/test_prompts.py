@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from wsiseg.config import ApgConfig, CopConfig
-from wsiseg.prompts.apg import apg_points
-from wsiseg.prompts.chain_of_prompts import (
+from wsiseg.segmentation.prompts.apg import apg_points
+from wsiseg.segmentation.prompts.chain_of_prompts import (
     component_points,
     farthest_point_recursion,
     gate_map,

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import shapely
 
+from wsiseg.celltypes.assignment import assign_types, keep_clicks
+from wsiseg.celltypes.plda import read_clicks, slide_space
 from wsiseg.config import TypingConfig
-from wsiseg.discriminant import read_clicks, slide_space
-from wsiseg.propagation import assign_types, keep_clicks
 from wsiseg.records import Bank, Cells, TypeSpace, Typing
 
 SIZE = 24

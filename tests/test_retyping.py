@@ -14,7 +14,7 @@ from wsiseg.errors import FormatError
 from wsiseg.formats.bank import read_bank, write_bank
 from wsiseg.formats.geojson import validate_geojson
 from wsiseg.formats.geoparquet import read_geoparquet
-from wsiseg.retyping import type_run
+from wsiseg.runs.retype import type_run
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -114,7 +114,7 @@ def test_a_stopped_type_is_seen_and_done_again(wsiseg: Command, run: Path, monke
 
     seeds = seeds_of(run.parent, "s", {"gland": CLICKS["epithelium"]})
     with monkeypatch.context() as patch:
-        patch.setattr("wsiseg.retyping.write_geojson", stop)
+        patch.setattr("wsiseg.runs.retype.write_geojson", stop)
         with pytest.raises(KeyboardInterrupt):
             type_run(run, seeds=seeds)
     assert json.loads((run / "manifest.json").read_text())["status"] == "retyping"

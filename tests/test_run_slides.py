@@ -21,8 +21,8 @@ import shapely
 from wsiseg.config import RunConfig, TilingConfig, from_mapping
 from wsiseg.formats.geojson import validate_geojson
 from wsiseg.formats.geoparquet import read_geoparquet
-from wsiseg.image import segment_image
-from wsiseg.pipeline import segment_slide
+from wsiseg.runs.image import segment_image
+from wsiseg.runs.slide import segment_slide
 
 if TYPE_CHECKING:
     from wsiseg.records import Cells
@@ -144,7 +144,7 @@ def test_tiled_equals_untiled(cmu_crop: np.ndarray, model: object, tile_um: floa
 def test_shuffled_blocks_give_the_same_bytes(
     cmu: Path, config: RunConfig, reference: tuple[Path, dict[str, object]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from wsiseg import pipeline
+    from wsiseg.runs import slide as pipeline
 
     in_order = pipeline.map_blocks
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from wsiseg.errors import RunError
-from wsiseg.runs import RunFolder, _create, check_folder, claim_folder, find_folder
+from wsiseg.runs.folder import RunFolder, _create, check_folder, claim_folder, find_folder
 
 if TYPE_CHECKING:
     from pathlib import Path

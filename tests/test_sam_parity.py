@@ -9,10 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from wsiseg.models import sam_encoder
-from wsiseg.models.checkpoints import Architecture
-from wsiseg.models.sam import PIXEL_MEAN, PIXEL_SD, SamModel
-from wsiseg.models.sam_decoder import CROP, UP, PointDecoder
+from wsiseg.models.sam import encoder as sam_encoder
+from wsiseg.models.sam.checkpoints import Architecture
+from wsiseg.models.sam.decoder import CROP, UP, PointDecoder
+from wsiseg.models.sam.model import PIXEL_MEAN, PIXEL_SD, SamModel
 from wsiseg.records import Hints
 from wsiseg.testing import VIT_B, VIT_H, VIT_L, VIT_TOY, random_sam
 

@@ -18,22 +18,22 @@ from wsiseg.config import CopConfig, GridConfig, MaskConfig, RunConfig, TilingCo
 from wsiseg.errors import ConfigError, WeightsError
 from wsiseg.formats.geoparquet import read_table
 from wsiseg.geometry import Box, Lattice
-from wsiseg.image import chain_image
-from wsiseg.masks import decode, reaches_border
 from wsiseg.models import load_model
-from wsiseg.models.sam import SamModel
+from wsiseg.models.sam.instance_decoder import InstanceDecoder
+from wsiseg.models.sam.model import SamModel
 from wsiseg.models.store import import_model
-from wsiseg.models.unetr import InstanceDecoder
-from wsiseg.planning import resolve
-from wsiseg.prompts.apg_v1 import ApgV1
-from wsiseg.prompts.grid import grid_points
-from wsiseg.prompts.score_merge import ScoreMerge
-from wsiseg.published import ais_image, apg_image
 from wsiseg.records import Seeds, SeedType
-from wsiseg.seeding import find_clicked
+from wsiseg.reference.apg_v1 import ApgV1
+from wsiseg.reference.micro_sam import ais_image, apg_image
+from wsiseg.reference.score_ordered_merge import ScoreMerge
+from wsiseg.runs.image import chain_image
+from wsiseg.runs.plan import resolve
+from wsiseg.seeds.bank import find_clicked
+from wsiseg.segmentation.decoding import decode, reaches_border
+from wsiseg.segmentation.prompts.grid import grid_points
 from wsiseg.slide.array_reader import ArrayReader
+from wsiseg.slide.tiling import plan_blocks
 from wsiseg.testing import VIT_TOY, disturb, random_sam
-from wsiseg.tiles import plan_blocks
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -297,7 +297,7 @@ def test_a_click_inside_a_large_cell_is_that_cell(toy, monkeypatch):
 
     real = toy.decode
     monkeypatch.setattr(toy, "decode", told)
-    monkeypatch.setattr("wsiseg.seeding.apg_points", lambda *_: np.array([[700.0, 520.0]], np.float32))
+    monkeypatch.setattr("wsiseg.seeds.bank.apg_points", lambda *_: np.array([[700.0, 520.0]], np.float32))
     image = np.full((1024, 1024, 3), 200, np.uint8)
     click = (520.0, 520.0)
     config = dataclasses.replace(RunConfig(), cop=CopConfig(click_min_score=0.0, click_reach_um=30.0))

@@ -14,13 +14,13 @@ import pytest
 import tifffile
 from PIL import Image, ImageDraw
 
-from wsiseg import pipeline
 from wsiseg.config import RunConfig, check_mpp, from_mapping
 from wsiseg.errors import ConfigError, SlideError
-from wsiseg.nuclear_scale import CONTRADICTION, DIAMETER_UM, LADDER, Rung, ScaleEstimate, contradiction, estimate_scale, judge
-from wsiseg.plausibility import DENSITY_MM2, MEDIAN_UM2, implausible
 from wsiseg.records import SlideInfo
-from wsiseg.sheet import Sheet
+from wsiseg.runs import slide as pipeline
+from wsiseg.runs.plan_file import Sheet
+from wsiseg.runs.plausibility import DENSITY_MM2, MEDIAN_UM2, implausible
+from wsiseg.segmentation.nuclear_scale import CONTRADICTION, DIAMETER_UM, LADDER, Rung, ScaleEstimate, contradiction, estimate_scale, judge
 from wsiseg.slide import open_slide
 from wsiseg.slide.array_reader import ArrayReader
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wsiseg.prompts.apg_v1 import cut_out
-from wsiseg.prompts.score_merge import ScoreMerge, merge_by_score
+from wsiseg.reference.apg_v1 import cut_out
+from wsiseg.reference.score_ordered_merge import ScoreMerge, merge_by_score
 
 SHAPE = (40, 200)
 

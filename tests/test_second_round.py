@@ -7,7 +7,7 @@ import torch
 
 from wsiseg.config import MaskConfig, SecondRoundConfig
 from wsiseg.records import Embeddings, Hints, WindowMasks
-from wsiseg.second_round import ask_again
+from wsiseg.segmentation.refinement import ask_again
 
 SIDE, CELL = 64, 2  # windows of 128 px
 

@@ -17,13 +17,13 @@ from PIL import Image
 from scipy import ndimage
 
 from wsiseg.cli import main
-from wsiseg.contact_sheet import COLUMNS, MANY, Panel, draw_sheet, panel_side
 from wsiseg.errors import SeedsError
-from wsiseg.formats.qupath_points import write_qupath_points
-from wsiseg.formats.qupath_rules import validate_geojson
+from wsiseg.formats.qupath.points import write_qupath_points
+from wsiseg.formats.qupath.validation import validate_geojson
 from wsiseg.formats.seeds import QuPathSeeds, check_seeds, convert_seeds, read_seeds, write_seeds
-from wsiseg.preview import MAX_PANELS, WINDOW_UM, preview_seeds
 from wsiseg.records import Seeds, SeedType, SlideInfo
+from wsiseg.seeds.contact_sheet import COLUMNS, MANY, Panel, draw_sheet, panel_side
+from wsiseg.seeds.preview import MAX_PANELS, WINDOW_UM, preview_seeds
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -409,7 +409,7 @@ def test_the_outline_is_the_cell_of_the_run(cmu: Path, model: Any) -> None:
     """``find_clicked`` and ``build_bank`` take a click for the same cell."""
     from wsiseg.config import RunConfig
     from wsiseg.geometry import Lattice
-    from wsiseg.seeding import build_bank, find_clicked
+    from wsiseg.seeds.bank import build_bank, find_clicked
     from wsiseg.slide import open_slide
 
     seeds = Seeds((SeedType("a", (1, 2, 3), ((1190.0, 991.0),)), SeedType("b", (4, 5, 6), ((1075.0, 1164.0),))), "x")
@@ -495,8 +495,8 @@ def test_captions_stay_in_their_panel() -> None:
 
 def test_more_clicks_than_a_sheet_holds(tmp_path: Path, demo: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """All bad clicks are drawn, whatever their place in the file, and the report says how many are not."""
-    from wsiseg import preview
     from wsiseg.records import Cells
+    from wsiseg.seeds import preview
 
     last = [500.0, 500.0]
     grid = [[float(10 + k % 30 * 16), float(10 + k // 30 * 16)] for k in range(MAX_PANELS + 10)]

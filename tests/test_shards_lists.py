@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import shapely
 
-from wsiseg.cohort import Entry, read_list
 from wsiseg.config import RunConfig
 from wsiseg.errors import ConfigError, FormatError
 from wsiseg.records import Bank, Cells, SlideInfo
-from wsiseg.shards import Shard, read_shard
-from wsiseg.sheet import Sheet, read_sheet, write_sheet
+from wsiseg.runs.plan_file import Sheet, read_sheet, write_sheet
+from wsiseg.runs.slide_list import Entry, read_list
+from wsiseg.runtime.shards import Shard, read_shard
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from wsiseg.config import StitchingConfig
 from wsiseg.errors import RunError
 from wsiseg.formats.parts import read_part, write_part
-from wsiseg.outlines import Outlines
 from wsiseg.records import Cells
-from wsiseg.stitching import StitchCounts, choose, find_pairs
-from wsiseg.stitching import stitch as settle
+from wsiseg.stitching.outline_store import Outlines
+from wsiseg.stitching.stitch import StitchCounts, choose, find_pairs
+from wsiseg.stitching.stitch import stitch as settle
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from wsiseg.cohort import Entry, read_list
 from wsiseg.config import CopConfig, RunConfig, TilingConfig, check, from_mapping, read_config
 from wsiseg.errors import ConfigError, FormatError, SeedsError, WsisegError
-from wsiseg.evaluation.sources import Points, read_side
+from wsiseg.evaluation.inputs import Points, read_side
 from wsiseg.formats.seeds import read_seeds
-from wsiseg.pipeline import segment_slide
+from wsiseg.runs.slide import segment_slide
+from wsiseg.runs.slide_list import Entry, read_list
 
 if TYPE_CHECKING:
     from collections.abc import Callable

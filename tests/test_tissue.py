@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from wsiseg.config import TissueConfig
-from wsiseg.tissue import TissueMask, find_tissue
+from wsiseg.slide.tissue import TissueMask, find_tissue
 
 SLIDES = Path(__file__).parents[2] / "shared" / "data" / "slides"
 CONFIG = TissueConfig()  # 8 um per px, margin 4 px

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from wsiseg.models.unetr import InstanceDecoder
+from wsiseg.models.sam.instance_decoder import InstanceDecoder
 from wsiseg.testing import disturb
 
 

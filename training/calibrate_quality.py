@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from train_nuclei_compact import _compare, _save, _stream, rate_at
 
-from wsiseg.models.measurements import windows
+from wsiseg.models.morphology import windows
 from wsiseg.models.nuclei_compact import CELL_PX, MASKS, WINDOW_CELLS, NucleiCompact
 
 SHARES = {"tnbc": 0.5, "dsb2018_histology": 0.5}  # hand-drawn outlines only

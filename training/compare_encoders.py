@@ -31,8 +31,8 @@ from accuracy import centre_points, every_click_a_cell
 from apg_sweep import development_images
 from common import automatic_points, cells_of, encode, write_results
 
-from wsiseg.evaluation.labels import rasterise
 from wsiseg.evaluation.metrics import score
+from wsiseg.evaluation.rasterize import rasterise
 
 RATE = 2e-3
 

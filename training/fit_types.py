@@ -48,7 +48,7 @@ def describe(model: NucleiCompact, data: Path, name: str) -> list[Dots]:
 
 
 def fit(collections: dict[str, list[Dots]]) -> TypeSpace:
-    """Moments of the model in `wsiseg/propagation.py`."""
+    """Moments of the model in `wsiseg/celltypes/assignment.py`."""
     size = next(iter(collections.values()))[0][0].shape[1]
     weights = np.ones(size)
     if size > LEARNED:

@@ -25,7 +25,7 @@ from accuracy import accuracy_rows
 from apg_sweep import development_images
 from common import automatic_points, cells_of, encode, table
 
-from wsiseg.evaluation.labels import rasterise
+from wsiseg.evaluation.rasterize import rasterise
 
 if TYPE_CHECKING:
     import argparse

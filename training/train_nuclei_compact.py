@@ -36,7 +36,7 @@ from record import draw_curve, draw_pictures, list_images, write_card
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from wsiseg.models.measurements import windows
+from wsiseg.models.morphology import windows
 from wsiseg.models.nuclei_compact import CELL_PX, LEARNED, MASKS, WINDOW_CELLS, NucleiCompact
 from wsiseg.records import Embeddings, Hints
 

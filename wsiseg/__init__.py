@@ -8,12 +8,12 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from wsiseg.config import RunConfig
-    from wsiseg.image import segment_image
-    from wsiseg.pipeline import segment_slide
+    from wsiseg.runs.image import segment_image
+    from wsiseg.runs.slide import segment_slide
 
 __all__ = ["RunConfig", "__version__", "segment_image", "segment_slide"]
 
-_HOMES = {"RunConfig": "wsiseg.config", "segment_image": "wsiseg.image", "segment_slide": "wsiseg.pipeline"}
+_HOMES = {"RunConfig": "wsiseg.config", "segment_image": "wsiseg.runs.image", "segment_slide": "wsiseg.runs.slide"}
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from wsiseg.errors import ConfigError
-from wsiseg.paths import require_text
-from wsiseg.text import did_you_mean, parse_json, read_text
+from wsiseg.runtime.paths import require_text
+from wsiseg.runtime.text import did_you_mean, parse_json, read_text
 
 if typing.TYPE_CHECKING:
     from collections.abc import Iterator
@@ -118,7 +118,7 @@ class GridConfig:
 
 @dataclass(frozen=True)
 class SecondRoundConfig:
-    """Prompting every instance once more, with its box and its neighbours' points (second_round.py).
+    """Prompting every instance once more, with its box and its neighbours' points (refinement.py).
 
     Attributes
     ----------
@@ -236,7 +236,7 @@ class StitchingConfig:
 
 @dataclass(frozen=True)
 class TypingConfig:
-    """From clicks to types. The numbers are priors of the model in propagation.py; benchmarks/results/cop.md has what other values give.
+    """From clicks to types. The numbers are priors of the model in assignment.py; benchmarks/results/cop.md has what other values give.
 
     Attributes
     ----------

@@ -9,9 +9,9 @@ import tifffile
 from skimage import data
 
 from wsiseg.errors import RunError
-from wsiseg.formats.atomic import atomic_path
 from wsiseg.formats.seeds import write_seeds
 from wsiseg.records import Seeds, SeedType
+from wsiseg.runtime.atomic import atomic_path
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from wsiseg.models.checkpoints import Architecture
-from wsiseg.models.sam_modules import build
+from wsiseg.models.sam.checkpoints import Architecture
+from wsiseg.models.sam.modules import build
 from wsiseg.records import Embeddings, WindowMasks
 
 if TYPE_CHECKING:

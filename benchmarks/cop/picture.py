@@ -10,15 +10,15 @@ import numpy as np
 import torch
 
 from wsiseg.geometry import Box, Lattice, round_up
-from wsiseg.masks import decode
-from wsiseg.meter import Clock
-from wsiseg.pipeline import settle
-from wsiseg.polygons import trace
-from wsiseg.prompts import find_points
-from wsiseg.prompts.apg import apg_points
 from wsiseg.records import Cells
-from wsiseg.seeding import build_bank
-from wsiseg.sheet import Sheet
+from wsiseg.runs.plan_file import Sheet
+from wsiseg.runs.slide import settle
+from wsiseg.runtime.profiling import Clock
+from wsiseg.seeds.bank import build_bank
+from wsiseg.segmentation.decoding import decode
+from wsiseg.segmentation.polygons import trace
+from wsiseg.segmentation.prompts import find_points
+from wsiseg.segmentation.prompts.apg import apg_points
 from wsiseg.slide import read_region
 from wsiseg.slide.array_reader import ArrayReader
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from wsiseg.celltypes.assignment import assign_types
 from wsiseg.config import TypingConfig
 from wsiseg.models.nuclei_compact import LEARNED
-from wsiseg.propagation import assign_types
 from wsiseg.records import Bank, Cells, TypeSpace
 
 Clicks = list[np.ndarray]

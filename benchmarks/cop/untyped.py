@@ -13,10 +13,10 @@ from picture import Picture, Remembering
 
 from wsiseg.config import RunConfig
 from wsiseg.errors import SeedsError
-from wsiseg.evaluation.labels import rasterise
 from wsiseg.evaluation.metrics import score
-from wsiseg.prompts.chain_of_prompts import farthest_point_recursion
+from wsiseg.evaluation.rasterize import rasterise
 from wsiseg.records import Bank, Seeds, SeedType
+from wsiseg.segmentation.prompts.chain_of_prompts import farthest_point_recursion
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

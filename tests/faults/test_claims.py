@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from wsiseg import machine
-from wsiseg.claims import BEAT_S, DEAD_AFTER_S, Claims
 from wsiseg.errors import RunError
+from wsiseg.runtime import process as machine
+from wsiseg.runtime.claims import BEAT_S, DEAD_AFTER_S, Claims
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -39,8 +39,8 @@ NEVER = 1000.0  # dead_after_s of tests in which only the end of a process may f
 DRIVER = """
 import ctypes, os, sys, time
 from pathlib import Path
-from wsiseg import machine
-from wsiseg.claims import Claims
+from wsiseg.runtime import process as machine
+from wsiseg.runtime.claims import Claims
 
 def race(start, step, names):
     won = []
@@ -184,7 +184,7 @@ def test_the_names_of_a_killed_owner_go_at_once_to_exactly_one_of_several(tmp_pa
 NURSERY = """
 import os, random, signal, sys, time
 from pathlib import Path
-from wsiseg.claims import Claims
+from wsiseg.runtime.claims import Claims
 
 def work(log):
     log, chance, parent = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), random.Random(), os.getppid()
@@ -564,8 +564,8 @@ def open_folder() -> Iterator[Path]:
 UNPRIVILEGED = """
 import os, sys, time
 from pathlib import Path
-from wsiseg import machine
-from wsiseg.claims import Claims
+from wsiseg.runtime import process as machine
+from wsiseg.runtime.claims import Claims
 
 def drop_root(*paths):
     machine.space()  # what is read late of Python may be root's
@@ -667,7 +667,7 @@ def test_a_full_disk_is_one_sentence_and_claims_held_live_on(tmp_path: Path) -> 
     script = """
 import os, sys, time
 from pathlib import Path
-from wsiseg.claims import Claims
+from wsiseg.runtime.claims import Claims
 folder = Path(sys.argv[1])
 with Claims(folder, beat_s=0.02, dead_after_s=0.2) as claims:
     assert claims.take("a")

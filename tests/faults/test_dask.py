@@ -21,7 +21,9 @@ import pytest
 from wsiseg import errors
 from wsiseg.config import ClusterConfig, RunConfig, from_mapping
 from wsiseg.errors import ConfigError, RunError, SlideError, WsisegError
-from wsiseg.workers import check_scheduler, crew, map_blocks, pools
+from wsiseg.workers import check_scheduler, map_blocks
+from wsiseg.workers import clusters as pools
+from wsiseg.workers import monitor as crew
 from wsiseg.workers.tasks import group
 
 if TYPE_CHECKING:

@@ -14,12 +14,12 @@ import pytest
 import torch
 from PIL import Image
 
-from wsiseg import planning
 from wsiseg.config import from_mapping
 from wsiseg.errors import RunError, SlideError
 from wsiseg.formats.geojson import validate_geojson
 from wsiseg.formats.geoparquet import read_geoparquet
-from wsiseg.pipeline import segment_slide
+from wsiseg.runs import plan as planning
+from wsiseg.runs.slide import segment_slide
 from wsiseg.slide.image_reader import ImageReader
 from wsiseg.slide.openslide_reader import OpenSlideReader
 from wsiseg.slide.tiffslide_reader import TiffSlideReader
@@ -248,7 +248,7 @@ def test_a_hundred_thousand_outlines_on_top_of_each_other(tmp_path: Path) -> Non
 
     from wsiseg.config import StitchingConfig
     from wsiseg.records import Cells
-    from wsiseg.stitching import stitch
+    from wsiseg.stitching.stitch import stitch
 
     rng = np.random.default_rng(0)
     centres = np.repeat(rng.uniform(100, 9900, (2000, 2)), 50, axis=0) + rng.normal(0, 1, (100_000, 2))

@@ -8,7 +8,7 @@ import click
 
 from wsiseg.cli.streams import OUTPUT
 from wsiseg.errors import ConfigError
-from wsiseg.paths import require_text
+from wsiseg.runtime.paths import require_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

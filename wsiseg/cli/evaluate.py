@@ -53,8 +53,8 @@ def command(
     """  # noqa: D301 - click's mark for lines that stay as they are
     from wsiseg.errors import ConfigError
     from wsiseg.evaluation import evaluate
-    from wsiseg.formats.atomic import require_free, write_json
-    from wsiseg.paths import kind_of
+    from wsiseg.runtime.atomic import require_free, write_json
+    from wsiseg.runtime.paths import kind_of
 
     if json_file is not None:
         if kind_of(json_file, ConfigError) == "file" and not overwrite:

@@ -30,7 +30,7 @@ def command(ctx: click.Context, /, runs: tuple[Path, ...], allow_missing: bool, 
     from wsiseg.cli.run import report
     from wsiseg.cli.stop import Stop
     from wsiseg.errors import InterruptedRunError, WsisegError
-    from wsiseg.pipeline import merge_run
+    from wsiseg.runs.slide import merge_run
 
     set_verbosity(0, quiet)
     wanted = tuple(f.strip() for f in formats.split(",") if f.strip()) if formats is not None else None

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
 
     from wsiseg.cli.stop import Stop
-    from wsiseg.cohort import Entry
-    from wsiseg.shards import Shard
+    from wsiseg.runs.slide_list import Entry
+    from wsiseg.runtime.shards import Shard
 
 _DEFAULT = RunConfig()
 
@@ -94,7 +94,7 @@ def command(
     config = from_mapping(_as_settings(options), "command line", config)
 
     from wsiseg.cli.stop import Stop
-    from wsiseg.shards import read_shard
+    from wsiseg.runtime.shards import read_shard
 
     if log_file is not None:
         from wsiseg.cli.logs import log_json
@@ -102,7 +102,7 @@ def command(
         log_json(log_file)
     mine = read_shard(shard, os.environ) if shard is not None else None
     with Stop() as stopped:
-        from wsiseg.cohort import Entry, read_list
+        from wsiseg.runs.slide_list import Entry, read_list
 
         entries = read_list(slide_list, force_mpp=config.force_mpp) if slide_list is not None else [Entry(slide) for slide in slides]
         hidden = no_progress or quiet
@@ -116,7 +116,7 @@ def command(
 def _one(slide: str, config: RunConfig, out: Path, stopped: Stop, *, shard: Shard | None, overwrite: bool, hidden: bool, quiet: bool) -> int:
     """One slide, or a shard of it; the exit status."""
     from wsiseg.cli.progress import Progress
-    from wsiseg.pipeline import segment_slide
+    from wsiseg.runs.slide import segment_slide
 
     with Progress(Path(slide).name, hidden=hidden) as progress:
         said = _Said(quiet=quiet)
@@ -133,7 +133,7 @@ def _many(
 ) -> int:
     """One slide after the other, and a table at the end; the exit status."""
     from wsiseg.cli.progress import Progress
-    from wsiseg.cohort import segment_slides
+    from wsiseg.runs.slide_list import segment_slides
 
     rows, said = [], _Said(quiet=quiet)
     with Progress("", hidden=hidden) as progress:

@@ -45,7 +45,7 @@ def check(seeds: Path, slide: str | None, mpp: float | None, force_mpp: bool) ->
     found, glass = read_seeds(seeds), tuple[str, ...]()
     warnings = list(found.notes)
     if slide is not None:
-        from wsiseg.glass import clicks_on_glass
+        from wsiseg.seeds.glass import clicks_on_glass
         from wsiseg.slide import open_slide
 
         with open_slide(slide, mpp=mpp, force_mpp=force_mpp, require_mpp=False) as reader:
@@ -121,7 +121,7 @@ def preview(seeds: Path, slide: str, out: Path, overwrite: bool, **options: str 
     """  # noqa: D301 - click's mark for lines that stay as they are
     from wsiseg.cli.progress import Progress
     from wsiseg.errors import SeedsError
-    from wsiseg.preview import preview_seeds
+    from wsiseg.seeds.preview import preview_seeds
 
     config = from_mapping({name: value for name, value in options.items() if value is not None}, "command line")
     with Progress(seeds.name, hidden=False, unit="clicks") as progress:

@@ -38,7 +38,7 @@ def command(
     wsiseg type wsiseg-out/b wsiseg-out/c --bank wsiseg-out/a/bank.safetensors
     """  # noqa: D301 - click's mark for lines that stay as they are
     from wsiseg.errors import ConfigError, WsisegError
-    from wsiseg.retyping import type_run
+    from wsiseg.runs.retype import type_run
 
     if seeds is not None and len(runs) > 1:
         raise ConfigError("--seeds: clicks belong to one slide; pass one RUN, or --bank for several")

@@ -15,14 +15,14 @@ from scipy.ndimage import label as label_pieces
 from wsiseg import __version__
 from wsiseg.errors import ConfigError, FormatError
 from wsiseg.evaluation.contingency import Overlaps, centroids, disjoint, instances, majority, outline_overlaps, overlaps
-from wsiseg.evaluation.labels import rasterise
+from wsiseg.evaluation.detection import RADIUS_UM, detect, pool_detections
+from wsiseg.evaluation.inputs import Labels, Outlines, Points, Side, files_in, read_label, read_side, run_file, type_names
 from wsiseg.evaluation.metrics import class_quality, tally
+from wsiseg.evaluation.rasterize import rasterise
 from wsiseg.evaluation.scores import Evaluation, ImageScores, class_scores, has_types, image_values, means_of_truth, pooled_values
-from wsiseg.evaluation.sources import Labels, Outlines, Points, Side, files_in, read_label, read_side, run_file, type_names
 from wsiseg.evaluation.summary import PointHits, mean_interval, retention
-from wsiseg.evaluation.types import RADIUS_UM, detect, pool_detections
-from wsiseg.paths import kind_of
-from wsiseg.text import did_you_mean, parse_json, read_text
+from wsiseg.runtime.paths import kind_of
+from wsiseg.runtime.text import did_you_mean, parse_json, read_text
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

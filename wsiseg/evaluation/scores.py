@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from wsiseg.evaluation.detection import Detection, pool_detections
 from wsiseg.evaluation.metrics import Quality, Tally, mean_pq, pool
 from wsiseg.evaluation.summary import Interval, PointHits, mean_interval
-from wsiseg.evaluation.types import Detection, pool_detections
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Protocol, cast
 
 from wsiseg.errors import ConfigError
-from wsiseg.text import did_you_mean
+from wsiseg.runtime.text import did_you_mean
 
 if TYPE_CHECKING:
     from pathlib import Path

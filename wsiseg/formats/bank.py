@@ -20,9 +20,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from wsiseg.errors import FormatError
-from wsiseg.formats.atomic import atomic_path
-from wsiseg.paths import require_regular
 from wsiseg.records import UNASSIGNED, Bank, Cells
+from wsiseg.runtime.atomic import atomic_path
+from wsiseg.runtime.paths import require_regular
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -14,7 +14,7 @@ import zipfile
 import zlib
 from typing import TYPE_CHECKING, BinaryIO
 
-from wsiseg.flow import ahead
+from wsiseg.runtime.prefetch import ahead
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

@@ -1,4 +1,4 @@
-"""cells.geojson.gz: every cell as a QuPath detection (QuPath >= 0.4). The validator of such files is in qupath_rules.py.
+"""cells.geojson.gz: every cell as a QuPath detection (QuPath >= 0.4). The validator of such files is in validation.py.
 
     {"type":"FeatureCollection","features":[
     {"type":"Feature","id":"<uuid>",
@@ -29,12 +29,12 @@ import shapely
 
 from wsiseg.errors import FormatError
 from wsiseg.formats import CHUNK
-from wsiseg.formats.atomic import atomic_path
 from wsiseg.formats.deflate import write_entry, write_gzip
 from wsiseg.formats.ids import CellIds
-from wsiseg.formats.qupath_outlines import GRID_PX, outline_texts, snap_polygons
-from wsiseg.formats.qupath_rules import validate_geojson
+from wsiseg.formats.qupath.coordinates import GRID_PX, outline_texts, snap_polygons
+from wsiseg.formats.qupath.validation import validate_geojson
 from wsiseg.records import UNASSIGNED, Cells, CellSource, Provenance, SlideInfo, Typing
+from wsiseg.runtime.atomic import atomic_path
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import shapely
 
-from wsiseg.formats.documents import GEOMETRY_TYPES
-from wsiseg.text import did_you_mean, show
+from wsiseg.formats.json_documents import GEOMETRY_TYPES
+from wsiseg.runtime.text import did_you_mean, show
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

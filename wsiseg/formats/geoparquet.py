@@ -31,13 +31,13 @@ import pyarrow.parquet as pq
 import shapely
 
 from wsiseg.errors import FormatError
-from wsiseg.flow import ahead
 from wsiseg.formats import CHUNK
-from wsiseg.formats.atomic import atomic_path
 from wsiseg.formats.ids import ID_BYTES, CellIds, cell_ids
 from wsiseg.formats.parts import UNREADABLE, descriptor_column, descriptors_from, polygons_from_wkb
 from wsiseg.formats.wkb import wkb_column
 from wsiseg.records import Cells, CellSource, Provenance, SlideInfo, Typing
+from wsiseg.runtime.atomic import atomic_path
+from wsiseg.runtime.prefetch import ahead
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping

@@ -23,8 +23,8 @@ import pyarrow.parquet as pq
 import shapely
 
 from wsiseg.errors import FormatError
-from wsiseg.formats.atomic import atomic_path
 from wsiseg.records import Cells
+from wsiseg.runtime.atomic import atomic_path
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

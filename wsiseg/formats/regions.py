@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 import shapely
 
 from wsiseg.errors import FormatError, counted
-from wsiseg.formats.documents import iter_features, read_texts
 from wsiseg.formats.geojson_geometry import kind_of, read_points, read_polygons, repaired
-from wsiseg.text import parse_json
+from wsiseg.formats.json_documents import iter_features, read_texts
+from wsiseg.runtime.text import parse_json
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from wsiseg.errors import SeedsError
 from wsiseg.formats.geojson_geometry import finite
 from wsiseg.records import UNASSIGNED, Seeds, SeedType
-from wsiseg.text import show
+from wsiseg.runtime.text import show
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -7,7 +7,7 @@
 ``slide``, ``color`` and ``negative`` are optional. Points are absolute level-0 px, corner frame. ``"frame": "qupath"`` (optional) says
 that they are relative to the slide's OpenSlide bounds instead, as QuPath's points are; it keeps a converted file right.
 
-QuPath's points (qupath_points.py) stay as they are in :func:`read_seeds`; :func:`check_seeds`, which knows the slide, makes them absolute.
+QuPath's points (points.py) stay as they are in :func:`read_seeds`; :func:`check_seeds`, which knows the slide, makes them absolute.
 """  # fmt: skip
 
 from __future__ import annotations
@@ -17,9 +17,8 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from wsiseg.errors import SeedsError
-from wsiseg.formats.atomic import atomic_path, require_free
-from wsiseg.formats.documents import read_texts
-from wsiseg.formats.qupath_points import POINT_SUFFIXES, QuPathClicks, is_geojson, is_table, write_qupath_points
+from wsiseg.formats.json_documents import read_texts
+from wsiseg.formats.qupath.points import POINT_SUFFIXES, QuPathClicks, is_geojson, is_table, write_qupath_points
 from wsiseg.formats.seed_rules import (
     PALETTE,
     Color,
@@ -33,9 +32,10 @@ from wsiseg.formats.seed_rules import (
     is_number,
     short,
 )  # fmt: skip
-from wsiseg.paths import normal, readable
 from wsiseg.records import Seeds, SeedType, SlideInfo
-from wsiseg.text import did_you_mean, parse_json, show
+from wsiseg.runtime.atomic import atomic_path, require_free
+from wsiseg.runtime.paths import normal, readable
+from wsiseg.runtime.text import did_you_mean, parse_json, show
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from wsiseg.text import did_you_mean
+from wsiseg.runtime.text import did_you_mean
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -55,7 +55,7 @@ def read_table(text: str, place: str, error: type[WsisegError], *, known: Iterab
     Parameters
     ----------
     text, place
-        Of :func:`wsiseg.text.decode`, and the file.
+        Of :func:`wsiseg.runtime.text.decode`, and the file.
     error
         The class to raise when it is not such a table.
     known

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from wsiseg.errors import ConfigError, WeightsError
 from wsiseg.models.cards import ModelCard, file_hash, require_same
 from wsiseg.models.store import SAM_NETWORK, absence, card_of_file, find_card
-from wsiseg.paths import kind_of
+from wsiseg.runtime.paths import kind_of
 
 if TYPE_CHECKING:
     import torch

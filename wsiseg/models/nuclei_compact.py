@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from wsiseg.models.measurements import MEASUREMENTS, measure, optical_density, windows
+from wsiseg.models.morphology import MEASUREMENTS, measure, optical_density, windows
 from wsiseg.records import Embeddings, Hints, TypeSpace, WindowMasks
 
 if TYPE_CHECKING:

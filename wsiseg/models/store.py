@@ -35,8 +35,8 @@ import platformdirs
 
 from wsiseg.errors import ConfigError, WeightsError
 from wsiseg.models.cards import ModelCard, file_hash, require_same
-from wsiseg.paths import kind_of, names_in, read_text, readable
-from wsiseg.text import did_you_mean
+from wsiseg.runtime.paths import kind_of, names_in, read_text, readable
+from wsiseg.runtime.text import did_you_mean
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -308,7 +308,7 @@ def import_model(
     Parameters
     ----------
     file
-        The checkpoint (see `wsiseg.models.checkpoints`).
+        The checkpoint (see `wsiseg.models.sam.checkpoints`).
     name
         What ``--model`` will take.
     decoder
@@ -345,8 +345,8 @@ def import_model(
     if normalise not in NORMALISE:
         raise ConfigError(f"normalise {normalise}: unknown; {did_you_mean(normalise, NORMALISE)}choose from {', '.join(NORMALISE)}")
 
-    from wsiseg.models.checkpoints import read_checkpoint, recognise
-    from wsiseg.models.sam import SamModel
+    from wsiseg.models.sam.checkpoints import read_checkpoint, recognise
+    from wsiseg.models.sam.model import SamModel
 
     checkpoint = read_checkpoint(file, decoder)
     found = {f"sam.{k}": v.shape for k, v in checkpoint.sam.items()} | {f"decoder.{k}": v.shape for k, v in checkpoint.decoder.items()}

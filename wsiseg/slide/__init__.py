@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol, Self, cast
 
 from wsiseg.config import check_mpp
 from wsiseg.errors import ConfigError, SlideError
-from wsiseg.paths import kind_of, readable, require_regular, require_text
+from wsiseg.runtime.paths import kind_of, readable, require_regular, require_text
 from wsiseg.slide.mpp import require_cellular
 from wsiseg.slide.resample import FOREIGN_ERRORS, read_region, thumbnail
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, TypeVar
 
 from wsiseg.config import ClusterConfig
-from wsiseg.workers.giving import Giving
-from wsiseg.workers.pools import check_scheduler, is_batch, open_pool, quiet, scratch_folder
+from wsiseg.workers.clusters import check_scheduler, is_batch, open_pool, quiet, scratch_folder
+from wsiseg.workers.dispatcher import Giving
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

@@ -1,0 +1,1 @@
+"""From descriptors and clicks to cell types."""

@@ -1,0 +1,264 @@
+"""From a few clicks to a type for every cell of a slide.
+
+Steps:   read_clicks()   what the clicks of all types together mean (plda.py)
+         drift()         what the cells of each place share, taken off
+         posterior()     probability of each type, and of rivals: kinds that nobody clicked, and anything else
+         local shares    how frequent the types are around each cell, by expectation maximisation [1]_; nothing is assumed about the slide
+         verdict         the likeliest, where it is likely enough; a cell that was clicked is what it was clicked as
+
+Chain-of-Prompts compares with clicks by cosine and extends the reliable set hop by hop; on descriptors of cells that was measured and lost to
+this (benchmarks/results/cop.md), so it stays where it is strong, in finding the cells (prompts/chain_of_prompts.py).
+
+References
+----------
+.. [1] Saerens, Latinne, Decaestecker: Adjusting the outputs of a classifier to new a priori probabilities, Neural Computation 14 (2002), eq. 2.7.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import shapely
+
+from wsiseg.celltypes.plda import Reading, carry_over, drift, posterior, read_clicks, slide_space, smooth, squares
+from wsiseg.records import UNASSIGNED, Typing, TypingNotes
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from wsiseg.config import TypingConfig
+    from wsiseg.records import Bank, CellIndex, TypeSpace
+
+_GREY = (128, 128, 128)
+_ROWS = 65_536  #: cells worked on at once: a few hundred MB at 75 numbers each
+_UNSURE = 0.1  #: probability of a second kind from which a type's clicks are called doubtful
+_MANY = 0.1  #: share of the cells from which an unclicked kind is worth a warning
+
+
+def assign_types(
+    descriptors: NDArray[np.float16], xy_um: NDArray[np.float64], bank: Bank, space: TypeSpace | None, config: TypingConfig
+) -> tuple[Typing, TypingNotes]:
+    """Type every cell.
+
+    Parameters
+    ----------
+    descriptors
+        (N, D), unit norm.
+    xy_um
+        (N, 2): where the cells are, microns.
+    bank
+        The clicked cells' descriptors and the types' names; ``bank.foreign`` when they are of another slide.
+    space
+        Of the model that made the descriptors; ``None``: found on the slide (discriminant.slide_space).
+    config
+        Priors and thresholds.
+
+    Returns
+    -------
+    typing
+        One verdict per cell; independent of the order of the cells. Scores are p(t | z) with the local share, margins the lead over the
+        runner-up, rivals included.
+    notes
+        What the types were taken for, and which cannot be told apart.
+    """
+    names, colors = (UNASSIGNED, *bank.names), (_GREY, *bank.colors)
+    count = len(descriptors)
+    if not count:
+        empty = np.empty(0, np.float32)
+        return Typing(names, colors, np.empty(0, np.int32), empty, empty.copy(), np.empty(0, np.int32)), TypingNotes()
+    order = np.lexsort((*descriptors[:, :2].T, xy_um[:, 1], xy_um[:, 0]))  # sums of floats depend on their order; the verdicts must not
+    space = space or slide_space(descriptors[order])
+    z = np.empty((count, space.transform.shape[1]), np.float32)
+    for start in range(0, count, _ROWS):
+        rows = order[start : start + _ROWS]
+        z[start : start + _ROWS] = space.see(descriptors[rows])
+    clicked = [space.see(x).astype(np.float64) for x in bank.clicked]
+    readings = [r for r in read_clicks(clicked, space, config) if r.weight > 1e-3]  # no verdict hangs on less
+    negative = [space.see(x).astype(np.float64) for x in bank.negative]
+    if bank.foreign:
+        there = readings[0].shift
+        readings = carry_over(readings, z, space, config)
+        clicked, negative = ([x + (readings[0].shift - there) for x in cells] for cells in (clicked, negative))
+    shift, here = drift(z, xy_um[order], readings[0], space, config)
+    p = np.zeros((count, len(bank.names) + len(space.kinds) + 1), np.float32)
+    nearest = np.empty(count, np.int32)
+    for start in range(0, count, _ROWS):
+        part = slice(start, start + _ROWS)
+        z[part] -= shift[here[part]]
+        for reading in readings:
+            p[part] += np.float32(reading.weight) * posterior(z[part], reading, space, config)
+        _against(p[part], z[part], clicked, negative)
+    p = _with_local_share(p, xy_um[order], config)
+    ranked = np.argsort(-p, 1, kind="stable")
+    top, second = (np.take_along_axis(p, ranked[:, k : k + 1], 1)[:, 0] for k in (0, 1))
+    best = p[:, : len(bank.names)].argmax(1)
+    verdict = (ranked[:, 0] == best) & (top >= config.min_score) & (top - second >= config.min_margin)
+    for start in range(0, count, _ROWS):
+        part = slice(start, start + _ROWS)
+        nearest[part] = _nearest_click(z[part], clicked, best[part])
+    back = np.empty(count, np.intp)
+    back[order] = np.arange(count)
+    codes = np.where(verdict, best + 1, 0).astype(np.int32)
+    scores = np.take_along_axis(p, best[:, None], 1)[:, 0]
+    margins = np.where(ranked[:, 0] == best, top - second, 0).astype(np.float32)
+    prototypes = np.where(verdict, nearest, -1).astype(np.int32)
+    typing = Typing(names, colors, codes[back], scores[back], margins[back], prototypes[back])
+    kinds = tuple(
+        {name: round(sum(r.weight for r in readings if r.kinds[t] == k), 3) for k, name in enumerate(space.kind_names)}
+        for t in range(len(bank.names))
+    )
+    doubts = (*_unsure(kinds, bank.names), *_confusable(readings[0], bank.names, config), *_unclicked(ranked[:, 0] - len(bank.names), space))
+    return typing, TypingNotes(kinds, doubts)
+
+
+def _against(
+    p: NDArray[np.float32], z: NDArray[np.float32], clicked: list[NDArray[np.float64]], negative: list[NDArray[np.float64]]
+) -> None:
+    """A cell nearer to a negative click of type t than to every click of t is not t; the other types are not touched by it. In place."""
+    for t, against in enumerate(negative):
+        if len(against):
+            p[_gaps(z, against).min(1) < _gaps(z, clicked[t]).min(1), t] = 0
+    p /= np.maximum(p.sum(1, keepdims=True), 1e-12)
+
+
+def _gaps(z: NDArray[np.float32], anchors: NDArray[np.float64]) -> NDArray[np.float32]:
+    """Squared distances to the anchors (n, D), less what all anchors have in common -> (N, n)."""
+    a = anchors.astype(np.float32)
+    gaps: NDArray[np.float32] = (a**2).sum(1) - 2 * z @ a.T
+    return gaps
+
+
+def _nearest_click(z: NDArray[np.float32], clicked: list[NDArray[np.float64]], best: NDArray[np.intp]) -> NDArray[np.int32]:
+    """Of the clicks of the cell's best type, the index of the most similar one, counted through all types -> (N,)."""
+    first = np.cumsum([0, *(len(x) for x in clicked)])
+    nearest = np.empty(len(z), np.int32)
+    for t, anchors in enumerate(clicked):
+        mine = best == t
+        nearest[mine] = first[t] + _gaps(z[mine], anchors).argmin(1)
+    return nearest
+
+
+def _with_local_share(p: NDArray[np.float32], xy_um: NDArray[np.float64], config: TypingConfig) -> NDArray[np.float32]:
+    """Posteriors (N, types and rivals) with the shares around each cell as prior.
+
+    Shares live on squares of ``neighbourhood_um`` and are smoothed over the 3 x 3 around each (weights 1, 2, 1). They are drawn towards the
+    slide's by ``neighbourhood_cells`` cells' worth.
+    """
+    here, height, width = squares(xy_um, config.neighbourhood_um)
+    types = p.shape[1]
+    share = np.full((height * width, types), 1 / types)
+    if config.share_rounds and config.share_temperature != 1:
+        p = p ** np.float32(1 / config.share_temperature)
+        p /= np.maximum(p.sum(1, keepdims=True), 1e-12)
+    out = p
+    for _ in range(config.share_rounds):
+        out = p * share[here].astype(np.float32)
+        out /= np.maximum(out.sum(1, keepdims=True), 1e-12)
+        count = np.stack([np.bincount(here, weights=out[:, t], minlength=height * width) for t in range(types)], 1).astype(np.float64)
+        overall = count.sum(0) / max(count.sum(), 1e-12)
+        around = smooth(count.reshape(height, width, types)).reshape(-1, types)
+        share = (around + config.neighbourhood_cells * overall) / np.maximum(around.sum(1, keepdims=True) + config.neighbourhood_cells, 1e-12)
+    return out
+
+
+def _unsure(kinds: tuple[dict[str, float], ...], names: tuple[str, ...]) -> list[str]:
+    """A sentence for each type whose clicks can be taken for two kinds: the types may have changed places."""
+    warnings = []
+    for name, share in zip(names, kinds, strict=True):
+        likely = sorted(share, key=lambda kind: -share[kind])[:2]
+        if len(likely) == 2 and share[likely[1]] > _UNSURE:
+            said = " or ".join(f"{kind} ({share[kind]:.0%})" for kind in likely)
+            warnings.append(f"the clicks on {name} can be taken for {said}; click another typical cell of it")
+    return warnings
+
+
+def _confusable(reading: Reading, names: tuple[str, ...], config: TypingConfig) -> list[str]:
+    """A sentence for each pair of types whose clouds overlap too much."""
+    warnings = []
+    for a, b in itertools.combinations(range(len(names)), 2):
+        variance = (reading.variances[a] + reading.variances[b]) / 2
+        apart = float(np.sqrt(((reading.means[a] - reading.means[b]) ** 2 / variance).sum()))
+        if apart < config.separable:
+            warnings.append(
+                f"types {names[a]} and {names[b]} are hardly told apart by this model (distance {apart:.1f}, {config.separable:g} is needed); "
+                "click a few more typical cells of each"
+            )
+    return warnings
+
+
+def _unclicked(kind: NDArray[np.intp], space: TypeSpace) -> list[str]:
+    """A sentence for each known kind that many cells (index of their best kind: ``kind``) are, and nobody clicked."""
+    warnings = []
+    for k, name in enumerate(space.kind_names):
+        share = float((kind == k).mean())
+        if share >= _MANY:
+            warnings.append(f"{share:.0%} of the cells look {name}, a kind without a click, and stay {UNASSIGNED}; click one to have them typed")
+    return warnings
+
+
+def keep_clicks(cells: CellIndex, typing: Typing, bank: Bank, reach_px0: float) -> tuple[Typing, list[str]]:
+    """Give every clicked cell the type it was clicked as.
+
+    Parameters
+    ----------
+    cells, typing
+        Stitched cells and their types; not modified.
+    bank
+        Its ``clicks`` are level-0 px.
+    reach_px0
+        A click beside its cell finds it within this distance.
+
+    Returns
+    -------
+    typing
+        Score and margin of a clicked cell are 1.
+    warnings
+        A sentence per click that meets no cell (it lies outside the region or tissue that was searched).
+    """
+    rows: list[NDArray[np.intp]] = []
+    warnings = []
+    owner: dict[int, str] = {}
+    for name, clicks in zip(bank.names, bank.clicks, strict=True):
+        mine = np.full(len(clicks), -1, np.intp)
+        for k, (x, y) in enumerate(clicks.tolist()):
+            low, high = (x - reach_px0, y - reach_px0), (x + reach_px0, y + reach_px0)
+            near = np.flatnonzero(((cells.bounds[:, :2] <= high) & (cells.bounds[:, 2:] >= low)).all(1))
+            gaps = shapely.distance(cells.take(near).polygons, shapely.Point(x, y))
+            row = int(near[gaps.argmin()]) if len(near) and gaps.min() <= reach_px0 else -1
+            if row >= 0 and owner.setdefault(row, name) == name:
+                mine[k] = row
+            elif row >= 0:
+                warnings.append(f"the click on {name} at [{x:g}, {y:g}] meets the cell that was clicked as {owner[row]}")
+            else:
+                warnings.append(f"the click on {name} at [{x:g}, {y:g}] meets no cell of the result")
+        rows.append(mine)
+    return claim(typing, rows), warnings
+
+
+def claim(typing: Typing, rows: list[NDArray[np.intp]]) -> Typing:
+    """``typing`` with the clicked cells' types as clicked: per type the rows of its clicks, in order; -1 where there is no cell."""
+    codes, scores, margins, prototypes = typing.codes.copy(), typing.scores.copy(), typing.margins.copy(), typing.prototypes.copy()
+    number = 0
+    for t, clicked in enumerate(rows):
+        for row in clicked:
+            if row >= 0:
+                codes[row], scores[row], margins[row], prototypes[row] = t + 1, 1, 1, number
+            number += 1
+    return Typing(typing.names, typing.colors, codes, scores, margins, prototypes)
+
+
+def account(typing: Typing, bank: Bank, notes: TypingNotes) -> dict[str, Any]:
+    """The manifest's account of the types: clicks (numbered as in ``prototypes``), kinds, cells, share unassigned."""
+    cells = np.bincount(typing.codes, minlength=len(typing.names))
+    types = {
+        name: {
+            "cells": int(cells[t + 1]),
+            "clicks": np.round(bank.clicks[t], 2).tolist() if not bank.foreign else len(bank.clicked[t]),
+            "negative": len(bank.negative[t]),
+            "kind": notes.kinds[t] if notes.kinds else {},
+        }
+        for t, name in enumerate(bank.names)
+    }
+    return {"types": types, "warnings": list(notes.warnings), "unassigned": round(float(cells[0]) / max(len(typing.codes), 1), 4)}

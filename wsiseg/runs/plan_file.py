@@ -1,0 +1,127 @@
+"""parts/plan.json and parts/clicks.*: what the end of a run needs beside its parts, so that `merge` needs neither slide nor GPU.
+
+    plan.json           JSON: slide, resolved settings, names of all blocks with their tiles, digests, length of a descriptor
+    clicks.safetensors  the bank, where there are clicks (formats/bank.py): every shard of a run types by the same one
+    clicks.cells        the clicked cells (formats/parts.py)
+
+plan.json is written last: where it is, the others are. Private to a run.
+"""  # fmt: skip
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from wsiseg.config import RunConfig, from_mapping
+from wsiseg.errors import FormatError
+from wsiseg.formats.bank import restore_bank, write_bank
+from wsiseg.formats.parts import read_part, write_part
+from wsiseg.records import SlideInfo
+from wsiseg.runtime.atomic import write_json
+from wsiseg.runtime.paths import read_text, refusal
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from wsiseg.records import Bank
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """What is settled before the first tile is read.
+
+    Attributes
+    ----------
+    info
+        Of the slide.
+    config
+        Resolved.
+    bank
+        From the clicks; its cells lie in the searched area.
+    tiles
+        Number of tiles by name of the block, in order.
+    run_hash, parts_hash
+        Of everything that decides the result, and the parts.
+    weights
+        sha256 of the model's.
+    descriptor_size
+        D.
+    tissue_mm2
+        Area that is searched, as far as it is known.
+    warnings
+        Of the slide and the clicks.
+    target
+        Which file the slide is, links followed (:func:`wsiseg.runtime.paths.target`).
+    """
+
+    info: SlideInfo
+    config: RunConfig
+    bank: Bank | None
+    tiles: dict[str, int]
+    run_hash: str
+    parts_hash: str
+    weights: str
+    descriptor_size: int
+    tissue_mm2: float
+    warnings: tuple[str, ...] = ()
+    target: str = ""
+
+
+def write_sheet(folder: Path, sheet: Sheet) -> None:
+    """Write the files into the folder of the parts."""
+    if sheet.bank is not None:
+        write_bank(folder / "clicks.safetensors", sheet.bank, sheet.info.path, sheet.weights)
+        write_part(folder / "clicks.cells", sheet.bank.cells, sheet.run_hash, {})
+    note = {k: v for k, v in vars(sheet).items() if k != "bank"}
+    note |= {"clicks_sha256": _digest(folder) if sheet.bank is not None else ""}
+    note |= {"version": VERSION, "info": dataclasses.asdict(sheet.info), "config": dataclasses.asdict(sheet.config), "clicks": sheet.bank is not None}
+    note["tiles"] = list(sheet.tiles.items())  # in order
+    write_json(folder / "plan.json", note)
+
+
+def read_sheet(folder: Path, run_hash: str | None = None) -> Sheet | None:
+    """What :func:`write_sheet` wrote; ``None`` when nothing of this run (``run_hash``) is there.
+
+    Raises
+    ------
+    FormatError
+        It is damaged.
+    """
+    path = folder / "plan.json"
+    try:
+        note: dict[str, Any] = json.loads(read_text(path))
+        if note["version"] != VERSION or run_hash not in (None, note["run_hash"]):
+            return None
+        bank = None
+        if note["clicks"]:
+            if _digest(folder) != note["clicks_sha256"]:  # another run was begun over this one, and stopped
+                return None
+            bank = dataclasses.replace(restore_bank(folder / "clicks.safetensors"), cells=read_part(folder / "clicks.cells")[0])
+        known = {f.name for f in dataclasses.fields(Sheet)}
+        rest = {k: v for k, v in note.items() if k in known}
+        rest |= {"tiles": {str(name): int(count) for name, count in note["tiles"]}, "warnings": tuple(note["warnings"])}
+        return Sheet(**rest | {"info": _info(note["info"]), "config": from_mapping(note["config"], str(path)), "bank": bank})
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, FormatError):
+            raise
+        if isinstance(error, OSError):
+            raise FormatError(f"{path}: {refusal(error)}") from error
+        raise FormatError(f"{path}: damaged ({error!r}); delete it and run the slide's command again: finished parts are used") from error
+
+
+def _digest(folder: Path) -> str:
+    return hashlib.sha256((folder / "clicks.safetensors").read_bytes() + (folder / "clicks.cells").read_bytes()).hexdigest()
+
+
+def _info(note: dict[str, Any]) -> SlideInfo:
+    sizes = tuple((int(w), int(h)) for w, h in note["level_sizes"])
+    bounds = tuple(int(n) for n in note["bounds"]) if note["bounds"] else None
+    lists = {"level_sizes": sizes, "downsamples": tuple(note["downsamples"]), "bounds": bounds, "warnings": tuple(note["warnings"])}
+    return SlideInfo(**note | lists)

@@ -1,0 +1,256 @@
+"""Other clicks on a finished run: the cells are there, only their types are decided again. No slide, no GPU; seconds for a million cells."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import shapely
+from scipy.spatial import cKDTree
+
+from wsiseg import __version__
+from wsiseg.celltypes.assignment import account, assign_types, claim
+from wsiseg.config import check, from_mapping, read_config
+from wsiseg.errors import ConfigError, FormatError, RunError, SeedsError
+from wsiseg.formats import FILE_NAMES, load_writer
+from wsiseg.formats.bank import write_bank
+from wsiseg.formats.geojson import write_geojson
+from wsiseg.formats.geoparquet import CellTable, read_table, write_retyped
+from wsiseg.formats.seeds import check_seeds, read_seeds
+from wsiseg.models import find_weights, load_types
+from wsiseg.models.cards import file_hash
+from wsiseg.records import Bank, Cells, Provenance, SlideInfo
+from wsiseg.runs.folder import RunFolder
+from wsiseg.runs.plan import load_bank, refuse_own_bank
+from wsiseg.runtime.paths import kind_of
+from wsiseg.seeds.bank import same_cell
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from wsiseg.config import RunConfig
+    from wsiseg.records import Seeds, Typing
+
+RETYPING = "retyping"  #: status while the files are being replaced
+
+
+def type_run(
+    run: Path,
+    *,
+    seeds: Path | None = None,
+    bank: Path | None = None,
+    model: str | None = None,
+    settings: Path | None = None,
+    formats: tuple[str, ...] | None = None,
+) -> dict[str, Any]:
+    """Give the cells of a finished run new types; its files are replaced, one by one and whole.
+
+    Parameters
+    ----------
+    run
+        Folder of one slide's run.
+    seeds, bank
+        Clicks on this slide, or the bank of another one; one of the two.
+    model
+        Name or weights of the run's model, when they are not those of the package any more.
+    settings
+        TOML or JSON file; its table ``typing`` changes the run's priors and thresholds.
+    formats
+        Files to write; those of the run when absent. ``parquet`` is always written; without ``geojson`` the file with the old types is removed.
+
+    Returns
+    -------
+    dict
+        The new manifest.
+
+    Raises
+    ------
+    WsisegError
+        The run is not finished, its table is damaged, the weights are others, or a click meets no cell. Nothing has been written then.
+    """
+    started = time.perf_counter()
+    if (seeds is None) == (bank is None):
+        raise ConfigError("types come from --seeds FILE or from --bank FILE; pass one of the two")
+    folder, manifest = _finished_run(run)
+    config = from_mapping(manifest["config"], str(folder.manifest))
+    config = dataclasses.replace(config, seeds=_named(seeds), bank=_named(bank), model=config.model if model is None else model)
+    if settings is not None:
+        config = dataclasses.replace(config, typing=read_config(settings, config).typing)
+    if formats:
+        config = dataclasses.replace(config, formats=tuple(dict.fromkeys((*formats, "parquet"))))
+    for known in config.formats:
+        load_writer(known)
+    check(config, str(folder.manifest))
+    if config.method == "cop":
+        raise RunError(f"{run}: has only cells that looked like its own clicks (--method cop); run the slide with --method apg or amg")
+    if bank is not None:
+        refuse_own_bank(folder, bank)
+    name = config.model
+    weights = find_weights(name)[1]
+    if file_hash(weights) != manifest["model"]["sha256"]:
+        raise ConfigError(f"{run}: was made with other weights than {weights.name} of this wsiseg; pass them with --model, or run the slide again")
+    table = read_table(folder.path / FILE_NAMES["parquet"])
+    info = _slide_info(manifest, table)
+    warnings: list[str] = []
+    rows: list[NDArray[np.intp]] = []
+    if seeds is not None:
+        checked, warnings = check_seeds(read_seeds(seeds), info)
+        clicks, rows = bank_of_table(table, checked, config, info.mpp)
+    elif bank is not None:
+        clicks = load_bank(bank, weights)
+    result, notes = assign_types(table.descriptors, table.points_xy * info.mpp, clicks, load_types(name), config.typing)
+    result = claim(result, rows)
+    notes = dataclasses.replace(notes, warnings=(*warnings, *notes.warnings))
+
+    # Not the hash of `run` with these clicks: there a clicked cell also takes part in the segmentation.
+    clicked = file_hash(seeds or bank or Path())
+    digest = hashlib.sha256(json.dumps(["type", manifest["parts_hash"], clicked, dataclasses.asdict(config.typing)]).encode()).hexdigest()[:16]
+    provenance = Provenance("wsiseg", __version__, table.note["slide"], digest, {"model": config.model, "method": config.method})
+    table.check()  # damage is found before anything is written
+    folder.write_manifest(manifest | {"status": RETYPING, "status_before": manifest["status"]})
+    files = _write(folder, table, config.formats, result, clicks, info, provenance, file_hash(weights))
+    manifest |= {
+        "config": dataclasses.asdict(config),
+        "seeds": config.seeds or config.bank,
+        "warnings": [w for w in manifest["warnings"] if w not in manifest.get("typing", {}).get("warnings", [])] + list(notes.warnings),
+        "retyped": True,
+        "run_hash": provenance.config_hash,
+        "types": result.count(),
+        "typing": account(result, clicks, notes),
+        "files": files,
+    }
+    manifest["seconds"] = manifest["seconds"] | {"retype": round(time.perf_counter() - started, 3)}
+    folder.write_manifest(manifest)
+    return manifest
+
+
+def _named(path: Path | None) -> str | None:
+    return None if path is None else str(path)
+
+
+def _finished_run(run: Path) -> tuple[RunFolder, dict[str, Any]]:
+    """The folder and its manifest."""
+    folder = RunFolder(run)
+    manifest = folder.read_manifest()
+    if manifest is None:
+        raise RunError(f"{run}: no manifest.json of wsiseg in it; pass the folder of one slide's run, for example wsiseg-out/slide")
+    if manifest.get("status") == RETYPING:  # an earlier `type` was stopped between two files; this one writes all of them
+        manifest["status"] = manifest.pop("status_before", "complete")
+    if manifest.get("status") not in ("complete", "incomplete"):
+        raise RunError(f"{run}: the run is not finished (status {manifest.get('status')}); run its command again first")
+    missing = [key for key in ("parts_hash", "model", "warnings", "seconds") if key not in manifest]
+    if missing or "sha256" not in manifest["model"]:
+        raise RunError(f"{folder.manifest}: damaged (no {(missing or ['sha256'])[0]!r} in it); run the slide again: its parts are used")
+    if kind_of(folder.path / FILE_NAMES["parquet"], RunError) == "nothing":
+        raise RunError(f"{run}: no cells.parquet in it; run the slide again with --format geojson,parquet, its finished parts are used again")
+    return folder, manifest
+
+
+def _write(
+    folder: RunFolder, table: CellTable, formats: tuple[str, ...], typing: Typing, clicks: Bank, info: SlideInfo, provenance: Provenance, weights: str
+) -> list[str]:
+    """The run's files with the new types; names of those written."""
+    write_retyped(folder.path / FILE_NAMES["parquet"], table, typing, provenance)
+    files = [FILE_NAMES["parquet"]]
+    if "geojson" in formats:
+        files.append(write_geojson(folder.path / FILE_NAMES["geojson"], table, typing, info, provenance).name)
+    if not clicks.foreign:
+        write_bank(folder.bank, clicks, table.note["slide"], weights)
+        files.append(folder.bank.name)
+    folder.drop_old_files(files)
+    return files
+
+
+def bank_of_table(table: CellTable, seeds: Seeds, config: RunConfig, mpp: float) -> tuple[Bank, list[NDArray[np.intp]]]:
+    """The clicked cells, found in the table.
+
+    Parameters
+    ----------
+    table, seeds
+        Of the same slide; clicks in level-0 px.
+    config, mpp
+        ``cop.click_reach_um``; microns per px.
+
+    Returns
+    -------
+    bank, rows
+        Rows of the clicked cells, type by type.
+
+    Raises
+    ------
+    SeedsError
+        A click meets no cell, or clicks of two types meet the same.
+    """
+    clicks = [point for kind in seeds.types for point in (*kind.points, *kind.negative)]
+    find = _Finder(table, clicks, config.cop.click_reach_um / mpp, mpp)
+    owner: dict[int, tuple[str, str]] = {}
+    rows, negative = [], []
+    for t, kind in enumerate(seeds.types):
+        place = f"{seeds.source}: types[{t}]"
+        mine = [find(f"{place}.points[{i}]", point) for i, point in enumerate(kind.points)]
+        for i, row in enumerate(mine):
+            name, other = owner.setdefault(row, (kind.name, f"{place}.points[{i}]"))
+            if name != kind.name:
+                raise SeedsError(same_cell(f"{place}.points[{i}]", other))
+        rows.append(np.array(mine, np.intp))
+        negative.append(np.array([find(f"{place}.negative[{i}]", point) for i, point in enumerate(kind.negative)], np.intp))
+    z = table.descriptors
+    bank = Bank(
+        names=tuple(t.name for t in seeds.types),
+        colors=tuple(t.color for t in seeds.types),
+        clicks=tuple(np.array(t.points, float).reshape(-1, 2) for t in seeds.types),
+        clicked=tuple(z[r].astype(np.float32) for r in rows),
+        negative=tuple(z[r].astype(np.float32) for r in negative),
+        cells=Cells.empty(z.shape[1]),
+        high=(),
+        low=(),
+        floors=np.empty(0, np.float32),
+    )
+    return bank, rows
+
+
+class _Finder:
+    """The row of the cell under a click, or within reach of it. All clicks are said beforehand, so that the file is gone through once."""
+
+    def __init__(self, table: CellTable, points: list[tuple[float, float]], reach_px0: float, mpp: float) -> None:
+        self.table, self.reach, self.mpp = table, reach_px0, mpp
+        self.bounds = table.bounds
+        self.rows = {point: self._near(np.array(point)) for point in points}
+        rows = np.unique(np.concatenate([np.empty(0, np.intp), *self.rows.values()]))
+        self.polygons = dict(zip(rows.tolist(), table.take(rows).polygons, strict=True))
+
+    def __call__(self, place: str, point: tuple[float, float]) -> int:
+        where = f"{place} = [{point[0]:g}, {point[1]:g}]: no cell there"
+        if not len(self.bounds):
+            raise SeedsError(f"{where}: the run found no cells at all")
+        rows = self.rows[point]
+        gaps = shapely.distance([self.polygons[row] for row in rows.tolist()], shapely.Point(point)) if len(rows) else np.empty(0)
+        if not len(rows) or gaps.min() > self.reach:
+            centres = (self.bounds[:, :2] + self.bounds[:, 2:]) / 2
+            near = np.atleast_1d(cKDTree(centres).query(point, k=min(8, len(centres)))[1])
+            gaps = shapely.distance(self.table.take(near).polygons, shapely.Point(point))
+            gap, (x, y) = gaps.min(), centres[near[gaps.argmin()]]
+            raise SeedsError(f"{where}; the nearest is at [{x:.0f}, {y:.0f}], {gap * self.mpp:.0f} um away; move the click onto a nucleus")
+        return int(rows[gaps.argmin()])
+
+    def _near(self, xy: NDArray[np.float64]) -> NDArray[np.intp]:
+        """Rows of the cells whose box is within reach."""
+        return np.flatnonzero(((self.bounds[:, :2] - self.reach <= xy) & (self.bounds[:, 2:] + self.reach >= xy)).all(1))
+
+
+def _slide_info(manifest: dict[str, Any], table: CellTable) -> SlideInfo:
+    """What the run knew of the slide."""
+    try:
+        slide = manifest["slide"]
+        size, bounds = slide["size_px0"], slide["bounds"]
+        return SlideInfo(
+            slide["path"], slide["reader"], slide["format"], ((int(size[0]), int(size[1])),), (1.0,), float(slide["mpp"]), slide["mpp_source"],
+            tuple(bounds) if bounds else None,
+        )  # fmt: skip
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise FormatError(f"{table.path.parent / 'manifest.json'}: damaged ({error!r}); run the slide again") from error

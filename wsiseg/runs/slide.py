@@ -1,0 +1,318 @@
+"""The whole program on one page: tiles -> embeddings -> prompts -> masks -> polygons -> stitched cells -> typed cells -> files.
+
+``blocks.py`` has the first half, from pixels to part files; this module has the order of things, and the second half.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import time
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from wsiseg import __version__
+from wsiseg.celltypes.assignment import account, assign_types, keep_clicks
+from wsiseg.errors import InterruptedRunError, RunError
+from wsiseg.formats import FILE_NAMES, load_writer
+from wsiseg.formats.bank import write_bank
+from wsiseg.records import Provenance, Typing, TypingNotes
+from wsiseg.runs import folder as runs
+from wsiseg.runs.plan import describe, open_tools, plan_run, slide_path
+from wsiseg.runs.plan_file import read_sheet, write_sheet
+from wsiseg.runs.plausibility import implausible
+from wsiseg.runs.statistics import Tally, interrupt_shard
+from wsiseg.runtime.atomic import partial_name
+from wsiseg.runtime.profiling import give_back
+from wsiseg.segmentation.blocks import finished_block, segment_blocks
+from wsiseg.stitching.outline_store import CACHE_BYTES
+from wsiseg.stitching.stitch import stitch
+from wsiseg.workers import map_blocks
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from wsiseg.config import RunConfig
+    from wsiseg.records import Block, Cells, TypeSpace
+    from wsiseg.runs.folder import RunFolder
+    from wsiseg.runs.plan import Plan
+    from wsiseg.runs.plan_file import Sheet
+    from wsiseg.runtime.claims import Claims
+    from wsiseg.runtime.profiling import Clock
+    from wsiseg.runtime.shards import Shard
+    from wsiseg.segmentation.blocks import BlockReport
+    from wsiseg.stitching.stitch import Settled
+
+logger = logging.getLogger(__name__)
+
+_POLL_S = 1.0  #: between looks at what other processes on the same folder do
+_IDLE_ROUNDS = 5  #: through blocks that others had claimed, without one being finished
+_END = "end"  #: the claim on stitching and writing
+
+
+def segment_slide(
+    slide: str | Path,
+    config: RunConfig,
+    out: str | Path,
+    *,
+    name: str | None = None,
+    overwrite: bool = False,
+    shard: Shard | None = None,
+    on_progress: Callable[[int, int, int], None] | None = None,
+    on_warning: Callable[[str], None] = lambda _: None,
+    stopped: Callable[[], bool] = lambda: False,
+) -> dict[str, Any]:
+    """Segment and type one slide.
+
+    Parameters
+    ----------
+    slide
+        Path or URL of the slide.
+    config
+        What to do.
+    out, name
+        Folder of all runs; the slide's own folder, called ``name`` or as the slide, is made below it.
+    overwrite
+        Replace a run that has another configuration; write the files of a complete one again.
+    shard
+        Work on this shard's blocks only, and leave the rest to :func:`merge_run`.
+    on_progress
+        Called with tiles done, tiles in all, outlines so far.
+    on_warning
+        Called with each sentence about what is doubtful before the work begins. The manifest has them as well, with those of the result.
+    stopped
+        When it turns true, the block in hand is finished and no other begun.
+
+    Returns
+    -------
+    dict
+        The manifest, as written. Its ``status`` is ``incomplete`` when tiles could not be read; the same call again tries just those blocks. Of a
+        shard: what it did, with ``status`` ``shard``. ``already`` is true when there was nothing to do.
+
+    Raises
+    ------
+    InterruptedRunError
+        ``stopped`` turned true before the end. Finished parts are kept.
+    WsisegError
+        Wrong input; nothing has been written then.
+    """
+    if not str(out).strip():
+        raise RunError("the folder of all runs is empty; give a path")
+    tally = Tally(str(slide))
+    with tally.clock("plan"):
+        plan = plan_run(str(slide), config, Path(out), name=name, overwrite=overwrite)
+    if isinstance(plan, runs.RunFolder):
+        return (plan.read_manifest() or {}) | {"already": True}
+    for doubt in plan.sheet.warnings:
+        on_warning(doubt)
+    with plan.tools.reader:
+        begun = describe(plan.sheet) | {"wsiseg": __version__, "versions": runs.versions(), "status": "running"}
+        folder = runs.claim_folder(Path(out), slide_path(str(slide)), begun, name=name, overwrite=overwrite)
+        plan = plan.at(folder.parts)
+        runs.drop_stale_files(folder, set(plan.sheet.tiles))
+        if read_sheet(folder.parts, plan.sheet.run_hash) is None:
+            write_sheet(folder.parts, plan.sheet)
+        with plan.tools.claims as claims, _settled(folder, plan.sheet, claims, shard):
+            tally.begin(plan.tools.model.device, folder, plan.sheet, shard)
+            _segment(plan, shard.of(plan.blocks) if shard else plan.blocks, claims, tally, on_progress, stopped)
+            if shard:
+                return tally.end_shard(folder, shard)
+            with _alone(claims, stopped, tally):
+                if not overwrite and folder.is_complete(plan.sheet.run_hash, config.formats):  # another process was quicker
+                    return (folder.read_manifest() or {}) | {"already": True}
+                return finish(folder, plan.sheet, tally, plan.tools.model.types, stopped)
+
+
+def merge_run(
+    run: Path, *, allow_missing: bool = False, formats: tuple[str, ...] | None = None, stopped: Callable[[], bool] = lambda: False
+) -> dict[str, Any]:
+    """Join the parts that shards have made: stitch, type, write. Needs neither slide nor GPU; doing it again changes nothing.
+
+    Parameters
+    ----------
+    run
+        Folder of one slide's run.
+    allow_missing
+        Write what is there; the manifest's ``status`` is ``incomplete`` then.
+    formats
+        Files to write; those of the shards when absent.
+    stopped
+        As for :func:`segment_slide`.
+
+    Returns
+    -------
+    dict
+        The manifest, as written.
+
+    Raises
+    ------
+    RunError
+        Parts are missing, or this is no run.
+    """
+    from wsiseg.models import find_weights, load_types
+    from wsiseg.models.cards import file_hash
+    from wsiseg.runtime.claims import Claims
+
+    folder = runs.RunFolder(run)
+    sheet = read_sheet(folder.parts)
+    if sheet is None:
+        raise RunError(f"{run}: no parts/plan.json of wsiseg in it; pass the folder of one slide's run, for example wsiseg-out/slide")
+    manifest = folder.read_manifest() or {}
+    if manifest.get("retyped") or manifest.get("status") == "retyping":
+        raise RunError(f"{run}: was typed again with `wsiseg type`, which a merge would undo; use that for other clicks")
+    if manifest.get("run_hash", sheet.run_hash) != sheet.run_hash:
+        raise RunError(f"{run}: another run was begun over the shards; run it to its end, or the shards again with --overwrite")
+    if sheet.bank is not None and file_hash(find_weights(sheet.config.model)[1]) != sheet.weights:
+        raise RunError(f"{run}: was made with other weights than {sheet.config.model} has here; merge it with the wsiseg that ran the shards")
+    if formats:
+        sheet = dataclasses.replace(sheet, config=dataclasses.replace(sheet.config, formats=formats))
+    for known in sheet.config.formats:
+        load_writer(known)
+    tally = Tally(sheet.info.path)
+    with Claims(folder.parts) as claims, _settled(folder, sheet, claims):
+        missing = tally.collect(folder, sheet)
+        if missing and not allow_missing:
+            raise RunError(f"{run}: {tally.describe_missing(folder, missing, sheet, claims)}; run those shards again, or pass --allow-missing")
+        with _alone(claims, stopped, tally):
+            return finish(folder, sheet, tally, load_types(sheet.config.model) if sheet.bank else None, stopped)
+
+
+def finish(folder: RunFolder, sheet: Sheet, tally: Tally, types: TypeSpace | None, stopped: Callable[[], bool]) -> dict[str, Any]:
+    """Parts -> stitched, typed cells -> files -> manifest, which is returned."""
+    config, clock = sheet.config, tally.clock
+    give_back()
+    parts = [folder.parts / f"{name}.parquet" for name in sheet.tiles if name in tally.blocks]
+    tally.require_current(parts, sheet.parts_hash)
+    cache = min(CACHE_BYTES, int(config.max_ram_gb * 2**26)) if config.max_ram_gb else CACHE_BYTES
+    cells, typing, notes, counts = settle(parts, sheet, types, clock, cache_bytes=cache)
+    provenance = Provenance("wsiseg", __version__, Path(sheet.info.path).name, sheet.run_hash, {"model": config.model, "method": config.method})
+    files = []
+    for known in config.formats:
+        if stopped():
+            raise tally.interrupted()
+        with clock("write"):
+            path = folder.path / FILE_NAMES[known]
+            files.append((load_writer(known)(path, cells, typing, sheet.info, provenance) or path).name)
+    if sheet.bank is not None and not sheet.bank.foreign:
+        write_bank(folder.bank, sheet.bank, provenance.slide, sheet.weights)
+        files.append(folder.bank.name)
+    folder.drop_old_files(files)
+    outcome = tally.account(sheet)
+    doubts = implausible(cells.areas, sheet) if outcome["status"] == "complete" else ()
+    manifest = describe(sheet) | outcome | {
+        "wsiseg": __version__,
+        "versions": runs.versions(),
+        "folder": str(folder.path),
+        "files": files,
+        "warnings": [*sheet.warnings, *notes.warnings, *doubts],
+        "types": typing.count(),
+        "typing": account(typing, sheet.bank, notes) if sheet.bank else {},
+    }  # fmt: skip
+    manifest["counts"] |= {"cells": len(cells)} | counts
+    manifest["model"] |= {"device": tally.device}
+    folder.write_manifest(manifest)
+    logger.info("%s: %d cells", folder.path, len(cells), extra={"event": "slide", "facts": {"folder": str(folder.path), **manifest["counts"]}})
+    return manifest
+
+
+def settle(
+    sources: Sequence[Path | Cells], sheet: Sheet, types: TypeSpace | None, clock: Clock, *, cache_bytes: int = CACHE_BYTES
+) -> tuple[Settled, Typing, TypingNotes, dict[str, int]]:
+    """Outlines of all tiles, any order -> stitched cells, their types with notes, and counts.
+
+    The clicked cells compete with the rest, so that a cell that somebody clicked is in the result even if no automatic prompt found it.
+    """
+    info, config, bank, notes = sheet.info, sheet.config, sheet.bank, TypingNotes()
+    with clock("stitch"):
+        cells, counts = stitch(
+            [*sources, bank.cells] if bank is not None else sources, info.size_px0, config.masks.min_area_um2 / info.mpp**2, config.stitching,
+            descriptor_size=sheet.descriptor_size, cache_bytes=cache_bytes,
+        )  # fmt: skip
+    typing = Typing.untyped(len(cells))
+    if bank is not None:
+        with clock("type"):
+            typing, notes = assign_types(cells.descriptors(), cells.points_xy * info.mpp, bank, types, config.typing)
+            typing, missed = keep_clicks(cells, typing, bank, config.cop.click_reach_um / info.mpp)
+            notes = dataclasses.replace(notes, warnings=(*notes.warnings, *missed))
+    return cells, typing, notes, dataclasses.asdict(counts)
+
+
+def _segment(
+    plan: Plan,
+    blocks: list[Block],
+    claims: Claims,
+    tally: Tally,
+    on_progress: Callable[[int, int, int], None] | None,
+    stopped: Callable[[], bool],
+) -> None:
+    """Work through blocks until each is done, here or by another process on the same folder."""
+    config, total = plan.job.config, sum(len(b.tiles) for b in blocks)
+
+    def add(report: BlockReport) -> None:
+        tally.add(report)
+        if on_progress:
+            on_progress(tally.tiles, total, tally.outlines)
+
+    tried: set[str] = set()
+    idle = 0
+    with tally.clock("tiles"):
+        while True:
+            for block in blocks:
+                known = None if block.name in tally.blocks else finished_block(plan.job, block, failed=block.name in tried)
+                if known:
+                    add(known)
+            todo = [b for b in blocks if b.name not in tally.blocks]
+            if not todo:
+                return
+            if stopped():
+                raise tally.interrupted(len(blocks))
+            busy = set(claims.busy(b.name for b in todo))
+            if len(busy) == len(todo):  # another process has them all in hand
+                time.sleep(_POLL_S)
+                continue
+            if idle > _IDLE_ROUNDS:  # whoever claims them dies of them, here or elsewhere
+                names = ", ".join(b.name for b in todo[:8])
+                raise RunError(f"{tally.slide}: {len(todo)} blocks are claimed again and again, never finished ({names}); see the logs of workers")
+            claims.drop_stale()
+            done = len(tally.blocks)
+            for report in map_blocks(
+                segment_blocks, [b for b in todo if b.name not in busy], partial(open_tools, plan.job), workers=config.workers,
+                scheduler=config.scheduler, cluster=config.cluster, tools=plan.tools, scratch=plan.job.parts / partial_name("dask"),
+                weight=lambda block: len(block.tiles), stopped=stopped,
+            ):  # fmt: skip
+                add(report)
+            tried |= {b.name for b in todo}
+            idle = idle + 1 if len(tally.blocks) == done else 0
+
+
+@contextlib.contextmanager
+def _settled(folder: RunFolder, sheet: Sheet, claims: Claims, shard: Shard | None = None) -> Iterator[None]:
+    """After an orderly stop the manifest says ``interrupted``, and no longer ``running``, unless another process is at work on the folder."""
+    try:
+        yield
+    except InterruptedRunError:
+        with contextlib.suppress(RunError):  # that the run was stopped is what there is to say
+            if shard:
+                interrupt_shard(folder, shard, sheet.run_hash)
+            if not claims.busy(sheet.tiles) and claims.take(_END):
+                try:
+                    folder.interrupt(sheet.run_hash)
+                finally:
+                    claims.release(_END)
+        raise
+
+
+@contextlib.contextmanager
+def _alone(claims: Claims, stopped: Callable[[], bool], tally: Tally) -> Iterator[None]:
+    """Only one process stitches and writes; the others wait, and find it done."""
+    while not claims.take(_END):
+        if stopped():
+            raise tally.interrupted()
+        time.sleep(_POLL_S)
+    try:
+        claims.drop_stale()
+        yield
+    finally:
+        claims.release(_END)

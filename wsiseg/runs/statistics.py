@@ -1,0 +1,228 @@
+"""What came of the blocks of a run: counts, failures, seconds, memory; of this process, or of all shards together."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from typing import TYPE_CHECKING, Any
+
+from wsiseg.errors import FormatError, InterruptedRunError, RunError, counted
+from wsiseg.formats.parts import open_part, part_is_current
+from wsiseg.runtime import process as machine
+from wsiseg.runtime.atomic import write_json
+from wsiseg.runtime.profiling import Clock, peak_bytes
+from wsiseg.runtime.shards import Shard
+from wsiseg.segmentation.blocks import BLOCK_COUNTS
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    import torch
+
+    from wsiseg.runs.folder import RunFolder
+    from wsiseg.runs.plan_file import Sheet
+    from wsiseg.runtime.claims import Claims
+    from wsiseg.segmentation.blocks import BlockReport
+
+logger = logging.getLogger(__name__)
+
+_NAMED = 8  #: missing blocks that are named in one sentence
+
+
+class Tally:
+    """Adds up the reports of blocks.
+
+    Parameters
+    ----------
+    slide
+        What the run is called in sentences.
+
+    Attributes
+    ----------
+    clock
+        Seconds per stage; those of several processes add up.
+    blocks
+        Counts of each finished block, by name.
+    device
+        Where the model ran.
+    """
+
+    def __init__(self, slide: str) -> None:
+        self.slide, self.clock, self.device = slide, Clock(), ""
+        self.blocks: dict[str, dict[str, int]] = {}
+        self._failures: dict[str, list[str]] = {}
+        self._started = time.perf_counter()
+        self._resumed = 0
+        self._processes: set[str] = set()
+        self._earlier: dict[str, Any] = {}
+        self._run_hash = ""
+        self._model_share: float | None = None
+        self._peak, self._device_peak = 0, 0
+
+    @property
+    def tiles(self) -> int:
+        """Of the finished blocks."""
+        return sum(c["tiles"] for c in self.blocks.values())
+
+    @property
+    def outlines(self) -> int:
+        """Of the finished blocks."""
+        return sum(c["outlines"] for c in self.blocks.values())
+
+    def begin(self, device: torch.device, folder: RunFolder, sheet: Sheet, shard: Shard | None) -> None:
+        """The first block is about to be worked on."""
+        self.device, self._run_hash = str(device), sheet.run_hash
+        facts = {"slide": self.slide, "device": self.device, "folder": str(folder.path)}
+        if shard:
+            facts["shard"] = str(shard)
+            self._earlier = _read_record(_record(folder, shard), sheet.run_hash)
+            if self._earlier.get("status") != "shard":
+                write_json(_record(folder, shard), {"status": "running", "shard": str(shard), "host": machine.host(), "run_hash": sheet.run_hash})
+        logger.info("%s: begins", self.slide, extra={"event": "begin", "facts": facts})
+
+    def add(self, report: BlockReport) -> None:
+        """One block more."""
+        self._count(report.name, report.counts, report.failures)
+        self.clock.add(report.seconds)
+        self._resumed += report.resumed
+        self._processes |= {report.process} - {""}
+        self._peak, self._device_peak = max(self._peak, report.peak_bytes), max(self._device_peak, report.peak_device_bytes)
+        if not report.resumed:
+            seconds = {k: round(v, 4) for k, v in report.seconds.items()}
+            facts = {"slide": self.slide, "block": report.name, **report.counts, "seconds": seconds, "failures": report.failures}
+            logger.info("%s: block %s, %d outlines", self.slide, report.name, report.counts["outlines"], extra={"event": "block", "facts": facts})
+
+    def _count(self, name: str, counts: dict[str, int], failures: list[str]) -> None:
+        self.blocks[name] = counts
+        self._failures.pop(name, None)
+        if failures:
+            self._failures[name] = failures
+
+    def interrupted(self, blocks: int | None = None) -> InterruptedRunError:
+        """What to raise when the run was asked to stop; ``blocks`` is how many there are, before they are all done."""
+        where = "while its files were written" if blocks is None else f"with {len(self.blocks)} of {counted(blocks, 'block')} finished"
+        logger.info("%s: stopped", self.slide, extra={"event": "stopped", "facts": {"slide": self.slide, "blocks": len(self.blocks)}})
+        return InterruptedRunError(f"{self.slide}: stopped {where}; nothing is lost: run the same command again to go on")
+
+    def end_shard(self, folder: RunFolder, shard: Shard) -> dict[str, Any]:
+        """The shard's blocks are done: writes what it cost beside the parts, for the merge, and returns it."""
+        record = self._cost() | {
+            "status": "shard", "shard": str(shard), "host": machine.host(), "device": self.device, "folder": str(folder.path),
+            "run_hash": self._run_hash,
+            "counts": self._sums() | {"blocks": len(self.blocks), "blocks_resumed": self._resumed}, "failures": self._said(), "warnings": [],
+        }  # fmt: skip
+        if self._earlier.get("status") != "shard" or self._processes:  # else nothing was done, and what it cost then stays
+            write_json(_record(folder, shard), record)
+        return record
+
+    def collect(self, folder: RunFolder, sheet: Sheet) -> list[str]:
+        """Add up the parts and what the shards say they cost; returns the blocks that are missing or have tiles that could not be read."""
+        missing = []
+        for name in sheet.tiles:
+            path = folder.parts / f"{name}.parquet"
+            try:
+                part = open_part(path) if part_is_current(path, sheet.parts_hash) else None
+            except FormatError:
+                part = None
+            if part is not None:
+                self._count(name, part.counts, part.failures)
+            if part is None or part.counts["tiles_failed"]:
+                missing.append(name)
+        self._resumed = len(self.blocks)
+        records = [_read_record(path, sheet.run_hash) for path in sorted(folder.parts.glob("shard-*.json"))]
+        records = [r for r in records if r.get("status") == "shard"]
+        for record in records:
+            self.clock.add({k: float(v) for k, v in record["seconds"].items() if k not in ("total", "plan")})
+            self._peak = max(self._peak, int(record["peak_ram_mb"] * 2**20))
+            self._device_peak = max(self._device_peak, int(record["peak_vram_mb"] * 2**20))
+        self.device = ", ".join(sorted({str(r["device"]) for r in records}))
+        tiles = sum(r["seconds"].get("tiles", 0) for r in records)
+        self._model_share = sum(r["model_share"] * r["seconds"].get("tiles", 0) for r in records) / max(tiles, 1e-9)
+        return missing
+
+    def describe_missing(self, folder: RunFolder, missing: list[str], sheet: Sheet, claims: Claims) -> str:
+        """Which blocks are missing, of which shards, who works on them, and which have tiles that could not be read."""
+        said = []
+        absent = [name for name in missing if name not in self.blocks]
+        if absent:
+            records = [_read_record(path, sheet.run_hash) for path in folder.parts.glob("shard-*-of-*.json")]
+            counts = {int(r["shard"].rpartition("/")[2]) for r in records if r}
+            names = ", ".join(absent[:_NAMED]) + (", ..." if len(absent) > _NAMED else "")
+            said.append(f"{len(absent)} of {counted(len(sheet.tiles), 'block')} {'is' if len(absent) == 1 else 'are'} missing ({names})")
+            if len(counts) == 1:
+                shard = Shard(1, counts.pop())
+                owners = sorted({shard.owner(place) for place, name in enumerate(sheet.tiles) if name in absent})
+                said.append(f"they belong to shard{'s' * (len(owners) > 1)} {', '.join(f'{k}/{shard.count}' for k in owners)}")
+            busy = claims.busy(absent)
+            if busy:
+                said.append(f"{len(busy)} of them are being worked on ({claims.holder(busy[0])})")
+        if self._failures:
+            failures = self._said()
+            said.append(f"{counted(len(failures), 'tile')} could not be read (first: {failures[0]})")
+        return "; ".join(said)
+
+    def require_current(self, parts: Sequence[Path], parts_hash: str) -> None:
+        """Refuse parts that somebody has changed since they were counted.
+
+        Raises
+        ------
+        RunError
+            Another run has written into the folder.
+        """
+        for path in parts:
+            if not part_is_current(path, parts_hash):
+                raise RunError(f"{path}: was changed by another run while this one went on; run the command again, one run per folder")
+
+    def account(self, sheet: Sheet) -> dict[str, Any]:
+        """The manifest's account of what came of the blocks and what it cost."""
+        absent = {name: tiles for name, tiles in sheet.tiles.items() if name not in self.blocks}
+        failures = [*self._said(), *(f"block {name}: none of its tiles was worked on ({tiles})" for name, tiles in absent.items())]
+        counts = self._sums()
+        counts["tiles"] += sum(absent.values())
+        counts["tiles_failed"] += sum(absent.values())
+        cost = self._cost()
+        return cost | {
+            "status": "incomplete" if failures else "complete",
+            "failures": failures,
+            "counts": {"blocks": len(sheet.tiles), "blocks_missing": len(absent), "blocks_resumed": self._resumed} | counts,
+            "seconds_per_mm2": round(cost["seconds"]["total"] / max(sheet.tissue_mm2, 1e-9), 3),
+        }
+
+    def _sums(self) -> dict[str, int]:
+        return {key: sum(c[key] for c in self.blocks.values()) for key in BLOCK_COUNTS}
+
+    def _said(self) -> list[str]:
+        return [failure for name in sorted(self._failures) for failure in self._failures[name]]
+
+    def _cost(self) -> dict[str, Any]:
+        seconds = dict(self.clock.seconds)
+        model = sum(seconds.get(stage, 0) for stage in ("encode", "decode")) / max(len(self._processes), 1)
+        share = min(model / max(seconds.get("tiles", 0), 1e-9), 1) if self._model_share is None else self._model_share
+        return {
+            "seconds": {k: round(v, 3) for k, v in seconds.items()} | {"total": round(time.perf_counter() - self._started, 3)},
+            "model_share": round(share, 4),
+            "peak_ram_mb": round(max(self._peak, peak_bytes()) / 2**20, 1),
+            "peak_vram_mb": round(self._device_peak / 2**20, 1),
+        }
+
+
+def interrupt_shard(folder: RunFolder, shard: Shard, run_hash: str) -> None:
+    """Note that a shard which had begun was stopped."""
+    record = _read_record(_record(folder, shard), run_hash)
+    if record.get("status") == "running":
+        write_json(_record(folder, shard), record | {"status": "interrupted"})
+
+
+def _record(folder: RunFolder, shard: Shard) -> Path:
+    return folder.parts / f"shard-{shard.number}-of-{shard.count}.json"
+
+
+def _read_record(path: Path, run_hash: str) -> dict[str, Any]:
+    """What a shard of this run has left; of another run, nothing."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) and record.get("run_hash") == run_hash else {}

@@ -1,0 +1,1 @@
+"""What a run needs of the machine: claims, whole files, processes, time and memory."""

@@ -1,0 +1,349 @@
+"""Who works on which part, among processes that share nothing but a folder: job-array tasks on several nodes, one command started twice.
+
+::
+
+    parts/<name>.claim           host, process, space (wsiseg.runtime.process), a random token, a count of beats; renewed in place
+    parts/.<name>.claim.taking   the next claim, while its maker takes a dead one over; renamed to it
+
+Claims save work and say whom to wait for. Nothing that is written depends on them: two processes that do the same part all the same write the
+same bytes. What is promised: of any number of processes that take a name at the same moment one gets it; who may be alive keeps its claim.
+
+Whether an owner is dead is never read from a clock that two machines would have to share. A process that certainly ended on this machine is
+dead at once; any other owner when its claim has not changed for ``dead_after_s`` of the observer's own time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import json
+import os
+import secrets
+import threading
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
+
+from wsiseg.runtime import process as machine
+from wsiseg.runtime.atomic import refusals
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
+
+BEAT_S = 15.0  #: between two renewals of a claim: a few bytes per process, which no file server notices
+DEAD_AFTER_S = 120.0  #: 60 s for which a network file system may answer from its cache, and four beats
+
+_ENDING, _TAKING = ".claim", ".taking"
+_VANISHED = {errno.ENOENT, errno.ESTALE}  # removed or replaced by another node; a stale handle is how NFS says it
+_MAX_BYTES = 4096  # more is no claim
+
+
+class _State(NamedTuple):
+    """What an observer compares: any change is a sign of life."""
+
+    content: bytes
+    mtime_ns: int
+
+
+@dataclass(frozen=True)
+class _Owner:
+    """Who wrote a claim."""
+
+    host: str
+    pid: int
+    start: int | None
+    space: str
+    token: str
+
+
+@dataclass
+class _Held:
+    """A claim of this process."""
+
+    owner: _Owner
+    missed: int = 0  # beats in a row that did not find the file
+
+
+class Claims:
+    """The claims of one process on names in one folder. As a context: renews them in a thread, and releases all at the end.
+
+    Parameters
+    ----------
+    folder
+        Where the claim files lie; it is made when missing.
+    beat_s
+        Seconds between renewals. The thread needs Python's lock: compiled code that keeps it for long delays a beat.
+    dead_after_s
+        Seconds without a change after which an owner that cannot be asked counts as dead; many beats, the same in all processes. Only time in
+        which this process ran and the folder answered is counted: after a sleep, or a server's outage, others get their time to beat again.
+
+    Attributes
+    ----------
+    lost
+        Names that this process took and that are not its own any more: it was suspended for so long that another process took them over.
+    """
+
+    def __init__(self, folder: Path, *, beat_s: float = BEAT_S, dead_after_s: float = DEAD_AFTER_S) -> None:
+        self.folder = folder
+        self.lost: set[str] = set()
+        self._beat_s, self._dead_after_s = beat_s, dead_after_s
+        self._held: dict[str, _Held] = {}
+        self._seen: dict[Path, tuple[_State, float]] = {}
+        self._lock = threading.Lock()  # of the clock and of _held against the thread; never kept while the file system is asked
+        self._beats, self._awake_s, self._last = 0, 0.0, time.monotonic()
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> Self:
+        """Begin to renew."""
+        self._stop.clear()
+        self._thread = threading.Thread(target=self._run, name="wsiseg-claims", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Release all claims; what cannot be removed now is dead when this process is."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+        for name in list(self._held):
+            self.release(name)
+
+    def take(self, name: str) -> bool:
+        """Claim a name.
+
+        Parameters
+        ----------
+        name
+            Of the part; ``<name>.claim`` is a file name.
+
+        Returns
+        -------
+        bool
+            ``False``: another process that may be alive has it.
+
+        Raises
+        ------
+        RunError
+            The disk is full or the folder cannot be written.
+        """
+        if name in self._held:
+            return True
+        path, pid = self._path(name), os.getpid()
+        owner = _Owner(machine.host(), pid, machine.started(pid), machine.space(), secrets.token_hex(8))
+        with refusals(path):
+            won = self._take(path, owner)
+        if won:
+            with self._lock:
+                self._held[name] = _Held(owner)
+            self.lost.discard(name)
+        return won
+
+    def release(self, name: str) -> None:
+        """Give a name back. A claim that another process took over stays, and so does one that the file system keeps; neither is an error."""
+        with self._lock:
+            held = self._held.pop(name, None)
+        if held is None:
+            return
+        path = self._path(name)
+        with contextlib.suppress(OSError):
+            if _owner(self._look(path)) == held.owner:
+                path.unlink(missing_ok=True)
+            else:
+                self.lost.add(name)
+
+    def holder(self, name: str) -> str | None:
+        """Who has a name, dead or alive, this process included, as in ``node7, process 4711``; ``None`` when nobody has."""
+        path = self._path(name)
+        with refusals(path):
+            state = self._look(path)
+        owner = _owner(state)
+        if owner is None:
+            return None if state is None else "an unknown process"
+        return f"{owner.host}, process {owner.pid}"
+
+    def busy(self, names: Iterable[str]) -> list[str]:
+        """Which of the names another process that may be alive has, in their order; an owner is watched from the first call that meets it."""
+        with refusals(self.folder):
+            try:
+                there = set(os.listdir(self.folder))  # noqa: PTH208 -- names are all that is needed of thousands
+            except FileNotFoundError:
+                return []
+            return [name for name in names if name + _ENDING in there and name not in self._held and self._is_alive(self._path(name))]
+
+    def drop_stale(self) -> None:
+        """Remove the claims of dead owners and what interrupted takeovers left, as far as the file system lets us.
+
+        What other machines left is removed only if it was met, here or in :meth:`busy` and :meth:`take`, ``dead_after_s`` before.
+        """
+        for path in list(self.folder.glob(f"*{_ENDING}")):
+            name = path.name.removesuffix(_ENDING)
+            with contextlib.suppress(OSError):
+                if name not in self._held and self._is_dead(path, self._look(path)) and self.take(name):
+                    self.release(name)  # taken first: a late observer must not remove what another process has just taken
+        for path in list(self.folder.glob(f".*{_ENDING}{_TAKING}")):
+            with contextlib.suppress(OSError):
+                if self._is_dead(path, self._look(path)):
+                    path.unlink(missing_ok=True)
+
+    def _take(self, path: Path, owner: _Owner) -> bool:
+        for _ in range(2):  # again when what was in the way has gone in the meantime
+            if self._create(path, owner):
+                return True
+            state = self._look(path)
+            if state is not None:
+                return self._is_dead(path, state) and self._take_over(path, state, owner)
+        return False
+
+    def _take_over(self, path: Path, dead: _State, owner: _Owner) -> bool:
+        """Put our claim in the place of a dead one.
+
+        The next claim is made beside it, which only one process can do, and renamed over it if it still is what was seen dead. So the place is
+        never free for a third, and an observer that was itself suspended here finds its file gone, or renames the next one's for it. An owner
+        that comes back between our last look and the rename learns of it with its next beat.
+        """
+        taking = path.with_name(f".{path.name}{_TAKING}")
+        if not self._create(taking, owner):
+            if not self._is_dead(taking, self._look(taking)):
+                return False
+            taking.unlink(missing_ok=True)
+            if not self._create(taking, owner):
+                return False
+        moved = False
+        try:
+            if self._look(path) == dead:
+                taking.replace(path)
+                moved = True
+        except OSError as error:
+            if error.errno not in _VANISHED | {errno.EIO}:  # of a rename that took effect all the same, or of a file that another removed
+                raise
+        finally:
+            if not moved:
+                with contextlib.suppress(OSError):
+                    taking.unlink(missing_ok=True)
+        now = self._look(path)
+        return moved if now is None else _owner(now) == owner
+
+    def _create(self, path: Path, owner: _Owner) -> bool:
+        """Make a claim file; ``False`` when there is one."""
+        try:
+            descriptor = self._open_new(path)
+        except FileExistsError:
+            return False
+        made = os.fstat(descriptor)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(self._content(owner))
+        except OSError:
+            with contextlib.suppress(OSError):
+                if path.stat().st_ino == made.st_ino:
+                    path.unlink()
+            raise
+        return True
+
+    def _open_new(self, path: Path) -> int:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+        try:
+            return os.open(path, flags, 0o666)
+        except OSError as error:
+            if error.errno not in _VANISHED:
+                raise
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return os.open(path, flags, 0o666)
+
+    def _content(self, owner: _Owner) -> bytes:
+        """Of the same length with every beat: rewriting it in place needs no room on the disk and is never half a claim."""
+        return json.dumps({**dataclasses.asdict(owner), "beat": f"{self._beats:010d}"}).encode() + b"\n"
+
+    def _is_alive(self, path: Path) -> bool:
+        """Whether there is a claim whose owner may be alive."""
+        state = self._look(path)
+        return state is not None and not self._is_dead(path, state)
+
+    def _is_dead(self, path: Path, state: _State | None) -> bool:
+        """Whether the owner of what was found at ``path`` is dead; the first look at a state begins the observation."""
+        if state is None:
+            return False
+        owner = _owner(state)
+        if owner is not None and owner.space == machine.space() and machine.is_gone(owner.pid, owner.start):
+            return True
+        now = self._clock()
+        known, since = self._seen.get(path, (None, now))
+        if known != state:
+            self._seen[path] = (state, now)
+            return False
+        return now - since >= self._dead_after_s
+
+    def _clock(self) -> float:
+        """Seconds in which this process was awake: no step, between beats or looks, counts for more than two beats."""
+        with self._lock:
+            now = time.monotonic()
+            self._awake_s += min(now - self._last, 2 * self._beat_s)
+            self._last = now
+            return self._awake_s
+
+    @staticmethod
+    def _look(path: Path) -> _State | None:
+        """What is at ``path``; ``None``: nothing. Opened each time: network file systems ask the server then."""
+        try:
+            try:
+                with path.open("rb", buffering=0) as file:
+                    return _State(file.read(_MAX_BYTES), os.fstat(file.fileno()).st_mtime_ns)
+            except PermissionError:  # of another user, who lets nobody read: that it changes is seen all the same
+                return _State(b"", path.stat().st_mtime_ns)
+        except OSError as error:
+            if error.errno in _VANISHED:
+                return None
+            raise
+
+    def _run(self) -> None:
+        while not self._stop.wait(self._beat_s):
+            self._beats += 1
+            for name, held in list(self._held.items()):
+                self._renew(name, held)
+            with contextlib.suppress(OSError):
+                os.close(os.open(self.folder, os.O_RDONLY))  # waits as long as the server is away, and our clock with it
+            self._clock()
+
+    def _renew(self, name: str, held: _Held) -> None:
+        """Rewrite a claim if it is still this process's; through one descriptor, so that a claim that took its place is never written to."""
+        try:
+            with self._path(name).open("r+b", buffering=0) as file:
+                descriptor = file.fileno()
+                ours = _owner(_State(file.read(_MAX_BYTES), 0)) == held.owner
+                held.missed = 0
+                if ours:
+                    try:
+                        os.pwrite(descriptor, self._content(held.owner), 0)
+                    except OSError:
+                        os.utime(descriptor)
+        except OSError as error:  # anything else may pass: the claim is renewed with the next beat
+            if error.errno not in _VANISHED:
+                return
+            held.missed += 1
+            ours = held.missed < 2  # once is what NFS says of a file that another node touched
+        if not ours:
+            with self._lock:
+                if self._held.get(name) is held:  # not released in the meantime
+                    del self._held[name]
+                    self.lost.add(name)
+
+    def _path(self, name: str) -> Path:
+        return self.folder / (name + _ENDING)
+
+
+def _owner(state: _State | None) -> _Owner | None:
+    """Who wrote a claim; ``None`` when it is damaged, as by a process killed between creating and writing it."""
+    try:
+        found: Any = json.loads(state.content) if state else None
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(found, dict):
+        return None
+    host, pid, start, space, token = (found.get(key) for key in ("host", "pid", "start", "space", "token"))
+    texts = all(isinstance(text, str) for text in (host, space, token))
+    if not texts or type(pid) is not int or pid < 1 or not (start is None or type(start) is int):
+        return None
+    return _Owner(str(host), pid, start, str(space), str(token))

@@ -1,0 +1,1 @@
+"""From clicks to the cells they mean, and pictures of them."""

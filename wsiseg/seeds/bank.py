@@ -1,0 +1,258 @@
+"""From clicks to a bank of prototypes: each click's surroundings are encoded and its cell decoded; for Chain-of-Prompts, the chain is run there."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import shapely
+import torch
+
+from wsiseg.errors import SeedsError
+from wsiseg.geometry import Box, round_up
+from wsiseg.records import Bank, Cells
+from wsiseg.segmentation.decoding import decode
+from wsiseg.segmentation.polygons import trace
+from wsiseg.segmentation.prompts.apg import apg_points
+from wsiseg.segmentation.prompts.chain_of_prompts import farthest_point_recursion, resize_unit
+from wsiseg.slide import read_region
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from wsiseg.config import RunConfig
+    from wsiseg.geometry import Lattice
+    from wsiseg.models.contract import PromptableModel
+    from wsiseg.records import Embeddings, Seeds
+    from wsiseg.slide import SlideReader
+
+_SAME_UM = 1e-3  #: prompts this close are one
+_CANDIDATES = 12  #: automatic prompts around a click that are tried for the cell it may mean
+
+
+@dataclass(frozen=True)
+class _Desk:
+    """What every click needs."""
+
+    reader: SlideReader
+    model: PromptableModel
+    lattice: Lattice
+    config: RunConfig
+
+    def encode(self, centre: NDArray[np.float64]) -> tuple[Box, Embeddings]:
+        """The window of ``cop.window_um`` around ``centre`` (model px), on the model's lattice."""
+        stride = self.model.stride_px
+        side = self.model.input_px or round_up(self.config.cop.window_um / self.model.mpp, stride)
+        x0, y0 = (int(np.floor((c - side / 2) / stride)) * stride for c in centre)
+        box = Box(x0, y0, x0 + side, y0 + side)
+        pixels = read_region(self.reader, box, self.lattice)
+        with torch.inference_mode():
+            return box, self.model.encode(torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].to(self.model.device))
+
+
+@dataclass(frozen=True)
+class _Clicked:
+    """The cell that a click means. ``prompt``: model px of the slide."""
+
+    place: str
+    prompt: NDArray[np.float64]
+    descriptor: NDArray[np.float32]
+    cell: Cells
+
+
+def build_bank(
+    reader: SlideReader, model: PromptableModel, seeds: Seeds, lattice: Lattice, config: RunConfig, *, chains: bool
+) -> Bank:
+    """Turn the clicks of a slide into prototypes.
+
+    Parameters
+    ----------
+    reader, model
+        The slide and the network.
+    seeds
+        Checked against the slide, level-0 px.
+    lattice
+        Between model px and level-0 px.
+    config
+        ``cop`` and ``masks``.
+    chains
+        Also run Chain-of-Prompts from every click and fill ``high``, ``low`` and ``floors``; they stay empty otherwise. Memory does not grow with
+        the number of clicks.
+
+    Raises
+    ------
+    SeedsError
+        A click hits no cell (the sentence names the nearest one), or clicks of two types hit the same.
+    """
+    desk = _Desk(reader, model, lattice, config)
+    clicked = [
+        [_find_cell(desk, f"{seeds.source}: types[{t}].points[{i}]", point) for i, point in enumerate(kind.points)]
+        for t, kind in enumerate(seeds.types)
+    ]
+    _refuse_shared_cells(clicked)
+    negative = [
+        [_find_cell(desk, f"{seeds.source}: types[{t}].negative[{i}]", point).descriptor for i, point in enumerate(kind.negative)]
+        for t, kind in enumerate(seeds.types)
+    ]
+    descriptors = tuple(np.stack([c.descriptor for c in kind]) for kind in clicked)
+    banks = [_reliable(desk, kind, [d for k, d in enumerate(descriptors) if k != t]) for t, kind in enumerate(clicked)] if chains else []
+    return Bank(
+        names=tuple(t.name for t in seeds.types),
+        colors=tuple(t.color for t in seeds.types),
+        clicks=tuple(np.array(t.points, float).reshape(-1, 2) for t in seeds.types),
+        clicked=descriptors,
+        negative=tuple(np.array(n, np.float32).reshape(-1, model.descriptor_size) for n in negative),
+        cells=Cells.concatenate([c.cell for kind in clicked for c in kind], model.descriptor_size),
+        high=tuple(high for high, _, _ in banks),
+        low=tuple(low for _, low, _ in banks),
+        floors=np.array([floor for _, _, floor in banks], np.float32),
+    )
+
+
+def find_clicked(
+    reader: SlideReader, model: PromptableModel, point: tuple[float, float], lattice: Lattice, config: RunConfig, place: str
+) -> Cells:
+    """The cell that one click means, as :func:`build_bank` finds it.
+
+    Parameters
+    ----------
+    reader, model
+        The slide and the network.
+    point
+        The click, level-0 px.
+    lattice
+        Between model px and level-0 px.
+    config
+        ``cop``, ``apg`` and ``masks``.
+    place
+        What to call the click in the error: ``seeds.json: types[0].points[0]``.
+
+    Returns
+    -------
+    Cells
+        One cell.
+
+    Raises
+    ------
+    SeedsError
+        The click hits no cell; the sentence names the nearest one.
+    """
+    return _find_cell(_Desk(reader, model, lattice, config), place, point).cell
+
+
+def _find_cell(desk: _Desk, place: str, point: tuple[float, float]) -> _Clicked:
+    """The cell under a click, or within its reach."""
+    config, model = desk.config, desk.model
+    centre = desk.lattice.to_model(np.array(point))
+    box, embeddings = desk.encode(centre)
+    corner = np.array([box.x0, box.y0])
+    prompts = (centre - corner)[None].astype(np.float32)  # the click first: on a large or hollow nucleus it may be far from the automatic prompt
+    if embeddings.maps is not None:
+        automatic = apg_points(embeddings.maps[0].float().cpu().numpy(), box.width // embeddings.maps.shape[-1], model.mpp, config.apg)
+        order = np.argsort(np.hypot(*(automatic - prompts[0]).T), kind="stable")[:_CANDIDATES]
+        prompts = np.vstack([prompts, automatic[order]])
+    settings = dataclasses.replace(config.masks, min_score=config.cop.click_min_score)
+    found = [trace(masks, box, desk.lattice, settings)[0] for masks in decode(model, embeddings, 0, prompts, settings)]
+    cells = Cells.concatenate(found, model.descriptor_size)
+    where = f"{place} = [{point[0]:g}, {point[1]:g}]: no cell there"
+    if not len(cells):
+        raise SeedsError(f"{where}, nor within {box.width * model.mpp / 2:g} um (glass or empty tissue?); click on a nucleus")
+    gaps = shapely.distance(cells.polygons, shapely.Point(point)) * desk.lattice.slide_mpp
+    near = np.flatnonzero(gaps <= config.cop.click_reach_um)
+    if not len(near):
+        hit = cells.polygons[gaps.argmin()].centroid
+        raise SeedsError(f"{where}; the nearest is at [{hit.x:.0f}, {hit.y:.0f}], {gaps.min():.0f} um away; move the click onto a nucleus")
+    own = (np.abs(cells.points_xy[near] - point) * desk.lattice.slide_mpp < _SAME_UM).all(1)
+    cell = cells.take(near[:1] if not own.any() else near[own][:1])  # masks that a model was asked for again come last, the click's own too
+    return _Clicked(place, desk.lattice.to_model(cell.points_xy[0]), cell.descriptors[0].astype(np.float32), cell)
+
+
+def _refuse_shared_cells(clicked: list[list[_Clicked]]) -> None:
+    """Clicks of two types on one cell contradict each other."""
+    owners = [(t, c) for t, kind in enumerate(clicked) for c in kind]
+    pairs = on_one_cell([t for t, _ in owners], np.array([c.cell.polygons[0] for _, c in owners], object))
+    if pairs:
+        i, j = pairs[0]
+        raise SeedsError(same_cell(owners[j][1].place, owners[i][1].place))
+
+
+def on_one_cell(types: list[int], polygons: NDArray[np.object_]) -> list[tuple[int, int]]:
+    """Pairs of clicks for two types whose cells share more than half of the smaller one; the earlier click first."""
+    pairs = []
+    for i, j in shapely.STRtree(polygons).query(polygons, predicate="intersects").T:
+        shared = polygons[i].intersection(polygons[j]).area / min(polygons[i].area, polygons[j].area)
+        if i < j and types[i] != types[j] and shared > 0.5:
+            pairs.append((int(i), int(j)))
+    return pairs
+
+
+def same_cell(place: str, other: str) -> str:
+    """The sentence on a click that hits the cell of another type's."""
+    return f"{place}: hits the same cell as {other.rpartition(': ')[2]}, of another type; remove one of the two"
+
+
+def _reliable(
+    desk: _Desk, clicked: list[_Clicked], others: list[NDArray[np.float32]]
+) -> tuple[NDArray[np.float32], NDArray[np.float32], float]:
+    """F_h and F_l (m, C) of a type's prototypes, and its floor.
+
+    The reliable places are the clicked cells and what Chain-of-Prompts reaches from them, without what looks more like another type's click.
+    """
+    config, model = desk.config, desk.model
+    rivals = np.concatenate(others) if others else np.empty((0, model.descriptor_size), np.float32)
+    places: list[NDArray[np.float64]] = []
+    high: list[NDArray[np.float32]] = []
+    low: list[NDArray[np.float32]] = []
+    for click in clicked:
+        box, embeddings = desk.encode(click.prompt)
+        corner = np.array([box.x0, box.y0])
+        f_high, f_low = (x[0].float().cpu().numpy() for x in (embeddings.high, embeddings.low))
+        cell_px = box.width / f_high.shape[2]
+        own = click.prompt - corner
+        chain = farthest_point_recursion((own[0] / cell_px, own[1] / cell_px), f_high, f_low, cell_px * model.mpp, config.cop)
+        found = [own[None]]
+        for masks in decode(model, embeddings, 0, (chain.points * cell_px).astype(np.float32), config.masks):
+            z = masks.descriptors.float().numpy()
+            like_rival = (z @ rivals.T).max(1, initial=-1.0)
+            found.append(masks.points_xy.numpy()[z @ click.descriptor >= like_rival])
+        points = np.concatenate(found)
+        f_low = resize_unit(f_low, f_high.shape[1:])
+        column, row = (np.clip((points[:, k] / cell_px).astype(int), 0, f_high.shape[2 - k] - 1) for k in (0, 1))
+        places.append(points + corner)
+        high.append(f_high[:, row, column].T)
+        low.append(f_low[:, row, column].T)
+    first = np.cumsum([0, *(len(p) for p in places[:-1])])
+    xy, h, f = np.concatenate(places), np.concatenate(high), np.concatenate(low)
+    # Windows of neighbouring clicks find the same places; twins would vouch for each other.
+    gap = np.hypot(xy[:, None, 0] - xy[None, :, 0], xy[:, None, 1] - xy[None, :, 1]) * model.mpp
+    order = np.r_[first, np.setdiff1d(np.arange(len(xy)), first)]
+    kept: list[int] = []
+    for k in order:
+        if not (gap[k, kept] <= config.cop.dedup_um).any():
+            kept.append(int(k))
+    h, f = h[kept], f[kept]
+    rows = _spread(f, config.cop.prototypes, min(len(first), len(kept)))
+    floor = _floor(h, f, rows, config.cop.floor_percentile)
+    # Components of the similarity map grow together below it; the maps' components do not.
+    return h[rows], f[rows], min(floor, config.cop.highest_floor) if config.cop.localise == "maps" else floor
+
+
+def _spread(rows: NDArray[np.float32], count: int, keep: int) -> NDArray[np.intp]:
+    """Farthest-first subset of unit rows (K, C): the first ``keep`` rows (the clicks), at most ``count`` in all."""
+    chosen = list(range(min(keep, count)))
+    nearest = (rows @ rows[chosen].T).max(1)
+    while len(chosen) < min(count, len(rows)):
+        chosen.append(int(nearest.argmin()))
+        nearest = np.maximum(nearest, rows @ rows[chosen[-1]])
+    return np.array(chosen)
+
+
+def _floor(high: NDArray[np.float32], low: NDArray[np.float32], prototypes: NDArray[np.intp], percentile: float) -> float:
+    """Similarity to the prototypes that ``percentile`` % of the reliable places stay below; no place vouches for itself."""
+    if len(high) < 3:
+        return 0.5  # a lone click: half of a perfect match
+    h, f = high @ high[prototypes].T, low @ low[prototypes].T
+    h[prototypes, np.arange(len(prototypes))] = f[prototypes, np.arange(len(prototypes))] = 0
+    return float(np.percentile(np.clip(h.max(1), 0, 1) * np.clip(f.max(1), 0, 1), percentile))

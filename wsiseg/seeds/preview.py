@@ -1,0 +1,189 @@
+"""What each click of a seeds file hits, as one picture: a bad click is seen before hours are spent."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import shapely
+
+from wsiseg.config import RunConfig, check
+from wsiseg.errors import RunError, SeedsError, counted
+from wsiseg.formats.seed_rules import file_name
+from wsiseg.formats.seeds import check_seeds, read_seeds
+from wsiseg.geometry import Box, Lattice
+from wsiseg.models import load_model
+from wsiseg.runtime.atomic import atomic_path, require_free
+from wsiseg.seeds.bank import find_clicked, on_one_cell, same_cell
+from wsiseg.seeds.contact_sheet import Panel, draw_sheet, panel_side
+from wsiseg.segmentation.nuclear_scale import require_scale
+from wsiseg.slide import open_slide, read_region
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from wsiseg.models.contract import PromptableModel
+    from wsiseg.records import Cells, Seeds
+    from wsiseg.slide import SlideReader
+
+WINDOW_UM = 48.0  #: side of a panel: a nucleus and its neighbours, enough to find the place again
+MAX_PANELS = 640  #: on one sheet; the bad clicks first
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """What was drawn.
+
+    Attributes
+    ----------
+    seeds
+        In absolute level-0 px.
+    clicks, drawn, bad
+        How many clicks there are, how many of them are on the sheet, and how many a run would refuse.
+    faults
+        The sentences with which a run would refuse them, in its order; one for two types on one cell.
+    warnings
+        Sentences about the slide and the seeds.
+    """
+
+    seeds: Seeds
+    clicks: int
+    drawn: int
+    bad: int
+    faults: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Click:
+    """A click and what came of it: a cell, a fault, or both."""
+
+    kind: int
+    number: int
+    negative: bool
+    point: tuple[float, float]
+    place: str
+    cell: Cells | None = None
+    fault: str = ""
+
+
+def preview_seeds(
+    seeds: Path,
+    slide: str,
+    out: Path,
+    config: RunConfig | None = None,
+    *,
+    overwrite: bool = False,
+    on_progress: Callable[[int, int, int], None] = lambda *_: None,
+) -> Sheet:
+    """Draw every click with the outline decoded from it, and write the sheet.
+
+    Parameters
+    ----------
+    seeds
+        Any file that :func:`wsiseg.formats.seeds.read_seeds` reads.
+    slide
+        Path or URL.
+    out
+        The PNG to write.
+    config
+        ``model``, ``device``, ``mpp``, ``reader``, and how clicks are read (``cop``, ``apg``, ``masks``); defaults when absent.
+    overwrite
+        Replace ``out``.
+    on_progress
+        Called after each click with clicks done, clicks, cells found.
+
+    Returns
+    -------
+    Sheet
+        Its ``faults`` are for the caller to report: a bad click is drawn, it raises nothing.
+
+    Raises
+    ------
+    WsisegError
+        The seeds, the slide or the model cannot be used at all, or ``out`` cannot be written; nothing is written then.
+    """
+    config = config or RunConfig()
+    check(config)
+    if out.suffix.lower() != ".png":
+        raise RunError(f"{out}: the sheet is written as PNG; give it a name that ends in .png")
+    require_free(out, RunError, overwrite=overwrite)
+    found = read_seeds(seeds)
+    with open_slide(slide, mpp=config.mpp, force_mpp=config.force_mpp, reader=config.reader, require_mpp=False) as reader:
+        require_scale(reader)
+        info = reader.info
+        found, warnings = check_seeds(found, info)
+        model = load_model(config.model, config.device, config.precision)
+        listed, clicks = _listed(found), []
+        for click in listed:
+            clicks.append(_looked_at(click, reader, model, config))
+            on_progress(len(clicks), len(listed), sum(c.cell is not None for c in clicks))
+        clicks, faults = _marked(clicks)
+        drawn = _chosen(clicks)
+        side = panel_side(len(drawn))
+        panels = [_panel(click, reader, side) for click in drawn]
+    bad = sum(bool(c.fault) for c in clicks)
+    title = f"{seeds.name} on {file_name(info.path)}: {counted(len(clicks), 'click')}, {bad} bad; a panel is {WINDOW_UM:g} um wide"
+    if len(drawn) < len(clicks):
+        title += f"; {len(drawn)} of them drawn"
+    sheet = draw_sheet(panels, found.types, title, WINDOW_UM / side)
+    with atomic_path(out) as partial:
+        sheet.save(partial, format="PNG")
+    return Sheet(found, len(clicks), len(drawn), bad, faults, (*info.warnings, *warnings))
+
+
+def _listed(seeds: Seeds) -> list[_Click]:
+    """Every click, type by type, the negative ones of a type last."""
+    return [
+        _Click(t, i, negative, point, f"{seeds.source}: types[{t}].{'negative' if negative else 'points'}[{i}]")
+        for t, kind in enumerate(seeds.types)
+        for negative, points in ((False, kind.points), (True, kind.negative))
+        for i, point in enumerate(points)
+    ]
+
+
+def _looked_at(click: _Click, reader: SlideReader, model: PromptableModel, config: RunConfig) -> _Click:
+    lattice = Lattice(reader.info.mpp, model.mpp)
+    try:
+        cell = find_clicked(reader, model, click.point, lattice, config, click.place)
+    except SeedsError as error:
+        return dataclasses.replace(click, fault=str(error))
+    return dataclasses.replace(click, cell=cell)
+
+
+def _marked(clicks: list[_Click]) -> tuple[list[_Click], tuple[str, ...]]:
+    """The clicks with every fault, and what a run would say, in its order: no cell, two types on one cell, no cell under a negative click."""
+    marked = list(clicks)
+    found = [(k, c.cell.polygons[0]) for k, c in enumerate(clicks) if c.cell is not None and not c.negative]
+    shared = on_one_cell([clicks[k].kind for k, _ in found], np.fromiter((polygon for _, polygon in found), object, len(found)))
+    pairs = [(found[i][0], found[j][0]) for i, j in shared]
+    for i, j in pairs:
+        for this, that in ((i, j), (j, i)):
+            if not marked[this].fault:
+                marked[this] = dataclasses.replace(marked[this], fault=same_cell(clicks[this].place, clicks[that].place))
+    positive, negative = ([c.fault for c in clicks if c.fault and c.negative is against] for against in (False, True))
+    return marked, (*positive, *(same_cell(clicks[j].place, clicks[i].place) for i, j in pairs), *negative)
+
+
+def _chosen(clicks: list[_Click]) -> list[_Click]:
+    """At most ``MAX_PANELS`` clicks in their order: all bad ones that fit, then the first others."""
+    bad_first = sorted(range(len(clicks)), key=lambda k: not clicks[k].fault)[:MAX_PANELS]
+    return [clicks[k] for k in sorted(bad_first)]
+
+
+def _panel(click: _Click, reader: SlideReader, side: int) -> Panel:
+    lattice = Lattice(reader.info.mpp, WINDOW_UM / side)
+    centre = lattice.to_model(np.array(click.point))
+    x0, y0 = (int(c) for c in np.floor(centre - side / 2))
+    pixels = read_region(reader, Box(x0, y0, x0 + side, y0 + side), lattice)
+    outline = score = None
+    if click.cell is not None:
+        outline = lattice.to_model(shapely.get_coordinates(click.cell.polygons[0].exterior)) - (x0, y0)
+        score = float(click.cell.scores[0])
+    # The place stands in the caption already: "no cell there; ..." remains of "seeds.json: types[0].points[0] = [5, 5]: no cell there; ...".
+    fault = click.fault.removeprefix(click.place).partition(": ")[2]
+    at = (float(centre[0] - x0), float(centre[1] - y0))
+    return Panel(click.kind, click.number, click.negative, click.point, pixels, at, outline, score, fault)

@@ -1,0 +1,1 @@
+"""From the outlines of all tiles to the cells of a slide."""

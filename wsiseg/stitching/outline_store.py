@@ -1,0 +1,153 @@
+"""The outlines of all tiles, by row number: a few numbers of each in memory (80 bytes), polygons and descriptors where they lie, in the part files.
+
+A row is an outline's place in the parts, one part after the other. Whoever needs polygons asks for rows; what was read lately stays in a cache
+of bounded size, so memory does not grow with a slide's polygons.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import shapely
+
+from wsiseg.errors import RunError
+from wsiseg.formats.parts import Part, open_part
+from wsiseg.geometry import largest_part
+from wsiseg.runtime import process as machine
+from wsiseg.runtime.prefetch import ahead
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from wsiseg.records import Cells
+
+CACHE_BYTES = 16 << 20  #: some 30,000 cells: a block and its neighbours
+_OUTLINE, _DESCRIPTOR = ("geometry", "prompt_x", "prompt_y", "score"), ("descriptor",)
+THREADS = min(machine.cores(), 8)
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """What is kept of N outlines, in the order of the rows; lengths in level-0 px."""
+
+    points_xy: NDArray[np.float64]
+    scores: NDArray[np.float32]
+    bounds: NDArray[np.float64]
+    areas: NDArray[np.float64]
+
+    def take(self, rows: NDArray[np.intp]) -> Numbers:
+        """Those of ``rows``."""
+        return Numbers(self.points_xy[rows], self.scores[rows], self.bounds[rows], self.areas[rows])
+
+    @staticmethod
+    def concatenate(groups: list[Numbers]) -> Numbers:
+        """All groups in order."""
+        empty = Numbers(np.empty((0, 2)), np.empty(0, np.float32), np.empty((0, 4)), np.empty(0))
+        columns = ("points_xy", "scores", "bounds", "areas")
+        return Numbers(*(np.concatenate([getattr(g, name) for g in (empty, *groups)]) for name in columns))
+
+
+class Outlines:
+    """Random access to the outlines of a run.
+
+    Parameters
+    ----------
+    sources
+        Part files, and cells in memory, in the order of the rows.
+    size_px0
+        Slide size; polygons are cut at its border.
+    descriptor_size
+        D.
+    cache_bytes
+        How much of the parts stays in memory.
+    """
+
+    def __init__(self, sources: Sequence[Path | Cells], size_px0: tuple[int, int], descriptor_size: int, cache_bytes: int = CACHE_BYTES) -> None:
+        self.sources = list(sources)
+        self.descriptor_size = descriptor_size
+        self._size = size_px0
+        self._cache: OrderedDict[tuple[int, tuple[str, ...]], Part] = OrderedDict()
+        self._cache_bytes = cache_bytes
+        self._lock = threading.Lock()
+        self._states: dict[int, tuple[int, int, int]] = {}
+        self.starts = np.zeros(len(self.sources) + 1, np.intp)
+        self.numbers = Numbers.concatenate([])
+
+    def survey(self, visit: Callable[[int, NDArray[np.object_], Numbers], None]) -> None:
+        """Read everything once: fills ``numbers`` and ``starts``. Calls ``visit(source, polygons, numbers)`` of each, in several threads."""
+
+        def read(k: int) -> Numbers:
+            part = self._part(k, _OUTLINE)
+            polygons = self._cut(part.polygons(None))
+            numbers = Numbers(part.points_xy, part.scores, shapely.bounds(polygons).reshape(-1, 4), shapely.area(polygons))
+            visit(k, polygons, numbers)
+            return numbers
+
+        groups = list(ahead(read, range(len(self.sources)), threads=THREADS, limit=2 * THREADS))
+        self.numbers = Numbers.concatenate(groups)
+        self.starts = np.concatenate([[0], np.cumsum([len(g.scores) for g in groups])]).astype(np.intp)
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def polygons(self, rows: NDArray[np.intp]) -> NDArray[np.object_]:
+        """Polygons of ``rows``, cut at the slide's border."""
+        out = np.empty(len(rows), object)
+        for where, part, inside in self._by_part(rows, _OUTLINE):
+            out[where] = self._cut(part.polygons(inside))
+        return out
+
+    def descriptors(self, rows: NDArray[np.intp]) -> NDArray[np.float16]:
+        """(n, D) of ``rows``."""
+        out = np.empty((len(rows), self.descriptor_size), np.float16)
+        for where, part, inside in self._by_part(rows, _DESCRIPTOR):
+            out[where] = part.descriptors(inside)
+        return out
+
+    def _by_part(self, rows: NDArray[np.intp], columns: tuple[str, ...]) -> Iterator[tuple[NDArray[np.intp], Part, NDArray[np.intp]]]:
+        """For each part that holds some of ``rows``: their positions among them, the part, and their places in it."""
+        owner = np.searchsorted(self.starts, rows, side="right") - 1
+        order = np.argsort(owner, kind="stable")
+        parts, firsts = np.unique(owner[order], return_index=True)
+        for k, where in zip(parts.tolist(), np.split(order, firsts)[1:], strict=True):
+            yield where, self._part(k, columns), rows[where] - self.starts[k]
+
+    def _part(self, k: int, columns: tuple[str, ...]) -> Part:
+        with self._lock:
+            if (k, columns) in self._cache:
+                self._cache.move_to_end((k, columns))
+                return self._cache[k, columns]
+        source = self.sources[k]
+        part = self._open(k, source, columns) if isinstance(source, os.PathLike) else Part.of(source)
+        with self._lock:
+            self._cache[k, columns] = part
+            while len(self._cache) > 1 and sum(p.nbytes for p in self._cache.values()) > self._cache_bytes:
+                self._cache.popitem(last=False)
+        return part
+
+    def _open(self, k: int, path: Path, columns: tuple[str, ...]) -> Part:
+        """A part file, which must stay the same as long as its rows are spoken of."""
+        part = open_part(path, columns)
+        now = path.stat()
+        state = now.st_ino, now.st_size, now.st_mtime_ns
+        if self._states.setdefault(k, state) != state:
+            raise RunError(f"{path}: was changed by another run while this one went on; run the command again, one run per folder")
+        return part
+
+    def _cut(self, polygons: NDArray[np.object_]) -> NDArray[np.object_]:
+        """Polygons without what reaches beyond the slide."""
+        width, height = self._size
+        bounds = shapely.bounds(polygons).reshape(-1, 4)
+        out = (bounds[:, 0] < 0) | (bounds[:, 1] < 0) | (bounds[:, 2] > width) | (bounds[:, 3] > height)
+        if out.any():
+            polygons = polygons.copy()
+            polygons[out] = [largest_part(g) for g in shapely.intersection(polygons[out], shapely.box(0, 0, width, height))]
+        return polygons
