@@ -17,7 +17,7 @@ from wsiseg.records import Cells, Embeddings
 from wsiseg.segmentation.decoding import decode
 from wsiseg.segmentation.polygons import trace
 from wsiseg.segmentation.prompts.apg import apg_points
-from wsiseg.segmentation.refinement import ask_again
+from wsiseg.segmentation.refinement import refine_masks
 from wsiseg.stitching.stitch import stitch
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def cells_of(model, embeddings: Embeddings, points: np.ndarray, shape: tuple[int
     box, lattice = Box(0, 0, width, height), Lattice(MPP, MPP)
     batches = list(decode(model, embeddings, 0, points.astype(np.float32), config.masks))
     if config.second_round.enabled:
-        batches = ask_again(model, embeddings, max(shape), batches, config.masks, config.second_round)
+        batches = refine_masks(model, embeddings, max(shape), batches, config.masks, config.second_round)
     traced = [trace(m, box, lattice, config.masks)[0] for m in batches]
     cells = Cells.concatenate(traced, model.descriptor_size)
     settled, _ = stitch([cells], (width, height), config.masks.min_area_um2 / MPP**2, config.stitching, descriptor_size=cells.descriptor_size)

@@ -27,7 +27,7 @@ from wsiseg.evaluation.rasterize import rasterise
 from wsiseg.geometry import Box, Lattice
 from wsiseg.models import load_model
 from wsiseg.models.nuclei_compact import MASKS
-from wsiseg.records import Cells, Hints, WindowMasks
+from wsiseg.records import Cells, PromptExtras, WindowMasks
 from wsiseg.segmentation.polygons import trace
 from wsiseg.stitching.stitch import stitch
 
@@ -60,49 +60,49 @@ def any_points(label: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return np.array(out, np.float32)
 
 
-def no_hints(n: int, slots: int = 1) -> Hints:
-    return Hints(torch.zeros(n, slots, 2), torch.zeros(n, slots), torch.full((n, 4), torch.nan))
+def no_extras(n: int, slots: int = 1) -> PromptExtras:
+    return PromptExtras(torch.zeros(n, slots, 2), -torch.ones(n, slots), torch.full((n, 4), torch.nan))
 
 
-def box_hints(label: np.ndarray, noise: float, rng: np.random.Generator) -> Hints:
+def box_extras(label: np.ndarray, noise: float, rng: np.random.Generator) -> PromptExtras:
     boxes = [(s[1].start, s[0].start, s[1].stop, s[0].stop) for s in ndimage.find_objects(label) if s is not None]
     boxes = np.array(boxes, np.float32)
     side = np.tile(boxes[:, 2:] - boxes[:, :2], 2)
     boxes += rng.normal(0, 1, boxes.shape).astype(np.float32) * noise * side
-    return dataclasses.replace(no_hints(len(boxes)), boxes=torch.from_numpy(boxes))
+    return dataclasses.replace(no_extras(len(boxes)), boxes=torch.from_numpy(boxes))
 
 
-def middle_of(hints: Hints) -> np.ndarray:
-    return ((hints.boxes[:, :2] + hints.boxes[:, 2:]) / 2).numpy()
+def middle_of(extras: PromptExtras) -> np.ndarray:
+    return ((extras.boxes[:, :2] + extras.boxes[:, 2:]) / 2).numpy()
 
 
-def neighbour_hints(points: np.ndarray) -> Hints:
+def neighbour_extras(points: np.ndarray) -> PromptExtras:
     """A negative point at the centre of the nearest other nucleus, where there is one within the window."""
     far = np.hypot(*(points[:, None] - points[None]).transpose(2, 0, 1)) + np.eye(len(points)) * 1e9
     nearest = far.argmin(1)
-    labels = -(far.min(1) < 60).astype(np.float32)
+    labels = np.where(far.min(1) < 60, 0, -1).astype(np.float32)
     return dataclasses.replace(
-        no_hints(len(points)), points_xy=torch.from_numpy(points[nearest][:, None]), labels=torch.from_numpy(labels[:, None])
+        no_extras(len(points)), points_xy=torch.from_numpy(points[nearest][:, None]), labels=torch.from_numpy(labels[:, None])
     )
 
 
-def decode(model, embeddings, points: np.ndarray, hints: Hints | None = None, *, several: bool = False) -> list[WindowMasks]:
+def decode(model, embeddings, points: np.ndarray, extras: PromptExtras | None = None, *, several: bool = False) -> list[WindowMasks]:
     out = []
     for start in range(0, len(points), 128):
         rows = slice(start, start + 128)
         xy = torch.from_numpy(points[rows].astype(np.float32))
-        part = None if hints is None else Hints(hints.points_xy[rows], hints.labels[rows], hints.boxes[rows])
+        part = None if extras is None else PromptExtras(extras.points_xy[rows], extras.labels[rows], extras.boxes[rows])
         with torch.inference_mode():
-            masks = model.decode(embeddings, torch.zeros(len(xy), dtype=torch.long), xy, hints=part, multimask=several)
+            masks = model.decode(embeddings, torch.zeros(len(xy), dtype=torch.long), xy, extras=part, multimask=several)
         out.append(dataclasses.replace(masks, descriptors=masks.descriptors.half()))
     return out
 
 
 def best_of_three(masks: WindowMasks) -> WindowMasks:
     """The mask of each prompt whose predicted IoU is highest."""
-    best = masks.quality.view(-1, MASKS).argmax(1) + torch.arange(len(masks.quality) // MASKS) * MASKS
-    moved = {f.name: getattr(masks, f.name)[best] for f in dataclasses.fields(masks) if f.name != "cell_px"}
-    return WindowMasks(cell_px=masks.cell_px, **moved)
+    best = masks.predicted_iou.view(-1, MASKS).argmax(1) + torch.arange(len(masks.predicted_iou) // MASKS) * MASKS
+    moved = {f.name: getattr(masks, f.name)[best] for f in dataclasses.fields(masks) if f.name != "mask_stride_px"}
+    return WindowMasks(mask_stride_px=masks.mask_stride_px, **moved)
 
 
 def settled(model, masks: list[WindowMasks], shape: tuple[int, int]) -> np.ndarray:
@@ -158,30 +158,30 @@ def main() -> None:
             rng = np.random.default_rng(number)
             e = encode(model, image)
             centre = centre_points(label)
-            boxes, noisy = box_hints(label, 0.0, rng), box_hints(label, 0.05, rng)
+            boxes, noisy = box_extras(label, 0.0, rng), box_extras(label, 0.05, rng)
             anywhere = any_points(label, rng)
             two = dataclasses.replace(
-                no_hints(len(centre)), points_xy=torch.from_numpy(any_points(label, rng)[:, None]), labels=torch.ones(len(centre), 1)
+                no_extras(len(centre)), points_xy=torch.from_numpy(any_points(label, rng)[:, None]), labels=torch.ones(len(centre), 1)
             )
             kinds = {
                 "point at the centre": (centre, None),
                 "point moved by up to 2 um": (moved_points(label, centre, rng), None),
                 "point anywhere inside": (anywhere, None),
                 "two points": (centre, two),
-                "point, and a negative one in the nearest neighbour": (centre, neighbour_hints(centre)),
+                "point, and a negative one in the nearest neighbour": (centre, neighbour_extras(centre)),
                 "box": (middle_of(boxes), boxes),
                 "box with 5 % noise": (middle_of(noisy), noisy),
                 "box and point": (centre, boxes),
             }
-            for kind, (points, hints) in kinds.items():
-                masks = decode(model, e, points, hints)
+            for kind, (points, extras) in kinds.items():
+                masks = decode(model, e, points, extras)
                 found = settled(model, masks, label.shape)
                 scores.setdefault(kind, []).append(score(label, found))
                 if kind == "point at the centre":
                     n, both = touching(label, found)
                     pairs, parted = pairs + n, parted + both
                 if kind == "point anywhere inside":
-                    predicted += torch.cat([m.quality for m in masks]).tolist()
+                    predicted += torch.cat([m.predicted_iou for m in masks]).tolist()
                     true += true_iou(masks, points, label).tolist()
             best = [best_of_three(m) for m in decode(model, e, centre, several=True)]
             scores.setdefault("point, best of three masks by predicted IoU", []).append(score(label, settled(model, best, label.shape)))

@@ -38,12 +38,12 @@ from wsiseg.models.cards import file_hash
 from wsiseg.records import Bank, Cells, SlideInfo
 from wsiseg.runs import plan as planning
 from wsiseg.runs.plan import plan_run
-from wsiseg.runs.plan_file import Sheet, write_sheet
+from wsiseg.runs.plan_file import RunPlan, write_plan
 from wsiseg.runs.slide import merge_run, segment_slide
 from wsiseg.segmentation.blocks import BLOCK_COUNTS
 from wsiseg.slide import read_region
-from wsiseg.stitching.outline_store import Outlines
-from wsiseg.stitching.stitch import choose, find_pairs
+from wsiseg.stitching.outline_store import OutlineStore
+from wsiseg.stitching.stitch import find_pairs, resolve_overlaps
 from wsiseg.testing import DiscModel
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def nuclei(count: int, side: float, seed: int) -> Cells:
     return Cells(polygons, centres, rng.uniform(0.3, 1, count).astype(np.float32), numbers)
 
 
-def write_parts(folder: Path, cells: int) -> Sheet:
+def write_parts(folder: Path, cells: int) -> RunPlan:
     """The parts of a run, block by block, and its sheet."""
     columns = int(np.ceil(np.sqrt(cells / PER_BLOCK)))
     blocks = -(-cells // PER_BLOCK)
@@ -92,8 +92,8 @@ def write_parts(folder: Path, cells: int) -> Sheet:
     side = columns * BLOCK
     info = SlideInfo("million.svs", "openslide", "aperio", ((side, side),), (1.0,), 0.25, "openslide.mpp-x/-y")
     config = dataclasses.replace(RunConfig(), method="apg", precision="fp32")
-    sheet = Sheet(info, config, bank, names, "run", "parts", file_hash(find_weights(config.model)[1]), SIZE, (side * 0.25e-3) ** 2)
-    write_sheet(folder / "parts", sheet)
+    sheet = RunPlan(info, config, bank, names, "run", "parts", file_hash(find_weights(config.model)[1]), SIZE, (side * 0.25e-3) ** 2)
+    write_plan(folder / "parts", sheet)
     return sheet
 
 
@@ -170,9 +170,9 @@ def stitching(count: int, folder: Path) -> dict[str, object]:
     times = []
     for _ in range(5):
         started = time.perf_counter()
-        outlines = Outlines(files, (10**6, 10**6), SIZE)
+        outlines = OutlineStore(files, (10**6, 10**6), SIZE)
         pairs = find_pairs(outlines, config)
-        kept, _ = choose(outlines.numbers.areas, pairs, config)
+        kept, _ = resolve_overlaps(outlines.numbers.areas, pairs, config)
         times.append(time.perf_counter() - started)
     started = time.perf_counter()
     expected = plain_loops(cells, config)[order]
@@ -215,7 +215,7 @@ def overhead(slide: Path, name: str, tiles: int, rounds: int) -> dict[str, objec
 
 
 @torch.inference_mode()
-def bare_calls(tools: planning.Tools, tiles: list, pixels: list[np.ndarray]) -> float:
+def bare_calls(tools: planning.WorkerContext, tiles: list, pixels: list[np.ndarray]) -> float:
     """Seconds of encode and decode alone, with the prompts that the run has; pixels go round."""
     from wsiseg.segmentation.decoding import decode
     from wsiseg.segmentation.prompts import find_points

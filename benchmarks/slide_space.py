@@ -22,7 +22,7 @@ from common import write_results
 from rules import nearest_click, ours
 from typed import SETS, confusion, describe, draw_clicks, macro_f1, spread
 
-from wsiseg.celltypes import plda as discriminant
+from wsiseg.celltypes import plda
 from wsiseg.models import load_model
 
 NAME = "brca_m2c/dev"
@@ -55,7 +55,7 @@ def main() -> None:
         {"space": "none: nearest click, cosine"} | measured(lambda s, c: nearest_click(s.z, c)),
     ]
     for form in FORMS:
-        discriminant._DIRECTIONS, discriminant._WITHIN, discriminant._SHIFT = form
+        plda._DIRECTIONS, plda._WITHIN, plda._SHIFT = form
         found = measured(lambda s, c: ours(s.z, s.xy, [s.z[k] for k in c], None))
         rows.append({"space": "the slide's: {} directions, {:g} within, shift {:g}".format(*form)} | found)
         print(rows[-1], flush=True)

@@ -220,7 +220,7 @@ def test_safetensors(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def foreign(monkeypatch: pytest.MonkeyPatch) -> Callable[[], types.ModuleType]:
+def from_other_slide(monkeypatch: pytest.MonkeyPatch) -> Callable[[], types.ModuleType]:
     """A module of another program; ``forget`` takes it away again."""
     module = types.ModuleType("training_program.datasets")
     source = """
@@ -245,9 +245,9 @@ def identity(x): return x
     return lambda: module
 
 
-def test_training_checkpoint(tmp_path: Path, foreign: Callable[[], types.ModuleType], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_checkpoint(tmp_path: Path, from_other_slide: Callable[[], types.ModuleType], monkeypatch: pytest.MonkeyPatch) -> None:
     """best.pt: tensors beside objects of classes that are not here; neither imported nor made."""
-    module = foreign()
+    module = from_other_slide()
     sam, decoder = tiny_sam(), tiny_decoder()
     layer = torch.nn.Linear(2, 2)
     optimizer = torch.optim.AdamW(layer.parameters())

@@ -16,7 +16,7 @@ import pytest
 
 from wsiseg.errors import ConfigError, RunError
 from wsiseg.formats import FILE_NAMES, FORMATS, load_writer
-from wsiseg.runtime import process as machine
+from wsiseg.runtime import machine
 from wsiseg.runtime.atomic import atomic_path, is_abandoned, write_json
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ import shapely
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wsiseg.formats.qupath import coordinates as qupath_outlines
+from wsiseg.formats.qupath import coordinates
 from wsiseg.formats.qupath.coordinates import _are_stars, outline_texts, snap_polygons
 from wsiseg.formats.wkb import wkb_column
 
@@ -63,9 +63,9 @@ def test_noisy_outlines_of_any_size_and_place(radius: float, noise: float, centr
 def test_most_nuclei_are_proved_and_none_is_lost() -> None:
     outlines = noisy(0, 12, 0.3, 5000, 25)
     called = []
-    slow = qupath_outlines.snap_polygons
+    slow = coordinates.snap_polygons
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(qupath_outlines, "snap_polygons", lambda polygons: called.append(len(polygons)) or slow(polygons))
+        patch.setattr(coordinates, "snap_polygons", lambda polygons: called.append(len(polygons)) or slow(polygons))
         texts = outline_texts(outlines, (0.0, 0.0))
     assert all(texts)
     assert sum(called) < 5

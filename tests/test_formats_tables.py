@@ -68,9 +68,9 @@ def test_a_truncated_or_foreign_part_is_not_current_and_not_read(tmp_path: Path)
     good, path = tmp_path / "good.parquet", tmp_path / "bad.parquet"
     write_part(good, make_cells(50), "hash", {})
     content = good.read_bytes()
-    foreign = tmp_path / "foreign.parquet"
-    geopandas.GeoDataFrame({"a": [1]}, geometry=[shapely.Point(0, 0)]).to_parquet(foreign)
-    for broken in (b"", b"PAR1", content[:-1], content[: len(content) // 2], b"x" * 1000, foreign.read_bytes()):
+    from_other_slide = tmp_path / "foreign.parquet"
+    geopandas.GeoDataFrame({"a": [1]}, geometry=[shapely.Point(0, 0)]).to_parquet(from_other_slide)
+    for broken in (b"", b"PAR1", content[:-1], content[: len(content) // 2], b"x" * 1000, from_other_slide.read_bytes()):
         path.write_bytes(broken)
         assert not part_is_current(path, "hash")
         with pytest.raises(FormatError, match=r"bad\.parquet: not a readable part file .*; delete it and run the command again"):
@@ -162,11 +162,11 @@ def test_same_input_same_bytes(tmp_path: Path) -> None:
 
 
 def test_a_foreign_or_damaged_file_is_refused_in_one_line(tmp_path: Path) -> None:
-    foreign, text = tmp_path / "foreign.parquet", tmp_path / "text.parquet"
-    geopandas.GeoDataFrame({"a": [1]}, geometry=[shapely.Point(0, 0)]).to_parquet(foreign)
+    from_other_slide, text = tmp_path / "foreign.parquet", tmp_path / "text.parquet"
+    geopandas.GeoDataFrame({"a": [1]}, geometry=[shapely.Point(0, 0)]).to_parquet(from_other_slide)
     text.write_text("hello")
     with pytest.raises(FormatError, match=r"so not a cells\.parquet of wsiseg"):
-        read_geoparquet(foreign)
+        read_geoparquet(from_other_slide)
     for path in (text, tmp_path / "none.parquet"):
         with pytest.raises(FormatError, match=r"not a readable cells\.parquet") as caught:
             read_geoparquet(path)

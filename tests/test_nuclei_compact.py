@@ -8,7 +8,7 @@ import torch
 
 from wsiseg.config import MaskConfig
 from wsiseg.models.nuclei_compact import MASKS, NucleiCompact
-from wsiseg.records import Hints
+from wsiseg.records import PromptExtras
 from wsiseg.segmentation.decoding import decode
 
 
@@ -26,7 +26,7 @@ def test_shapes_and_ranges(model, picture) -> None:
     for features in (e.high, e.low):
         np.testing.assert_allclose(features.norm(dim=1), 1, atol=1e-4)
     assert masks.logits.shape == (5, 64, 64)
-    assert ((masks.quality >= 0) & (masks.quality <= 1)).all()
+    assert ((masks.predicted_iou >= 0) & (masks.predicted_iou <= 1)).all()
     assert ((masks.stability >= 0) & (masks.stability <= 1)).all()
     np.testing.assert_allclose(masks.descriptors.norm(dim=1), 1, atol=1e-4)
     assert masks.descriptors.shape[1] == model.descriptor_size
@@ -99,17 +99,17 @@ def test_the_number_of_threads_does_not_show(model, picture) -> None:
             for count in (1, 5, 9, 33, 140):
                 points = (np.random.default_rng(count).random((count, 2)) * 448).astype(np.float32)
                 for masks in decode(model, e, 0, points, config):
-                    found += [masks.logits, masks.quality, masks.stability, masks.descriptors]
+                    found += [masks.logits, masks.predicted_iou, masks.stability, masks.descriptors]
             seen.append(found)
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
 
 
-def hints_of(n: int, **given: torch.Tensor) -> Hints:
-    """Hints that say nothing, but for what is given."""
-    plain = {"points_xy": torch.zeros(n, 1, 2), "labels": torch.zeros(n, 1), "boxes": torch.full((n, 4), torch.nan)}
-    return Hints(**{**plain, **given})
+def extras_of(n: int, **given: torch.Tensor) -> PromptExtras:
+    """Padding and no box, but for what is given."""
+    plain = {"points_xy": torch.zeros(n, 1, 2), "labels": -torch.ones(n, 1), "boxes": torch.full((n, 4), torch.nan)}
+    return PromptExtras(**{**plain, **given})
 
 
 @pytest.fixture
@@ -152,7 +152,7 @@ def test_hints_that_say_nothing_change_nothing(model, pair) -> None:
     e, centres = pair
     tile = torch.zeros(2, dtype=torch.long)
     with torch.inference_mode():
-        plain, hinted = model.decode(e, tile, centres), model.decode(e, tile, centres, hints=hints_of(2))
+        plain, hinted = model.decode(e, tile, centres), model.decode(e, tile, centres, extras=extras_of(2))
     assert torch.equal(plain.logits, hinted.logits)
 
 
@@ -161,10 +161,10 @@ def test_a_box_decides_between_one_nucleus_and_its_neighbour(model, pair) -> Non
     e, centres = pair
     seam = torch.tensor([[96.0, 96.0]]).repeat(2, 1)
     boxes = torch.tensor([[74.4, 83, 95.6, 109], [96.4, 83, 117.6, 109]])
-    tile, hints = torch.zeros(2, dtype=torch.long), hints_of(2, boxes=boxes)
+    tile, extras = torch.zeros(2, dtype=torch.long), extras_of(2, boxes=boxes)
     with torch.inference_mode():
-        left, right = masks_on_tile(model.decode(e, tile, (boxes[:, :2] + boxes[:, 2:]) / 2, hints=hints))
-        by_click = masks_on_tile(model.decode(e, tile, seam, hints=hints))
+        left, right = masks_on_tile(model.decode(e, tile, (boxes[:, :2] + boxes[:, 2:]) / 2, extras=extras))
+        by_click = masks_on_tile(model.decode(e, tile, seam, extras=extras))
     y, x = np.mgrid[:96, :96] * 2 + 1
     truth = [np.hypot((x - cx) / 10.6, (y - cy) / 13) < 1 for cx, cy in centres.tolist()]
     for mask, mine, other in ((left, *truth), (right, *truth[::-1]), (by_click[0], *truth), (by_click[1], *truth[::-1])):
@@ -181,24 +181,24 @@ def test_further_points_pull_and_push(model) -> None:
     area = {}
     with torch.inference_mode():
         e = model.encode(torch.from_numpy(image).permute(2, 0, 1)[None])
-        for label in (1.0, 0.0, -1.0):
-            hints = hints_of(1, points_xy=other, labels=torch.tensor([[label]]))
-            (mask,) = masks_on_tile(model.decode(e, torch.zeros(1, dtype=torch.long), torch.tensor([[92.0, 96.0]]), hints=hints))
+        for label in (1.0, 0.0, -1.0):  # foreground, background, padding
+            extras = extras_of(1, points_xy=other, labels=torch.tensor([[label]]))
+            (mask,) = masks_on_tile(model.decode(e, torch.zeros(1, dtype=torch.long), torch.tensor([[92.0, 96.0]]), extras=extras))
             area[label] = mask[:, 50:].sum()  # the far half of the other disc
-    assert area[1.0] > area[0.0] > area[-1.0]
+    assert area[1.0] > area[-1.0] > area[0.0]
 
 
 def test_the_order_and_number_of_further_points(model, pair) -> None:
     e, centres = pair
-    points, labels = torch.tensor([[[90.0, 92.0], [107.0, 96.0]]]), torch.tensor([[1.0, -1.0]])
-    none = Hints(torch.zeros(1, 0, 2), torch.zeros(1, 0), torch.tensor([[74.4, 83, 95.6, 109]]))
+    points, labels = torch.tensor([[[90.0, 92.0], [107.0, 96.0]]]), torch.tensor([[1.0, 0.0]])
+    none = PromptExtras(torch.zeros(1, 0, 2), torch.zeros(1, 0), torch.tensor([[74.4, 83, 95.6, 109]]))
     tile = torch.zeros(1, dtype=torch.long)
     with torch.inference_mode():
         plain = model.decode(e, tile, centres[:1])
-        a = model.decode(e, tile, centres[:1], hints=hints_of(1, points_xy=points, labels=labels))
-        b = model.decode(e, tile, centres[:1], hints=hints_of(1, points_xy=points.flip(1), labels=labels.flip(1)))
-        box_alone = model.decode(e, tile, centres[:1], hints=none)
-        nothing = model.decode(e, tile[:0], centres[:0], hints=hints_of(0))
+        a = model.decode(e, tile, centres[:1], extras=extras_of(1, points_xy=points, labels=labels))
+        b = model.decode(e, tile, centres[:1], extras=extras_of(1, points_xy=points.flip(1), labels=labels.flip(1)))
+        box_alone = model.decode(e, tile, centres[:1], extras=none)
+        nothing = model.decode(e, tile[:0], centres[:0], extras=extras_of(0))
     np.testing.assert_allclose(a.logits, b.logits, atol=1e-3)
     assert not torch.allclose(a.logits, plain.logits, atol=0.1)
     assert not torch.allclose(box_alone.logits, plain.logits, atol=0.1)
@@ -214,6 +214,6 @@ def test_several_masks_for_each_prompt(model, pair) -> None:
     assert three.logits.shape == (2 * MASKS, 64, 64)
     np.testing.assert_allclose(three.logits[::MASKS], one.logits, atol=1e-4)
     assert torch.equal(three.points_xy, centres.repeat_interleave(MASKS, 0))
-    assert (three.quality.view(2, MASKS).max(1).values > 0.5).all()
+    assert (three.predicted_iou.view(2, MASKS).max(1).values > 0.5).all()
     for a, b in ((0, 1), (0, 2), (1, 2)):
         assert not torch.allclose(three.logits[a], three.logits[b], atol=0.1)

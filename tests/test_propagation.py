@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import shapely
 
-from wsiseg.celltypes.assignment import assign_types, keep_clicks
-from wsiseg.celltypes.plda import read_clicks, slide_space
+from wsiseg.celltypes.assignment import assign_types, enforce_click_labels
+from wsiseg.celltypes.plda import infer_hypotheses, slide_space
 from wsiseg.config import TypingConfig
 from wsiseg.records import Bank, Cells, TypeSpace, Typing
 
@@ -44,7 +44,7 @@ def bank_of(z: np.ndarray, kinds: np.ndarray, types: list[int], negative: list[i
     return Bank(
         names=tuple(f"type {t}" for t in types), colors=tuple((t, 0, 0) for t in types),
         clicks=tuple(np.zeros((len(r), 2)) for r in rows), clicked=tuple(z[r].astype(np.float32) for r in rows),
-        negative=against, cells=Cells.empty(z.shape[1]), high=empty, low=empty, floors=np.zeros(len(types), np.float32),
+        negative=against, cells=Cells.empty(z.shape[1]), high=empty, low=empty, similarity_thresholds=np.zeros(len(types), np.float32),
     )  # fmt: skip
 
 
@@ -70,7 +70,7 @@ def test_an_odd_click_is_put_right_by_the_kinds_and_by_the_other_clicks() -> Non
     plain, _ = assign_types(z, places(len(z)), bank, space(kinds=0), TypingConfig(drift=0))
     assert (informed.codes == kinds + 1).mean() > 0.97
     assert (plain.codes == kinds + 1).mean() < (informed.codes == kinds + 1).mean() - 0.02
-    assert read_clicks(list(bank.clicked), space(kinds=2), TypingConfig())[0].kinds == (0, 1)
+    assert infer_hypotheses(list(bank.clicked), space(kinds=2), TypingConfig())[0].kinds == (0, 1)
 
 
 def test_types_of_no_known_kind_are_told_apart_by_the_clicks() -> None:
@@ -79,7 +79,7 @@ def test_types_of_no_known_kind_are_told_apart_by_the_clicks() -> None:
     kinds = rng.integers(0, 2, 3000)
     z = (12 * np.eye(SIZE)[5 + kinds] + rng.standard_normal((3000, SIZE))).astype(np.float16)
     bank = bank_of(z, kinds, [0, 1])
-    assert read_clicks([x.astype(float) for x in bank.clicked], space(kinds=2), TypingConfig())[0].kinds == (-1, -1)
+    assert infer_hypotheses([x.astype(float) for x in bank.clicked], space(kinds=2), TypingConfig())[0].kinds == (-1, -1)
     typing, _ = assign_types(z, places(len(z)), bank, space(kinds=2), TypingConfig())
     assert (typing.codes == kinds + 1).mean() > 0.97
 
@@ -164,7 +164,7 @@ def test_a_bank_of_another_slide_finds_this_slides_shift() -> None:
     displaced = (z + np.float16(3) * np.eye(SIZE, dtype=np.float16)[0] - np.float16(3) * np.eye(SIZE, dtype=np.float16)[1]).astype(np.float16)
     model = dataclasses.replace(space(kinds=2), shift=np.full(SIZE, 9.0))
     here, _ = assign_types(displaced, places(len(z)), bank, model, TypingConfig(drift=0))
-    carried, _ = assign_types(displaced, places(len(z)), dataclasses.replace(bank, foreign=True), model, TypingConfig())
+    carried, _ = assign_types(displaced, places(len(z)), dataclasses.replace(bank, from_other_slide=True), model, TypingConfig())
     assert (here.codes == kinds + 1).mean() < 0.8
     assert (carried.codes == kinds + 1).mean() > 0.95
 
@@ -243,11 +243,11 @@ def test_clicked_cells_keep_their_type() -> None:
     bank = Bank(**{**bank.__dict__, "clicks": (np.array([[5.0, 5.0]]), np.array([[32.0, 5.0]]))})
     codes, none = np.array([2, 0, 1], np.int32), np.full(3, -1, np.int32)
     typing = Typing(("unassigned", "a", "b"), ((0, 0, 0),) * 3, codes, np.zeros(3, np.float32), np.zeros(3, np.float32), none)
-    kept, doubts = keep_clicks(cells, typing, bank, 3.0)
+    kept, doubts = enforce_click_labels(cells, typing, bank, 3.0)
     assert kept.codes.tolist() == [1, 2, 1]
     assert kept.prototypes.tolist() == [0, 1, -1]
     assert doubts == []
-    kept, doubts = keep_clicks(cells, typing, bank, 1.0)
+    kept, doubts = enforce_click_labels(cells, typing, bank, 1.0)
     assert kept.codes.tolist() == [1, 0, 1]
     assert doubts == ["the click on type 1 at [32, 5] meets no cell of the result"]
 

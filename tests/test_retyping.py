@@ -228,7 +228,7 @@ def test_a_bank_of_cop_serves_cop(wsiseg: Command, finished: Path, tmp_path: Pat
 
 def test_a_bank_comes_back_as_written(finished: Path, tmp_path: Path) -> None:
     bank, note = read_bank(finished / "bank.safetensors")
-    assert bank.foreign
+    assert bank.from_other_slide
     write_bank(tmp_path / "again", bank, note["slide"], note["weights"])
     again, _ = read_bank(tmp_path / "again")
     for a, b in zip(bank.clicked, again.clicked, strict=True):

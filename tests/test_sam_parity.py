@@ -13,7 +13,7 @@ from wsiseg.models.sam import encoder as sam_encoder
 from wsiseg.models.sam.checkpoints import Architecture
 from wsiseg.models.sam.decoder import CROP, UP, PointDecoder
 from wsiseg.models.sam.model import PIXEL_MEAN, PIXEL_SD, SamModel
-from wsiseg.records import Hints
+from wsiseg.records import PromptExtras
 from wsiseg.testing import VIT_B, VIT_H, VIT_L, VIT_TOY, random_sam
 
 pytestmark = pytest.mark.usefixtures("no_grad")
@@ -156,11 +156,11 @@ def test_masks_of_a_tile_are_predict_torchs(model, tile):
     """Pixels, points and labels in; upsampled masks compared pixel by pixel: 99.9 % and more are equal."""
     embeddings = model.encode(tile)
     points = torch.rand(12, 2, generator=torch.Generator().manual_seed(6)) * 1024
-    got = model.decode(embeddings, torch.zeros(12, dtype=torch.long), points, whole=True)
+    got = model.decode(embeddings, torch.zeros(12, dtype=torch.long), points, full_tile=True)
     # An index i of SamPredictor is the middle of pixel i, so i = x - 0.5 in the corner frame.
     wanted, quality = reference(model.sam, whole_path(model.sam, tile), (points[:, None] - 0.5, torch.ones(12, 1)))
     assert relative(got.logits[:, None], wanted) < 1e-4
-    assert relative(got.quality, quality[:, 0].clamp(0, 1)) < 1e-4
+    assert relative(got.predicted_iou, quality[:, 0].clamp(0, 1)) < 1e-4
     masks, reference_masks = (F.interpolate(x, (1024, 1024), mode="bilinear", align_corners=False) > 0 for x in (got.logits[:, None], wanted))
     assert float((masks == reference_masks).float().mean()) >= 0.999
 
@@ -169,7 +169,7 @@ def test_windows_lie_where_their_origin_says(model, tile):
     embeddings = model.encode(tile)
     points = torch.tensor([[3.0, 5.0], [512.0, 511.0], [1020.0, 600.0], [130.0, 1023.9]])
     which = torch.zeros(4, dtype=torch.long)
-    crops, whole = (model.decode(embeddings, which, points, whole=w) for w in (False, True))
+    crops, whole = (model.decode(embeddings, which, points, full_tile=w) for w in (False, True))
     for crop, full, (x, y), point in zip(crops.logits, whole.logits, crops.origin_xy.tolist(), points.tolist(), strict=True):
         assert relative(crop, full[y // 4 : y // 4 + 64, x // 4 : x // 4 + 64]) < 1e-5
         assert 0 <= x <= 1024 - 256
@@ -186,11 +186,11 @@ def test_boxes_and_further_points_are_sams(model, tile):
     image = whole_path(model.sam, tile)
     own = torch.tensor([[200.0, 300.0], [600.0, 500.0], [700.0, 200.0], [400.0, 400.0]])
     more = torch.tensor([[[0.0, 0.0]], [[640.0, 500.0]], [[760.0, 210.0]], [[410.0, 420.0]]])
-    labels = torch.tensor([[0.0], [-1.0], [-1.0], [1.0]])
+    labels = torch.tensor([[-1.0], [0.0], [0.0], [1.0]])
     box = torch.tensor([670.0, 180.0, 740.0, 230.0])
     boxes = torch.full((4, 4), torch.nan)
     boxes[2] = box
-    got = model.decode(embeddings, torch.zeros(4, dtype=torch.long), own, hints=Hints(more, labels, boxes), whole=True).logits
+    got = model.decode(embeddings, torch.zeros(4, dtype=torch.long), own, extras=PromptExtras(more, labels, boxes), full_tile=True).logits
     wanted = [
         reference(model.sam, image, (own[:1, None] - 0.5, torch.ones(1, 1))),
         reference(model.sam, image, (torch.stack([own[1], more[1, 0]])[None] - 0.5, torch.tensor([[1.0, 0.0]]))),
@@ -204,7 +204,7 @@ def test_boxes_and_further_points_are_sams(model, tile):
 def test_three_answers_come_prompt_by_prompt(model, tile):
     embeddings = model.encode(tile)
     points = torch.tensor([[300.0, 300.0], [700.0, 650.0]])
-    got = model.decode(embeddings, torch.zeros(2, dtype=torch.long), points, multimask=True, whole=True)
+    got = model.decode(embeddings, torch.zeros(2, dtype=torch.long), points, multimask=True, full_tile=True)
     wanted, _ = reference(model.sam, whole_path(model.sam, tile), (points[:, None] - 0.5, torch.ones(2, 1)), multimask=True)
     assert relative(got.logits, wanted.flatten(0, 1)) < 1e-4
     assert got.points_xy.tolist() == points.repeat_interleave(3, 0).tolist()

@@ -203,8 +203,8 @@ def test_masks_that_reach_their_window_are_asked_for_again(toy, encoded):
     points = np.random.default_rng(0).uniform(0, 1024, (40, 2)).astype(np.float32)
     batches = list(decode(toy, encoded, 0, points, MaskConfig(min_score=0.0, prompts_per_batch=16)))
     crops, whole = [b for b in batches if not b.whole], [b for b in batches if b.whole]
-    assert sum(len(b.quality) for b in crops)
-    assert sum(len(b.quality) for b in whole)
+    assert sum(len(b.predicted_iou) for b in crops)
+    assert sum(len(b.predicted_iou) for b in whole)
     for batch in crops:
         assert batch.logits.shape[1:] == (64, 64)
         assert not reaches_border(batch).any()
@@ -222,7 +222,7 @@ def test_several_answers_to_a_grid_point_come_together(toy, encoded):
     assert len(seen) == 10
     assert counts.tolist() == [3] * 10
     strict = GridConfig(min_quality=1.0, min_stability=1.0)
-    assert sum(len(b.quality) for b in decode(toy, encoded, 0, points, MaskConfig(min_score=0.0), grid=strict)) == 0
+    assert sum(len(b.predicted_iou) for b in decode(toy, encoded, 0, points, MaskConfig(min_score=0.0), grid=strict)) == 0
 
 
 def test_grid_is_one_grid_over_the_slide():
@@ -287,8 +287,8 @@ def test_a_click_inside_a_large_cell_is_that_cell(toy, monkeypatch):
     """Its mask comes last, being asked for again; a small neighbour's comes first."""
     y, x = np.mgrid[:256, :256] * 4 + 2.0
 
-    def told(embeddings, tile, points_xy, *, hints=None, multimask=False, whole=False):
-        found = real(embeddings, tile, points_xy, whole=whole)
+    def told(embeddings, tile, points_xy, *, extras=None, multimask=False, full_tile=False):
+        found = real(embeddings, tile, points_xy, full_tile=full_tile)
         radius = [140.0 if p[0] == 520 else 10.0 for p in points_xy.tolist()]
         logits = [r - np.hypot(x - p[0], y - p[1]) for r, p in zip(radius, points_xy.tolist(), strict=True)]
         side = found.logits.shape[-1]

@@ -18,7 +18,7 @@ from wsiseg.config import RunConfig, check_mpp, from_mapping
 from wsiseg.errors import ConfigError, SlideError
 from wsiseg.records import SlideInfo
 from wsiseg.runs import slide as pipeline
-from wsiseg.runs.plan_file import Sheet
+from wsiseg.runs.plan_file import RunPlan
 from wsiseg.runs.plausibility import DENSITY_MM2, MEDIAN_UM2, implausible
 from wsiseg.segmentation.nuclear_scale import CONTRADICTION, DIAMETER_UM, LADDER, Rung, ScaleEstimate, contradiction, estimate_scale, judge
 from wsiseg.slide import open_slide
@@ -113,9 +113,9 @@ def test_doubts_are_said_before_the_work_and_once(
     assert output.count("--mpp 0.3 replaces 0.5") == 1, "a complete run repeats what is doubtful"
 
 
-def sheet(mpp: float = 0.5, mm2: float = 1.0, tiles: int = 1, roi: str | None = None) -> Sheet:
+def sheet(mpp: float = 0.5, mm2: float = 1.0, tiles: int = 1, roi: str | None = None) -> RunPlan:
     info = SlideInfo("s.svs", "image", "png", ((100, 100),), (1.0,), mpp, "--mpp")
-    return Sheet(info, RunConfig(roi=roi), None, {f"{k}": 1 for k in range(tiles)}, "", "", "", 1, mm2)
+    return RunPlan(info, RunConfig(roi=roi), None, {f"{k}": 1 for k in range(tiles)}, "", "", "", 1, mm2)
 
 
 def test_what_no_tissue_has_is_said_with_the_likely_reason() -> None:

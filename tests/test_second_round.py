@@ -6,8 +6,8 @@ import numpy as np
 import torch
 
 from wsiseg.config import MaskConfig, SecondRoundConfig
-from wsiseg.records import Embeddings, Hints, WindowMasks
-from wsiseg.segmentation.refinement import ask_again
+from wsiseg.records import Embeddings, PromptExtras, WindowMasks
+from wsiseg.segmentation.refinement import refine_masks
 
 SIDE, CELL = 64, 2  # windows of 128 px
 
@@ -17,12 +17,12 @@ def disc(radius: float) -> torch.Tensor:
     return torch.tensor(radius - np.hypot(x - 32, y - 32), dtype=torch.float32)
 
 
-def batch(radii: list[float], points: list[tuple[float, float]], *, whole: bool = False) -> WindowMasks:
+def batch(radii: list[float], points: list[tuple[float, float]], *, full_tile: bool = False) -> WindowMasks:
     xy = torch.tensor(points, dtype=torch.float32)
     n = len(radii)
     return WindowMasks(
         torch.stack([disc(r) for r in radii]), (xy - SIDE * CELL / 2).long(), CELL, torch.linspace(0.9, 0.8, n), torch.ones(n),
-        torch.zeros(n, 3).half(), xy, whole,
+        torch.zeros(n, 3).half(), xy, full_tile,
     )  # fmt: skip
 
 
@@ -34,12 +34,12 @@ class Told:
 
     def __init__(self, radius: dict[float, float], *, box_replaces_point: bool = False) -> None:
         self.radius, self.box_replaces_point = radius, box_replaces_point
-        self.asked: list[Hints] = []
+        self.asked: list[PromptExtras] = []
 
-    def decode(self, embeddings: object, tile: torch.Tensor, points_xy: torch.Tensor, *, hints: Hints) -> WindowMasks:
-        assert len(tile) == len(points_xy) == len(hints.boxes)
+    def decode(self, embeddings: object, tile: torch.Tensor, points_xy: torch.Tensor, *, extras: PromptExtras) -> WindowMasks:
+        assert len(tile) == len(points_xy) == len(extras.boxes)
         assert len(points_xy) % 4 == 0
-        self.asked.append(hints)
+        self.asked.append(extras)
         found = batch([self.radius[x] for x in points_xy[:, 0].tolist()], [tuple(p) for p in points_xy.tolist()])
         return WindowMasks(found.logits, found.origin_xy, CELL, torch.full((len(tile),), 0.5), found.stability, found.descriptors + 1, points_xy)
 
@@ -51,14 +51,14 @@ def areas(batches: list[WindowMasks]) -> list[float]:
 def again(model: Told, batches: list[WindowMasks], **settings: float) -> list[WindowMasks]:
     nothing = Embeddings(torch.empty(0), torch.empty(0), None, {})
     config = SecondRoundConfig(enabled=True, **settings)  # type: ignore[arg-type]
-    return ask_again(model, nothing, 512, batches, MaskConfig(prompts_per_batch=8), config)  # type: ignore[arg-type]
+    return refine_masks(model, nothing, 512, batches, MaskConfig(prompts_per_batch=8), config)  # type: ignore[arg-type]
 
 
 def test_a_mask_that_agrees_is_taken_with_all_it_says():
     first = [batch([10, 10], [(100, 100), (300, 100)])]
     out = again(Told({100: 11, 300: 9.5}), first)
     assert areas(out) == areas([batch([11, 9.5], [(100, 100), (300, 100)])])
-    assert out[0].quality.tolist() == [0.5, 0.5]
+    assert out[0].predicted_iou.tolist() == [0.5, 0.5]
     assert (out[0].descriptors == 1).all()
 
 
@@ -67,7 +67,7 @@ def test_another_instance_is_not_taken():
     first = [batch([10, 10], [(100, 100), (300, 100)])]
     out = again(Told({100: 14, 300: 6}), first)
     assert areas(out) == areas(first)
-    np.testing.assert_allclose(out[0].quality.tolist(), [0.9, 0.8], rtol=1e-6)
+    np.testing.assert_allclose(out[0].predicted_iou.tolist(), [0.9, 0.8], rtol=1e-6)
     assert areas(again(Told({100: 14, 300: 6}), first, agree=0.3)) == areas([batch([14, 6], [(100, 100), (300, 100)])])
 
 
@@ -83,14 +83,14 @@ def test_the_prompt_is_box_point_and_neighbours():
     points = [(100.0, 100.0), (200.0, 100.0), (300.0, 100.0), (400.0, 400.0)]
     model = Told({x: 10 for x, _ in points})
     again(model, [batch([10] * 4, points)], neighbours=2)
-    hints = model.asked[0]
-    assert hints.boxes[0].tolist() == [80, 80, 120, 120]  # a disc of 10 cells of 2 px
-    assert sorted(hints.points_xy[0].tolist()) == [[200, 100], [300, 100]]
-    assert (hints.labels == -1).all()
+    extras = model.asked[0]
+    assert extras.boxes[0].tolist() == [80, 80, 120, 120]  # a disc of 10 cells of 2 px
+    assert sorted(extras.points_xy[0].tolist()) == [[200, 100], [300, 100]]
+    assert (extras.labels == 0).all()
     sam = Told({x: 10 for x, _ in points}, box_replaces_point=True)
     again(sam, [batch([10] * 4, points)], neighbours=2)
     assert sam.asked[0].points_xy[0, 0].tolist() == [100, 100]
-    assert sam.asked[0].labels[0].tolist() == [1, -1, -1]
+    assert sam.asked[0].labels[0].tolist() == [1, 0, 0]
 
 
 def test_a_duplicate_is_no_neighbour_and_stays_as_it_is():
@@ -111,9 +111,9 @@ def test_a_prompt_is_not_its_own_negative():
 
 
 def test_batches_keep_their_masks_and_order():
-    first = [batch([10, 10, 10], [(100, 100), (200, 100), (300, 100)]), batch([12], [(64, 64)], whole=True), batch([10], [(400, 300)])]
+    first = [batch([10, 10, 10], [(100, 100), (200, 100), (300, 100)]), batch([12], [(64, 64)], full_tile=True), batch([10], [(400, 300)])]
     out = again(Told({100: 11, 200: 10, 300: 11, 400: 11}), first)
-    assert [len(b.quality) for b in out] == [3, 1, 1]
+    assert [len(b.predicted_iou) for b in out] == [3, 1, 1]
     assert out[1] is first[1]
     grown = [a > b for a, b in zip(areas(out), areas(first), strict=True)]
     assert grown == [True, False, True, False, True]

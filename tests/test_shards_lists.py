@@ -13,7 +13,7 @@ import shapely
 from wsiseg.config import RunConfig
 from wsiseg.errors import ConfigError, FormatError
 from wsiseg.records import Bank, Cells, SlideInfo
-from wsiseg.runs.plan_file import Sheet, read_sheet, write_sheet
+from wsiseg.runs.plan_file import RunPlan, read_plan, write_plan
 from wsiseg.runs.slide_list import Entry, read_list
 from wsiseg.runtime.shards import Shard, read_shard
 
@@ -113,30 +113,30 @@ def test_a_list_that_cannot_be_read(tmp_path: Path) -> None:
             read_list(path)
 
 
-def sheet(bank: Bank | None) -> Sheet:
+def sheet(bank: Bank | None) -> RunPlan:
     info = SlideInfo("/x/s.svs", "openslide", "aperio", ((100, 90), (25, 22)), (1.0, 4.0), 0.25, "--mpp", (1, 2, 30, 40), ("doubtful",))
-    return Sheet(info, RunConfig(method="apg", seeds="s.json"), bank, {"0001-0000": 16, "0000-0001": 3}, "run", "parts", "weights", 2, 1.5, ("w",))
+    return RunPlan(info, RunConfig(method="apg", seeds="s.json"), bank, {"0001-0000": 16, "0000-0001": 3}, "run", "parts", "weights", 2, 1.5, ("w",))
 
 
-def bank(foreign: bool = False) -> Bank:
+def bank(from_other_slide: bool = False) -> Bank:
     polygons = np.array([shapely.box(0.1, 0, 3, 4)], object)
     cells = Cells(polygons, np.array([[1.3, 2.7]]), np.ones(1, np.float32), np.array([[0.6, 0.8]], np.float16))
     return Bank(
         ("a",), ((1, 2, 3),), (np.array([[1.25, 2.0]]),), (np.array([[0.6, 0.8]], np.float32),), (np.empty((0, 2), np.float32),), cells, (), (),
-        np.empty(0, np.float32), foreign,
+        np.empty(0, np.float32), from_other_slide,
     )  # fmt: skip
 
 
 def test_a_sheet_comes_back_as_it_was(tmp_path: Path) -> None:
     """With the bank, its clicks and its cells, exactly; so a merge types as the shards would have."""
-    assert read_sheet(tmp_path) is None
-    write_sheet(tmp_path, sheet(bank()))
-    back = read_sheet(tmp_path, "run")
-    assert read_sheet(tmp_path, "another") is None
+    assert read_plan(tmp_path) is None
+    write_plan(tmp_path, sheet(bank()))
+    back = read_plan(tmp_path, "run")
+    assert read_plan(tmp_path, "another") is None
     assert dataclasses.replace(back, bank=None) == dataclasses.replace(sheet(None))
     assert list(back.tiles) == ["0001-0000", "0000-0001"]
     assert back.bank.names == ("a",)
-    assert not back.bank.foreign
+    assert not back.bank.from_other_slide
     np.testing.assert_array_equal(back.bank.clicks[0], [[1.25, 2.0]])
     np.testing.assert_array_equal(back.bank.clicked[0], bank().clicked[0])
     assert back.bank.cells.polygons[0].wkb == bank().cells.polygons[0].wkb
@@ -144,10 +144,10 @@ def test_a_sheet_comes_back_as_it_was(tmp_path: Path) -> None:
 
 
 def test_a_sheet_with_another_slides_bank_and_one_without(tmp_path: Path) -> None:
-    write_sheet(tmp_path / "foreign", sheet(dataclasses.replace(bank(foreign=True), cells=Cells.empty(2))))
-    assert read_sheet(tmp_path / "foreign").bank.foreign
-    write_sheet(tmp_path / "none", sheet(None))
-    assert read_sheet(tmp_path / "none").bank is None
+    write_plan(tmp_path / "foreign", sheet(dataclasses.replace(bank(from_other_slide=True), cells=Cells.empty(2))))
+    assert read_plan(tmp_path / "foreign").bank.from_other_slide
+    write_plan(tmp_path / "none", sheet(None))
+    assert read_plan(tmp_path / "none").bank is None
 
 
 @pytest.mark.parametrize(
@@ -155,12 +155,12 @@ def test_a_sheet_with_another_slides_bank_and_one_without(tmp_path: Path) -> Non
     [lambda n: n.pop("tiles"), lambda n: n.update(tiles=[["a"]]), lambda n: n["info"].pop("mpp"), lambda n: n.update(config={"x": 1})],
 )
 def test_a_damaged_sheet_is_named(tmp_path: Path, change: Callable[[dict], object]) -> None:
-    write_sheet(tmp_path, sheet(None))
+    write_plan(tmp_path, sheet(None))
     note = json.loads((tmp_path / "plan.json").read_text())
     change(note)
     write(tmp_path / "plan.json", json.dumps(note))
     with pytest.raises(FormatError, match=r"plan\.json: damaged"):
-        read_sheet(tmp_path)
+        read_plan(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -198,11 +198,11 @@ def test_the_log_has_a_line_per_event(wsiseg: Callable[..., tuple[int, str]], de
 
 def test_clicks_of_another_run_are_not_taken(tmp_path: Path) -> None:
     """A run with other clicks was begun over this one and stopped before its plan was written."""
-    write_sheet(tmp_path, sheet(bank()))
+    write_plan(tmp_path, sheet(bank()))
     other = dataclasses.replace(bank(), clicked=(np.array([[0.8, 0.6]], np.float32),))
-    write_sheet(tmp_path / "other", sheet(other))
+    write_plan(tmp_path / "other", sheet(other))
     (tmp_path / "clicks.safetensors").write_bytes((tmp_path / "other" / "clicks.safetensors").read_bytes())
-    assert read_sheet(tmp_path, "run") is None
+    assert read_plan(tmp_path, "run") is None
 
 
 def test_other_formats_make_a_complete_run_incomplete(wsiseg: Callable[..., tuple[int, str]], demo: tuple[Path, Path], tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from wsiseg.geometry import Box, Lattice
 from wsiseg.records import SlideInfo
 from wsiseg.slide import open_slide, read_region, require_cellular, thumbnail
 from wsiseg.slide.colour import Colours, plan_rgb
-from wsiseg.slide.mpp import PixelSize, from_ome_xml, from_tiff_tags, settle
+from wsiseg.slide.mpp import PixelSize, choose_mpp, from_ome_xml, from_tiff_tags
 from wsiseg.slide.resample import best_level, whole_downsamples
 
 SLIDES = Path(__file__).parents[2] / "shared" / "data" / "slides"
@@ -779,7 +779,7 @@ def test_ome_xml():
 
 def test_doubts_about_the_scale_are_said():
     def notes(x, y=None, override=None, objective=None):
-        return " | ".join(settle(PixelSize(x, y or x, "file"), override, objective)[2])
+        return " | ".join(choose_mpp(PixelSize(x, y or x, "file"), override, objective)[2])
 
     assert notes(0.25, objective=40) == ""
     assert notes(0.25, override=0.26) == ""
@@ -790,7 +790,7 @@ def test_doubts_about_the_scale_are_said():
     assert "too fine for cells" in notes(0.01)
     assert "pixels are not square: 0.25 x 0.26" in notes(0.25, 0.26)
     assert "far from square: 0.25 x 0.3" in notes(0.25, 0.3)
-    assert settle(PixelSize(0.2, 0.8, "file"), None, None)[0] == pytest.approx(0.4)
+    assert choose_mpp(PixelSize(0.2, 0.8, "file"), None, None)[0] == pytest.approx(0.4)
 
 
 def test_require_cellular():
@@ -804,10 +804,10 @@ def test_require_cellular():
             require_cellular(info(mpp))
     with pytest.raises(SlideError, match="pass --mpp"):
         require_cellular(info(math.nan, "none"))
-    value, source, notes = settle(PixelSize(0.25, 0.3, "file"), None, None)
+    value, source, notes = choose_mpp(PixelSize(0.25, 0.3, "file"), None, None)
     with pytest.raises(SlideError, match="far from square"):
         require_cellular(info(value, source, notes))
-    value, source, notes = settle(PixelSize(0.25, 0.3, "file"), 0.25, None)
+    value, source, notes = choose_mpp(PixelSize(0.25, 0.3, "file"), 0.25, None)
     require_cellular(info(value, source, notes))
 
 

@@ -15,9 +15,9 @@ from wsiseg.config import StitchingConfig
 from wsiseg.errors import RunError
 from wsiseg.formats.parts import read_part, write_part
 from wsiseg.records import Cells
-from wsiseg.stitching.outline_store import Outlines
-from wsiseg.stitching.stitch import StitchCounts, choose, find_pairs
-from wsiseg.stitching.stitch import stitch as settle
+from wsiseg.stitching.outline_store import OutlineStore
+from wsiseg.stitching.stitch import StitchCounts, find_pairs, resolve_overlaps
+from wsiseg.stitching.stitch import stitch as stitch_outlines
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -36,7 +36,7 @@ def cells_of(shapes: list[shapely.Polygon], scores: list[float]) -> Cells:
 
 def stitch(cells: Cells, size: tuple[int, int], min_area: float, config: StitchingConfig) -> tuple[Cells, StitchCounts]:
     """All in memory, as one part."""
-    settled, counts = settle([cells], size, min_area, config, descriptor_size=cells.descriptor_size)
+    settled, counts = stitch_outlines([cells], size, min_area, config, descriptor_size=cells.descriptor_size)
     return settled.take(slice(None)), counts
 
 
@@ -151,7 +151,7 @@ def crowd(count: int, side: float, seed: int = 0) -> Cells:
 def test_parts_do_not_show(tmp_path: Path, sides: tuple[int, ...], cache_bytes: int) -> None:
     """However the outlines are cut into parts, whatever their order, and whether parts fit the cache: the same cells, byte by byte."""
     cells = crowd(1200, 600)
-    whole, counts = settle([cells], (600, 600), 20, StitchingConfig(), descriptor_size=3)
+    whole, counts = stitch_outlines([cells], (600, 600), 20, StitchingConfig(), descriptor_size=3)
     for side in sides:
         key = (cells.points_xy // side).astype(int) @ (1, 10_000)
         parts: list[Path | Cells] = []
@@ -160,7 +160,7 @@ def test_parts_do_not_show(tmp_path: Path, sides: tuple[int, ...], cache_bytes: 
             write_part(parts[-1], cells.take(key == k), "hash", {})
         rest = np.ones(len(cells), bool)
         rest[_rows_in(parts, cells)] = False  # what is in no file comes from memory
-        settled, mine = settle([*parts, cells.take(rest)], (600, 600), 20, StitchingConfig(), descriptor_size=3, cache_bytes=cache_bytes)
+        settled, mine = stitch_outlines([*parts, cells.take(rest)], (600, 600), 20, StitchingConfig(), descriptor_size=3, cache_bytes=cache_bytes)
         assert mine == counts
         assert settled.total_bounds == whole.total_bounds
         np.testing.assert_array_equal(settled.bounds, whole.bounds)
@@ -181,7 +181,7 @@ def _rows_in(parts: list[Path | Cells], cells: Cells) -> np.ndarray:
 def test_bounds_in_place_of_areas_decide_the_same() -> None:
     """Areas of boxes stand in for shared areas only where nothing hangs on them."""
     cells = crowd(3000, 1600, seed=3)
-    outlines = Outlines([cells], (1600, 1600), 3)
+    outlines = OutlineStore([cells], (1600, 1600), 3)
     config = StitchingConfig()
     pairs = find_pairs(outlines, config)
     exact = shapely.area(shapely.intersection(outlines.polygons(pairs.low), outlines.polygons(pairs.high)))
@@ -190,7 +190,7 @@ def test_bounds_in_place_of_areas_decide_the_same() -> None:
     assert (pairs.shared >= exact * (1 - 1e-9)).all()
     full = dataclasses.replace(pairs, shared=exact, exact=np.ones(len(exact), bool))
     areas = outlines.numbers.areas
-    for one, other in zip(choose(areas, pairs, config), choose(areas, full, config), strict=True):
+    for one, other in zip(resolve_overlaps(areas, pairs, config), resolve_overlaps(areas, full, config), strict=True):
         np.testing.assert_array_equal(one, other)
 
 
@@ -205,7 +205,7 @@ def test_a_long_chain_is_decided() -> None:
 def test_outlines_beyond_the_slide_do_not_hide_neighbours(tmp_path: Path) -> None:
     """One of a part lies wholly outside; the duplicates across the part's border are found all the same."""
     left, right = cells_of([square(90, 10), square(-50, -50)], [0.9, 0.8]), cells_of([square(91, 10)], [0.7])
-    settled, counts = settle([left, right], SIZE, 0, StitchingConfig(), descriptor_size=1)
+    settled, counts = stitch_outlines([left, right], SIZE, 0, StitchingConfig(), descriptor_size=1)
     assert settled.take(slice(None)).scores.tolist() == [np.float32(0.9)]
     assert counts.overlapped == 1
 
@@ -214,7 +214,7 @@ def test_a_part_that_changes_on_the_way_is_noticed(tmp_path: Path) -> None:
     """Another process has written the block anew, with as many cells: rows must not be mixed."""
     path = tmp_path / "part.parquet"
     write_part(path, crowd(50, 300, seed=1), "hash", {})
-    settled, _ = settle([path], (300, 300), 1, StitchingConfig(), descriptor_size=3, cache_bytes=0)
+    settled, _ = stitch_outlines([path], (300, 300), 1, StitchingConfig(), descriptor_size=3, cache_bytes=0)
     write_part(path, crowd(50, 300, seed=2), "hash", {})
     with pytest.raises(RunError, match="was changed by another run while this one went on"):
         settled.take(slice(None))

@@ -111,7 +111,7 @@ def test_the_type_space_is_found_again(monkeypatch) -> None:
             images.append((z, types))
         collections[name] = images
     space = fit_types.fit(collections)
-    seen = [(space.see(z.astype(np.float32)), types) for z, types in collections["brca_m2c"]]
+    seen = [(space.project(z.astype(np.float32)), types) for z, types in collections["brca_m2c"]]
     within = np.mean([np.cov(z[types == t], rowvar=False) for z, types in seen for t in (1, 2, 3)], 0)
     # half of the covariance is rounded (SHRINK_WITHIN), so narrow directions come out narrower than 1, wide ones wider
     wide = np.linalg.eigvalsh(within)

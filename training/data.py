@@ -290,10 +290,10 @@ def _hints(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """What nearly half of the prompts say beside their point: a box (half of these without a click), more points inside, points outside.
 
-    Changes ``points`` of the prompts that are a box alone -> (K, HINTS, 2) xy, (K, HINTS) labels (1, -1, 0 = none), (K, 4) boxes (NaN = none).
+    Changes ``points`` of the prompts that are a box alone -> (K, HINTS, 2) xy, (K, HINTS) labels (1, 0, -1 = padding), (K, 4) boxes (NaN = none).
     """
     xy = np.zeros((INSTANCES, HINTS, 2), np.float32)
-    labels = np.zeros((INSTANCES, HINTS), np.float32)
+    labels = np.full((INSTANCES, HINTS), -1, np.float32)
     boxes = np.full((INSTANCES, 4), np.nan, np.float32)
     slices = ndimage.find_objects(label)
     for k in np.flatnonzero(owners):
@@ -317,7 +317,7 @@ def _hints(
             near = near[label[near[:, 1], near[:, 0]] != owner]
             near = near[np.argsort(label[near[:, 1], near[:, 0]] == 0, kind="stable")]  # neighbours first
             count = min(len(near), int(rng.integers(1, HINTS + 1)))
-            xy[k, :count], labels[k, :count] = near[:count] + 0.5, -1
+            xy[k, :count], labels[k, :count] = near[:count] + 0.5, 0
     return xy, labels, boxes
 
 

@@ -37,8 +37,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from wsiseg.models.morphology import windows
-from wsiseg.models.nuclei_compact import CELL_PX, LEARNED, MASKS, WINDOW_CELLS, NucleiCompact
-from wsiseg.records import Embeddings, Hints
+from wsiseg.models.nuclei_compact import LEARNED, MASKS, STRIDE_PX, WINDOW_SIZE, NucleiCompact
+from wsiseg.records import Embeddings, PromptExtras
 
 MASK_SHARES = {"tnbc": 0.42, "dsb2018_histology": 0.46, "nucls_mini": 0.12}
 ALL_SHARES = {"tnbc": 0.28, "dsb2018_histology": 0.28, "nucls_mini": 0.09, "brca_m2c": 0.35}
@@ -82,25 +82,25 @@ def losses(model: NucleiCompact, heads: TypeHeads, batch: dict[str, Tensor], amp
     b = len(images)
     tile = torch.arange(b, device=images.device).repeat_interleave(INSTANCES)
     points, owners = batch["points"].flatten(0, 1), batch["owners"].flatten()
-    hints = Hints(batch["hint_xy"].flatten(0, 1), batch["hint_labels"].flatten(0, 1), batch["boxes"].flatten(0, 1))
-    masks = model.decode(e, tile, points, hints=hints)
-    origin = masks.origin_xy // CELL_PX
+    extras = PromptExtras(batch["hint_xy"].flatten(0, 1), batch["hint_labels"].flatten(0, 1), batch["boxes"].flatten(0, 1))
+    masks = model.decode(e, tile, points, extras=extras)
+    origin = masks.origin_xy // STRIDE_PX
     label = batch["label"].float()[:, None] + 1  # 0 is "outside the crop" after windowing
-    window = windows(label, tile, origin * CELL_PX, WINDOW_CELLS * CELL_PX)
-    inside = F.max_pool2d(window, CELL_PX)[:, 0] > 0
-    known = windows(weight[:, None], tile, origin, WINDOW_CELLS)[:, 0] * inside
-    target = F.avg_pool2d((window == (owners + 1)[:, None, None, None]).float(), CELL_PX)[:, 0]
+    window = windows(label, tile, origin * STRIDE_PX, WINDOW_SIZE * STRIDE_PX)
+    inside = F.max_pool2d(window, STRIDE_PX)[:, 0] > 0
+    known = windows(weight[:, None], tile, origin, WINDOW_SIZE)[:, 0] * inside
+    target = F.avg_pool2d((window == (owners + 1)[:, None, None, None]).float(), STRIDE_PX)[:, 0]
     click = owners > 0
     per, iou = _compare(masks.logits, target, known)
     out["mask"] = (per * click).sum() / click.sum().clamp_min(1)
-    out["quality"] = F.binary_cross_entropy(masks.quality, iou * click)
+    out["quality"] = F.binary_cross_entropy(masks.predicted_iou, iou * click)
     few = click.nonzero()[:, 0]
     few = few[torch.randperm(len(few), device=few.device)[:AMBIGUOUS]]
     if len(few):
-        several = model.decode(e, tile[few], points[few], hints=Hints(hints.points_xy[few], hints.labels[few], hints.boxes[few]), multimask=True)
+        several = model.decode(e, tile[few], points[few], extras=PromptExtras(extras.points_xy[few], extras.labels[few], extras.boxes[few]), multimask=True)
         loss, true = _compare(several.logits, target[few].repeat_interleave(MASKS, 0), known[few].repeat_interleave(MASKS, 0))
         out["mask"] = out["mask"] + 0.25 * loss.view(-1, MASKS).min(1).values.mean()
-        out["quality"] = out["quality"] + 0.25 * F.binary_cross_entropy(several.quality, true)
+        out["quality"] = out["quality"] + 0.25 * F.binary_cross_entropy(several.predicted_iou, true)
 
     # F_h: sample places at stride 4; pairs of background with background say nothing.
     coarse = F.avg_pool2d(foreground[:, None], 2)[:, 0].flatten(1)
@@ -157,9 +157,9 @@ def pseudo_masks(model: NucleiCompact, root: Path, device: torch.device) -> list
         e = model.encode(torch.from_numpy(padded).permute(2, 0, 1)[None].to(device))
         xy = torch.from_numpy(points[:, :2]).to(device)
         masks = model.decode(e, torch.zeros(len(xy), dtype=torch.long, device=device), xy)
-        score = (masks.quality * masks.stability).cpu().numpy()
-        logits = F.interpolate(masks.logits[:, None], scale_factor=CELL_PX, mode="bilinear", align_corners=False)[:, 0].cpu().numpy()
-        foreground = F.interpolate(e.maps[:, :1], scale_factor=CELL_PX, mode="bilinear", align_corners=False)[0, 0]
+        score = (masks.predicted_iou * masks.stability).cpu().numpy()
+        logits = F.interpolate(masks.logits[:, None], scale_factor=STRIDE_PX, mode="bilinear", align_corners=False)[:, 0].cpu().numpy()
+        foreground = F.interpolate(e.maps[:, :1], scale_factor=STRIDE_PX, mode="bilinear", align_corners=False)[0, 0]
         foreground = foreground.sigmoid().cpu().numpy()[:height, :width]
         best = np.zeros((height, width), np.float32)
         label = np.zeros((height, width), np.int32)

@@ -102,15 +102,15 @@ class Embeddings:
 
 
 @dataclass(frozen=True)
-class Hints:
-    """What N prompts say beside their point: more points, and a box. Model px of the tile, corner frame.
+class PromptExtras:
+    """More points and a box of N prompts, beside the point of each. Model px of the tile, corner frame.
 
     Attributes
     ----------
     points_xy
         float32 of shape (N, K, 2).
     labels
-        float32 of shape (N, K): 1 inside the object, -1 outside it, 0 not a point.
+        float32 of shape (N, K), as in Segment Anything: 1 foreground, 0 background, -1 padding (not a point).
     boxes
         float32 of shape (N, 4): x0, y0, x1, y1; rows of NaN where there is no box.
     """
@@ -130,34 +130,34 @@ class WindowMasks:
         float of shape (N, h, w); > 0 is inside.
     origin_xy
         int of shape (N, 2): outer corner of each window, model pixels of the tile.
-    cell_px
+    mask_stride_px
         Model pixels per logit.
-    quality
-        float of shape (N,): predicted IoU in [0, 1].
+    predicted_iou
+        float of shape (N,), in [0, 1].
     stability
         float of shape (N,): area at logit > 1 over area at logit > -1, in [0, 1].
     descriptors
         float of shape (N, D), unit norm.
     points_xy
         float of shape (N, 2): the prompts, model pixels of the tile.
-    whole
+    full_tile
         The windows are the whole tile: a mask that reaches their border is larger than the halo.
     """
 
     logits: Tensor
     origin_xy: Tensor
-    cell_px: int
-    quality: Tensor
+    mask_stride_px: int
+    predicted_iou: Tensor
     stability: Tensor
     descriptors: Tensor
     points_xy: Tensor
-    whole: bool = False
+    full_tile: bool = False
 
     def take(self, rows: Tensor) -> WindowMasks:
         """The masks at ``rows``, in that order."""
         return WindowMasks(
-            self.logits[rows], self.origin_xy[rows], self.cell_px, self.quality[rows], self.stability[rows], self.descriptors[rows],
-            self.points_xy[rows], self.whole,
+            self.logits[rows], self.origin_xy[rows], self.mask_stride_px, self.predicted_iou[rows], self.stability[rows], self.descriptors[rows],
+            self.points_xy[rows], self.full_tile,
         )  # fmt: skip
 
     @staticmethod
@@ -169,8 +169,8 @@ class WindowMasks:
             return torch.cat([getattr(b, name) for b in batches])
 
         return WindowMasks(
-            all_of("logits"), all_of("origin_xy"), batches[0].cell_px, all_of("quality"), all_of("stability"), all_of("descriptors"),
-            all_of("points_xy"), batches[0].whole,
+            all_of("logits"), all_of("origin_xy"), batches[0].mask_stride_px, all_of("predicted_iou"), all_of("stability"), all_of("descriptors"),
+            all_of("points_xy"), batches[0].full_tile,
         )  # fmt: skip
 
 
@@ -339,8 +339,8 @@ class Bank:
     cells: Cells
     high: tuple[NDArray[np.float32], ...]
     low: tuple[NDArray[np.float32], ...]
-    floors: NDArray[np.float32]
-    foreign: bool = False
+    similarity_thresholds: NDArray[np.float32]
+    from_other_slide: bool = False
 
 
 @dataclass(frozen=True)
@@ -371,7 +371,7 @@ class TypeSpace:
     shift: NDArray[np.float64]
     kind_names: tuple[str, ...] = ()
 
-    def see(self, descriptors: NDArray[np.float16] | NDArray[np.float32]) -> NDArray[np.float32]:
+    def project(self, descriptors: NDArray[np.float16] | NDArray[np.float32]) -> NDArray[np.float32]:
         """Descriptors (N, D) in the space."""
         seen: NDArray[np.float32] = descriptors.astype(np.float32) @ self.transform
         return seen

@@ -14,7 +14,7 @@ from wsiseg.records import Embeddings, WindowMasks
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from wsiseg.records import Hints
+    from wsiseg.records import PromptExtras
 
 VIT_B = Architecture(dim=768, depth=12, heads=12, global_blocks=(2, 5, 8, 11), window=14, grid=64, patch=16)
 VIT_L = Architecture(dim=1024, depth=24, heads=16, global_blocks=(5, 11, 17, 23), window=14, grid=64, patch=16)
@@ -59,7 +59,7 @@ class DiscModel:
         Between the discs, and of each.
     """
 
-    mpp, stride_px, reach_px, input_px, has_maps, sees_whole = 0.25, 16, 64, None, True, False
+    mpp, stride_px, reach_px, input_px, has_maps, supports_full_tile = 0.25, 16, 64, None, True, False
     box_replaces_point, prompts_multiple, descriptor_size, types = False, 1, 8, None
     device = torch.device("cpu")
 
@@ -81,12 +81,12 @@ class DiscModel:
     def decode(
         self,
         embeddings: Embeddings,  # noqa: ARG002
-        tile: Tensor,  # noqa: ARG002
+        batch_index: Tensor,  # noqa: ARG002
         points_xy: Tensor,
         *,
-        hints: Hints | None = None,  # noqa: ARG002
+        extras: PromptExtras | None = None,  # noqa: ARG002
         multimask: bool = False,  # noqa: ARG002
-        whole: bool = False,  # noqa: ARG002
+        full_tile: bool = False,  # noqa: ARG002
     ) -> WindowMasks:
         """A disc around each point."""
         time.sleep(self.prompt_seconds * len(points_xy))

@@ -88,7 +88,7 @@ def verdicts(m: Mosaic, clicks: Clicks, space: TypeSpace) -> dict[str, np.ndarra
         "ours, share_temperature 4": ours(m.z, m.xy, clicked, space, near),
         "ours, no drift": ours(m.z, m.xy, clicked, space, still),
         "ours, no local shares": ours(m.z, m.xy, clicked, space, alone),
-        "ours, shift from the cells (as a bank)": ours(m.z, m.xy, clicked, space, foreign=True),
+        "ours, shift from the cells (as a bank)": ours(m.z, m.xy, clicked, space, from_other_slide=True),
         "nearest click in the type space": nearest_in_space(m.z, clicks, space),
         "mean + sd, tile by tile": mean_sd(m.z, clicks, m.tile),
         "chain of hops": chain(m.z, m.xy, clicks),

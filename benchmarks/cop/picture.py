@@ -11,8 +11,8 @@ import torch
 
 from wsiseg.geometry import Box, Lattice, round_up
 from wsiseg.records import Cells
-from wsiseg.runs.plan_file import Sheet
-from wsiseg.runs.slide import settle
+from wsiseg.runs.plan_file import RunPlan
+from wsiseg.runs.slide import stitch_and_type
 from wsiseg.runtime.profiling import Clock
 from wsiseg.seeds.bank import build_bank
 from wsiseg.segmentation.decoding import decode
@@ -87,6 +87,6 @@ class Picture:
             found = self._traced.take(np.array([tuple(p) in wanted for p in self._traced.points_xy.tolist()], bool))
         else:
             found = self.outlines(points, config)
-        sheet = Sheet(self.reader.info, config, bank, {}, "", "", "", self.model.descriptor_size, 0.0)
-        cells, typing, *_ = settle([found], sheet, self.model.types, Clock())
+        sheet = RunPlan(self.reader.info, config, bank, {}, "", "", "", self.model.descriptor_size, 0.0)
+        cells, typing, *_ = stitch_and_type([found], sheet, self.model.types, Clock())
         return cells.take(slice(None)), typing

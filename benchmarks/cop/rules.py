@@ -18,23 +18,23 @@ from wsiseg.records import Bank, Cells, TypeSpace
 Clicks = list[np.ndarray]
 
 
-def bank_of(clicked: list[np.ndarray], *, foreign: bool = False) -> Bank:
+def bank_of(clicked: list[np.ndarray], *, from_other_slide: bool = False) -> Bank:
     """A bank of nothing but descriptors of clicked cells, one (n, D) per type."""
     size, count = clicked[0].shape[1], len(clicked)
     nothing = tuple(np.empty((0, 1), np.float32) for _ in range(count))
     return Bank(
         names=tuple(f"type {t}" for t in range(count)), colors=((0, 0, 0),) * count, clicks=tuple(np.zeros((len(x), 2)) for x in clicked),
         clicked=tuple(x.astype(np.float32) for x in clicked), negative=tuple(np.empty((0, size), np.float32) for _ in clicked),
-        cells=Cells.empty(size), high=nothing, low=nothing, floors=np.zeros(count, np.float32), foreign=foreign,
+        cells=Cells.empty(size), high=nothing, low=nothing, similarity_thresholds=np.zeros(count, np.float32), from_other_slide=from_other_slide,
     )  # fmt: skip
 
 
 def ours(
-    z: np.ndarray, xy: np.ndarray, clicked: list[np.ndarray], space: TypeSpace, config: TypingConfig | None = None, *, foreign: bool = False
+    z: np.ndarray, xy: np.ndarray, clicked: list[np.ndarray], space: TypeSpace, config: TypingConfig | None = None, *, from_other_slide: bool = False
 ) -> np.ndarray:
     """``assign_types`` as the product calls it; ``clicked`` are descriptors, so that they may come from other images."""
     kinds = [t for t, x in enumerate(clicked) if len(x)]
-    typing, _ = assign_types(z.astype(np.float16), xy, bank_of([clicked[t] for t in kinds], foreign=foreign), space, config or TypingConfig())
+    typing, _ = assign_types(z.astype(np.float16), xy, bank_of([clicked[t] for t in kinds], from_other_slide=from_other_slide), space, config or TypingConfig())
     return np.array([0, *(t + 1 for t in kinds)])[typing.codes]
 
 
@@ -58,7 +58,7 @@ def nearest_by_measurements(z: np.ndarray, clicks: Clicks) -> np.ndarray:
 
 def nearest_in_space(z: np.ndarray, clicks: Clicks, space: TypeSpace) -> np.ndarray:
     """The metric that ours uses, without its model."""
-    seen = space.see(z)
+    seen = space.project(z)
     gaps = [((seen[:, None] - seen[c][None]) ** 2).sum(2).min(1, initial=np.inf) for c in clicks]
     return np.stack(gaps, 1).argmin(1) + 1
 
@@ -149,17 +149,17 @@ def chain(z: np.ndarray, xy: np.ndarray, clicks: Clicks, *, delta: float = 0.15)
         hop[clicks[t]] = 0
         types.append(_Type(np.asarray(clicks[t]), hop, np.asarray(clicks[t])))
     affinity = np.stack([t.affinity(z) for t in types], 1)
-    floors = [t.floor(affinity[:, k]) for k, t in enumerate(types)]
+    similarity_thresholds = [t.floor(affinity[:, k]) for k, t in enumerate(types)]
     area = float(np.prod(np.ptp(xy, 0)))
     for number in range(max(HOPS, int(np.ceil(4 * area / (np.pi * REACH_UM**2))))):
-        grew = [_hop(k, types, affinity, floors[k], z, xy, delta) for k in range(len(types))]
+        grew = [_hop(k, types, affinity, similarity_thresholds[k], z, xy, delta) for k in range(len(types))]
         if not any(grew):
             break
         if number % 8 == 7:
             for k, t in enumerate(types):
                 t.refresh(z)
                 affinity[:, k] = t.affinity(z)
-                floors[k] = t.floor(affinity[:, k])
+                similarity_thresholds[k] = t.floor(affinity[:, k])
     for k, t in enumerate(types):
         t.refresh(z)
         affinity[:, k] = t.affinity(z)
@@ -211,7 +211,7 @@ def _hop(k: int, types: list[_Type], affinity: np.ndarray, floor: float, z: np.n
 def _calibrated(types: list[_Type], affinity: np.ndarray) -> np.ndarray:
     """c (N, T): 0 at the median of the other types' reliable cells, 1 at that of its own."""
     if len(types) == 1:
-        return _alone(types[0], affinity[:, 0])[:, None]
+        return _exclusive(types[0], affinity[:, 0])[:, None]
     out = np.empty(affinity.shape)
     for k, own in enumerate(types):
         a = affinity[:, k]
@@ -223,7 +223,7 @@ def _calibrated(types: list[_Type], affinity: np.ndarray) -> np.ndarray:
     return np.where(np.isfinite(out), out, 1.0)
 
 
-def _alone(own: _Type, a: np.ndarray) -> np.ndarray:
+def _exclusive(own: _Type, a: np.ndarray) -> np.ndarray:
     x = a[np.isfinite(a)]
     mean, sd, share = np.percentile(x, [25, 75]), np.full(2, x.std() + 1e-6), np.full(2, 0.5)
     for _ in range(100):

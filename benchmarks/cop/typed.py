@@ -178,7 +178,7 @@ def bank_rows(scenes: list[Scene], name: str, space: TypeSpace, seeds: int, here
                         continue
                     z, rows_of = np.vstack([*clicked, s.z]), np.split(np.arange(sum(map(len, clicked))), np.cumsum([len(c) for c in clicked])[:-1])
                     given = {
-                        "ours, each image's shift estimated (bank)": ours(s.z, s.xy, clicked, space, foreign=True),
+                        "ours, each image's shift estimated (bank)": ours(s.z, s.xy, clicked, space, from_other_slide=True),
                         "ours, clicks taken as this image's own": ours(s.z, s.xy, clicked, space),
                         "nearest click in the type space": nearest_in_space(z, rows_of, space)[-len(s.z) :],
                         "nearest click (cosine)": nearest_click(z, rows_of)[-len(s.z) :],

@@ -90,7 +90,7 @@ def records_of(model: Remembering, image: np.ndarray, label: np.ndarray, seeds: 
                 break
             config = dataclasses.replace(base, cop=dataclasses.replace(base.cop, **values))
             bank, click, missed = draw_bank(picture, centres, config, seed, number)
-            said = {"seed": seed, "floor": float(bank.floors[0]), "missed": missed}
+            said = {"seed": seed, "floor": float(bank.similarity_thresholds[0]), "missed": missed}
             yield {"way": way, **said, **measure(picture, label, picture.points(bank, config), bank, config)}
         if slow and seed < SLOW_SEEDS:
             for way, gate in PAPER.items():
@@ -101,9 +101,9 @@ def records_of(model: Remembering, image: np.ndarray, label: np.ndarray, seeds: 
 def _paper(picture: Picture, click: np.ndarray, config: object) -> np.ndarray:
     """What the click grows to in the whole image, without the bank that a slide needs."""
     high, low = (x[0].float().cpu().numpy() for x in (picture.embeddings.high, picture.embeddings.low))
-    cell_px = picture.box.width / high.shape[2]
-    chain = farthest_point_recursion(tuple(click / cell_px), high, low, cell_px * MPP, config)
-    return picture.inside((chain.points * cell_px).astype(np.float32))
+    stride_px = picture.box.width / high.shape[2]
+    chain = farthest_point_recursion(tuple(click / stride_px), high, low, stride_px * MPP, config)
+    return picture.inside((chain.points * stride_px).astype(np.float32))
 
 
 def retention_rows(model: object, data: Path, seeds: int, say: Callable[[str], None]) -> list[dict[str, object]]:
@@ -119,15 +119,15 @@ def retention_rows(model: object, data: Path, seeds: int, say: Callable[[str], N
             of = {r["image"] for r in mine}
             aji = _by_seed(mine)
             every, apg = (_by_seed([r for r in records if r["way"] == w and r["image"] in of]).mean() for w in (EVERY, APG))
-            floors = [r["floor"] for r in mine if "floor" in r]
+            similarity_thresholds = [r["floor"] for r in mine if "floor" in r]
             clicked = way not in (EVERY, MERGED, APG)
             rows.append({
                 "set": name, "prompts": way, "images": len(of), "click seeds": len(aji) if clicked else "", "AJI": _spread(aji),
                 "of one point per nucleus": _spread(aji / every), "of apg": _spread(aji / apg),
                 "points": round(float(np.mean([r["points"] for r in mine]))), "point precision": float(np.nanmean([r["precision"] for r in mine])),
                 "true apg points kept": _kept(mine, "true kept"), "false apg points kept": _kept(mine, "false kept"),
-                "floor": f"{np.mean(floors):.2f} ({min(floors):.2f} to {max(floors):.2f})" if floors else "",
-                "clicks that hit no cell": _mean(np.array([r["missed"] > 0 for r in mine])) if floors else "",
+                "floor": f"{np.mean(similarity_thresholds):.2f} ({min(similarity_thresholds):.2f} to {max(similarity_thresholds):.2f})" if similarity_thresholds else "",
+                "clicks that hit no cell": _mean(np.array([r["missed"] > 0 for r in mine])) if similarity_thresholds else "",
             })  # fmt: skip
         say(f"{name}: " + ", ".join(f"{r['prompts']} {r['AJI']}" for r in rows if r["set"] == name))
     return rows

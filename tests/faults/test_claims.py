@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from wsiseg.errors import RunError
-from wsiseg.runtime import process as machine
-from wsiseg.runtime.claims import BEAT_S, DEAD_AFTER_S, Claims
+from wsiseg.runtime import machine
+from wsiseg.runtime.claims import DEAD_AFTER_S, HEARTBEAT_S, Claims
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -39,7 +39,7 @@ NEVER = 1000.0  # dead_after_s of tests in which only the end of a process may f
 DRIVER = """
 import ctypes, os, sys, time
 from pathlib import Path
-from wsiseg.runtime import process as machine
+from wsiseg.runtime import machine
 from wsiseg.runtime.claims import Claims
 
 def race(start, step, names):
@@ -53,7 +53,7 @@ def race(start, step, names):
 def elsewhere():
     machine.space = lambda: "elsewhere"
 
-with Claims(Path(sys.argv[1]), beat_s=float(sys.argv[2]), dead_after_s=float(sys.argv[3])) as claims:
+with Claims(Path(sys.argv[1]), heartbeat_s=float(sys.argv[2]), dead_after_s=float(sys.argv[3])) as claims:
     print("ready", flush=True)
     for line in sys.stdin:
         print(repr(eval(line)), flush=True)
@@ -126,11 +126,11 @@ def until(true: Callable[[], bool], limit: float = 20.0) -> float:
 
 
 def brisk(folder: Path, **options: float) -> Claims:
-    return Claims(folder, **{"beat_s": BEAT, "dead_after_s": DEAD, **options})
+    return Claims(folder, **{"heartbeat_s": BEAT, "dead_after_s": DEAD, **options})
 
 
 def test_the_defaults_leave_time_for_caches_and_many_beats() -> None:
-    assert DEAD_AFTER_S >= 60 + 4 * BEAT_S
+    assert DEAD_AFTER_S >= 60 + 4 * HEARTBEAT_S
 
 
 # --- many processes, one owner ------------------------------------------------------------------------------------------------------------------
@@ -190,7 +190,7 @@ def work(log):
     log, chance, parent = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), random.Random(), os.getppid()
     def note(*words):
         os.write(log, (" ".join(map(str, words)) + "\\n").encode())
-    with Claims(Path(sys.argv[1]), beat_s=0.02, dead_after_s=1000) as claims:
+    with Claims(Path(sys.argv[1]), heartbeat_s=0.02, dead_after_s=1000) as claims:
         while os.getppid() == parent:  # and no longer than the test
             name = f"n{chance.randrange(8)}"
             if chance.random() < 0.05:
@@ -564,7 +564,7 @@ def open_folder() -> Iterator[Path]:
 UNPRIVILEGED = """
 import os, sys, time
 from pathlib import Path
-from wsiseg.runtime import process as machine
+from wsiseg.runtime import machine
 from wsiseg.runtime.claims import Claims
 
 def drop_root(*paths):
@@ -587,7 +587,7 @@ def unprivileged(script: str, *arguments: object) -> str:
 def test_a_folder_that_may_not_be_written_is_one_sentence(open_folder: Path) -> None:
     script = """
 drop_root()
-with Claims(Path(sys.argv[1]), beat_s=0.02, dead_after_s=0.1) as claims:
+with Claims(Path(sys.argv[1]), heartbeat_s=0.02, dead_after_s=0.1) as claims:
     print(claims.busy(["a", "b"]), claims.holder("a"))
     claims.drop_stale()
     for name in ("a", "b"):
@@ -612,7 +612,7 @@ def test_a_claim_that_loses_its_folders_permission_is_renewed_and_released_in_si
 folder = Path(sys.argv[1])
 folder.mkdir()
 drop_root(folder)
-with Claims(folder, beat_s=0.02) as claims:
+with Claims(folder, heartbeat_s=0.02) as claims:
     assert claims.take("a") and claims.take("b")
     folder.chmod(0o555)
     (folder / "b.claim").chmod(0o000)
@@ -634,7 +634,7 @@ def test_another_users_closed_claim_is_alive_while_its_time_changes(open_folder:
     script = """
 folder = Path(sys.argv[1])
 drop_root()
-with Claims(folder, beat_s=0.02, dead_after_s=0.5) as claims:
+with Claims(folder, heartbeat_s=0.02, dead_after_s=0.5) as claims:
     end = time.monotonic() + 1.2
     while time.monotonic() < end:
         assert not claims.take("a")
@@ -669,7 +669,7 @@ import os, sys, time
 from pathlib import Path
 from wsiseg.runtime.claims import Claims
 folder = Path(sys.argv[1])
-with Claims(folder, beat_s=0.02, dead_after_s=0.2) as claims:
+with Claims(folder, heartbeat_s=0.02, dead_after_s=0.2) as claims:
     assert claims.take("a")
     (folder / "b.claim").write_bytes(b"{}")
     claims.take("b")

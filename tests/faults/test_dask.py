@@ -21,9 +21,7 @@ import pytest
 from wsiseg import errors
 from wsiseg.config import ClusterConfig, RunConfig, from_mapping
 from wsiseg.errors import ConfigError, RunError, SlideError, WsisegError
-from wsiseg.workers import check_scheduler, map_blocks
-from wsiseg.workers import clusters as pools
-from wsiseg.workers import monitor as crew
+from wsiseg.workers import check_scheduler, clusters, map_blocks, monitor
 from wsiseg.workers.tasks import group
 
 if TYPE_CHECKING:
@@ -366,9 +364,9 @@ def test_workers_of_a_scheduler(
     remote: Cluster, helper, tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """None at first; then two, of which one has threads; they serve one run after another, and end when told to."""
-    monkeypatch.setattr(crew, "WARN_S", 0.1)
+    monkeypatch.setattr(monitor, "WARN_S", 0.1)
     run = map_blocks(helper.slow_work, BLOCKS, helper.setup, scheduler=remote.address, scratch=tmp_path)
-    monkeypatch.setattr(crew, "LOOK_S", 0.5)
+    monkeypatch.setattr(monitor, "LOOK_S", 0.5)
     caplog.set_level("WARNING")
     late = threading.Timer(2, remote.add_worker, ("--nworkers", "2", "--nthreads", "3"))
     late.start()
@@ -414,7 +412,7 @@ def test_a_lost_client_and_a_lost_scheduler_end_the_run(remote: Cluster, start, 
 
 
 def test_nobody_answers(helper, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pools, "CONNECT_S", 1.0)
+    monkeypatch.setattr(clusters, "CONNECT_S", 1.0)
     with pytest.raises(RunError, match=r"^--scheduler tcp://127.0.0.1:9: nobody answers within 1 s; start `dask scheduler` there"):
         list(map_blocks(helper.work, BLOCKS, helper.setup, scheduler="tcp://127.0.0.1:9"))
     with pytest.raises(ConfigError, match=r"^--scheduler smoke://signal: is neither an address nor a batch system; pass tcp://host:port"):
@@ -487,8 +485,8 @@ def test_jobs_of_slurm(helper, batch: Path, tmp_path: Path, capfd: pytest.Captur
 def test_lost_jobs_are_submitted_again(helper, batch: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import dask
 
-    monkeypatch.setattr(crew, "WARN_S", 0.5)
-    monkeypatch.setattr(crew, "LOOK_S", 0.2)
+    monkeypatch.setattr(monitor, "WARN_S", 0.5)
+    monkeypatch.setattr(monitor, "LOOK_S", 0.2)
     options = {"scheduler": "slurm", "cluster": SETTINGS, "scratch": tmp_path}
     back = []
     with dask.config.set({"distributed.deploy.lost-worker-timeout": "500ms"}):

@@ -1,6 +1,6 @@
 """From a few clicks to a type for every cell of a slide.
 
-Steps:   read_clicks()   what the clicks of all types together mean (plda.py)
+Steps:   infer_hypotheses()   what the clicks of all types together mean (plda.py)
          drift()         what the cells of each place share, taken off
          posterior()     probability of each type, and of rivals: kinds that nobody clicked, and anything else
          local shares    how frequent the types are around each cell, by expectation maximisation [1]_; nothing is assumed about the slide
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import shapely
 
-from wsiseg.celltypes.plda import Reading, carry_over, drift, posterior, read_clicks, slide_space, smooth, squares
+from wsiseg.celltypes.plda import Hypothesis, carry_over, drift, infer_hypotheses, posterior, slide_space, smooth, squares
 from wsiseg.records import UNASSIGNED, Typing, TypingNotes
 
 if TYPE_CHECKING:
@@ -73,22 +73,22 @@ def assign_types(
     z = np.empty((count, space.transform.shape[1]), np.float32)
     for start in range(0, count, _ROWS):
         rows = order[start : start + _ROWS]
-        z[start : start + _ROWS] = space.see(descriptors[rows])
-    clicked = [space.see(x).astype(np.float64) for x in bank.clicked]
-    readings = [r for r in read_clicks(clicked, space, config) if r.weight > 1e-3]  # no verdict hangs on less
-    negative = [space.see(x).astype(np.float64) for x in bank.negative]
-    if bank.foreign:
-        there = readings[0].shift
-        readings = carry_over(readings, z, space, config)
-        clicked, negative = ([x + (readings[0].shift - there) for x in cells] for cells in (clicked, negative))
-    shift, here = drift(z, xy_um[order], readings[0], space, config)
+        z[start : start + _ROWS] = space.project(descriptors[rows])
+    clicked = [space.project(x).astype(np.float64) for x in bank.clicked]
+    hypotheses = [r for r in infer_hypotheses(clicked, space, config) if r.weight > 1e-3]  # no verdict hangs on less
+    negative = [space.project(x).astype(np.float64) for x in bank.negative]
+    if bank.from_other_slide:
+        there = hypotheses[0].shift
+        hypotheses = carry_over(hypotheses, z, space, config)
+        clicked, negative = ([x + (hypotheses[0].shift - there) for x in cells] for cells in (clicked, negative))
+    shift, here = drift(z, xy_um[order], hypotheses[0], space, config)
     p = np.zeros((count, len(bank.names) + len(space.kinds) + 1), np.float32)
     nearest = np.empty(count, np.int32)
     for start in range(0, count, _ROWS):
         part = slice(start, start + _ROWS)
         z[part] -= shift[here[part]]
-        for reading in readings:
-            p[part] += np.float32(reading.weight) * posterior(z[part], reading, space, config)
+        for hypothesis in hypotheses:
+            p[part] += np.float32(hypothesis.weight) * posterior(z[part], hypothesis, space, config)
         _against(p[part], z[part], clicked, negative)
     p = _with_local_share(p, xy_um[order], config)
     ranked = np.argsort(-p, 1, kind="stable")
@@ -106,10 +106,10 @@ def assign_types(
     prototypes = np.where(verdict, nearest, -1).astype(np.int32)
     typing = Typing(names, colors, codes[back], scores[back], margins[back], prototypes[back])
     kinds = tuple(
-        {name: round(sum(r.weight for r in readings if r.kinds[t] == k), 3) for k, name in enumerate(space.kind_names)}
+        {name: round(sum(r.weight for r in hypotheses if r.kinds[t] == k), 3) for k, name in enumerate(space.kind_names)}
         for t in range(len(bank.names))
     )
-    doubts = (*_unsure(kinds, bank.names), *_confusable(readings[0], bank.names, config), *_unclicked(ranked[:, 0] - len(bank.names), space))
+    doubts = (*_unsure(kinds, bank.names), *_confusable(hypotheses[0], bank.names, config), *_unclicked(ranked[:, 0] - len(bank.names), space))
     return typing, TypingNotes(kinds, doubts)
 
 
@@ -174,12 +174,12 @@ def _unsure(kinds: tuple[dict[str, float], ...], names: tuple[str, ...]) -> list
     return warnings
 
 
-def _confusable(reading: Reading, names: tuple[str, ...], config: TypingConfig) -> list[str]:
+def _confusable(hypothesis: Hypothesis, names: tuple[str, ...], config: TypingConfig) -> list[str]:
     """A sentence for each pair of types whose clouds overlap too much."""
     warnings = []
     for a, b in itertools.combinations(range(len(names)), 2):
-        variance = (reading.variances[a] + reading.variances[b]) / 2
-        apart = float(np.sqrt(((reading.means[a] - reading.means[b]) ** 2 / variance).sum()))
+        variance = (hypothesis.variances[a] + hypothesis.variances[b]) / 2
+        apart = float(np.sqrt(((hypothesis.means[a] - hypothesis.means[b]) ** 2 / variance).sum()))
         if apart < config.separable:
             warnings.append(
                 f"types {names[a]} and {names[b]} are hardly told apart by this model (distance {apart:.1f}, {config.separable:g} is needed); "
@@ -198,7 +198,7 @@ def _unclicked(kind: NDArray[np.intp], space: TypeSpace) -> list[str]:
     return warnings
 
 
-def keep_clicks(cells: CellIndex, typing: Typing, bank: Bank, reach_px0: float) -> tuple[Typing, list[str]]:
+def enforce_click_labels(cells: CellIndex, typing: Typing, bank: Bank, reach_px0: float) -> tuple[Typing, list[str]]:
     """Give every clicked cell the type it was clicked as.
 
     Parameters
@@ -234,10 +234,10 @@ def keep_clicks(cells: CellIndex, typing: Typing, bank: Bank, reach_px0: float) 
             else:
                 warnings.append(f"the click on {name} at [{x:g}, {y:g}] meets no cell of the result")
         rows.append(mine)
-    return claim(typing, rows), warnings
+    return set_click_labels(typing, rows), warnings
 
 
-def claim(typing: Typing, rows: list[NDArray[np.intp]]) -> Typing:
+def set_click_labels(typing: Typing, rows: list[NDArray[np.intp]]) -> Typing:
     """``typing`` with the clicked cells' types as clicked: per type the rows of its clicks, in order; -1 where there is no cell."""
     codes, scores, margins, prototypes = typing.codes.copy(), typing.scores.copy(), typing.margins.copy(), typing.prototypes.copy()
     number = 0
@@ -249,13 +249,13 @@ def claim(typing: Typing, rows: list[NDArray[np.intp]]) -> Typing:
     return Typing(typing.names, typing.colors, codes, scores, margins, prototypes)
 
 
-def account(typing: Typing, bank: Bank, notes: TypingNotes) -> dict[str, Any]:
+def typing_summary(typing: Typing, bank: Bank, notes: TypingNotes) -> dict[str, Any]:
     """The manifest's account of the types: clicks (numbered as in ``prototypes``), kinds, cells, share unassigned."""
     cells = np.bincount(typing.codes, minlength=len(typing.names))
     types = {
         name: {
             "cells": int(cells[t + 1]),
-            "clicks": np.round(bank.clicks[t], 2).tolist() if not bank.foreign else len(bank.clicked[t]),
+            "clicks": np.round(bank.clicks[t], 2).tolist() if not bank.from_other_slide else len(bank.clicked[t]),
             "negative": len(bank.negative[t]),
             "kind": notes.kinds[t] if notes.kinds else {},
         }

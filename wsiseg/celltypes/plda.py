@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from wsiseg.config import TypingConfig
 
 _CANDIDATES = 6  #: types that are tried for each known kind; more than that many clicked types of one kind is no use case
-_READINGS = 16  #: readings that are kept; the rest weighs nothing
+_HYPOTHESES = 16  #: readings that are kept; the rest weighs nothing
 _FEW = 5  #: cells of a type, around a place or on a slide, below which it says nothing about the shift
 _SAMPLE = 50_000  #: cells from which another slide's shift is estimated
 _DRIFT_SAMPLE = 200_000  #: cells from which the shifts of places are estimated; every k-th from left to right
@@ -44,7 +44,7 @@ _LEAST = 0.01  #: of its variances: none is nothing
 
 
 @dataclass(frozen=True)
-class Reading:
+class Hypothesis:
     """One way to understand the clicks. ``kinds``: per type the index of its kind, or -1; means and variances without the shift: (T, D)."""
 
     weight: float
@@ -54,7 +54,7 @@ class Reading:
     variances: NDArray[np.float64]
 
 
-def read_clicks(clicked: list[NDArray[np.float64]], space: TypeSpace, config: TypingConfig) -> list[Reading]:
+def infer_hypotheses(clicked: list[NDArray[np.float64]], space: TypeSpace, config: TypingConfig) -> list[Hypothesis]:
     """What the clicks may mean, the likeliest first.
 
     Parameters
@@ -66,7 +66,7 @@ def read_clicks(clicked: list[NDArray[np.float64]], space: TypeSpace, config: Ty
 
     Returns
     -------
-    list of Reading
+    list of Hypothesis
         At most 16; weights sum to 1.
     """
     n = np.array([len(x) for x in clicked], float)[:, None]
@@ -75,7 +75,7 @@ def read_clicks(clicked: list[NDArray[np.float64]], space: TypeSpace, config: Ty
     prior_mean = np.vstack([space.kinds, space.middle])  # the last row stands for "no known kind", also as index -1
     prior_variance = np.vstack([*([space.kind_spread] * known), space.spread])
     log_prior = np.log(np.r_[np.full(known, (1 - config.unknown_kind) / max(known, 1)), config.unknown_kind])
-    kinds = _possible(mean, n, space, known)  # (M, T)
+    kinds = _enumerate_assignments(mean, n, space, known)  # (M, T)
     residual, variance = mean - prior_mean[kinds], prior_variance[kinds] + 1 / n  # (M, T, D)
     # The shift integrated out: residuals of all types share it.
     precision = (1 / variance).sum(1)
@@ -83,18 +83,18 @@ def read_clicks(clicked: list[NDArray[np.float64]], space: TypeSpace, config: Ty
     total = precision + 1 / space.shift
     evidence = ((residual**2 / variance + np.log(variance)).sum((1, 2)) + (np.log(total * space.shift) - pull**2 / total).sum(1)) / -2
     evidence += log_prior[kinds].sum(1)
-    order = np.argsort(-evidence, kind="stable")[:_READINGS]
+    order = np.argsort(-evidence, kind="stable")[:_HYPOTHESES]
     weight = np.exp(evidence[order] - evidence[order[0]])
-    readings = []
+    hypotheses = []
     for k, w in zip(order, weight / weight.sum(), strict=True):
         shift = pull[k] / total[k]
         gain = prior_variance[kinds[k]] / variance[k]
         means = prior_mean[kinds[k]] + gain * (residual[k] - shift)
-        readings.append(Reading(float(w), tuple(int(i) for i in kinds[k]), shift, means, 1 + prior_variance[kinds[k]] * (1 - gain)))
-    return readings
+        hypotheses.append(Hypothesis(float(w), tuple(int(i) for i in kinds[k]), shift, means, 1 + prior_variance[kinds[k]] * (1 - gain)))
+    return hypotheses
 
 
-def _possible(mean: NDArray[np.float64], n: NDArray[np.float64], space: TypeSpace, known: int) -> NDArray[np.intp]:
+def _enumerate_assignments(mean: NDArray[np.float64], n: NDArray[np.float64], space: TypeSpace, known: int) -> NDArray[np.intp]:
     """All ways (M, T) to give each known kind to at most one of the types that are nearest to it; -1 for the rest."""
     variance = space.shift + space.kind_spread + 1 / n
     far = ((mean[:, None] - space.kinds) ** 2 / variance[:, None]).sum(2)  # (T, known)
@@ -111,7 +111,7 @@ def _possible(mean: NDArray[np.float64], n: NDArray[np.float64], space: TypeSpac
     return np.stack(rows)
 
 
-def carry_over(readings: list[Reading], z: NDArray[np.float32], space: TypeSpace, config: TypingConfig) -> list[Reading]:
+def carry_over(hypotheses: list[Hypothesis], z: NDArray[np.float32], space: TypeSpace, config: TypingConfig) -> list[Hypothesis]:
     """Readings of one slide's clicks for the cells of another, whose shift is found from the cells themselves.
 
     Parameters
@@ -125,17 +125,17 @@ def carry_over(readings: list[Reading], z: NDArray[np.float32], space: TypeSpace
 
     Returns
     -------
-    list of Reading
+    list of Hypothesis
         What was peculiar to the first slide (the deviation of its types from their kinds, its shift) stays behind.
     """
     z = z[:: max(len(z) // _SAMPLE, 1)].astype(np.float32)
     carried = []
-    for reading in readings:
-        known = np.array(reading.kinds) >= 0
-        kinds = np.array(reading.kinds)
-        means = np.where(known[:, None], np.vstack([space.kinds, space.middle])[kinds], reading.means)
+    for hypothesis in hypotheses:
+        known = np.array(hypothesis.kinds) >= 0
+        kinds = np.array(hypothesis.kinds)
+        means = np.where(known[:, None], np.vstack([space.kinds, space.middle])[kinds], hypothesis.means)
         spread = np.where(known[:, None], space.kind_spread, space.spread / 2)  # half: the first slide's clicks vouch for the type
-        here = Reading(reading.weight, reading.kinds, reading.shift, means, 1 + spread)
+        here = Hypothesis(hypothesis.weight, hypothesis.kinds, hypothesis.shift, means, 1 + spread)
         for _ in range(_ROUNDS):
             p = posterior(z, here, space, config)
             p = p[:, : len(means)]
@@ -144,31 +144,31 @@ def carry_over(readings: list[Reading], z: NDArray[np.float32], space: TypeSpace
             variance = spread + 1 / np.maximum(n, 1)
             residual = (p.T @ z) / np.maximum(n, 1e-9) - means
             shift = (residual / variance)[seen].sum(0) / (1 / space.shift + (1 / variance)[seen].sum(0))
-            here = Reading(here.weight, here.kinds, shift, means, here.variances)
+            here = Hypothesis(here.weight, here.kinds, shift, means, here.variances)
         carried.append(here)
     return carried
 
 
-def posterior(z: NDArray[np.float32], reading: Reading, space: TypeSpace, config: TypingConfig) -> NDArray[np.float32]:
+def posterior(z: NDArray[np.float32], hypothesis: Hypothesis, space: TypeSpace, config: TypingConfig) -> NDArray[np.float32]:
     """p(. | z) under one reading: (N, T) for the clicked types, (N, K) for the kinds that nobody clicked (0 for the others), (N, 1) for the rest."""
-    free = [k for k in range(len(space.kinds)) if k not in reading.kinds]
-    means = reading.shift + np.vstack([reading.means, space.kinds[free], space.middle])
-    variances = np.vstack([reading.variances, *([1 + space.kind_spread] * len(free)), 1 + space.spread])
-    weights = np.log(np.r_[np.ones(len(reading.means)), np.full(len(free), config.rival_kind), config.rival_other])
+    free = [k for k in range(len(space.kinds)) if k not in hypothesis.kinds]
+    means = hypothesis.shift + np.vstack([hypothesis.means, space.kinds[free], space.middle])
+    variances = np.vstack([hypothesis.variances, *([1 + space.kind_spread] * len(free)), 1 + space.spread])
+    weights = np.log(np.r_[np.ones(len(hypothesis.means)), np.full(len(free), config.rival_kind), config.rival_other])
     constant = weights - (np.log(variances) + means**2 / variances).sum(1) / 2
     # (z - m)^2 / v in two matrix products
     log_p = (z**2) @ (-0.5 / variances).T.astype(np.float32) + z @ (means / variances).T.astype(np.float32) + constant.astype(np.float32)
     log_p -= log_p.max(1, keepdims=True)
     p: NDArray[np.float32] = np.exp(log_p)
     p /= p.sum(1, keepdims=True)
-    types = len(reading.means)
+    types = len(hypothesis.means)
     full = np.zeros((len(z), types + len(space.kinds) + 1), np.float32)
     full[:, [*range(types), *(types + k for k in free), -1]] = p
     return full
 
 
 def drift(
-    z: NDArray[np.float32], xy_um: NDArray[np.float64], reading: Reading, space: TypeSpace, config: TypingConfig
+    z: NDArray[np.float32], xy_um: NDArray[np.float64], hypothesis: Hypothesis, space: TypeSpace, config: TypingConfig
 ) -> tuple[NDArray[np.float32], NDArray[np.intp]]:
     """How far the cells around each cell are shifted, beside the slide's own shift: (squares, D), and each cell's square (N,).
 
@@ -183,12 +183,12 @@ def drift(
     rows = np.argsort(place, kind="stable")
     seen, place = seen[rows], place[rows]
     filled, first = np.unique(place, return_index=True)
-    free = [k for k in range(len(space.kinds)) if k not in reading.kinds]
-    anchors = reading.shift + np.vstack([reading.means, space.kinds[free]])
-    columns = [*range(len(reading.means)), *(len(reading.means) + k for k in free)]
+    free = [k for k in range(len(space.kinds)) if k not in hypothesis.kinds]
+    anchors = hypothesis.shift + np.vstack([hypothesis.means, space.kinds[free]])
+    columns = [*range(len(hypothesis.means)), *(len(hypothesis.means) + k for k in free)]
     shift = np.zeros((height * width, z.shape[1]))
     for _ in range(_DRIFT_ROUNDS):
-        p = posterior(seen - shift[place].astype(np.float32), reading, space, config)[:, columns]
+        p = posterior(seen - shift[place].astype(np.float32), hypothesis, space, config)[:, columns]
         n = np.zeros((height * width, len(columns), 1))
         total = np.zeros((height * width, len(columns), z.shape[1]))
         n[filled, :, 0] = np.add.reduceat(p, first, axis=0)

@@ -99,7 +99,7 @@ def evaluate(
     detection = pool_detections(i.detection for i in images if i.detection is not None)
     predicted = {p for _, p in detection.pairs} | set(detection.spurious)
     if typed and not predicted & set(detection.classes):
-        theirs, ours = _some(sorted(predicted - {""})), _some(detection.classes)
+        theirs, ours = _format_names(sorted(predicted - {""})), _format_names(detection.classes)
         hint = next((hint for name in sorted(predicted - {""}) if (hint := did_you_mean(name, detection.classes))), "")
         notes.append(f"no type in common: {theirs} predicted, {ours} in the truth; {hint}names must be alike, --classes names the ids")
     ratios: dict[str, float] = {}
@@ -109,7 +109,7 @@ def evaluate(
         typed_too = has_types(other)
         ratios = retention(values, [image_values(image, typed=typed_too) for image in other])
     said: dict[str, object] = {
-        "prediction": _said(prediction), "truth": _said(truth), "baseline": _said(baseline), "mpp": mpp, "radius_um": radius_um,
+        "prediction": _describe_source(prediction), "truth": _describe_source(truth), "baseline": _describe_source(baseline), "mpp": mpp, "radius_um": radius_um,
         "thresholds": list(thresholds),
         "versions": {
             "wsiseg": __version__, "python": platform.python_version(), "numpy": np.__version__, "scipy": scipy.__version__,
@@ -141,7 +141,7 @@ def _class_names(classes: str | Path | Mapping[str, str] | None) -> dict[str, st
     return {str(key): name for key, name in classes.items()}
 
 
-def _said(source: Source | None) -> str | None:
+def _describe_source(source: Source | None) -> str | None:
     return None if source is None else "array" if isinstance(source, np.ndarray) else str(source)
 
 
@@ -156,20 +156,20 @@ def _pairs(prediction: Source, truth: Source, prediction_types: Source | None, t
         name = g.name if isinstance(g, Path) else "image"
         return [_Pair(name, p, g, *t)]
     if not isinstance(p, dict) or not isinstance(g, dict):
-        raise FormatError(f"{_said(prediction)} and {_said(truth)}: one is a folder, the other a file; give two files or two folders")
+        raise FormatError(f"{_describe_source(prediction)} and {_describe_source(truth)}: one is a folder, the other a file; give two files or two folders")
     missing = sorted(set(g) - set(p))
     if not set(g) & set(p):
         raise FormatError(
-            f"{prediction} and {truth}: no name in common ({_some(sorted(p))}; {_some(missing)}); files are paired by their name without suffix"
+            f"{prediction} and {truth}: no name in common ({_format_names(sorted(p))}; {_format_names(missing)}); files are paired by their name without suffix"
         )
     if missing:
-        raise FormatError(f"{prediction}: nothing for {_some(missing)} of {truth}; every image of the truth needs a prediction of the same name")
+        raise FormatError(f"{prediction}: nothing for {_format_names(missing)} of {truth}; every image of the truth needs a prediction of the same name")
     if set(p) - set(g):
-        notes.append(f"{prediction}: {_some(sorted(set(p) - set(g)))} not in {truth}, left out")
+        notes.append(f"{prediction}: {_format_names(sorted(set(p) - set(g)))} not in {truth}, left out")
     for what, other in others.items():
         if other is not None and (not isinstance(other, dict) or set(g) - set(other)):
             lacking = sorted(set(g) - set(other)) if isinstance(other, dict) else sorted(g)
-            raise FormatError(f"{what}: nothing for {_some(lacking)}; a folder with an image of each name is needed")
+            raise FormatError(f"{what}: nothing for {_format_names(lacking)}; a folder with an image of each name is needed")
     return [_Pair(name, p[name], g[name], *(o[name] if isinstance(o, dict) else None for o in others.values())) for name in sorted(g)]
 
 
@@ -185,17 +185,17 @@ def _located(source: Source) -> Path | NDArray[np.integer] | dict[str, Path]:
 
 
 def _wrong_kind(what: str, files: dict[str, Path]) -> Path:
-    raise FormatError(f"{what}: {_some(sorted(files))} in a folder; for one image give one file")
+    raise FormatError(f"{what}: {_format_names(sorted(files))} in a folder; for one image give one file")
 
 
-def _some(names: list[str]) -> str:
+def _format_names(names: list[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _compare(pair: _Pair, options: _Options, notes: list[str]) -> ImageScores:
     p, g = _side(pair.prediction, pair.prediction_types, options), _side(pair.truth, pair.truth_types, options)
     notes += [*p.notes, *g.notes]
-    where = pair.name if isinstance(pair.truth, np.ndarray) else f"{_said(pair.prediction)} and {_said(pair.truth)}"
+    where = pair.name if isinstance(pair.truth, np.ndarray) else f"{_describe_source(pair.prediction)} and {_describe_source(pair.truth)}"
     p, g = _in_one_frame(p, g, where, notes)
     if isinstance(p, Outlines) and isinstance(g, Labels):
         p = _within(p, g.ids.shape, where, notes)
@@ -229,7 +229,7 @@ def _side(source: Path | NDArray[np.integer], types: Path | NDArray[np.integer] 
     if types is None:
         return side
     if not isinstance(side, Labels):
-        raise FormatError(f"{_said(source)}: an image of types was given for it, but only label images need one; leave it out")
+        raise FormatError(f"{_describe_source(source)}: an image of types was given for it, but only label images need one; leave it out")
     ids = majority(side.ids, types if isinstance(types, np.ndarray) else read_label(types, notes))
     return Labels(side.ids, type_names(options.names, [i or None for i in ids.tolist()]), tuple(notes))
 

@@ -4,7 +4,7 @@ Symbol   meaning
 g, p     an instance of the truth G, of the prediction P (label images, 0 = background, or outlines that do not overlap)
 IoU      |g & p| / |g | p|
 
-Every metric is a ratio of sums over instances. The sums of an image are a `Tally`; the tallies of several images add up to the pooled ones.
+Every metric is a ratio of sums over instances. The sums of an image are a `MetricSums`; the tallies of several images add up to the pooled ones.
 Where truth and prediction are both empty, every metric is 1.
 
 References
@@ -34,8 +34,25 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 __all__ = [
-    "THRESHOLDS", "Overlaps", "Quality", "Tally", "aji", "aji_plus", "class_quality", "dice", "dq", "f1", "matched_iou", "mean_pq", "msa",
-    "overlaps", "pool", "pq", "score", "sq", "tally",
+    "THRESHOLDS",
+    "MetricSums",
+    "Overlaps",
+    "Quality",
+    "aji",
+    "aji_plus",
+    "class_quality",
+    "dice",
+    "dq",
+    "f1",
+    "matched_iou",
+    "mean_pq",
+    "msa",
+    "overlaps",
+    "pool",
+    "pq",
+    "score",
+    "sq",
+    "tally",
 ]  # fmt: skip
 
 THRESHOLDS = np.arange(0.5, 1.0, 0.05)  #: of mSA
@@ -68,7 +85,7 @@ class Quality:
 
 
 @dataclass(frozen=True)
-class Tally:
+class MetricSums:
     """The sums of one image that its metrics are ratios of; `pool` adds those of several images.
 
     Attributes
@@ -108,7 +125,7 @@ class Tally:
         } | {f"f1@{t:g}": _ratio(2 * h, both) for t, h in zip(self.thresholds, self.hits_f1, strict=True)}
 
 
-def tally(o: Overlaps, thresholds: Sequence[float] = (0.5,)) -> Tally:
+def tally(o: Overlaps, thresholds: Sequence[float] = (0.5,)) -> MetricSums:
     """Sum up one image.
 
     Parameters
@@ -119,7 +136,7 @@ def tally(o: Overlaps, thresholds: Sequence[float] = (0.5,)) -> Tally:
         IoU in (0, 1] at which F1 is wanted.
     """
     good = o.iou > 0.5
-    return Tally(
+    return MetricSums(
         Quality(len(o.truth_size), len(o.prediction_size), int(good.sum()), float(o.iou[good].sum())),
         float(o.shared.sum()),
         float(o.truth_size.sum() + o.prediction_size.sum()),
@@ -131,10 +148,10 @@ def tally(o: Overlaps, thresholds: Sequence[float] = (0.5,)) -> Tally:
     )
 
 
-def pool(tallies: Iterable[Tally]) -> Tally:
+def pool(tallies: Iterable[MetricSums]) -> MetricSums:
     """The tally of several images taken as one; at least one."""
     every = list(tallies)
-    return Tally(
+    return MetricSums(
         pool_quality(t.quality for t in every),
         sum(t.shared for t in every),
         sum(t.size for t in every),

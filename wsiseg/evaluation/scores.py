@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from wsiseg.evaluation.detection import Detection, pool_detections
-from wsiseg.evaluation.metrics import Quality, Tally, mean_pq, pool
+from wsiseg.evaluation.metrics import MetricSums, Quality, mean_pq, pool
 from wsiseg.evaluation.summary import Interval, PointHits, mean_interval
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class ImageScores:
     """
 
     name: str
-    tally: Tally | None
+    tally: MetricSums | None
     quality: dict[str, Quality]
     detection: Detection | None
     points: PointHits | None

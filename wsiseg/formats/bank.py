@@ -46,11 +46,11 @@ def write_bank(path: Path, bank: Bank, slide: str, weights: str) -> None:
     weights
         sha256 of the weights that made the descriptors; others do not understand them.
     """
-    tensors: dict[str, NDArray[Any]] = {"floors": bank.floors.astype(np.float32)}
+    tensors: dict[str, NDArray[Any]] = {"floors": bank.similarity_thresholds.astype(np.float32)}
     for name in ("clicked", "negative", "high", "low", "clicks"):
         for t, rows in enumerate(getattr(bank, name)):
             tensors[f"{name}.{t}"] = np.ascontiguousarray(rows)
-    note = {"version": VERSION, "names": bank.names, "colors": bank.colors, "slide": slide, "weights": weights, "foreign": bank.foreign}
+    note = {"version": VERSION, "names": bank.names, "colors": bank.colors, "slide": slide, "weights": weights, "foreign": bank.from_other_slide}
     data = save(tensors, metadata={"wsiseg": json.dumps(note, sort_keys=True)})
     with atomic_path(path) as partial:
         partial.write_bytes(data)
@@ -72,7 +72,7 @@ def restore_bank(path: Path) -> Bank:
             clicks = tuple(file.get_tensor(f"clicks.{t}") for t in range(len(bank.names)))
     except (OSError, SafetensorError) as error:
         raise FormatError(f"{path}: no places of clicks in it; delete it and run the slide's command again") from error
-    return replace(bank, clicks=clicks, foreign=False)
+    return replace(bank, clicks=clicks, from_other_slide=False)
 
 
 def read_bank(path: Path) -> tuple[Bank, dict[str, Any]]:
@@ -86,7 +86,7 @@ def read_bank(path: Path) -> tuple[Bank, dict[str, Any]]:
     Returns
     -------
     tuple of (Bank, dict)
-        The bank is ``foreign``: its clicks are no places on the slide at hand. The note has ``slide`` and ``weights``.
+        The bank is ``from_other_slide``: its clicks are no places on the slide at hand. The note has ``slide`` and ``weights``.
 
     Raises
     ------
@@ -115,8 +115,8 @@ def read_bank(path: Path) -> tuple[Bank, dict[str, Any]]:
             cells=Cells.empty(size),
             high=tuple(tensors[f"high.{t}"] for t in count) if with_chain else (),
             low=tuple(tensors[f"low.{t}"] for t in count) if with_chain else (),
-            floors=tensors["floors"],
-            foreign=True,
+            similarity_thresholds=tensors["floors"],
+            from_other_slide=True,
         )
     except FileNotFoundError as error:
         raise FormatError(f"{path}: no such file; give the bank.safetensors of a run with --seeds") from error

@@ -14,7 +14,7 @@ import zipfile
 import zlib
 from typing import TYPE_CHECKING, BinaryIO
 
-from wsiseg.runtime.prefetch import ahead
+from wsiseg.runtime.prefetch import prefetch_map
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -75,7 +75,7 @@ class _Deflate:
 
     def pieces(self, texts: Iterable[bytes]) -> Iterator[bytes]:
         """The compressed stream."""
-        yield from ahead(self._compress, self._cut(texts), threads=THREADS, limit=THREADS + 1)
+        yield from prefetch_map(self._compress, self._cut(texts), threads=THREADS, limit=THREADS + 1)
         yield LAST_BLOCK
 
     def _compress(self, piece: memoryview) -> bytes:

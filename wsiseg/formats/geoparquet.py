@@ -37,7 +37,7 @@ from wsiseg.formats.parts import UNREADABLE, descriptor_column, descriptors_from
 from wsiseg.formats.wkb import wkb_column
 from wsiseg.records import Cells, CellSource, Provenance, SlideInfo, Typing
 from wsiseg.runtime.atomic import atomic_path
-from wsiseg.runtime.prefetch import ahead
+from wsiseg.runtime.prefetch import prefetch_map
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -88,8 +88,8 @@ def write_geoparquet(path: Path, cells: CellSource, typing: Typing, info: SlideI
         def write(table: pa.Table) -> None:
             writer.write_table(table.combine_chunks(), row_group_size=ROW_GROUP)  # whole, so that the pages do not depend on the chunks
 
-        encoded_chunks = ahead(encode, _numbered(cells))  # one thread each: ids and row groups come in order
-        for _ in ahead(write, _cut(encoded_chunks, ROW_GROUP)):
+        encoded_chunks = prefetch_map(encode, _numbered(cells))  # one thread each: ids and row groups come in order
+        for _ in prefetch_map(write, _cut(encoded_chunks, ROW_GROUP)):
             pass
 
 
@@ -189,7 +189,7 @@ class CellTable:
     def take(self, rows: NDArray[np.intp]) -> Cells:
         """The cells at ``rows``, in that order."""
         wkb = np.empty(len(rows), object)
-        with _complaints(self.path), pq.ParquetFile(self.path) as file:
+        with _as_format_error(self.path), pq.ParquetFile(self.path) as file:
             starts = np.cumsum([0, *(file.metadata.row_group(k).num_rows for k in range(file.num_row_groups))])
             groups = np.searchsorted(starts, rows, side="right") - 1
             for group in np.unique(groups).tolist():
@@ -212,14 +212,14 @@ class CellTable:
 
     def _cells(self, table: pa.Table, geometry: pa.ChunkedArray) -> Cells:
         """The rows that are in ``table``, with their polygons."""
-        with _complaints(self.path):
+        with _as_format_error(self.path):
             points = np.stack([table["prompt_x"].to_numpy(), table["prompt_y"].to_numpy()], axis=1)
             scores = table["score"].to_numpy().astype(np.float32)
             return Cells(polygons_from_wkb(geometry), points, scores, descriptors_from(table, self.descriptor_size))
 
     def typing(self) -> Typing:
         """The verdicts in the file."""
-        with _complaints(self.path):
+        with _as_format_error(self.path):
             names = tuple(str(kind["name"]) for kind in self.note["types"])
             colors = tuple((int(r), int(g), int(b)) for r, g, b in (kind["color"] for kind in self.note["types"]))
             scores, margins = (self.table[name].to_numpy().astype(np.float32) for name in ("type_score", "type_margin"))
@@ -234,7 +234,7 @@ def read_table(path: Path) -> CellTable:
     FormatError
         The file is missing, damaged, or was not written by wsiseg.
     """
-    with _complaints(path):
+    with _as_format_error(path):
         schema = pq.read_schema(path)
         note: dict[str, Any] = json.loads((schema.metadata or {})[b"wsiseg"])
         columns = IN_MEMORY if note.get("descriptor_size") else tuple(name for name in IN_MEMORY if name != "descriptor")
@@ -248,8 +248,8 @@ def read_table(path: Path) -> CellTable:
 
 def _row_groups(path: Path, columns: list[str]) -> Iterator[pa.Table]:
     """Some columns of a file, one row group after the other; the next is read ahead."""
-    with _complaints(path), pq.ParquetFile(path) as file:
-        yield from ahead(lambda group: file.read_row_group(group, columns=columns), range(file.num_row_groups))
+    with _as_format_error(path), pq.ParquetFile(path) as file:
+        yield from prefetch_map(lambda group: file.read_row_group(group, columns=columns), range(file.num_row_groups))
 
 
 def _cut(tables: Iterable[pa.Table], rows: int) -> Iterator[pa.Table]:
@@ -267,7 +267,7 @@ def _cut(tables: Iterable[pa.Table], rows: int) -> Iterator[pa.Table]:
 
 
 @contextmanager
-def _complaints(path: Path) -> Iterator[None]:
+def _as_format_error(path: Path) -> Iterator[None]:
     """Errors in the file, in one line."""
     try:
         yield

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from wsiseg.records import Embeddings, Hints, TypeSpace, WindowMasks
+    from wsiseg.records import Embeddings, PromptExtras, TypeSpace, WindowMasks
 
 
 class PromptableModel(Protocol):
@@ -26,10 +26,10 @@ class PromptableModel(Protocol):
         Side of the only tile that it takes, model px; ``None``: any multiple of ``stride_px``.
     has_maps
         It makes instance maps, for automatic prompts.
-    sees_whole
-        A mask that reaches its window's border can be asked for again with ``whole=True``.
+    supports_full_tile
+        A mask that reaches its window's border can be asked for again with ``full_tile=True``.
     box_replaces_point
-        A prompt with a box is the box and the hints' points; its own point only places the window.
+        A prompt with a box is the box and the further points; its own point only places the window.
     prompts_multiple
         Prompts are decoded in multiples of this many: small matrix products round differently with the number of threads.
     descriptor_size
@@ -43,7 +43,7 @@ class PromptableModel(Protocol):
     mpp: float
     stride_px: int
     reach_px: int
-    sees_whole: bool
+    supports_full_tile: bool
 
     @property
     def input_px(self) -> int | None: ...  # noqa: D102
@@ -66,11 +66,11 @@ class PromptableModel(Protocol):
         ...
 
     def decode(
-        self, embeddings: Embeddings, tile: Tensor, points_xy: Tensor, *, hints: Hints | None = None, multimask: bool = False, whole: bool = False
+        self, embeddings: Embeddings, batch_index: Tensor, points_xy: Tensor, *, extras: PromptExtras | None = None, multimask: bool = False, full_tile: bool = False
     ) -> WindowMasks:
-        """One mask per point, of at least one: ``tile`` int64 (N,), ``points_xy`` float32 (N, 2) model px of the tile -> masks on windows.
+        """One mask per point, of at least one: ``batch_index`` int64 (N,), ``points_xy`` float32 (N, 2) model px of the tile -> masks on windows.
 
-        ``hints`` adds points and boxes; ``multimask`` asks for several answers per prompt, prompt by prompt; ``quality`` says which is best;
-        ``whole`` asks for masks on the whole tile.
+        ``extras`` adds points and boxes; ``multimask`` asks for several answers per prompt, prompt by prompt; ``quality`` says which is best;
+        ``full_tile`` asks for masks on the whole tile.
         """
         ...

@@ -28,14 +28,14 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from wsiseg.models.morphology import MEASUREMENTS, measure, optical_density, windows
-from wsiseg.records import Embeddings, Hints, TypeSpace, WindowMasks
+from wsiseg.records import Embeddings, PromptExtras, TypeSpace, WindowMasks
 
 if TYPE_CHECKING:
     from wsiseg.models.cards import ModelCard
 
 STRIDE_PX = 16  #: deepest stride of the pyramid: tiles that start on its multiples see the same lattice
-CELL_PX = 2  #: one mask logit covers 2 x 2 model pixels
-WINDOW_CELLS = 64  #: 128 px = 32 um at 0.25 mpp: the largest nuclei (30 um) fit
+STRIDE_PX = 2  #: one mask logit covers 2 x 2 model pixels
+WINDOW_SIZE = 64  #: 128 px = 32 um at 0.25 mpp: the largest nuclei (30 um) fit
 SNAP_CELLS = 4  #: windows start on the 8-px lattice of F_l, so that masks pool F_l without resampling
 MPP = 0.25
 
@@ -112,11 +112,11 @@ class NucleiCompact(nn.Module):
     stride_px = STRIDE_PX
     mpp = MPP
     input_px = None
-    sees_whole = False
+    supports_full_tile = False
     has_maps = True
     box_replaces_point = False
     prompts_multiple = 32
-    reach_px = (WINDOW_CELLS // 2 + SNAP_CELLS // 2) * CELL_PX
+    reach_px = (WINDOW_SIZE // 2 + SNAP_CELLS // 2) * STRIDE_PX
     descriptor_size = DESCRIPTOR_SIZE
     _bf16 = False
 
@@ -202,7 +202,7 @@ class NucleiCompact(nn.Module):
         # One product for both heads: on its own, the three-channel one rounds differently with the number of threads.
         weight, bias = (torch.cat([getattr(self.maps, k), getattr(self.mask_features, k)]) for k in ("weight", "bias"))
         maps, mask = F.conv2d(p2, weight, bias).split([3, MASK_FEATURES], 1)
-        density = optical_density(unit, CELL_PX)
+        density = optical_density(unit, STRIDE_PX)
         return Embeddings(
             high=F.normalize(self.high(p4), dim=1),
             low=F.normalize(self.low(p8), dim=1),
@@ -211,7 +211,7 @@ class NucleiCompact(nn.Module):
         )
 
     def decode(
-        self, embeddings: Embeddings, tile: Tensor, points_xy: Tensor, *, hints: Hints | None = None, multimask: bool = False, whole: bool = False  # noqa: ARG002
+        self, embeddings: Embeddings, batch_index: Tensor, points_xy: Tensor, *, extras: PromptExtras | None = None, multimask: bool = False, full_tile: bool = False  # noqa: ARG002
     ) -> WindowMasks:
         """Masks of N prompts.
 
@@ -219,16 +219,16 @@ class NucleiCompact(nn.Module):
         ----------
         embeddings
             Of :meth:`encode`.
-        tile
+        batch_index
             int64 of shape (N,): which of the B tiles each point lies in.
         points_xy
             float32 of shape (N, 2): model pixels of the tile, corner frame. The window lies around this point; for a box alone it is the
             box's centre.
-        hints
+        extras
             More points and boxes.
         multimask
             Give ``MASKS`` answers for every prompt instead of one: 3N masks, prompt by prompt. ``quality`` says which is best.
-        whole
+        full_tile
             Of no effect: this network sees the window only.
 
         Returns
@@ -239,23 +239,23 @@ class NucleiCompact(nn.Module):
             With ``multimask`` 3N of each.
         """
         extra = embeddings.extra
-        at_point = _at_points(extra, tile, points_xy)
+        at_point = _at_points(extra, batch_index, points_xy)
         hidden = self.controller[0](at_point)
-        if hints is not None:
-            hidden = hidden + self._hint(extra, tile, points_xy, hints)
+        if extras is not None:
+            hidden = hidden + self._hint(extra, batch_index, points_xy, extras)
         hidden = F.relu(hidden)
         parameters = self.controller[2](hidden)
-        snap_px = SNAP_CELLS * CELL_PX
-        origin = torch.floor(points_xy / snap_px).long() * SNAP_CELLS - (WINDOW_CELLS // 2 - SNAP_CELLS // 2)  # cells
-        features = windows(extra["mask"], tile, origin, WINDOW_CELLS)
-        cells = torch.arange(WINDOW_CELLS, device=points_xy.device, dtype=points_xy.dtype) + 0.5
-        relative_x = (origin[:, :1] + cells) * CELL_PX - points_xy[:, :1]
-        relative_y = (origin[:, 1:] + cells) * CELL_PX - points_xy[:, 1:]
+        snap_px = SNAP_CELLS * STRIDE_PX
+        origin = torch.floor(points_xy / snap_px).long() * SNAP_CELLS - (WINDOW_SIZE // 2 - SNAP_CELLS // 2)  # cells
+        features = windows(extra["mask"], batch_index, origin, WINDOW_SIZE)
+        cells = torch.arange(WINDOW_SIZE, device=points_xy.device, dtype=points_xy.dtype) + 0.5
+        relative_x = (origin[:, :1] + cells) * STRIDE_PX - points_xy[:, :1]
+        relative_y = (origin[:, 1:] + cells) * STRIDE_PX - points_xy[:, 1:]
         n = len(points_xy)
         grid = torch.stack(
             [
-                relative_x[:, None, :].expand(n, WINDOW_CELLS, WINDOW_CELLS),
-                relative_y[:, :, None].expand(n, WINDOW_CELLS, WINDOW_CELLS),
+                relative_x[:, None, :].expand(n, WINDOW_SIZE, WINDOW_SIZE),
+                relative_y[:, :, None].expand(n, WINDOW_SIZE, WINDOW_SIZE),
             ],
             1,
         )
@@ -263,11 +263,11 @@ class NucleiCompact(nn.Module):
         last = parameters[:, -(HEAD_WIDTH + 1) :].view(n, 1, HEAD_WIDTH + 1)
         if multimask:
             last = torch.cat([last, last + self.alternatives(hidden).view(n, MASKS - 1, HEAD_WIDTH + 1)], 1)
-            tile, origin, points_xy, at_point, features = (
-                v.repeat_interleave(MASKS, 0) for v in (tile, origin, points_xy, at_point, features)
+            batch_index, origin, points_xy, at_point, features = (
+                v.repeat_interleave(MASKS, 0) for v in (batch_index, origin, points_xy, at_point, features)
             )
-        logits = torch.baddbmm(last[..., -1:], last[..., :-1], body).view(-1, WINDOW_CELLS, WINDOW_CELLS)
-        pooled, measured, signs = self._inside(embeddings, tile, origin, features, logits)
+        logits = torch.baddbmm(last[..., -1:], last[..., :-1], body).view(-1, WINDOW_SIZE, WINDOW_SIZE)
+        pooled, measured, signs = self._inside(embeddings, batch_index, origin, features, logits)
         quality = self.quality(torch.cat([at_point.detach(), pooled, measured, signs], 1))
         learned = F.normalize(self.describe(torch.cat([pooled[:, :64], measured], 1)), dim=1)
         descriptors = torch.cat(
@@ -275,40 +275,42 @@ class NucleiCompact(nn.Module):
         )
         return WindowMasks(
             logits=logits,
-            origin_xy=origin * CELL_PX,
-            cell_px=CELL_PX,
-            quality=torch.sigmoid(quality[:, 0]),
+            origin_xy=origin * STRIDE_PX,
+            mask_stride_px=STRIDE_PX,
+            predicted_iou=torch.sigmoid(quality[:, 0]),
             stability=signs[:, 0],
             descriptors=descriptors,
             points_xy=points_xy,
         )
 
-    def _hint(self, extra: dict[str, Tensor], tile: Tensor, points_xy: Tensor, hints: Hints) -> Tensor:
-        """What the hints add to the controller's hidden layer (N, 192): a sum over points, so their order does not matter."""
-        n, k = hints.labels.shape
-        relative = (hints.points_xy - points_xy[:, None]) / _DISTANCE_PX
-        at = _at_points(extra, tile.repeat_interleave(k), hints.points_xy.reshape(-1, 2)).view(n, k, _POINT_WIDTH)
-        said = self.point_hint(torch.cat([at, relative, hints.labels[..., None]], 2)) * hints.labels.abs()[..., None]
-        has_box = hints.boxes.isfinite().all(1, keepdim=True)
-        box = torch.where(has_box, (hints.boxes - points_xy.repeat(1, 2)) / _DISTANCE_PX, 0)
+    def _hint(self, extra: dict[str, Tensor], batch_index: Tensor, points_xy: Tensor, extras: PromptExtras) -> Tensor:
+        """Contribution of further points and boxes to the controller's hidden layer (N, 192): a sum over points, so their order does not matter."""
+        n, k = extras.labels.shape
+        relative = (extras.points_xy - points_xy[:, None]) / _DISTANCE_PX
+        at = _at_points(extra, batch_index.repeat_interleave(k), extras.points_xy.reshape(-1, 2)).view(n, k, _POINT_WIDTH)
+        given = (extras.labels >= 0)[..., None]  # -1 is padding
+        sign = torch.where(given, 2 * extras.labels[..., None] - 1, 0)  # the weights were trained with 1 inside and -1 outside
+        said = self.point_hint(torch.cat([at, relative, sign], 2)) * given
+        has_box = extras.boxes.isfinite().all(1, keepdim=True)
+        box = torch.where(has_box, (extras.boxes - points_xy.repeat(1, 2)) / _DISTANCE_PX, 0)
         hidden: Tensor = said.sum(1) + self.box_hint(box) * has_box
         return hidden
 
     def _inside(
-        self, embeddings: Embeddings, tile: Tensor, origin: Tensor, features: Tensor, logits: Tensor
+        self, embeddings: Embeddings, batch_index: Tensor, origin: Tensor, features: Tensor, logits: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """What lies inside each mask: pooled F_l and mask features (N, 80), standardised measurements (N, 11), signs of quality (N, 8)."""
         hard = (logits.detach() > 0).to(logits.dtype)
         area = hard.sum((1, 2)).clamp_min(1)
         coarse = F.avg_pool2d(hard[:, None], SNAP_CELLS)
-        low = windows(embeddings.low, tile, origin // SNAP_CELLS, WINDOW_CELLS // SNAP_CELLS)
+        low = windows(embeddings.low, batch_index, origin // SNAP_CELLS, WINDOW_SIZE // SNAP_CELLS)
         pooled_low = (low * coarse).sum((2, 3)) / coarse.sum((2, 3)).clamp_min(1e-3)
         pooled_mask = (features.detach() * hard[:, None]).sum((2, 3)) / area[:, None]
-        density = windows(embeddings.extra["density"], tile, origin, WINDOW_CELLS)
-        measured, ring = measure(hard, density, CELL_PX * MPP)
+        density = windows(embeddings.extra["density"], batch_index, origin, WINDOW_SIZE)
+        measured, ring = measure(hard, density, STRIDE_PX * MPP)
         strict, loose = (logits.detach() > 1).sum((1, 2)), (logits.detach() > -1).sum((1, 2))
         certainty = ((logits.detach() / 2).tanh().abs() * hard).sum((1, 2)) / area
-        maps = windows(embeddings.extra["maps"].detach().sigmoid(), tile, origin, WINDOW_CELLS)
+        maps = windows(embeddings.extra["maps"].detach().sigmoid(), batch_index, origin, WINDOW_SIZE)
         signs = torch.cat(
             [
                 (strict / loose.clamp_min(1))[:, None],
@@ -341,21 +343,21 @@ def _double(x: Tensor) -> Tensor:
     return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
 
 
-def _sample(feature: Tensor, tile: Tensor, points_xy: Tensor, stride: int) -> Tensor:
+def _sample(feature: Tensor, batch_index: Tensor, points_xy: Tensor, stride: int) -> Tensor:
     """Bilinear value of ``feature`` (B, C, h, w) at points in model pixels -> (N, C); clamped at the border."""
     height, width = feature.shape[2:]
     xy = points_xy / stride - 0.5
     x, y = xy[:, 0].clamp(0, width - 1), xy[:, 1].clamp(0, height - 1)
     x0, y0 = x.floor().long().clamp(max=width - 2), y.floor().long().clamp(max=height - 2)
     fx, fy = (x - x0)[:, None].to(feature.dtype), (y - y0)[:, None].to(feature.dtype)
-    top = feature[tile, :, y0, x0] * (1 - fx) + feature[tile, :, y0, x0 + 1] * fx
-    bottom = feature[tile, :, y0 + 1, x0] * (1 - fx) + feature[tile, :, y0 + 1, x0 + 1] * fx
+    top = feature[batch_index, :, y0, x0] * (1 - fx) + feature[batch_index, :, y0, x0 + 1] * fx
+    bottom = feature[batch_index, :, y0 + 1, x0] * (1 - fx) + feature[batch_index, :, y0 + 1, x0 + 1] * fx
     return top * (1 - fy) + bottom * fy
 
 
-def _at_points(extra: dict[str, Tensor], tile: Tensor, points_xy: Tensor) -> Tensor:
+def _at_points(extra: dict[str, Tensor], batch_index: Tensor, points_xy: Tensor) -> Tensor:
     """The pyramid at N points -> (N, 192)."""
-    return torch.cat([_sample(extra[k], tile, points_xy, s) for k, s in (("p2", 2), ("p4", 4), ("p8", 8))], 1)
+    return torch.cat([_sample(extra[k], batch_index, points_xy, s) for k, s in (("p2", 2), ("p4", 4), ("p8", 8))], 1)
 
 
 def _generated_body(x: Tensor, parameters: Tensor) -> Tensor:

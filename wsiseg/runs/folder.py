@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from wsiseg.errors import RunError
 from wsiseg.formats import FILE_NAMES
-from wsiseg.runtime.atomic import PARTIAL_PATTERN, is_abandoned, partial_name, refusals, write_json
+from wsiseg.runtime.atomic import PARTIAL_PATTERN, is_abandoned, partial_name, translate_os_errors, write_json
 from wsiseg.runtime.paths import kind_of, normal, read_text, refusal, target
 
 if TYPE_CHECKING:
@@ -207,7 +207,7 @@ def drop_stale_files(folder: RunFolder, names: set[str]) -> None:
 
 
 def _remove(path: Path) -> None:
-    with refusals(path):
+    with translate_os_errors(path):
         path.unlink(missing_ok=True)
 
 

@@ -17,9 +17,9 @@ from wsiseg.geometry import Box, Lattice, round_up
 from wsiseg.models import load_model
 from wsiseg.records import Cells, Typing
 from wsiseg.reference.cop_label_map import Canvas
-from wsiseg.runs.plan import Job, Tools, resolve
-from wsiseg.runs.plan_file import Sheet
-from wsiseg.runs.slide import settle
+from wsiseg.runs.plan import RunSpec, WorkerContext, resolve
+from wsiseg.runs.plan_file import RunPlan
+from wsiseg.runs.slide import stitch_and_type
 from wsiseg.runtime.claims import Claims
 from wsiseg.runtime.profiling import Clock
 from wsiseg.runtime.text import did_you_mean
@@ -67,7 +67,7 @@ def segment_image(
         One verdict per cell.
     """
     config = dataclasses.replace(config or RunConfig(), mpp=mpp)
-    tools, sheet = _open_tools(image, config, seeds, model)
+    tools, sheet = _open_context(image, config, seeds, model)
     blocks = plan_blocks(
         sheet.info.size_px0, tools.job.lattice, config.tiling, stride_px=tools.model.stride_px, reach_px=tools.model.reach_px,
         input_px=tools.model.input_px, wanted=lambda *_: True,
@@ -76,7 +76,7 @@ def segment_image(
     outlines = [
         segment_tile(tile, read_region(tools.reader, tile.outer, tools.job.lattice), tools, clock)[0] for block in blocks for tile in block.tiles
     ]
-    cells, typing, notes, _ = settle([Cells.concatenate(outlines, sheet.descriptor_size)], sheet, tools.model.types, clock)
+    cells, typing, notes, _ = stitch_and_type([Cells.concatenate(outlines, sheet.descriptor_size)], sheet, tools.model.types, clock)
     for doubt in notes.warnings:
         logger.warning("%s", doubt)
     return cells.take(slice(None)), typing
@@ -119,7 +119,7 @@ def chain_image(
     form = COP_FORMS[like]
     config = dataclasses.replace(config or RunConfig(), mpp=mpp, method="auto")  # the method is the form
     cop = dataclasses.replace(config.cop, gate=form.gate, localise=form.localise)
-    tools, sheet = _open_tools(image, config, None, model)
+    tools, sheet = _open_context(image, config, None, model)
     seeds, _ = check_seeds(dataclasses.replace(seeds, slide=None), sheet.info)
     net, lattice = tools.model, tools.job.lattice
     width, height = (round(n * mpp / net.mpp) for n in (image.shape[1], image.shape[0]))
@@ -129,7 +129,7 @@ def chain_image(
     pixels = read_region(tools.reader, box, lattice)
     embeddings = net.encode(torch.from_numpy(pixels).permute(2, 0, 1)[None].to(net.device))
     high, low = (x[0].float().cpu().numpy() for x in (embeddings.high, embeddings.low))
-    cell_px = box.width / high.shape[2]
+    stride_px = box.width / high.shape[2]
     masks_config = dataclasses.replace(config.masks, min_score=0.0)  # the method has no threshold on the score
     canvas = Canvas.blank(height, width)
     types: list[int] = []
@@ -138,23 +138,23 @@ def chain_image(
     for t, kind in enumerate(seeds.types):
         mine = np.empty((0, 2))
         for click in lattice.to_model(np.array(kind.points, float)):
-            chain = farthest_point_recursion((click[0] / cell_px, click[1] / cell_px), high, low, cell_px * net.mpp, cop)
-            mine = np.vstack([mine, click, chain.points * cell_px])
+            chain = farthest_point_recursion((click[0] / stride_px, click[1] / stride_px), high, low, stride_px * net.mpp, cop)
+            mine = np.vstack([mine, click, chain.points * stride_px])
         if len(used):  # places that an earlier type has used are its
             mine = mine[np.hypot(*(mine[:, None] - used[None]).T).min(0) * net.mpp > cop.dedup_um]
         used = np.vstack([used, mine])
         for masks in decode(net, embeddings, 0, mine.astype(np.float32), masks_config):
-            inside = (masks.logits > 0).repeat_interleave(masks.cell_px, 1).repeat_interleave(masks.cell_px, 2).numpy()
-            for mask, score, (x0, y0), point in zip(inside, masks.quality.tolist(), masks.origin_xy.tolist(), masks.points_xy.numpy(), strict=True):
+            inside = (masks.logits > 0).repeat_interleave(masks.mask_stride_px, 1).repeat_interleave(masks.mask_stride_px, 2).numpy()
+            for mask, score, (x0, y0), point in zip(inside, masks.predicted_iou.tolist(), masks.origin_xy.tolist(), masks.points_xy.numpy(), strict=True):
                 if canvas.insert(mask, score, int(x0), int(y0)):
                     types.append(t)
                     points.append(point)
     return canvas.labels, np.array(types, np.int32), np.array(points, np.float64).reshape(-1, 2)
 
 
-def _open_tools(
+def _open_context(
     image: NDArray[np.uint8], config: RunConfig, seeds: Seeds | None = None, model: PromptableModel | None = None
-) -> tuple[Tools, Sheet]:
+) -> tuple[WorkerContext, RunPlan]:
     """The tools for one image in memory (H, W, 3) at ``config.mpp``, and what its end needs."""
     if config.mpp is None:
         raise ConfigError("image: microns per pixel are not known; set mpp (for example mpp=0.25)")
@@ -168,6 +168,6 @@ def _open_tools(
     resolved = resolve(config, config.model, maps=model.has_maps, clicked=seeds is not None)
     lattice = Lattice(config.mpp, model.mpp)
     bank = build_bank(reader, model, seeds, lattice, resolved, chains=resolved.method == "cop") if seeds else None
-    job = Job("image", resolved, lattice, SearchArea(None, None), bank, Path(), "")
-    sheet = Sheet(reader.info, resolved, bank, {}, "", "", "", model.descriptor_size, 0.0)
-    return Tools(job, reader, model, Claims(Path())), sheet
+    job = RunSpec("image", resolved, lattice, SearchArea(None, None), bank, Path(), "")
+    sheet = RunPlan(reader.info, resolved, bank, {}, "", "", "", model.descriptor_size, 0.0)
+    return WorkerContext(job, reader, model, Claims(Path())), sheet

@@ -25,7 +25,7 @@ from wsiseg.geometry import Lattice
 from wsiseg.models import find_weights, load_model, pick_device
 from wsiseg.models.cards import file_hash
 from wsiseg.runs.folder import check_folder, find_folder
-from wsiseg.runs.plan_file import Sheet, read_sheet
+from wsiseg.runs.plan_file import RunPlan, read_plan
 from wsiseg.runtime.claims import Claims
 from wsiseg.runtime.paths import readable, require_text, target
 from wsiseg.seeds.bank import build_bank
@@ -47,7 +47,7 @@ NATIVE_MPP = 0.25  #: scale of the default model; `survey` counts tiles without 
 
 
 @dataclass(frozen=True)
-class Job:
+class RunSpec:
     """What every worker is told: picklable. ``config`` is resolved: no ``auto`` in its method and precision."""
 
     slide: str
@@ -60,10 +60,10 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Tools:
+class WorkerContext:
     """What every worker process opens once. ``claims``: on the blocks that it works on."""
 
-    job: Job
+    job: RunSpec
     reader: SlideReader
     model: PromptableModel
     claims: Claims
@@ -78,10 +78,10 @@ class Tools:
 class Plan:
     """A run that has passed every check. ``sheet`` is what its end needs."""
 
-    job: Job
-    tools: Tools
+    job: RunSpec
+    tools: WorkerContext
     blocks: list[Block]
-    sheet: Sheet
+    sheet: RunPlan
 
     def at(self, parts: Path) -> Plan:
         """The plan with the folder of parts that was claimed for it."""
@@ -89,14 +89,14 @@ class Plan:
         return dataclasses.replace(self, job=job, tools=dataclasses.replace(self.tools, job=job, claims=Claims(parts)))
 
 
-def open_tools(job: Job, number: int = 0) -> Tools:
+def open_worker_context(job: RunSpec, number: int = 0) -> WorkerContext:
     """The slide and model of worker ``number``; where there are several GPUs, each worker has its own."""
     config = job.config
     reader = open_slide(job.slide, mpp=config.mpp, force_mpp=config.force_mpp, reader=config.reader)
     device = config.device
     if device in ("auto", "cuda") and torch.cuda.device_count() > 1:
         device = f"cuda:{number % torch.cuda.device_count()}"
-    return Tools(job, reader, load_model(config.model, device, config.precision), Claims(job.parts).__enter__())
+    return WorkerContext(job, reader, load_model(config.model, device, config.precision), Claims(job.parts).__enter__())
 
 
 def plan_run(slide: str, config: RunConfig, out: Path, *, name: str | None = None, overwrite: bool = False) -> Plan | RunFolder:
@@ -168,7 +168,7 @@ def plan_run(slide: str, config: RunConfig, out: Path, *, name: str | None = Non
             tissue = find_tissue(*thumbnail(reader, config.tissue.overview_mpp), config.tissue, mpp=info.mpp)
             warnings += tissue.warnings
         area = SearchArea(tissue, roi)
-        earlier = read_sheet(folder.parts, run_hash)
+        earlier = read_plan(folder.parts, run_hash)
         if earlier:  # one bank for all shards of a run, wherever they were made
             bank = earlier.bank
         elif seeds is not None:
@@ -178,12 +178,12 @@ def plan_run(slide: str, config: RunConfig, out: Path, *, name: str | None = Non
             info.size_px0, lattice, config.tiling, stride_px=model.stride_px, reach_px=model.reach_px,
             input_px=model.input_px, wanted=area.wanted,
         )  # fmt: skip
-        job = Job(slide, resolved, lattice, area, bank, folder.parts, parts_hash)
-        sheet = Sheet(
+        job = RunSpec(slide, resolved, lattice, area, bank, folder.parts, parts_hash)
+        sheet = RunPlan(
             dataclasses.replace(info, path=slide_path(slide)), resolved, bank, {b.name: len(b.tiles) for b in blocks}, run_hash, parts_hash,
             file_hash(weights), model.descriptor_size, area.size_um2(info) / 1e6, tuple(warnings), target(slide),
         )  # fmt: skip
-        plan = Plan(job, Tools(job, reader, model, Claims(folder.parts)), blocks, sheet)
+        plan = Plan(job, WorkerContext(job, reader, model, Claims(folder.parts)), blocks, sheet)
         stack.pop_all()
     return plan
 
@@ -297,7 +297,7 @@ def _content_hash(path: str | None) -> str:
         return file_hash(Path(path))
 
 
-def describe(sheet: Sheet) -> dict[str, Any]:
+def describe(sheet: RunPlan) -> dict[str, Any]:
     """The manifest's account of what goes in."""
     info, config = sheet.info, sheet.config
     return {

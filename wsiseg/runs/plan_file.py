@@ -32,7 +32,7 @@ VERSION = 1
 
 
 @dataclass(frozen=True)
-class Sheet:
+class RunPlan:
     """What is settled before the first tile is read.
 
     Attributes
@@ -72,7 +72,7 @@ class Sheet:
     target: str = ""
 
 
-def write_sheet(folder: Path, sheet: Sheet) -> None:
+def write_plan(folder: Path, sheet: RunPlan) -> None:
     """Write the files into the folder of the parts."""
     if sheet.bank is not None:
         write_bank(folder / "clicks.safetensors", sheet.bank, sheet.info.path, sheet.weights)
@@ -84,8 +84,8 @@ def write_sheet(folder: Path, sheet: Sheet) -> None:
     write_json(folder / "plan.json", note)
 
 
-def read_sheet(folder: Path, run_hash: str | None = None) -> Sheet | None:
-    """What :func:`write_sheet` wrote; ``None`` when nothing of this run (``run_hash``) is there.
+def read_plan(folder: Path, run_hash: str | None = None) -> RunPlan | None:
+    """What :func:`write_plan` wrote; ``None`` when nothing of this run (``run_hash``) is there.
 
     Raises
     ------
@@ -102,10 +102,10 @@ def read_sheet(folder: Path, run_hash: str | None = None) -> Sheet | None:
             if _digest(folder) != note["clicks_sha256"]:  # another run was begun over this one, and stopped
                 return None
             bank = dataclasses.replace(restore_bank(folder / "clicks.safetensors"), cells=read_part(folder / "clicks.cells")[0])
-        known = {f.name for f in dataclasses.fields(Sheet)}
+        known = {f.name for f in dataclasses.fields(RunPlan)}
         rest = {k: v for k, v in note.items() if k in known}
         rest |= {"tiles": {str(name): int(count) for name, count in note["tiles"]}, "warnings": tuple(note["warnings"])}
-        return Sheet(**rest | {"info": _info(note["info"]), "config": from_mapping(note["config"], str(path)), "bank": bank})
+        return RunPlan(**rest | {"info": _info(note["info"]), "config": from_mapping(note["config"], str(path)), "bank": bank})
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -14,7 +14,7 @@ import numpy as np
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from wsiseg.runs.plan_file import Sheet
+    from wsiseg.runs.plan_file import RunPlan
 
 NUCLEUS_UM2 = 28.0  #: median nucleus of all labelled fields: between TNBC's 21 and NuInsSeG's 33
 MEDIAN_UM2 = (9.0, 100.0)  #: median area of a run's nuclei: the 1st and 99th percentile of the labelled fields, rounded outwards
@@ -24,7 +24,7 @@ FEW = 50  #: of fewer cells the median says little, and of so few nobody needs a
 SMALL_MM2 = 0.1  #: in less tissue than this, a few cells are a low density; a biopsy has ten times as much
 
 
-def implausible(areas_px0: NDArray[np.float64], sheet: Sheet) -> tuple[str, ...]:
+def implausible(areas_px0: NDArray[np.float64], sheet: RunPlan) -> tuple[str, ...]:
     """Doubts about the cells of a whole run.
 
     Parameters

@@ -14,7 +14,7 @@ import shapely
 from scipy.spatial import cKDTree
 
 from wsiseg import __version__
-from wsiseg.celltypes.assignment import account, assign_types, claim
+from wsiseg.celltypes.assignment import assign_types, set_click_labels, typing_summary
 from wsiseg.config import check, from_mapping, read_config
 from wsiseg.errors import ConfigError, FormatError, RunError, SeedsError
 from wsiseg.formats import FILE_NAMES, load_writer
@@ -104,7 +104,7 @@ def type_run(
     elif bank is not None:
         clicks = load_bank(bank, weights)
     result, notes = assign_types(table.descriptors, table.points_xy * info.mpp, clicks, load_types(name), config.typing)
-    result = claim(result, rows)
+    result = set_click_labels(result, rows)
     notes = dataclasses.replace(notes, warnings=(*warnings, *notes.warnings))
 
     # Not the hash of `run` with these clicks: there a clicked cell also takes part in the segmentation.
@@ -121,7 +121,7 @@ def type_run(
         "retyped": True,
         "run_hash": provenance.config_hash,
         "types": result.count(),
-        "typing": account(result, clicks, notes),
+        "typing": typing_summary(result, clicks, notes),
         "files": files,
     }
     manifest["seconds"] = manifest["seconds"] | {"retype": round(time.perf_counter() - started, 3)}
@@ -159,7 +159,7 @@ def _write(
     files = [FILE_NAMES["parquet"]]
     if "geojson" in formats:
         files.append(write_geojson(folder.path / FILE_NAMES["geojson"], table, typing, info, provenance).name)
-    if not clicks.foreign:
+    if not clicks.from_other_slide:
         write_bank(folder.bank, clicks, table.note["slide"], weights)
         files.append(folder.bank.name)
     folder.drop_old_files(files)
@@ -209,7 +209,7 @@ def bank_of_table(table: CellTable, seeds: Seeds, config: RunConfig, mpp: float)
         cells=Cells.empty(z.shape[1]),
         high=(),
         low=(),
-        floors=np.empty(0, np.float32),
+        similarity_thresholds=np.empty(0, np.float32),
     )
     return bank, rows
 

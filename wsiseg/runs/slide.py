@@ -14,18 +14,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wsiseg import __version__
-from wsiseg.celltypes.assignment import account, assign_types, keep_clicks
+from wsiseg.celltypes.assignment import assign_types, enforce_click_labels, typing_summary
 from wsiseg.errors import InterruptedRunError, RunError
 from wsiseg.formats import FILE_NAMES, load_writer
 from wsiseg.formats.bank import write_bank
 from wsiseg.records import Provenance, Typing, TypingNotes
 from wsiseg.runs import folder as runs
-from wsiseg.runs.plan import describe, open_tools, plan_run, slide_path
-from wsiseg.runs.plan_file import read_sheet, write_sheet
+from wsiseg.runs.plan import describe, open_worker_context, plan_run, slide_path
+from wsiseg.runs.plan_file import read_plan, write_plan
 from wsiseg.runs.plausibility import implausible
-from wsiseg.runs.statistics import Tally, interrupt_shard
+from wsiseg.runs.statistics import RunStatistics, interrupt_shard
 from wsiseg.runtime.atomic import partial_name
-from wsiseg.runtime.profiling import give_back
+from wsiseg.runtime.profiling import trim_memory
 from wsiseg.segmentation.blocks import finished_block, segment_blocks
 from wsiseg.stitching.outline_store import CACHE_BYTES
 from wsiseg.stitching.stitch import stitch
@@ -38,12 +38,12 @@ if TYPE_CHECKING:
     from wsiseg.records import Block, Cells, TypeSpace
     from wsiseg.runs.folder import RunFolder
     from wsiseg.runs.plan import Plan
-    from wsiseg.runs.plan_file import Sheet
+    from wsiseg.runs.plan_file import RunPlan
     from wsiseg.runtime.claims import Claims
     from wsiseg.runtime.profiling import Clock
     from wsiseg.runtime.shards import Shard
     from wsiseg.segmentation.blocks import BlockReport
-    from wsiseg.stitching.stitch import Settled
+    from wsiseg.stitching.stitch import StitchedCells
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +100,7 @@ def segment_slide(
     """
     if not str(out).strip():
         raise RunError("the folder of all runs is empty; give a path")
-    tally = Tally(str(slide))
+    tally = RunStatistics(str(slide))
     with tally.clock("plan"):
         plan = plan_run(str(slide), config, Path(out), name=name, overwrite=overwrite)
     if isinstance(plan, runs.RunFolder):
@@ -112,14 +112,14 @@ def segment_slide(
         folder = runs.claim_folder(Path(out), slide_path(str(slide)), begun, name=name, overwrite=overwrite)
         plan = plan.at(folder.parts)
         runs.drop_stale_files(folder, set(plan.sheet.tiles))
-        if read_sheet(folder.parts, plan.sheet.run_hash) is None:
-            write_sheet(folder.parts, plan.sheet)
+        if read_plan(folder.parts, plan.sheet.run_hash) is None:
+            write_plan(folder.parts, plan.sheet)
         with plan.tools.claims as claims, _settled(folder, plan.sheet, claims, shard):
             tally.begin(plan.tools.model.device, folder, plan.sheet, shard)
             _segment(plan, shard.of(plan.blocks) if shard else plan.blocks, claims, tally, on_progress, stopped)
             if shard:
                 return tally.end_shard(folder, shard)
-            with _alone(claims, stopped, tally):
+            with _exclusive(claims, stopped, tally):
                 if not overwrite and folder.is_complete(plan.sheet.run_hash, config.formats):  # another process was quicker
                     return (folder.read_manifest() or {}) | {"already": True}
                 return finish(folder, plan.sheet, tally, plan.tools.model.types, stopped)
@@ -156,7 +156,7 @@ def merge_run(
     from wsiseg.runtime.claims import Claims
 
     folder = runs.RunFolder(run)
-    sheet = read_sheet(folder.parts)
+    sheet = read_plan(folder.parts)
     if sheet is None:
         raise RunError(f"{run}: no parts/plan.json of wsiseg in it; pass the folder of one slide's run, for example wsiseg-out/slide")
     manifest = folder.read_manifest() or {}
@@ -170,23 +170,23 @@ def merge_run(
         sheet = dataclasses.replace(sheet, config=dataclasses.replace(sheet.config, formats=formats))
     for known in sheet.config.formats:
         load_writer(known)
-    tally = Tally(sheet.info.path)
+    tally = RunStatistics(sheet.info.path)
     with Claims(folder.parts) as claims, _settled(folder, sheet, claims):
         missing = tally.collect(folder, sheet)
         if missing and not allow_missing:
             raise RunError(f"{run}: {tally.describe_missing(folder, missing, sheet, claims)}; run those shards again, or pass --allow-missing")
-        with _alone(claims, stopped, tally):
+        with _exclusive(claims, stopped, tally):
             return finish(folder, sheet, tally, load_types(sheet.config.model) if sheet.bank else None, stopped)
 
 
-def finish(folder: RunFolder, sheet: Sheet, tally: Tally, types: TypeSpace | None, stopped: Callable[[], bool]) -> dict[str, Any]:
+def finish(folder: RunFolder, sheet: RunPlan, tally: RunStatistics, types: TypeSpace | None, stopped: Callable[[], bool]) -> dict[str, Any]:
     """Parts -> stitched, typed cells -> files -> manifest, which is returned."""
     config, clock = sheet.config, tally.clock
-    give_back()
+    trim_memory()
     parts = [folder.parts / f"{name}.parquet" for name in sheet.tiles if name in tally.blocks]
     tally.require_current(parts, sheet.parts_hash)
     cache = min(CACHE_BYTES, int(config.max_ram_gb * 2**26)) if config.max_ram_gb else CACHE_BYTES
-    cells, typing, notes, counts = settle(parts, sheet, types, clock, cache_bytes=cache)
+    cells, typing, notes, counts = stitch_and_type(parts, sheet, types, clock, cache_bytes=cache)
     provenance = Provenance("wsiseg", __version__, Path(sheet.info.path).name, sheet.run_hash, {"model": config.model, "method": config.method})
     files = []
     for known in config.formats:
@@ -195,7 +195,7 @@ def finish(folder: RunFolder, sheet: Sheet, tally: Tally, types: TypeSpace | Non
         with clock("write"):
             path = folder.path / FILE_NAMES[known]
             files.append((load_writer(known)(path, cells, typing, sheet.info, provenance) or path).name)
-    if sheet.bank is not None and not sheet.bank.foreign:
+    if sheet.bank is not None and not sheet.bank.from_other_slide:
         write_bank(folder.bank, sheet.bank, provenance.slide, sheet.weights)
         files.append(folder.bank.name)
     folder.drop_old_files(files)
@@ -208,7 +208,7 @@ def finish(folder: RunFolder, sheet: Sheet, tally: Tally, types: TypeSpace | Non
         "files": files,
         "warnings": [*sheet.warnings, *notes.warnings, *doubts],
         "types": typing.count(),
-        "typing": account(typing, sheet.bank, notes) if sheet.bank else {},
+        "typing": typing_summary(typing, sheet.bank, notes) if sheet.bank else {},
     }  # fmt: skip
     manifest["counts"] |= {"cells": len(cells)} | counts
     manifest["model"] |= {"device": tally.device}
@@ -217,9 +217,9 @@ def finish(folder: RunFolder, sheet: Sheet, tally: Tally, types: TypeSpace | Non
     return manifest
 
 
-def settle(
-    sources: Sequence[Path | Cells], sheet: Sheet, types: TypeSpace | None, clock: Clock, *, cache_bytes: int = CACHE_BYTES
-) -> tuple[Settled, Typing, TypingNotes, dict[str, int]]:
+def stitch_and_type(
+    sources: Sequence[Path | Cells], sheet: RunPlan, types: TypeSpace | None, clock: Clock, *, cache_bytes: int = CACHE_BYTES
+) -> tuple[StitchedCells, Typing, TypingNotes, dict[str, int]]:
     """Outlines of all tiles, any order -> stitched cells, their types with notes, and counts.
 
     The clicked cells compete with the rest, so that a cell that somebody clicked is in the result even if no automatic prompt found it.
@@ -234,7 +234,7 @@ def settle(
     if bank is not None:
         with clock("type"):
             typing, notes = assign_types(cells.descriptors(), cells.points_xy * info.mpp, bank, types, config.typing)
-            typing, missed = keep_clicks(cells, typing, bank, config.cop.click_reach_um / info.mpp)
+            typing, missed = enforce_click_labels(cells, typing, bank, config.cop.click_reach_um / info.mpp)
             notes = dataclasses.replace(notes, warnings=(*notes.warnings, *missed))
     return cells, typing, notes, dataclasses.asdict(counts)
 
@@ -243,7 +243,7 @@ def _segment(
     plan: Plan,
     blocks: list[Block],
     claims: Claims,
-    tally: Tally,
+    tally: RunStatistics,
     on_progress: Callable[[int, int, int], None] | None,
     stopped: Callable[[], bool],
 ) -> None:
@@ -278,7 +278,7 @@ def _segment(
             claims.drop_stale()
             done = len(tally.blocks)
             for report in map_blocks(
-                segment_blocks, [b for b in todo if b.name not in busy], partial(open_tools, plan.job), workers=config.workers,
+                segment_blocks, [b for b in todo if b.name not in busy], partial(open_worker_context, plan.job), workers=config.workers,
                 scheduler=config.scheduler, cluster=config.cluster, tools=plan.tools, scratch=plan.job.parts / partial_name("dask"),
                 weight=lambda block: len(block.tiles), stopped=stopped,
             ):  # fmt: skip
@@ -288,7 +288,7 @@ def _segment(
 
 
 @contextlib.contextmanager
-def _settled(folder: RunFolder, sheet: Sheet, claims: Claims, shard: Shard | None = None) -> Iterator[None]:
+def _settled(folder: RunFolder, sheet: RunPlan, claims: Claims, shard: Shard | None = None) -> Iterator[None]:
     """After an orderly stop the manifest says ``interrupted``, and no longer ``running``, unless another process is at work on the folder."""
     try:
         yield
@@ -305,7 +305,7 @@ def _settled(folder: RunFolder, sheet: Sheet, claims: Claims, shard: Shard | Non
 
 
 @contextlib.contextmanager
-def _alone(claims: Claims, stopped: Callable[[], bool], tally: Tally) -> Iterator[None]:
+def _exclusive(claims: Claims, stopped: Callable[[], bool], tally: RunStatistics) -> Iterator[None]:
     """Only one process stitches and writes; the others wait, and find it done."""
     while not claims.take(_END):
         if stopped():

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from wsiseg.errors import FormatError, InterruptedRunError, RunError, counted
 from wsiseg.formats.parts import open_part, part_is_current
-from wsiseg.runtime import process as machine
+from wsiseg.runtime import machine
 from wsiseg.runtime.atomic import write_json
 from wsiseg.runtime.profiling import Clock, peak_bytes
 from wsiseg.runtime.shards import Shard
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import torch
 
     from wsiseg.runs.folder import RunFolder
-    from wsiseg.runs.plan_file import Sheet
+    from wsiseg.runs.plan_file import RunPlan
     from wsiseg.runtime.claims import Claims
     from wsiseg.segmentation.blocks import BlockReport
 
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 _NAMED = 8  #: missing blocks that are named in one sentence
 
 
-class Tally:
+class RunStatistics:
     """Adds up the reports of blocks.
 
     Parameters
@@ -71,7 +71,7 @@ class Tally:
         """Of the finished blocks."""
         return sum(c["outlines"] for c in self.blocks.values())
 
-    def begin(self, device: torch.device, folder: RunFolder, sheet: Sheet, shard: Shard | None) -> None:
+    def begin(self, device: torch.device, folder: RunFolder, sheet: RunPlan, shard: Shard | None) -> None:
         """The first block is about to be worked on."""
         self.device, self._run_hash = str(device), sheet.run_hash
         facts = {"slide": self.slide, "device": self.device, "folder": str(folder.path)}
@@ -111,13 +111,13 @@ class Tally:
         record = self._cost() | {
             "status": "shard", "shard": str(shard), "host": machine.host(), "device": self.device, "folder": str(folder.path),
             "run_hash": self._run_hash,
-            "counts": self._sums() | {"blocks": len(self.blocks), "blocks_resumed": self._resumed}, "failures": self._said(), "warnings": [],
+            "counts": self._sums() | {"blocks": len(self.blocks), "blocks_resumed": self._resumed}, "failures": self._failure_sentences(), "warnings": [],
         }  # fmt: skip
         if self._earlier.get("status") != "shard" or self._processes:  # else nothing was done, and what it cost then stays
             write_json(_record(folder, shard), record)
         return record
 
-    def collect(self, folder: RunFolder, sheet: Sheet) -> list[str]:
+    def collect(self, folder: RunFolder, sheet: RunPlan) -> list[str]:
         """Add up the parts and what the shards say they cost; returns the blocks that are missing or have tiles that could not be read."""
         missing = []
         for name in sheet.tiles:
@@ -142,7 +142,7 @@ class Tally:
         self._model_share = sum(r["model_share"] * r["seconds"].get("tiles", 0) for r in records) / max(tiles, 1e-9)
         return missing
 
-    def describe_missing(self, folder: RunFolder, missing: list[str], sheet: Sheet, claims: Claims) -> str:
+    def describe_missing(self, folder: RunFolder, missing: list[str], sheet: RunPlan, claims: Claims) -> str:
         """Which blocks are missing, of which shards, who works on them, and which have tiles that could not be read."""
         said = []
         absent = [name for name in missing if name not in self.blocks]
@@ -159,7 +159,7 @@ class Tally:
             if busy:
                 said.append(f"{len(busy)} of them are being worked on ({claims.holder(busy[0])})")
         if self._failures:
-            failures = self._said()
+            failures = self._failure_sentences()
             said.append(f"{counted(len(failures), 'tile')} could not be read (first: {failures[0]})")
         return "; ".join(said)
 
@@ -175,10 +175,10 @@ class Tally:
             if not part_is_current(path, parts_hash):
                 raise RunError(f"{path}: was changed by another run while this one went on; run the command again, one run per folder")
 
-    def account(self, sheet: Sheet) -> dict[str, Any]:
+    def account(self, sheet: RunPlan) -> dict[str, Any]:
         """The manifest's account of what came of the blocks and what it cost."""
         absent = {name: tiles for name, tiles in sheet.tiles.items() if name not in self.blocks}
-        failures = [*self._said(), *(f"block {name}: none of its tiles was worked on ({tiles})" for name, tiles in absent.items())]
+        failures = [*self._failure_sentences(), *(f"block {name}: none of its tiles was worked on ({tiles})" for name, tiles in absent.items())]
         counts = self._sums()
         counts["tiles"] += sum(absent.values())
         counts["tiles_failed"] += sum(absent.values())
@@ -193,7 +193,7 @@ class Tally:
     def _sums(self) -> dict[str, int]:
         return {key: sum(c[key] for c in self.blocks.values()) for key in BLOCK_COUNTS}
 
-    def _said(self) -> list[str]:
+    def _failure_sentences(self) -> list[str]:
         return [failure for name in sorted(self._failures) for failure in self._failures[name]]
 
     def _cost(self) -> dict[str, Any]:

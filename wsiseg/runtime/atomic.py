@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import orjson
 
 from wsiseg.errors import RunError, WsisegError
-from wsiseg.runtime import process as machine
+from wsiseg.runtime import machine
 from wsiseg.runtime.paths import kind_of
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     try:
         if kind_of(path, RunError) == "special":
             raise RunError(f"{path}: {_NO_FILE}")
-        with refusals(path):
+        with translate_os_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             yield partial
             _replace(path, partial, _sync(partial, os.O_RDWR))
@@ -73,7 +73,7 @@ def partial_name(name: str) -> str:
 
 
 @contextmanager
-def refusals(path: Path) -> Iterator[None]:
+def translate_os_errors(path: Path) -> Iterator[None]:
     """In one line what the file system refuses while ``path`` is written.
 
     Parameters

@@ -2,7 +2,7 @@
 
 ::
 
-    parts/<name>.claim           host, process, space (wsiseg.runtime.process), a random token, a count of beats; renewed in place
+    parts/<name>.claim           host, process, space (wsiseg.runtime.machine), a random token, a count of beats; renewed in place
     parts/.<name>.claim.taking   the next claim, while its maker takes a dead one over; renamed to it
 
 Claims save work and say whom to wait for. Nothing that is written depends on them: two processes that do the same part all the same write the
@@ -25,14 +25,14 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
-from wsiseg.runtime import process as machine
-from wsiseg.runtime.atomic import refusals
+from wsiseg.runtime import machine
+from wsiseg.runtime.atomic import translate_os_errors
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
 
-BEAT_S = 15.0  #: between two renewals of a claim: a few bytes per process, which no file server notices
+HEARTBEAT_S = 15.0  #: between two renewals of a claim: a few bytes per process, which no file server notices
 DEAD_AFTER_S = 120.0  #: 60 s for which a network file system may answer from its cache, and four beats
 
 _ENDING, _TAKING = ".claim", ".taking"
@@ -73,7 +73,7 @@ class Claims:
     ----------
     folder
         Where the claim files lie; it is made when missing.
-    beat_s
+    heartbeat_s
         Seconds between renewals. The thread needs Python's lock: compiled code that keeps it for long delays a beat.
     dead_after_s
         Seconds without a change after which an owner that cannot be asked counts as dead; many beats, the same in all processes. Only time in
@@ -85,14 +85,14 @@ class Claims:
         Names that this process took and that are not its own any more: it was suspended for so long that another process took them over.
     """
 
-    def __init__(self, folder: Path, *, beat_s: float = BEAT_S, dead_after_s: float = DEAD_AFTER_S) -> None:
+    def __init__(self, folder: Path, *, heartbeat_s: float = HEARTBEAT_S, dead_after_s: float = DEAD_AFTER_S) -> None:
         self.folder = folder
         self.lost: set[str] = set()
-        self._beat_s, self._dead_after_s = beat_s, dead_after_s
+        self._heartbeat_s, self._dead_after_s = heartbeat_s, dead_after_s
         self._held: dict[str, _Held] = {}
         self._seen: dict[Path, tuple[_State, float]] = {}
         self._lock = threading.Lock()  # of the clock and of _held against the thread; never kept while the file system is asked
-        self._beats, self._awake_s, self._last = 0, 0.0, time.monotonic()
+        self._heartbeats, self._awake_s, self._last = 0, 0.0, time.monotonic()
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -133,7 +133,7 @@ class Claims:
             return True
         path, pid = self._path(name), os.getpid()
         owner = _Owner(machine.host(), pid, machine.started(pid), machine.space(), secrets.token_hex(8))
-        with refusals(path):
+        with translate_os_errors(path):
             won = self._take(path, owner)
         if won:
             with self._lock:
@@ -157,7 +157,7 @@ class Claims:
     def holder(self, name: str) -> str | None:
         """Who has a name, dead or alive, this process included, as in ``node7, process 4711``; ``None`` when nobody has."""
         path = self._path(name)
-        with refusals(path):
+        with translate_os_errors(path):
             state = self._look(path)
         owner = _owner(state)
         if owner is None:
@@ -166,7 +166,7 @@ class Claims:
 
     def busy(self, names: Iterable[str]) -> list[str]:
         """Which of the names another process that may be alive has, in their order; an owner is watched from the first call that meets it."""
-        with refusals(self.folder):
+        with translate_os_errors(self.folder):
             try:
                 there = set(os.listdir(self.folder))  # noqa: PTH208 -- names are all that is needed of thousands
             except FileNotFoundError:
@@ -255,7 +255,7 @@ class Claims:
 
     def _content(self, owner: _Owner) -> bytes:
         """Of the same length with every beat: rewriting it in place needs no room on the disk and is never half a claim."""
-        return json.dumps({**dataclasses.asdict(owner), "beat": f"{self._beats:010d}"}).encode() + b"\n"
+        return json.dumps({**dataclasses.asdict(owner), "beat": f"{self._heartbeats:010d}"}).encode() + b"\n"
 
     def _is_alive(self, path: Path) -> bool:
         """Whether there is a claim whose owner may be alive."""
@@ -280,7 +280,7 @@ class Claims:
         """Seconds in which this process was awake: no step, between beats or looks, counts for more than two beats."""
         with self._lock:
             now = time.monotonic()
-            self._awake_s += min(now - self._last, 2 * self._beat_s)
+            self._awake_s += min(now - self._last, 2 * self._heartbeat_s)
             self._last = now
             return self._awake_s
 
@@ -299,8 +299,8 @@ class Claims:
             raise
 
     def _run(self) -> None:
-        while not self._stop.wait(self._beat_s):
-            self._beats += 1
+        while not self._stop.wait(self._heartbeat_s):
+            self._heartbeats += 1
             for name, held in list(self._held.items()):
                 self._renew(name, held)
             with contextlib.suppress(OSError):

@@ -56,7 +56,7 @@ def peak_bytes() -> int:
     return max(peak if sys.platform == "darwin" else peak * 1024, _largest[0])
 
 
-def give_back() -> None:
+def trim_memory() -> None:
     """Return freed memory to the system, where it can: what the network left must not stand beside what stitching and writing need."""
     with contextlib.suppress(OSError, AttributeError):  # glibc only
         ctypes.CDLL(None).malloc_trim(0)

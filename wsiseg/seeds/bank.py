@@ -33,7 +33,7 @@ _CANDIDATES = 12  #: automatic prompts around a click that are tried for the cel
 
 
 @dataclass(frozen=True)
-class _Desk:
+class _ClickContext:
     """What every click needs."""
 
     reader: SlideReader
@@ -53,7 +53,7 @@ class _Desk:
 
 
 @dataclass(frozen=True)
-class _Clicked:
+class _ClickedCell:
     """The cell that a click means. ``prompt``: model px of the slide."""
 
     place: str
@@ -78,7 +78,7 @@ def build_bank(
     config
         ``cop`` and ``masks``.
     chains
-        Also run Chain-of-Prompts from every click and fill ``high``, ``low`` and ``floors``; they stay empty otherwise. Memory does not grow with
+        Also run Chain-of-Prompts from every click and fill ``high``, ``low`` and ``similarity_thresholds``; they stay empty otherwise. Memory does not grow with
         the number of clicks.
 
     Raises
@@ -86,7 +86,7 @@ def build_bank(
     SeedsError
         A click hits no cell (the sentence names the nearest one), or clicks of two types hit the same.
     """
-    desk = _Desk(reader, model, lattice, config)
+    desk = _ClickContext(reader, model, lattice, config)
     clicked = [
         [_find_cell(desk, f"{seeds.source}: types[{t}].points[{i}]", point) for i, point in enumerate(kind.points)]
         for t, kind in enumerate(seeds.types)
@@ -107,7 +107,7 @@ def build_bank(
         cells=Cells.concatenate([c.cell for kind in clicked for c in kind], model.descriptor_size),
         high=tuple(high for high, _, _ in banks),
         low=tuple(low for _, low, _ in banks),
-        floors=np.array([floor for _, _, floor in banks], np.float32),
+        similarity_thresholds=np.array([floor for _, _, floor in banks], np.float32),
     )
 
 
@@ -139,10 +139,10 @@ def find_clicked(
     SeedsError
         The click hits no cell; the sentence names the nearest one.
     """
-    return _find_cell(_Desk(reader, model, lattice, config), place, point).cell
+    return _find_cell(_ClickContext(reader, model, lattice, config), place, point).cell
 
 
-def _find_cell(desk: _Desk, place: str, point: tuple[float, float]) -> _Clicked:
+def _find_cell(desk: _ClickContext, place: str, point: tuple[float, float]) -> _ClickedCell:
     """The cell under a click, or within its reach."""
     config, model = desk.config, desk.model
     centre = desk.lattice.to_model(np.array(point))
@@ -166,10 +166,10 @@ def _find_cell(desk: _Desk, place: str, point: tuple[float, float]) -> _Clicked:
         raise SeedsError(f"{where}; the nearest is at [{hit.x:.0f}, {hit.y:.0f}], {gaps.min():.0f} um away; move the click onto a nucleus")
     own = (np.abs(cells.points_xy[near] - point) * desk.lattice.slide_mpp < _SAME_UM).all(1)
     cell = cells.take(near[:1] if not own.any() else near[own][:1])  # masks that a model was asked for again come last, the click's own too
-    return _Clicked(place, desk.lattice.to_model(cell.points_xy[0]), cell.descriptors[0].astype(np.float32), cell)
+    return _ClickedCell(place, desk.lattice.to_model(cell.points_xy[0]), cell.descriptors[0].astype(np.float32), cell)
 
 
-def _refuse_shared_cells(clicked: list[list[_Clicked]]) -> None:
+def _refuse_shared_cells(clicked: list[list[_ClickedCell]]) -> None:
     """Clicks of two types on one cell contradict each other."""
     owners = [(t, c) for t, kind in enumerate(clicked) for c in kind]
     pairs = on_one_cell([t for t, _ in owners], np.array([c.cell.polygons[0] for _, c in owners], object))
@@ -194,7 +194,7 @@ def same_cell(place: str, other: str) -> str:
 
 
 def _reliable(
-    desk: _Desk, clicked: list[_Clicked], others: list[NDArray[np.float32]]
+    desk: _ClickContext, clicked: list[_ClickedCell], others: list[NDArray[np.float32]]
 ) -> tuple[NDArray[np.float32], NDArray[np.float32], float]:
     """F_h and F_l (m, C) of a type's prototypes, and its floor.
 
@@ -209,17 +209,17 @@ def _reliable(
         box, embeddings = desk.encode(click.prompt)
         corner = np.array([box.x0, box.y0])
         f_high, f_low = (x[0].float().cpu().numpy() for x in (embeddings.high, embeddings.low))
-        cell_px = box.width / f_high.shape[2]
+        stride_px = box.width / f_high.shape[2]
         own = click.prompt - corner
-        chain = farthest_point_recursion((own[0] / cell_px, own[1] / cell_px), f_high, f_low, cell_px * model.mpp, config.cop)
+        chain = farthest_point_recursion((own[0] / stride_px, own[1] / stride_px), f_high, f_low, stride_px * model.mpp, config.cop)
         found = [own[None]]
-        for masks in decode(model, embeddings, 0, (chain.points * cell_px).astype(np.float32), config.masks):
+        for masks in decode(model, embeddings, 0, (chain.points * stride_px).astype(np.float32), config.masks):
             z = masks.descriptors.float().numpy()
             like_rival = (z @ rivals.T).max(1, initial=-1.0)
             found.append(masks.points_xy.numpy()[z @ click.descriptor >= like_rival])
         points = np.concatenate(found)
         f_low = resize_unit(f_low, f_high.shape[1:])
-        column, row = (np.clip((points[:, k] / cell_px).astype(int), 0, f_high.shape[2 - k] - 1) for k in (0, 1))
+        column, row = (np.clip((points[:, k] / stride_px).astype(int), 0, f_high.shape[2 - k] - 1) for k in (0, 1))
         places.append(points + corner)
         high.append(f_high[:, row, column].T)
         low.append(f_low[:, row, column].T)

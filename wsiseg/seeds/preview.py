@@ -34,7 +34,7 @@ MAX_PANELS = 640  #: on one sheet; the bad clicks first
 
 
 @dataclass(frozen=True)
-class Sheet:
+class PreviewSummary:
     """What was drawn.
 
     Attributes
@@ -78,7 +78,7 @@ def preview_seeds(
     *,
     overwrite: bool = False,
     on_progress: Callable[[int, int, int], None] = lambda *_: None,
-) -> Sheet:
+) -> PreviewSummary:
     """Draw every click with the outline decoded from it, and write the sheet.
 
     Parameters
@@ -98,7 +98,7 @@ def preview_seeds(
 
     Returns
     -------
-    Sheet
+    PreviewSummary
         Its ``faults`` are for the caller to report: a bad click is drawn, it raises nothing.
 
     Raises
@@ -132,7 +132,7 @@ def preview_seeds(
     sheet = draw_sheet(panels, found.types, title, WINDOW_UM / side)
     with atomic_path(out) as partial:
         sheet.save(partial, format="PNG")
-    return Sheet(found, len(clicks), len(drawn), bad, faults, (*info.warnings, *warnings))
+    return PreviewSummary(found, len(clicks), len(drawn), bad, faults, (*info.warnings, *warnings))
 
 
 def _listed(seeds: Seeds) -> list[_Click]:

@@ -23,15 +23,15 @@ import torch
 from wsiseg.errors import FormatError, SlideError
 from wsiseg.formats.parts import open_part, part_is_current, write_part
 from wsiseg.records import Block, Cells
-from wsiseg.runtime import process as machine
-from wsiseg.runtime.prefetch import ahead
+from wsiseg.runtime import machine
+from wsiseg.runtime.prefetch import prefetch_map
 from wsiseg.runtime.profiling import Clock, peak_bytes
 from wsiseg.segmentation.batch_size import Batch, is_out_of_memory
 from wsiseg.segmentation.decoding import decode
 from wsiseg.segmentation.polygons import trace
 from wsiseg.segmentation.prompts import find_points
 from wsiseg.segmentation.prompts.grid import grid_points
-from wsiseg.segmentation.refinement import ask_again
+from wsiseg.segmentation.refinement import refine_masks
 from wsiseg.slide import read_region
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from wsiseg.records import Embeddings, Tile, WindowMasks
-    from wsiseg.runs.plan import Job, Tools
+    from wsiseg.runs.plan import RunSpec, WorkerContext
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ class BlockReport:
 
 
 @dataclass(frozen=True)
-class _Task:
+class _TileTask:
     """One tile of a block."""
 
     block: Block
@@ -90,44 +90,44 @@ class _Task:
 
 
 @dataclass(frozen=True)
-class _Read:
+class _TilePixels:
     """A tile's pixels (H, W, 3), or why there are none."""
 
-    task: _Task
+    task: _TileTask
     pixels: NDArray[np.uint8] | None
     failure: str = ""
 
 
 @dataclass(frozen=True)
-class _Encoded:
+class _EncodedTile:
     """A tile that was encoded, as the ``place``-th of a batch."""
 
-    read: _Read
+    read: _TilePixels
     embeddings: Embeddings | None = None
     place: int = 0
 
 
 @dataclass(frozen=True)
-class _Answer:
+class _DecodedTile:
     """A tile's masks on the CPU, and how many prompts they come from."""
 
-    task: _Task
+    task: _TileTask
     masks: list[WindowMasks]
     prompts: int
     failure: str = ""
 
 
 @dataclass(frozen=True)
-class _Traced:
+class _TracedTile:
     """A tile's outlines."""
 
-    task: _Task
+    task: _TileTask
     cells: Cells
     counts: dict[str, int]
     failure: str = ""
 
 
-def finished_block(job: Job, block: Block, *, failed: bool = False) -> BlockReport | None:
+def finished_block(job: RunSpec, block: Block, *, failed: bool = False) -> BlockReport | None:
     """The report of a block whose part is there and whole; one with tiles that could not be read only if ``failed``."""
     path = job.parts / f"{block.name}.parquet"
     try:
@@ -139,7 +139,7 @@ def finished_block(job: Job, block: Block, *, failed: bool = False) -> BlockRepo
     return BlockReport(block.name, part.counts, part.failures, {}, resumed=True)
 
 
-def segment_blocks(tools: Tools, blocks: Sequence[Block], stopped: Callable[[], bool]) -> Iterator[BlockReport]:
+def segment_blocks(tools: WorkerContext, blocks: Sequence[Block], stopped: Callable[[], bool]) -> Iterator[BlockReport]:
     """Work through blocks.
 
     Parameters
@@ -156,27 +156,27 @@ def segment_blocks(tools: Tools, blocks: Sequence[Block], stopped: Callable[[], 
     BlockReport
         As soon as a block's part is on disk, or one block later.
     """
-    line = _Line(tools, stopped)
+    line = _TilePipeline(tools, stopped)
     try:
-        with closing(ahead(line.write, line.finished(blocks), threads=1, limit=2)) as reports:
+        with closing(prefetch_map(line.write, line.finished(blocks), threads=1, limit=2)) as reports:
             yield from reports
     finally:
         for name in line.taken:
             tools.claims.release(name)
 
 
-def segment_tile(tile: Tile, pixels: NDArray[np.uint8], tools: Tools, clock: Clock) -> tuple[Cells, dict[str, int]]:
+def segment_tile(tile: Tile, pixels: NDArray[np.uint8], tools: WorkerContext, clock: Clock) -> tuple[Cells, dict[str, int]]:
     """One tile, start to finish: pixels (H, W, 3) of ``tile.outer`` -> the outlines that ``tile.core`` owns, level-0 px."""
     batch = Batch(tools.job.config, tools.model.device)
-    (encoded,) = _encode(tools, [_Read(_Task(dataclasses.replace(_NO_BLOCK, tiles=(tile,)), 0), pixels)], batch, clock)
+    (encoded,) = _encode(tools, [_TilePixels(_TileTask(dataclasses.replace(_NO_BLOCK, tiles=(tile,)), 0), pixels)], batch, clock)
     traced = _trace(tools, _decode(tools, encoded, _points(tools, encoded), batch, clock))
     return traced.cells, traced.counts
 
 
-class _Line:
+class _TilePipeline:
     """The stages of one process, each fed by the one before."""
 
-    def __init__(self, tools: Tools, stopped: Callable[[], bool]) -> None:
+    def __init__(self, tools: WorkerContext, stopped: Callable[[], bool]) -> None:
         self.tools, self.stopped = tools, stopped
         self.taken: set[str] = set()
         self.readers = min(READERS, machine.cores())
@@ -184,15 +184,15 @@ class _Line:
         self.batch = Batch(tools.job.config, tools.model.device)
         self.resumed: list[BlockReport] = []
 
-    def finished(self, blocks: Sequence[Block]) -> Iterator[BlockReport | list[_Traced]]:
+    def finished(self, blocks: Sequence[Block]) -> Iterator[BlockReport | list[_TracedTile]]:
         """Blocks with all their tiles traced, and reports of those that were finished before."""
         if not blocks:
             return
         outer = blocks[0].tiles[0].outer
         limit = self.batch.read_ahead(outer.width * outer.height * 3) + self.readers
-        read = ahead(self.read, self.tasks(blocks), threads=self.readers, limit=limit)
-        done: dict[str, list[_Traced]] = {}
-        with closing(read), closing(ahead(self.trace, self.answers(read), threads=1, limit=3)) as traced:  # before the slide is
+        read = prefetch_map(self.read, self.tasks(blocks), threads=self.readers, limit=limit)
+        done: dict[str, list[_TracedTile]] = {}
+        with closing(read), closing(prefetch_map(self.trace, self.answers(read), threads=1, limit=3)) as traced:  # before the slide is
             for tile in traced:
                 mine = done.setdefault(tile.task.block.name, [])
                 mine.append(tile)
@@ -202,7 +202,7 @@ class _Line:
                     yield self.resumed.pop(0)
         yield from self.resumed
 
-    def tasks(self, blocks: Sequence[Block]) -> Iterator[_Task]:
+    def tasks(self, blocks: Sequence[Block]) -> Iterator[_TileTask]:
         """Tiles of the blocks that are this process's to do."""
         for block in blocks:
             if self.stopped():
@@ -216,37 +216,37 @@ class _Line:
                 if report:  # by who had it until now
                     self.resumed.append(report)
                     continue
-                yield from (_Task(block, number) for number in range(len(block.tiles)))
+                yield from (_TileTask(block, number) for number in range(len(block.tiles)))
 
-    def read(self, task: _Task) -> _Read:
+    def read(self, task: _TileTask) -> _TilePixels:
         """Pixels of a tile; a tile that cannot be read is tried twice."""
         reader, job = self.tools.reader, self.tools.job
         with self.clock("read"):
             for last in (False, True):
                 try:
-                    return _Read(task, read_region(reader, task.tile.outer, job.lattice))
+                    return _TilePixels(task, read_region(reader, task.tile.outer, job.lattice))
                 except SlideError as error:
                     failure = str(error)
                     if last:
                         break
-        return _Read(task, None, failure)
+        return _TilePixels(task, None, failure)
 
-    def answers(self, read: Iterator[_Read]) -> Iterator[_Answer]:
+    def answers(self, read: Iterator[_TilePixels]) -> Iterator[_DecodedTile]:
         """Masks of the tiles: one batch's prompts are looked for while the next one is encoded."""
-        with closing(ahead(self.prompts, self.encoded(read), threads=self.readers, limit=self.batch.tiles + 1)) as prompted:
+        with closing(prefetch_map(self.prompts, self.encoded(read), threads=self.readers, limit=self.batch.tiles + 1)) as prompted:
             for tile, points in prompted:
                 yield _decode(self.tools, tile, points, self.batch, self.clock)
 
-    def encoded(self, read: Iterator[_Read]) -> Iterator[_Encoded]:
+    def encoded(self, read: Iterator[_TilePixels]) -> Iterator[_EncodedTile]:
         """Tiles, encoded in batches; those without pixels pass by."""
-        group: list[_Read] = []
+        group: list[_TilePixels] = []
         while True:
             with self.clock("wait_for_read"):
                 got = next(read, None)
             if got is None or (got.task.number == 0 and self.stopped()):
                 break
             if got.pixels is None:
-                yield _Encoded(got)
+                yield _EncodedTile(got)
                 continue
             group.append(got)
             if len(group) >= self.batch.tiles:
@@ -254,17 +254,17 @@ class _Line:
                 group = []
         yield from _encode(self.tools, group, self.batch, self.clock)
 
-    def prompts(self, tile: _Encoded) -> tuple[_Encoded, NDArray[np.float32]]:
+    def prompts(self, tile: _EncodedTile) -> tuple[_EncodedTile, NDArray[np.float32]]:
         """Prompts of a tile."""
         with self.clock("prompt"):
             return tile, _points(self.tools, tile)
 
-    def trace(self, answer: _Answer) -> _Traced:
+    def trace(self, answer: _DecodedTile) -> _TracedTile:
         """Outlines of a tile."""
         with self.clock("vectorise"):
             return _trace(self.tools, answer)
 
-    def write(self, block: BlockReport | list[_Traced]) -> BlockReport:
+    def write(self, block: BlockReport | list[_TracedTile]) -> BlockReport:
         """A block's part, and its report."""
         if isinstance(block, BlockReport):
             return block
@@ -283,7 +283,7 @@ class _Line:
         return BlockReport(name, counts, failures, self.clock.take(), peak_bytes(), on_device, process=f"{machine.label()}-{os.getpid()}")
 
 
-def _encode(tools: Tools, group: list[_Read], batch: Batch, clock: Clock) -> list[_Encoded]:
+def _encode(tools: WorkerContext, group: list[_TilePixels], batch: Batch, clock: Clock) -> list[_EncodedTile]:
     """Encode tiles together; in two halves when memory does not do."""
     if not group:
         return []
@@ -291,7 +291,7 @@ def _encode(tools: Tools, group: list[_Read], batch: Batch, clock: Clock) -> lis
         with clock("encode"), torch.inference_mode():
             pixels = torch.from_numpy(np.stack([read.pixels for read in group if read.pixels is not None]))
             embeddings = tools.model.encode(pixels.permute(0, 3, 1, 2).to(tools.model.device))
-        return [_Encoded(read, embeddings, k) for k, read in enumerate(group)]
+        return [_EncodedTile(read, embeddings, k) for k, read in enumerate(group)]
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -301,10 +301,10 @@ def _encode(tools: Tools, group: list[_Read], batch: Batch, clock: Clock) -> lis
     return [tile for part in (group[:half], group[half:]) for tile in _encode(tools, part, batch, clock)]
 
 
-def _decode(tools: Tools, tile: _Encoded, points: NDArray[np.float32], batch: Batch, clock: Clock) -> _Answer:
+def _decode(tools: WorkerContext, tile: _EncodedTile, points: NDArray[np.float32], batch: Batch, clock: Clock) -> _DecodedTile:
     """Masks of a tile's prompts, on the CPU; fewer prompts at a time when memory does not do."""
     if tile.embeddings is None:
-        return _Answer(tile.read.task, [], 0, tile.read.failure)
+        return _DecodedTile(tile.read.task, [], 0, tile.read.failure)
     while True:
         try:
             with clock("decode"), torch.inference_mode():
@@ -315,7 +315,7 @@ def _decode(tools: Tools, tile: _Encoded, points: NDArray[np.float32], batch: Ba
             batch.halve(tools.job.slide, error)
         else:
             batch.learn()
-            return _Answer(tile.read.task, masks, len(points))
+            return _DecodedTile(tile.read.task, masks, len(points))
 
 
 def _one(embeddings: Embeddings, k: int) -> Embeddings:
@@ -325,7 +325,7 @@ def _one(embeddings: Embeddings, k: int) -> Embeddings:
 
 
 @torch.inference_mode()
-def _points(tools: Tools, encoded: _Encoded) -> NDArray[np.float32]:
+def _points(tools: WorkerContext, encoded: _EncodedTile) -> NDArray[np.float32]:
     """Prompts (N, 2) that the tile owns, model px of the tile."""
     job, model, tile = tools.job, tools.model, encoded.read.task.tile
     if encoded.embeddings is None:
@@ -341,19 +341,19 @@ def _points(tools: Tools, encoded: _Encoded) -> NDArray[np.float32]:
     return owned
 
 
-def _masks(tools: Tools, encoded: _Encoded, embeddings: Embeddings, points: NDArray[np.float32], prompts: int) -> list[WindowMasks]:
+def _masks(tools: WorkerContext, encoded: _EncodedTile, embeddings: Embeddings, points: NDArray[np.float32], prompts: int) -> list[WindowMasks]:
     """Masks of the prompts of a tile, on the CPU."""
     config, model, tile, k = tools.job.config, tools.model, encoded.read.task.tile, encoded.place
     masks = dataclasses.replace(config.masks, prompts_per_batch=prompts)
     batches = list(decode(model, embeddings, k, points, masks, grid=config.grid if config.method == "amg" else None))
     if config.second_round.enabled:
-        batches = ask_again(model, embeddings, tile.outer.width, batches, masks, config.second_round, k)
+        batches = refine_masks(model, embeddings, tile.outer.width, batches, masks, config.second_round, k)
     return batches
 
 
-def _trace(tools: Tools, answer: _Answer) -> _Traced:
+def _trace(tools: WorkerContext, answer: _DecodedTile) -> _TracedTile:
     job = tools.job
     traced = [trace(masks, answer.task.tile.outer, job.lattice, job.config.masks) for masks in answer.masks]
     cells = Cells.concatenate([cells for cells, _ in traced], tools.model.descriptor_size)
     counts = {"prompts": answer.prompts, "larger_than_window": sum(touching for _, touching in traced)}
-    return _Traced(answer.task, cells, counts, answer.failure)
+    return _TracedTile(answer.task, cells, counts, answer.failure)

@@ -56,8 +56,8 @@ def decode(
     cut: list[NDArray[np.float32]] = []
     for start in range(0, len(points_xy), config.prompts_per_batch):
         batch = points_xy[start : start + config.prompts_per_batch]
-        masks = _ask(model, embeddings, tile, batch, config, grid, whole=False)
-        if model.sees_whole:
+        masks = _ask(model, embeddings, tile, batch, config, grid, full_tile=False)
+        if model.supports_full_tile:
             again = reaches_border(masks)
             # One answer of several may be cut: the others come again with it, and the first time does not count.
             asked = np.unique(masks.points_xy[again].numpy(), axis=0)
@@ -65,10 +65,10 @@ def decode(
             cut.append(asked)
             masks = masks.take(~again)
         yield masks
-    whole = np.concatenate(cut) if cut else np.empty((0, 2), np.float32)
+    cut_points = np.concatenate(cut) if cut else np.empty((0, 2), np.float32)
     step = max(config.prompts_per_batch // _WHOLE, 1)
-    for start in range(0, len(whole), step):
-        yield _ask(model, embeddings, tile, whole[start : start + step], config, grid, whole=True)
+    for start in range(0, len(cut_points), step):
+        yield _ask(model, embeddings, tile, cut_points[start : start + step], config, grid, full_tile=True)
 
 
 def reaches_border(masks: WindowMasks) -> Tensor:
@@ -86,25 +86,25 @@ def _ask(
     config: MaskConfig,
     grid: GridConfig | None,
     *,
-    whole: bool,
+    full_tile: bool,
 ) -> WindowMasks:
     """The good masks of one batch, on the CPU."""
     padded = np.concatenate([batch, np.repeat(batch[-1:], -len(batch) % model.prompts_multiple, 0)])
     points = torch.from_numpy(padded).to(model.device)
     which = torch.full((len(points),), tile, dtype=torch.long, device=model.device)
-    masks = model.decode(embeddings, which, points, multimask=grid is not None, whole=whole)
-    answers = len(masks.quality) // len(points)
-    keep = masks.quality * masks.stability >= config.min_score
+    masks = model.decode(embeddings, which, points, multimask=grid is not None, full_tile=full_tile)
+    answers = len(masks.predicted_iou) // len(points)
+    keep = masks.predicted_iou * masks.stability >= config.min_score
     if grid is not None:
-        keep &= (masks.quality >= grid.min_quality) & (masks.stability >= grid.min_stability)
+        keep &= (masks.predicted_iou >= grid.min_quality) & (masks.stability >= grid.min_stability)
     keep[len(batch) * answers :] = False
     return WindowMasks(
         logits=masks.logits[keep].float().cpu(),
         origin_xy=masks.origin_xy[keep].cpu(),
-        cell_px=masks.cell_px,
-        quality=masks.quality[keep].float().cpu(),
+        mask_stride_px=masks.mask_stride_px,
+        predicted_iou=masks.predicted_iou[keep].float().cpu(),
         stability=masks.stability[keep].float().cpu(),
         descriptors=masks.descriptors[keep].half().cpu(),
         points_xy=masks.points_xy[keep].cpu(),
-        whole=masks.whole,
+        full_tile=masks.full_tile,
     )

@@ -129,8 +129,8 @@ def _look(windows: Sequence[NDArray[np.uint8]], mpp: float, model: PromptableMod
             continue
         points = apg_points(embeddings.maps[0].float().cpu().numpy(), WINDOW_PX // embeddings.maps.shape[-1], model.mpp, config.apg)
         for masks in decode(model, embeddings, 0, points, MaskConfig()):
-            areas.append((masks.logits > 0).sum((1, 2)).numpy() * (masks.cell_px * model.mpp) ** 2)
-            scores.append((masks.quality * masks.stability).numpy())
+            areas.append((masks.logits > 0).sum((1, 2)).numpy() * (masks.mask_stride_px * model.mpp) ** 2)
+            scores.append((masks.predicted_iou * masks.stability).numpy())
     return Rung(mpp, np.concatenate(areas), np.concatenate(scores))
 
 

@@ -1,7 +1,7 @@
 """Masks -> polygons in slide level-0 px.
 
 Marching squares on the mask's own logits (sub-pixel; no upsampled mask is ever made). This is the one place where pixel centres become the
-corner frame: logit (row, column) stands at ``((column + 0.5) * cell_px, (row + 0.5) * cell_px)`` of its window.
+corner frame: logit (row, column) stands at ``((column + 0.5) * mask_stride_px, (row + 0.5) * mask_stride_px)`` of its window.
 """
 
 from __future__ import annotations
@@ -50,15 +50,15 @@ def trace(masks: WindowMasks, outer: Box, lattice: Lattice, config: MaskConfig) 
     """
     logits = masks.logits.numpy()
     prompts = masks.points_xy.numpy().astype(np.float64)
-    rows, xy, count = _outlines(logits, (prompts - masks.origin_xy.numpy()) / masks.cell_px)
+    rows, xy, count = _outlines(logits, (prompts - masks.origin_xy.numpy()) / masks.mask_stride_px)
     touches = _at_border(xy, count, logits.shape[1:])
     touching = int(touches.sum())
-    if masks.whole:  # what reaches the end of the whole tile is larger than the halo, so no cell
+    if masks.full_tile:  # what reaches the end of the whole tile is larger than the halo, so no cell
         xy, rows, count = xy[~np.repeat(touches, count)], rows[~touches], count[~touches]
     if not len(rows):
         return Cells.empty(masks.descriptors.shape[1]), touching
     corners = masks.origin_xy.numpy()[rows] + (outer.x0, outer.y0)
-    points = lattice.to_level0(xy * masks.cell_px + np.repeat(corners, count, 0))
+    points = lattice.to_level0(xy * masks.mask_stride_px + np.repeat(corners, count, 0))
     points = np.round(points * GRID) / GRID
     polygons = shapely.polygons(shapely.linearrings(points, indices=np.repeat(np.arange(len(rows)), count)))
     # The plain form of Douglas and Peucker takes a tenth of the time of the one that keeps polygons valid; the few that break are put right.
@@ -68,7 +68,7 @@ def trace(masks: WindowMasks, outer: Box, lattice: Lattice, config: MaskConfig) 
     cells = Cells(
         polygons=polygons,
         points_xy=lattice.to_level0(prompts[rows] + (outer.x0, outer.y0)),
-        scores=(masks.quality * masks.stability).numpy()[rows],
+        scores=(masks.predicted_iou * masks.stability).numpy()[rows],
         descriptors=masks.descriptors.numpy()[rows],
     )
     return cells.take(big), touching

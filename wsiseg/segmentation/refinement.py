@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from scipy.spatial import cKDTree
 
-from wsiseg.records import Hints, WindowMasks
+from wsiseg.records import PromptExtras, WindowMasks
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 @torch.inference_mode()
-def ask_again(
+def refine_masks(
     model: PromptableModel,
     embeddings: Embeddings,
     size_px: int,
@@ -63,12 +63,12 @@ def ask_again(
     list of WindowMasks
         As many masks as before, in the same order.
     """
-    small = [k for k, b in enumerate(batches) if not b.whole and len(b.quality)]
+    small = [k for k, b in enumerate(batches) if not b.full_tile and len(b.predicted_iou)]
     if not small:
         return batches
     first = WindowMasks.concatenate([batches[k] for k in small])
     tile = _Tile(first, size_px)
-    kept = tile.settle(config.max_overlap)
+    kept = tile.suppress_overlaps(config.max_overlap)
     better = first
     for start in range(0, len(kept), masks_config.prompts_per_batch):
         rows = kept[start : start + masks_config.prompts_per_batch]
@@ -76,9 +76,9 @@ def ask_again(
         good = [i for i, row in enumerate(rows) if tile.accepts(row, found.logits[i].numpy() > 0, config)]
         better = _put(better, rows[good], found.take(torch.tensor(good, dtype=torch.long)))
     out = list(batches)
-    ends = np.cumsum([len(batches[k].quality) for k in small])
+    ends = np.cumsum([len(batches[k].predicted_iou) for k in small])
     for k, end in zip(small, ends, strict=True):
-        out[k] = better.take(torch.arange(end - len(batches[k].quality), end))
+        out[k] = better.take(torch.arange(end - len(batches[k].predicted_iou), end))
     return out
 
 
@@ -88,8 +88,8 @@ class _Tile:
     def __init__(self, masks: WindowMasks, size_px: int) -> None:
         self.masks = masks
         self.inside: NDArray[np.bool_] = masks.logits.numpy() > 0
-        self.corner = masks.origin_xy.numpy() // masks.cell_px
-        side = size_px // masks.cell_px
+        self.corner = masks.origin_xy.numpy() // masks.mask_stride_px
+        side = size_px // masks.mask_stride_px
         self.margin = self.inside.shape[1]  # windows reach beyond the tile
         self.owner = np.full((side + 2 * self.margin, side + 2 * self.margin), -1, np.int32)
 
@@ -99,10 +99,10 @@ class _Tile:
         h, w = self.inside.shape[1:]
         return self.owner[y : y + h, x : x + w]
 
-    def settle(self, max_overlap: float) -> NDArray[np.intp]:
+    def suppress_overlaps(self, max_overlap: float) -> NDArray[np.intp]:
         """Masks that keep their place, best score first; rows in order of the prompts."""
         kept = []
-        for row in np.argsort(-(self.masks.quality * self.masks.stability).numpy(), kind="stable"):
+        for row in np.argsort(-(self.masks.predicted_iou * self.masks.stability).numpy(), kind="stable"):
             mask, owner = self.inside[row], self.window(row)
             free = mask & (owner < 0)
             if mask.any() and free.sum() >= (1 - max_overlap) * mask.sum():
@@ -113,7 +113,7 @@ class _Tile:
     def box(self, row: int) -> tuple[int, int, int, int]:
         """Box of a mask, model px of the tile, corner frame."""
         columns, lines = np.flatnonzero(self.inside[row].any(0)), np.flatnonzero(self.inside[row].any(1))
-        (x, y), cell = self.corner[row], self.masks.cell_px
+        (x, y), cell = self.corner[row], self.masks.mask_stride_px
         return (x + columns[0]) * cell, (y + lines[0]) * cell, (x + columns[-1] + 1) * cell, (y + lines[-1] + 1) * cell
 
     def accepts(self, row: int, second: NDArray[np.bool_], config: SecondRoundConfig) -> bool:
@@ -141,16 +141,16 @@ def _decode(
     if count:
         _, near = cKDTree(everyone).query(points.numpy(), k=count + 1)
         negative = torch.from_numpy(everyone[np.atleast_2d(near)[:, 1:]])
-    labels = -torch.ones(negative.shape[:2])
+    labels = torch.zeros(negative.shape[:2])  # background
     if model.box_replaces_point:
         negative, labels = torch.cat([points[:, None], negative], 1), torch.cat([torch.ones(len(rows), 1), labels], 1)
     boxes = torch.tensor([tile.box(row) for row in rows], dtype=torch.float32)
     more = -len(rows) % model.prompts_multiple
-    hints = Hints(*(_padded(x.float(), more).to(model.device) for x in (negative, labels, boxes)))
+    extras = PromptExtras(*(_padded(x.float(), more).to(model.device) for x in (negative, labels, boxes)))
     which = torch.full((len(rows) + more,), number, dtype=torch.long, device=model.device)
-    found = model.decode(embeddings, which, _padded(points, more).to(model.device), hints=hints).take(torch.arange(len(rows)))
+    found = model.decode(embeddings, which, _padded(points, more).to(model.device), extras=extras).take(torch.arange(len(rows)))
     return replace(
-        found, logits=found.logits.float().cpu(), origin_xy=found.origin_xy.cpu(), quality=found.quality.float().cpu(),
+        found, logits=found.logits.float().cpu(), origin_xy=found.origin_xy.cpu(), predicted_iou=found.predicted_iou.float().cpu(),
         stability=found.stability.float().cpu(), descriptors=found.descriptors.half().cpu(), points_xy=found.points_xy.cpu(),
     )  # fmt: skip
 
@@ -169,5 +169,5 @@ def _put(masks: WindowMasks, rows: NDArray[np.intp], found: WindowMasks) -> Wind
         return value
 
     return replace(
-        masks, logits=changed("logits"), quality=changed("quality"), stability=changed("stability"), descriptors=changed("descriptors")
+        masks, logits=changed("logits"), predicted_iou=changed("predicted_iou"), stability=changed("stability"), descriptors=changed("descriptors")
     )

@@ -13,7 +13,7 @@ from wsiseg.errors import SlideError
 from wsiseg.records import SlideInfo
 from wsiseg.slide.colour import Colours, plan_rgb
 from wsiseg.slide.faults import closed, unreadable
-from wsiseg.slide.mpp import from_ome_xml, from_tiff_tags, settle
+from wsiseg.slide.mpp import choose_mpp, from_ome_xml, from_tiff_tags
 from wsiseg.slide.resample import FOREIGN_ERRORS, read_padded, uneven_levels, whole_downsamples
 from wsiseg.slide.tiff_pages import ADVICE, ORIENTATION, TiffPixels
 
@@ -55,7 +55,7 @@ class TiffReader:
         tags = {tag.name: tag.value for tag in series.keyframe.tags}
         found, doubts = from_tiff_tags(tags, tiff.imagej_metadata)
         found = from_ome_xml(tiff.ome_metadata, sizes[0]) or found
-        value, source, notes = settle(found, mpp, None)
+        value, source, notes = choose_mpp(found, mpp, None)
         doubts = () if found else doubts
         return SlideInfo(
             path=path,
@@ -95,7 +95,7 @@ class ImageReader:
     def __init__(self, path: str, mpp: float | None) -> None:
         loaded = _load(path)
         self._pixels: NDArray[np.uint8] | None = loaded.pixels
-        value, source, notes = settle(None, mpp, None)  # the dpi of PNG and JPEG are print resolutions: never an mpp
+        value, source, notes = choose_mpp(None, mpp, None)  # the dpi of PNG and JPEG are print resolutions: never an mpp
         height, width = loaded.pixels.shape[:2]
         self.info = SlideInfo(
             path=path,

@@ -140,7 +140,7 @@ def believe_resolution(size: PixelSize) -> tuple[PixelSize | None, tuple[str, ..
     return None, (f"its resolution tag, {25400 / size.mean:.0f} dpi, is a print resolution and was ignored",)
 
 
-def settle(found: PixelSize | None, override: float | None, objective: float | None) -> tuple[float, str, tuple[str, ...]]:
+def choose_mpp(found: PixelSize | None, override: float | None, objective: float | None) -> tuple[float, str, tuple[str, ...]]:
     """Choose the microns per pixel to use.
 
     Parameters

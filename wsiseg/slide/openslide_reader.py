@@ -12,7 +12,7 @@ from wsiseg.errors import SlideError
 from wsiseg.geometry import Box
 from wsiseg.records import SlideInfo
 from wsiseg.slide.faults import closed, unreadable
-from wsiseg.slide.mpp import PixelSize, believe_resolution, pixel_size, settle
+from wsiseg.slide.mpp import PixelSize, believe_resolution, choose_mpp, pixel_size
 from wsiseg.slide.resample import read_padded, uneven_levels, whole_downsamples
 from wsiseg.slide.tiff_pages import misread_by_openslide
 
@@ -50,7 +50,7 @@ class OpenSlideReader:
         self._background = np.array([int(background[i : i + 2], 16) for i in (0, 2, 4)], np.uint16)
         found, doubts = _pixel_size(properties, vendor)
         objective = pixel_size(properties.get("openslide.objective-power"), None, "")
-        value, source, notes = settle(found, mpp, objective.x if objective else None)
+        value, source, notes = choose_mpp(found, mpp, objective.x if objective else None)
         self.info = SlideInfo(
             path=path,
             reader="openslide",

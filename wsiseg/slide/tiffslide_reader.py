@@ -20,7 +20,7 @@ from tiffslide import TiffSlide
 from wsiseg.errors import SlideError
 from wsiseg.records import SlideInfo
 from wsiseg.slide.faults import closed, unreadable
-from wsiseg.slide.mpp import PixelSize, believe_resolution, from_ome_xml, from_tiff_tags, pixel_size, settle
+from wsiseg.slide.mpp import PixelSize, believe_resolution, choose_mpp, from_ome_xml, from_tiff_tags, pixel_size
 from wsiseg.slide.resample import FOREIGN_ERRORS, read_padded, uneven_levels, whole_downsamples
 from wsiseg.slide.tiff_pages import TiffPixels
 
@@ -73,7 +73,7 @@ class TiffSlideReader:
         sizes = tuple((int(width), int(height)) for width, height in slide.level_dimensions)
         found, doubts = _pixel_size(slide, sizes[0], page)
         objective = pixel_size(properties.get("tiffslide.objective-power"), None, "")
-        value, source, notes = settle(found, mpp, objective.x if objective else None)
+        value, source, notes = choose_mpp(found, mpp, objective.x if objective else None)
         remarks = self._pixels.notes if self._pixels else ()
         return SlideInfo(
             path=self._path,

@@ -18,8 +18,8 @@ import shapely
 from wsiseg.errors import RunError
 from wsiseg.formats.parts import Part, open_part
 from wsiseg.geometry import largest_part
-from wsiseg.runtime import process as machine
-from wsiseg.runtime.prefetch import ahead
+from wsiseg.runtime import machine
+from wsiseg.runtime.prefetch import prefetch_map
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -35,7 +35,7 @@ THREADS = min(machine.cores(), 8)
 
 
 @dataclass(frozen=True)
-class Numbers:
+class OutlineTable:
     """What is kept of N outlines, in the order of the rows; lengths in level-0 px."""
 
     points_xy: NDArray[np.float64]
@@ -43,19 +43,19 @@ class Numbers:
     bounds: NDArray[np.float64]
     areas: NDArray[np.float64]
 
-    def take(self, rows: NDArray[np.intp]) -> Numbers:
+    def take(self, rows: NDArray[np.intp]) -> OutlineTable:
         """Those of ``rows``."""
-        return Numbers(self.points_xy[rows], self.scores[rows], self.bounds[rows], self.areas[rows])
+        return OutlineTable(self.points_xy[rows], self.scores[rows], self.bounds[rows], self.areas[rows])
 
     @staticmethod
-    def concatenate(groups: list[Numbers]) -> Numbers:
+    def concatenate(groups: list[OutlineTable]) -> OutlineTable:
         """All groups in order."""
-        empty = Numbers(np.empty((0, 2)), np.empty(0, np.float32), np.empty((0, 4)), np.empty(0))
+        empty = OutlineTable(np.empty((0, 2)), np.empty(0, np.float32), np.empty((0, 4)), np.empty(0))
         columns = ("points_xy", "scores", "bounds", "areas")
-        return Numbers(*(np.concatenate([getattr(g, name) for g in (empty, *groups)]) for name in columns))
+        return OutlineTable(*(np.concatenate([getattr(g, name) for g in (empty, *groups)]) for name in columns))
 
 
-class Outlines:
+class OutlineStore:
     """Random access to the outlines of a run.
 
     Parameters
@@ -79,20 +79,20 @@ class Outlines:
         self._lock = threading.Lock()
         self._states: dict[int, tuple[int, int, int]] = {}
         self.starts = np.zeros(len(self.sources) + 1, np.intp)
-        self.numbers = Numbers.concatenate([])
+        self.numbers = OutlineTable.concatenate([])
 
-    def survey(self, visit: Callable[[int, NDArray[np.object_], Numbers], None]) -> None:
+    def survey(self, visit: Callable[[int, NDArray[np.object_], OutlineTable], None]) -> None:
         """Read everything once: fills ``numbers`` and ``starts``. Calls ``visit(source, polygons, numbers)`` of each, in several threads."""
 
-        def read(k: int) -> Numbers:
+        def read(k: int) -> OutlineTable:
             part = self._part(k, _OUTLINE)
             polygons = self._cut(part.polygons(None))
-            numbers = Numbers(part.points_xy, part.scores, shapely.bounds(polygons).reshape(-1, 4), shapely.area(polygons))
+            numbers = OutlineTable(part.points_xy, part.scores, shapely.bounds(polygons).reshape(-1, 4), shapely.area(polygons))
             visit(k, polygons, numbers)
             return numbers
 
-        groups = list(ahead(read, range(len(self.sources)), threads=THREADS, limit=2 * THREADS))
-        self.numbers = Numbers.concatenate(groups)
+        groups = list(prefetch_map(read, range(len(self.sources)), threads=THREADS, limit=2 * THREADS))
+        self.numbers = OutlineTable.concatenate(groups)
         self.starts = np.concatenate([[0], np.cumsum([len(g.scores) for g in groups])]).astype(np.intp)
 
     def __len__(self) -> int:

@@ -8,7 +8,7 @@ polygons instead of a label image: it needs no pixels, no tile order, and no spe
 Steps:   pairs that share area   part by part, then between neighbouring parts; polygons come and go
          who stays               on numbers alone, for the whole slide
          cutting                 part by part
-         reading in file order   a few thousand cells at a time (``Settled``)
+         reading in file order   a few thousand cells at a time (``StitchedCells``)
 
 The parts only say where polygons lie: pairs are sorted before anything is decided, so the result does not depend on them.
 """
@@ -26,8 +26,8 @@ import shapely
 
 from wsiseg.geometry import largest_part
 from wsiseg.records import Cells
-from wsiseg.runtime.prefetch import ahead
-from wsiseg.stitching.outline_store import CACHE_BYTES, THREADS, Outlines
+from wsiseg.runtime.prefetch import prefetch_map
+from wsiseg.stitching.outline_store import CACHE_BYTES, THREADS, OutlineStore
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from wsiseg.config import StitchingConfig
-    from wsiseg.stitching.outline_store import Numbers
+    from wsiseg.stitching.outline_store import OutlineTable
 
 _LEAST_CUT = 1e-6  #: px squared; outlines that share less only touch
 _ROUNDS = 50  #: of deciding many outlines at once; what depends on a longer chain of others is decided one by one
@@ -80,7 +80,7 @@ class Pairs:
 
 
 @dataclass(frozen=True)
-class Settled:
+class StitchedCells:
     """Stitched cells in the order of the files, read from the parts when asked for (a :class:`~wsiseg.records.CellSource`).
 
     Attributes
@@ -97,7 +97,7 @@ class Settled:
         Rows that lost an overlap, sorted, and what is left of them.
     """
 
-    outlines: Outlines
+    outlines: OutlineStore
     rows: NDArray[np.intp]
     bounds: NDArray[np.float64]
     areas: NDArray[np.float64]
@@ -148,7 +148,7 @@ class Settled:
 
     def chunks(self, rows: int) -> Iterator[Cells]:
         """All cells in order, ``rows`` at a time; the next ones are read meanwhile."""
-        return ahead(self.take, (slice(start, start + rows) for start in range(0, len(self), rows)), threads=1, limit=2)
+        return prefetch_map(self.take, (slice(start, start + rows) for start in range(0, len(self), rows)), threads=1, limit=2)
 
 
 def stitch(
@@ -159,7 +159,7 @@ def stitch(
     *,
     descriptor_size: int,
     cache_bytes: int = CACHE_BYTES,
-) -> tuple[Settled, StitchCounts]:
+) -> tuple[StitchedCells, StitchCounts]:
     """Settle overlaps.
 
     Parameters
@@ -184,10 +184,10 @@ def stitch(
     counts
         For the manifest.
     """
-    outlines = Outlines(sources, size_px0, descriptor_size, cache_bytes)
+    outlines = OutlineStore(sources, size_px0, descriptor_size, cache_bytes)
     pairs = find_pairs(outlines, config)
     numbers = outlines.numbers
-    kept, clusters = choose(numbers.areas, pairs, config)
+    kept, clusters = resolve_overlaps(numbers.areas, pairs, config)
     cut_rows, cut_wkb, cut_bounds, cut_areas = _cut(outlines, pairs.take(kept[pairs.low] & kept[pairs.high] & (pairs.shared > _LEAST_CUT)))
     areas, bounds = numbers.areas.copy(), numbers.bounds.copy()
     areas[cut_rows], bounds[cut_rows] = cut_areas, cut_bounds
@@ -196,14 +196,14 @@ def stitch(
     rows = rows[_z_order(numbers.points_xy[rows])]
     overlapped = len(outlines) - int(kept.sum()) - clusters
     counts = StitchCounts(len(outlines), len(rows), overlapped, clusters, int(kept.sum()) - len(rows), len(cut_rows))
-    return Settled(outlines, rows, bounds[rows], areas[rows], cut_rows, cut_wkb), counts
+    return StitchedCells(outlines, rows, bounds[rows], areas[rows], cut_rows, cut_wkb), counts
 
 
-def find_pairs(outlines: Outlines, config: StitchingConfig) -> Pairs:
+def find_pairs(outlines: OutlineStore, config: StitchingConfig) -> Pairs:
     """All pairs of outlines that touch, with as much of their shared areas as the rules need; fills ``outlines.numbers`` on the way."""
     inside: dict[int, Pairs] = {}
 
-    def within(source: int, polygons: NDArray[np.object_], numbers: Numbers) -> None:
+    def within(source: int, polygons: NDArray[np.object_], numbers: OutlineTable) -> None:
         left, right = shapely.STRtree(polygons).query(polygons)
         once = left < right
         inside[source] = _measured(polygons, numbers, left[once], right[once], config)
@@ -211,14 +211,14 @@ def find_pairs(outlines: Outlines, config: StitchingConfig) -> Pairs:
     outlines.survey(within)
     starts = outlines.starts
     found = [replace(p, low=p.low + starts[k], high=p.high + starts[k]) for k, p in sorted(inside.items())]
-    found += ahead(partial(_between, outlines, config), _neighbours(outlines), threads=THREADS, limit=2 * THREADS)
+    found += prefetch_map(partial(_between, outlines, config), _neighbours(outlines), threads=THREADS, limit=2 * THREADS)
     pairs = Pairs.concatenate(found)
     rank = _rank(outlines.numbers)
     pairs = pairs.take(np.lexsort((rank[pairs.high], rank[pairs.low])))
-    return _sharpened(outlines, pairs, config)
+    return _refine_areas(outlines, pairs, config)
 
 
-def _rank(numbers: Numbers) -> NDArray[np.intp]:
+def _rank(numbers: OutlineTable) -> NDArray[np.intp]:
     """Place of each outline from the best down; a total order, the same within a part as among all."""
     order = np.lexsort((numbers.points_xy[:, 0], numbers.points_xy[:, 1], -numbers.scores))
     rank = np.empty(len(order), np.intp)
@@ -226,7 +226,7 @@ def _rank(numbers: Numbers) -> NDArray[np.intp]:
     return rank
 
 
-def _neighbours(outlines: Outlines) -> list[tuple[NDArray[np.intp], NDArray[np.intp]]]:
+def _neighbours(outlines: OutlineStore) -> list[tuple[NDArray[np.intp], NDArray[np.intp]]]:
     """Per source: its rows, and those of later ones, that may meet across their border."""
     bounds, starts = outlines.numbers.bounds, outlines.starts
     filled = np.flatnonzero(np.diff(starts))
@@ -254,7 +254,7 @@ def _meets(bounds: NDArray[np.float64], box: NDArray[np.float64]) -> NDArray[np.
     return met
 
 
-def _between(outlines: Outlines, config: StitchingConfig, rows: tuple[NDArray[np.intp], NDArray[np.intp]]) -> Pairs:
+def _between(outlines: OutlineStore, config: StitchingConfig, rows: tuple[NDArray[np.intp], NDArray[np.intp]]) -> Pairs:
     """Pairs of one of the first rows with one of the second."""
     mine, both = len(rows[0]), np.concatenate(rows)
     polygons = outlines.polygons(both)
@@ -264,7 +264,7 @@ def _between(outlines: Outlines, config: StitchingConfig, rows: tuple[NDArray[np
 
 
 def _measured(
-    polygons: NDArray[np.object_], numbers: Numbers, left: NDArray[np.intp], right: NDArray[np.intp], config: StitchingConfig
+    polygons: NDArray[np.object_], numbers: OutlineTable, left: NDArray[np.intp], right: NDArray[np.intp], config: StitchingConfig
 ) -> Pairs:
     """Those that touch, of pairs whose boxes do; what the boxes share stands in for the area."""
     rank, box, area = _rank(numbers), numbers.bounds, numbers.areas
@@ -272,13 +272,13 @@ def _measured(
     low, high = np.where(worse, left, right), np.where(worse, right, left)
     sides = np.minimum(box[low, 2:], box[high, 2:]) - np.maximum(box[low, :2], box[high, :2])
     shared = np.minimum(np.maximum(sides, 0).prod(1), np.minimum(area[low], area[high]))
-    touch = _decisive(numbers, low, high, config)
+    touch = _decides(numbers, low, high, config)
     rest = np.flatnonzero(~touch)
     touch[rest] = shapely.intersects(polygons[low[rest]], polygons[high[rest]])
     return Pairs(low, high, shared, np.zeros(len(low), bool)).take(touch & (shared > 0))
 
 
-def _decisive(numbers: Numbers, low: NDArray[np.intp], high: NDArray[np.intp], config: StitchingConfig) -> NDArray[np.bool_]:
+def _decides(numbers: OutlineTable, low: NDArray[np.intp], high: NDArray[np.intp], config: StitchingConfig) -> NDArray[np.bool_]:
     """Pairs whose worse outline certainly goes if the better stays: |A and B| = |A| + |B| - |A or B|, and the union lies in its box."""
     box, area = numbers.bounds, numbers.areas
     union = (np.maximum(box[low, 2:], box[high, 2:]) - np.minimum(box[low, :2], box[high, :2])).prod(1)
@@ -286,12 +286,12 @@ def _decisive(numbers: Numbers, low: NDArray[np.intp], high: NDArray[np.intp], c
     return certain
 
 
-def _sharpened(outlines: Outlines, pairs: Pairs, config: StitchingConfig) -> Pairs:
+def _refine_areas(outlines: OutlineStore, pairs: Pairs, config: StitchingConfig) -> Pairs:
     """Exact areas where the upper bounds leave something open: too much claimed, one in the other, or a cluster."""
     numbers = outlines.numbers
     area, low, high = numbers.areas, pairs.low, pairs.high
     smaller = np.minimum(area[low], area[high])
-    unsure = ~_decisive(numbers, low, high, config)
+    unsure = ~_decides(numbers, low, high, config)
     much = np.bincount(low[unsure], weights=pairs.shared[unsure], minlength=len(area)) > config.max_overlap * area
     needed = unsure & (much[low] | (pairs.shared >= config.nested * smaller))
     held = pairs.shared >= config.contained * smaller
@@ -305,12 +305,12 @@ def _sharpened(outlines: Outlines, pairs: Pairs, config: StitchingConfig) -> Pai
     def sharpen(here: NDArray[np.intp]) -> None:
         shared[here] = shapely.area(shapely.intersection(outlines.polygons(low[here]), outlines.polygons(high[here])))
 
-    for _ in ahead(sharpen, [blurred[a:b] for a, b in itertools.pairwise(edges) if b > a], threads=THREADS, limit=2 * THREADS):
+    for _ in prefetch_map(sharpen, [blurred[a:b] for a, b in itertools.pairwise(edges) if b > a], threads=THREADS, limit=2 * THREADS):
         pass
     return replace(pairs, shared=shared, exact=needed).take(shared > 0)
 
 
-def choose(area: NDArray[np.float64], pairs: Pairs, config: StitchingConfig) -> tuple[NDArray[np.bool_], int]:
+def resolve_overlaps(area: NDArray[np.float64], pairs: Pairs, config: StitchingConfig) -> tuple[NDArray[np.bool_], int]:
     """Which rows stay, and how many were clusters.
 
     Parameters
@@ -356,7 +356,7 @@ def _decide(kept: NDArray[np.bool_], area: NDArray[np.float64], pairs: Pairs, ne
     kept[rows] = (claimed <= config.max_overlap * area[rows]) & ~inside
 
 
-def _cut(outlines: Outlines, pairs: Pairs) -> tuple[NDArray[np.intp], pa.Array, NDArray[np.float64], NDArray[np.float64]]:
+def _cut(outlines: OutlineStore, pairs: Pairs) -> tuple[NDArray[np.intp], pa.Array, NDArray[np.float64], NDArray[np.float64]]:
     """Cut from each worse outline of ``pairs`` what the better ones hold: rows (sorted), WKB, bounds and areas of what is left."""
     order = np.argsort(pairs.low, kind="stable")  # by row, so by part; within a row by rank
     edges = np.searchsorted(pairs.low[order], outlines.starts)
@@ -376,7 +376,7 @@ def _cut(outlines: Outlines, pairs: Pairs) -> tuple[NDArray[np.intp], pa.Array, 
         rows, left = rows[smaller], left[smaller]
         return rows, pa.array(shapely.to_wkb(left), pa.binary()), shapely.bounds(left).reshape(-1, 4), shapely.area(left)
 
-    done = list(ahead(cut, spans, threads=THREADS, limit=2 * THREADS))
+    done = list(prefetch_map(cut, spans, threads=THREADS, limit=2 * THREADS))
     if not done:
         return np.empty(0, np.intp), pa.array([], pa.binary()), np.empty((0, 4)), np.empty(0)
     rows, wkb, bounds, areas = zip(*done, strict=True)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from wsiseg.config import ClusterConfig
 from wsiseg.workers.clusters import check_scheduler, is_batch, open_pool, quiet, scratch_folder
-from wsiseg.workers.dispatcher import Giving
+from wsiseg.workers.dispatcher import Dispatcher
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -18,22 +18,22 @@ if TYPE_CHECKING:
 
 __all__ = ["check_scheduler", "map_blocks"]
 
-Tools = TypeVar("Tools")
+Worker = TypeVar("Worker")
 Item = TypeVar("Item")
 Summary = TypeVar("Summary")
 
 
 def map_blocks(
-    work: Callable[[Tools, Sequence[Item], Callable[[], bool]], Iterator[Summary]],
+    work: Callable[[Worker, Sequence[Item], Callable[[], bool]], Iterator[Summary]],
     blocks: Sequence[Item],
-    setup: Callable[[int], Tools],
+    setup: Callable[[int], Worker],
     *,
     workers: int = 1,
     scheduler: str | None = None,
     cluster: ClusterConfig | None = None,
     scratch: Path | None = None,
     weight: Callable[[Item], int] | None = None,
-    tools: Tools | None = None,
+    tools: Worker | None = None,
     stopped: Callable[[], bool] = lambda: False,
 ) -> Iterator[Summary]:
     """Yield the summaries of all blocks, as they are finished.
@@ -83,4 +83,4 @@ def map_blocks(
             scratch_folder(scratch, keep=is_batch(scheduler)) as folder,
             open_pool(workers, scheduler, cluster or ClusterConfig(), folder) as pool,
         ):
-            yield from Giving(pool, work, setup).summaries(blocks, weight, stopped)
+            yield from Dispatcher(pool, work, setup).summaries(blocks, weight, stopped)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from wsiseg.config import ClusterConfig
 from wsiseg.errors import ConfigError, RunError
-from wsiseg.runtime import process as machine
+from wsiseg.runtime import machine
 from wsiseg.runtime.text import did_you_mean
 from wsiseg.workers.monitor import Pool
 from wsiseg.workers.tasks import describe
@@ -207,7 +207,7 @@ def _jobs(workers: int, system: str, settings: ClusterConfig, scratch: Path) -> 
             what = f"{command} refuses the job ({_last_words(error)})"
             raise RunError(f"--scheduler {system}: {what}; see the section cluster of the configuration") from error
 
-        def refill() -> None:
+        def replace_lost_workers() -> None:
             try:
                 cluster.sync(_submit, cluster, workers)
             except RuntimeError as error:
@@ -215,7 +215,7 @@ def _jobs(workers: int, system: str, settings: ClusterConfig, scratch: Path) -> 
 
         yield Pool(
             client, f"--scheduler {system}", settings.cores, workers,
-            f"the jobs wait in the queue, or cannot start: {seen}", f"raise cluster.memory, {seen}", refill,
+            f"the jobs wait in the queue, or cannot start: {seen}", f"raise cluster.memory, {seen}", replace_lost_workers,
         )  # fmt: skip
 
 

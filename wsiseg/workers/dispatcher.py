@@ -13,8 +13,8 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from wsiseg.errors import RunError
-from wsiseg.workers.monitor import Crew
-from wsiseg.workers.tasks import Recipe, describe, end, group, itself, names, work_through
+from wsiseg.workers.monitor import WorkerMonitor
+from wsiseg.workers.tasks import WorkerSetup, describe, end, group, identity, names, work_through
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -33,16 +33,16 @@ class WorkerTraceback(Exception):  # noqa: N818 - as in concurrent.futures: the 
     """Where in the worker an exception was raised."""
 
 
-class Giving:
+class Dispatcher:
     """One run's blocks, given out to a pool."""
 
     def __init__(self, pool: Pool, work: Callable[..., Iterator[Any]], setup: Callable[[int], Any]) -> None:
         self._pool = pool
-        self._recipe = Recipe(f"wsiseg-{uuid.uuid4().hex}", work, setup, pool.threads)
-        self._crew = Crew(pool, getattr(work, "__module__", "wsiseg"))
+        self._setup = WorkerSetup(f"wsiseg-{uuid.uuid4().hex}", work, setup, pool.threads)
+        self._monitor = WorkerMonitor(pool, getattr(work, "__module__", "wsiseg"))
         self._sent: dict[str, tuple[Any, Sequence[Any]]] = {}  # by key, in the order of sending: the future, and the blocks
         self._back: queue.SimpleQueue[Any] = queue.SimpleQueue()  # futures that are done
-        self._recipe_there: Any = None
+        self._sent_setup: Any = None
 
     def summaries(self, blocks: Sequence[Any], weight: Callable[[Any], int] | None, stopped: Callable[[], bool]) -> Iterator[Any]:
         """Of every block, as tasks are done; of those in hand only, once ``stopped`` is true."""
@@ -54,14 +54,14 @@ class Giving:
                 if stopping and time.monotonic() > next_end:  # again and again: a worker that was born just now does not know
                     waiting, next_end = deque(), time.monotonic() + 1
                     self._end()
-                self._crew.look()
-                if waiting is None and self._crew.numbers:
-                    waiting = deque(group(blocks, weight, max(self._pool.workers, len(self._crew.numbers))))
-                while waiting and len(self._sent) < AHEAD * len(self._crew.numbers):
+                self._monitor.look()
+                if waiting is None and self._monitor.numbers:
+                    waiting = deque(group(blocks, weight, max(self._pool.workers, len(self._monitor.numbers))))
+                while waiting and len(self._sent) < AHEAD * len(self._monitor.numbers):
                     self._send(waiting.popleft())
                 with suppress(queue.Empty):
                     yield from self._take(self._back.get(timeout=POLL_S))
-                if stopping and not self._crew.numbers:
+                if stopping and not self._monitor.numbers:
                     return  # who had blocks in hand is gone
         finally:
             if self._pool.workers == 0 and self._pool.client.status == "running":  # these workers stay, but need not go on
@@ -70,12 +70,12 @@ class Giving:
 
     def _send(self, blocks: list[Any]) -> None:
         client = self._pool.client
-        if self._recipe_there is None:
+        if self._sent_setup is None:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of a large bank, which goes to each worker only once
-                self._recipe_there = client.submit(itself, self._recipe, key=f"recipe-{self._recipe.run}")
-        key = f"blocks-{self._recipe.run}-{uuid.uuid4().hex}"
-        future = client.submit(work_through, self._recipe_there, self._crew.numbers, blocks, key=key)
+                self._sent_setup = client.submit(identity, self._setup, key=f"recipe-{self._setup.run}")
+        key = f"blocks-{self._setup.run}-{uuid.uuid4().hex}"
+        future = client.submit(work_through, self._sent_setup, self._monitor.numbers, blocks, key=key)
         self._sent[key] = future, blocks
         future.add_done_callback(self._back.put)
 
@@ -96,7 +96,7 @@ class Giving:
         except (CancelledError, OSError) as error:
             raise self._pool.lost() from error
         except Exception as error:
-            self._crew.check()
+            self._monitor.check()
             text = f"a task failed outside of its work ({describe(error)})"
             raise RunError(f"{self._pool.name}: {text}; use the same environment everywhere") from error
         del self._sent[future.key]
@@ -107,4 +107,4 @@ class Giving:
             raise kind(text) from WorkerTraceback(f"\n{trace}")
 
     def _end(self) -> None:
-        self._pool.ask(self._pool.client.run, end, self._recipe.run, on_error="ignore")
+        self._pool.ask(self._pool.client.run, end, self._setup.run, on_error="ignore")

@@ -50,7 +50,7 @@ class Pool:
     workers: int
     when_none: str
     when_dead: str
-    refill: Callable[[], object] | None = None
+    replace_lost_workers: Callable[[], object] | None = None
 
     def ask(self, question: Callable[..., Any], *arguments: Any, **options: Any) -> Any:  # noqa: ANN401
         """A method of the client, or a RunError that the scheduler is gone."""
@@ -64,7 +64,7 @@ class Pool:
         return RunError(f"{self.name}: the scheduler was lost; start it again and run the same command again, finished parts are kept")
 
 
-class Crew:
+class WorkerMonitor:
     """The workers that are there now.
 
     Attributes
@@ -78,7 +78,7 @@ class Crew:
         self._pool, self._module = pool, module
         self._checked: set[str] = set()
         self._next_look = self._last_seen = time.monotonic()
-        self._next_warning = self._next_refill = self._last_seen + WARN_S
+        self._next_warning = self._next_replacement = self._last_seen + WARN_S
 
     def look(self) -> None:
         """See who is there, when it is time to.
@@ -105,10 +105,10 @@ class Crew:
             self._next_warning = now + WARN_S
             logger.warning("%s: no worker for %.0f s; %s", self._pool.name, now - self._last_seen, self._pool.when_none)
         if len(workers) >= self._pool.workers:
-            self._next_refill = now + WARN_S
-        elif self._pool.refill and now > self._next_refill:
-            self._next_refill = now + WARN_S
-            self._pool.refill()
+            self._next_replacement = now + WARN_S
+        elif self._pool.replace_lost_workers and now > self._next_replacement:
+            self._next_replacement = now + WARN_S
+            self._pool.replace_lost_workers()
 
     def check(self) -> None:
         """Find out who cannot work.

@@ -19,7 +19,7 @@ TASK_TILES = 64  #: a task has at least this many tiles: at 20 ms each, giving i
 TASKS_PER_WORKER = 4  #: but little work is cut finer, or the last task would keep everyone waiting
 
 
-class Recipe(NamedTuple):
+class WorkerSetup(NamedTuple):
     """What every worker gets once. ``threads`` is for torch; ``None``: as many as Dask gave the worker."""
 
     run: str
@@ -63,7 +63,7 @@ _ended: set[str] = set()  # runs of which no block is to be begun here
 _one_at_a_time = threading.Lock()  # a worker of several threads is given several tasks, but the tools are for one
 
 
-def work_through(recipe: Recipe, numbers: Mapping[str, int], blocks: Sequence[Any]) -> Outcome:
+def work_through(recipe: WorkerSetup, numbers: Mapping[str, int], blocks: Sequence[Any]) -> Outcome:
     """A task: some blocks, with the tools that this worker has or now builds."""
     from distributed import get_worker
 
@@ -120,7 +120,7 @@ def _drop(run: str) -> None:
         close()
 
 
-def itself(value: Any) -> Any:  # noqa: ANN401
+def identity(value: Any) -> Any:  # noqa: ANN401
     """As a task, so that Dask can make the value again when every worker that had it is dead; it could not with scattered data."""
     return value
 

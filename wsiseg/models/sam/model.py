@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from wsiseg.models.cards import ModelCard
-    from wsiseg.records import Hints, TypeSpace
+    from wsiseg.records import PromptExtras, TypeSpace
 
 PIXEL_MEAN, PIXEL_SD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  #: of SAM's training images, 0 to 255
 MEASURED_SHARE = 0.3  #: weight of the measurements in the cosine of two descriptors, as in nuclei-compact
@@ -59,7 +59,7 @@ class SamModel(nn.Module):
     """
 
     types: TypeSpace | None = None  # what separates types is found on each slide (discriminant.slide_space)
-    sees_whole = True
+    supports_full_tile = True
     box_replaces_point = True
     prompts_multiple = CPU_PROMPTS
     _bf16 = False
@@ -74,7 +74,7 @@ class SamModel(nn.Module):
     input_px: int
     patch: int
     stride_px: int
-    cell_px: int
+    mask_stride_px: int
     reach_px: int
     descriptor_size: int
 
@@ -87,7 +87,7 @@ class SamModel(nn.Module):
         self.input_px = self.sam["image_encoder"].img_size
         self.patch = self.input_px // self.sam["prompt_encoder"].image_embedding_size[0]
         self.stride_px = self.patch
-        self.cell_px = self.patch // UP
+        self.mask_stride_px = self.patch // UP
         self.reach_px = CROP // 2 * self.patch
         self.descriptor_size = EMBEDDING + MEASUREMENTS
         for name, values, shape in (
@@ -167,7 +167,7 @@ class SamModel(nn.Module):
             maps=None if maps is None else maps.float(),
             extra={
                 "keys": shared.keys, "k": shared.k, "v": shared.v, "q": shared.q,
-                "density": optical_density(images.float() / 255, self.cell_px),
+                "density": optical_density(images.float() / 255, self.mask_stride_px),
             },
         )  # fmt: skip
 
@@ -191,7 +191,7 @@ class SamModel(nn.Module):
         return stretched
 
     def decode(
-        self, embeddings: Embeddings, tile: Tensor, points_xy: Tensor, *, hints: Hints | None = None, multimask: bool = False, whole: bool = False
+        self, embeddings: Embeddings, batch_index: Tensor, points_xy: Tensor, *, extras: PromptExtras | None = None, multimask: bool = False, full_tile: bool = False
     ) -> WindowMasks:
         """Masks of N prompts.
 
@@ -199,15 +199,15 @@ class SamModel(nn.Module):
         ----------
         embeddings
             Of :meth:`encode`.
-        tile
+        batch_index
             int64 of shape (N,): which of the B tiles each point lies in.
         points_xy
             float32 of shape (N, 2): model pixels of the tile, corner frame.
-        hints
-            More points and boxes. A prompt with a box is the box and the hints' points: its own ``points_xy`` only places the window.
+        extras
+            More points and boxes. A prompt with a box is the box and these points: its own ``points_xy`` only places the window.
         multimask
             Give SAM's three answers to an ambiguous prompt instead of one: 3N masks, prompt by prompt.
-        whole
+        full_tile
             Masks on the whole tile instead of a window of 16 x 16 image tokens.
 
         Returns
@@ -218,65 +218,65 @@ class SamModel(nn.Module):
         answers = slice(1, None) if multimask else slice(0, 1)
         grid = self.input_px // self.patch
         shared = Shared(*(embeddings.extra[k] for k in ("keys", "k", "v", "q")))
-        corner = None if whole else (torch.floor(points_xy / self.patch).long() - (CROP // 2 - 1)).clamp(0, grid - CROP)
-        logits, quality = self._ask(shared, tile, points_xy, hints, corner, answers)
+        corner = None if full_tile else (torch.floor(points_xy / self.patch).long() - (CROP // 2 - 1)).clamp(0, grid - CROP)
+        logits, quality = self._ask(shared, batch_index, points_xy, extras, corner, answers)
         count = logits.shape[1]
         corner = torch.zeros(len(points_xy), 2, dtype=torch.long, device=points_xy.device) if corner is None else corner
-        tile, corner, points_xy = (v.repeat_interleave(count, 0) for v in (tile, corner, points_xy))
+        batch_index, corner, points_xy = (v.repeat_interleave(count, 0) for v in (batch_index, corner, points_xy))
         logits, quality = logits.flatten(0, 1).float(), quality.flatten().float().clamp(0, 1)
         strict, loose = (logits > 1).sum((1, 2)), (logits > -1).sum((1, 2))
         return WindowMasks(
             logits=logits,
             origin_xy=corner * self.patch,
-            cell_px=self.cell_px,
-            quality=quality,
+            mask_stride_px=self.mask_stride_px,
+            predicted_iou=quality,
             stability=strict / loose.clamp_min(1),
-            descriptors=self._describe(embeddings, tile, corner, logits),
+            descriptors=self._describe(embeddings, batch_index, corner, logits),
             points_xy=points_xy,
-            whole=whole,
+            full_tile=full_tile,
         )
 
     def _ask(
-        self, shared: Shared, tile: Tensor, points_xy: Tensor, hints: Hints | None, corner: Tensor | None, answers: slice
+        self, shared: Shared, batch_index: Tensor, points_xy: Tensor, extras: PromptExtras | None, corner: Tensor | None, answers: slice
     ) -> tuple[Tensor, Tensor]:
         """Logits (N, M, h, w) and qualities (N, M). Prompts with as many points and boxes go together: SAM sees no empty places."""
         ones = torch.ones_like(points_xy[:, :1])
         found: tuple[Tensor, Tensor]
-        if hints is None:
+        if extras is None:
             prompts = self._prompt_tokens(points_xy[:, None], ones, None)
-            found = self.points(shared, tile, prompts.to(shared.keys.dtype), corner, answers)
+            found = self.points(shared, batch_index, prompts.to(shared.keys.dtype), corner, answers)
             return found
-        boxed = hints.boxes.isfinite().all(1)
-        points = torch.cat([points_xy[:, None], hints.points_xy], 1)
-        labels = torch.cat([ones.masked_fill(boxed[:, None], 0), hints.labels], 1)
-        shape = torch.cat([(labels != 0).long(), boxed[:, None].long()], 1)
+        boxed = extras.boxes.isfinite().all(1)
+        points = torch.cat([points_xy[:, None], extras.points_xy], 1)
+        labels = torch.cat([ones.masked_fill(boxed[:, None], -1), extras.labels], 1)
+        shape = torch.cat([(labels >= 0).long(), boxed[:, None].long()], 1)
         out: list[Tensor] = []
         for pattern in shape.unique(dim=0):
             rows = (shape == pattern).all(1).nonzero()[:, 0]
             given = pattern[:-1].bool()
-            boxes = hints.boxes[rows] if pattern[-1] else None
+            boxes = extras.boxes[rows] if pattern[-1] else None
             prompts = self._prompt_tokens(points[rows][:, given], labels[rows][:, given], boxes).to(shared.keys.dtype)
-            found = self.points(shared, tile[rows], prompts, None if corner is None else corner[rows], answers)
+            found = self.points(shared, batch_index[rows], prompts, None if corner is None else corner[rows], answers)
             if not out:
-                out = [part.new_empty(len(tile), *part.shape[1:]) for part in found]
+                out = [part.new_empty(len(batch_index), *part.shape[1:]) for part in found]
             for whole, part in zip(out, found, strict=True):
                 whole[rows] = part
         return out[0], out[1]
 
     def _prompt_tokens(self, points: Tensor, labels: Tensor, boxes: Tensor | None) -> Tensor:
-        """SAM's tokens for points (N, K, 2) with labels 1 and -1, and boxes (N, 4), corner frame -> (N, tokens, 256), fp32."""
-        # SAM takes pixel indices and adds half a pixel; a negative point is 0 to it.
-        given = (points - 0.5, (labels > 0).to(points.dtype)) if points.shape[1] else None
+        """SAM's tokens for points (N, K, 2) with labels 1 and 0, and boxes (N, 4), corner frame -> (N, tokens, 256), fp32."""
+        # SAM takes pixel indices and adds half a pixel.
+        given = (points - 0.5, labels.to(points.dtype)) if points.shape[1] else None
         tokens: Tensor = self.sam["prompt_encoder"](points=given, boxes=None if boxes is None else boxes - 0.5, masks=None)[0]
         return tokens
 
-    def _describe(self, embeddings: Embeddings, tile: Tensor, corner: Tensor, logits: Tensor) -> Tensor:
+    def _describe(self, embeddings: Embeddings, batch_index: Tensor, corner: Tensor, logits: Tensor) -> Tensor:
         """(N, 256 + 11), unit norm: F_l pooled in each mask, and standardised measurements."""
         hard = (logits > 0).float()
         side = logits.shape[-1]
         coarse = F.avg_pool2d(hard[:, None], UP)
-        pooled = (windows(embeddings.low, tile, corner, side // UP) * coarse).sum((2, 3))
-        density = windows(embeddings.extra["density"], tile, corner * UP, side)
-        measured = measure(hard, density, self.cell_px * self.mpp)[0]
+        pooled = (windows(embeddings.low, batch_index, corner, side // UP) * coarse).sum((2, 3))
+        density = windows(embeddings.extra["density"], batch_index, corner * UP, side)
+        measured = measure(hard, density, self.mask_stride_px * self.mpp)[0]
         measured = ((measured - self.measured_mean) / self.measured_sd).clamp(-4, 4)
         return torch.cat([F.normalize(pooled, dim=1) * (1 - MEASURED_SHARE) ** 0.5, F.normalize(measured, dim=1) * MEASURED_SHARE**0.5], 1)

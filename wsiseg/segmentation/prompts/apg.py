@@ -29,14 +29,14 @@ if TYPE_CHECKING:
     from wsiseg.config import ApgConfig
 
 
-def apg_points(maps: NDArray[np.float32], cell_px: int, mpp: float, config: ApgConfig) -> NDArray[np.float32]:
+def apg_points(maps: NDArray[np.float32], stride_px: int, mpp: float, config: ApgConfig) -> NDArray[np.float32]:
     """Points from instance maps.
 
     Parameters
     ----------
     maps
         float of shape (3, h, w): logits of f, c, b.
-    cell_px, mpp
+    stride_px, mpp
         Model px per map cell, microns per model px.
     config
         Thresholds.
@@ -58,6 +58,6 @@ def apg_points(maps: NDArray[np.float32], cell_px: int, mpp: float, config: ApgC
     order = np.lexsort((x, y, -depth[y, x], owner))
     first = order[np.searchsorted(owner[order], np.arange(1, count + 1))]
     size = np.bincount(owner, minlength=count + 1)[1:]
-    keep = size * (cell_px * mpp) ** 2 >= config.min_component_um2  # D2
+    keep = size * (stride_px * mpp) ** 2 >= config.min_component_um2  # D2
     points = np.stack([x[first], y[first]], 1)[keep]
-    return ((points + 0.5) * cell_px).astype(np.float32)
+    return ((points + 0.5) * stride_px).astype(np.float32)

@@ -61,7 +61,7 @@ def cosine_map(prototypes: NDArray[np.float32], features: NDArray[np.float32]) -
 
 
 def hierarchical_seeds(
-    cell: tuple[int, int], high: NDArray[np.float32], low: NDArray[np.float32], min_cells: float, config: CopConfig
+    cell: tuple[int, int], high: NDArray[np.float32], low: NDArray[np.float32], min_area_px: float, config: CopConfig
 ) -> NDArray[np.float64]:
     """HSG: places that look like one prompt.
 
@@ -71,7 +71,7 @@ def hierarchical_seeds(
         (row, column) of the prompt.
     high, low
         F_h and F_l on the same grid, (C, h, w), unit norm.
-    min_cells
+    min_area_px
         Smaller components are dropped.
     config
         ``gate``.
@@ -85,7 +85,7 @@ def hierarchical_seeds(
     similarity_low = cosine_map(low[None, :, cell[0], cell[1]], low)
     gated_map = similarity_high * similarity_low if config.gate == "product" else similarity_high
     threshold = gated_map.mean() + gated_map.std()  # tau
-    points, cells = _components(gated_map > threshold, gated_map, min_cells)
+    points, cells = _components(gated_map > threshold, gated_map, min_area_px)
     if config.gate == "candidate" and len(points) > 1:  # D2
         at = similarity_low[cells[:, 0], cells[:, 1]]
         points = points[at > at.mean() + at.std()]
@@ -104,9 +104,9 @@ def gate_map(
     return cosine_map(prototypes_high, high) * coarse.repeat(factor, 0).repeat(factor, 1)
 
 
-def component_points(gated_map: NDArray[np.float32], floor: float, min_cells: float) -> NDArray[np.float64]:
+def component_points(gated_map: NDArray[np.float32], floor: float, min_area_px: float) -> NDArray[np.float64]:
     """Similarity-weighted centres of what lies above ``floor`` -> (K, 2) float64 (x, y) in grid cells, corner frame."""
-    return _components(gated_map > floor, gated_map, min_cells)[0]
+    return _components(gated_map > floor, gated_map, min_area_px)[0]
 
 
 def farthest_point_recursion(
@@ -137,13 +137,13 @@ def farthest_point_recursion(
     Deterministic: ties in the farthest point go to the one found first.
     """
     low = resize_unit(low, high.shape[1:])
-    min_cells, apart = config.min_component_um2 / cell_um**2, config.dedup_um / cell_um
+    min_area_px, apart = config.min_component_um2 / cell_um**2, config.dedup_um / cell_um
     reliable, hops = np.empty((0, 2)), np.empty(0, np.intp)
     used = np.empty((0, 2))
     prompt = np.asarray(click, float)
     for hop in range(config.max_hops):
         row, column = (int(np.clip(prompt[axis], 0, high.shape[2 - axis] - 1)) for axis in (1, 0))
-        found = hierarchical_seeds((row, column), high, low, min_cells, config)
+        found = hierarchical_seeds((row, column), high, low, min_area_px, config)
         if len(reliable) and len(found):
             found = found[_distances(found, reliable).min(1) > apart]
         used = np.vstack([used, prompt])
@@ -167,7 +167,7 @@ def resize_unit(features: NDArray[np.float32], shape: tuple[int, ...]) -> NDArra
     return unit
 
 
-def _components(mask: NDArray[np.bool_], weight: NDArray[np.float32], min_cells: float) -> tuple[NDArray[np.float64], NDArray[np.intp]]:
+def _components(mask: NDArray[np.bool_], weight: NDArray[np.float32], min_area_px: float) -> tuple[NDArray[np.float64], NDArray[np.intp]]:
     """8-connected components -> weighted centroids (K, 2) xy corner frame, and the (row, column) cell of each."""
     labels, count = ndimage.label(mask, structure=_EIGHT)
     if not count:
@@ -183,7 +183,7 @@ def _components(mask: NDArray[np.bool_], weight: NDArray[np.float32], min_cells:
         best = order[np.searchsorted(owner[order], np.flatnonzero(outside))]
         cells[outside] = np.stack([y[best], x[best]], 1)
         centre[outside] = np.stack([x[best], y[best]], 1)
-    keep = size >= min_cells
+    keep = size >= min_area_px
     return centre[keep] + 0.5, cells[keep]
 
 
