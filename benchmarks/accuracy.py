@@ -67,7 +67,16 @@ def accuracy_rows(model, data: Path, sets: list[str]) -> list[dict[str, object]]
             means = {k: float(np.mean([s[k] for s in scores])) for k in scores[0]}
             mpx = sum(label.size for *_, label in images) / 1e6
             aji = np.array([s["aji"] for s in scores])
-            rows.append({"set": name, "images": len(images), "prompts": prompts, **means, "AJI 95 %": interval(aji), "CPU s/Mpx": seconds / mpx})
+            rows.append(
+                {
+                    "set": name,
+                    "images": len(images),
+                    "prompts": prompts,
+                    **means,
+                    "AJI 95 %": interval(aji),
+                    "CPU s/Mpx": seconds / mpx,
+                }
+            )
     return rows
 
 

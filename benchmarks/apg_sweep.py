@@ -39,7 +39,13 @@ def development_images(data: Path) -> list[tuple[str, np.ndarray, np.ndarray]]:
         scale = 26 / groups[f"dev/{name}"]["median_diameter_px"]
         size = round(image.shape[1] * scale), round(image.shape[0] * scale)
         small = np.asarray(Image.fromarray(label.astype(np.int32)).resize(size, Image.Resampling.NEAREST))
-        out.append(("dsb2018", np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BILINEAR, reducing_gap=3)), small.astype(np.int64)))
+        out.append(
+            (
+                "dsb2018",
+                np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BILINEAR, reducing_gap=3)),
+                small.astype(np.int64),
+            )
+        )
     return out
 
 
@@ -52,15 +58,27 @@ def main() -> None:
     rows = []
     for move in MOVES:
         config = from_mapping(move, "sweep", RunConfig())
-        row: dict[str, object] = {"moved": ", ".join(f"{s}.{k} = {v}" for s, d in move.items() for k, v in d.items()) or "defaults"}
+        row: dict[str, object] = {
+            "moved": ", ".join(f"{s}.{k} = {v}" for s, d in move.items() for k, v in d.items()) or "defaults"
+        }
         for collection in ("tnbc", "dsb2018"):
             scores = [
-                score(label, rasterise(cells_of(model, e, automatic_points(e, config), label.shape, config).polygons, label.shape))
-                for name, _, label, e in images if name == collection
-            ]  # fmt: skip
+                score(
+                    label,
+                    rasterise(
+                        cells_of(model, e, automatic_points(e, config), label.shape, config).polygons, label.shape
+                    ),
+                )
+                for name, _, label, e in images
+                if name == collection
+            ]
             row |= {f"{collection} {k}": float(np.mean([s[k] for s in scores])) for k in ("aji", "pq", "msa")}
         rows.append(row)
-    write_results("apg_sweep", rows, "`benchmarks/apg_sweep.py`: one value moved at a time; tnbc/dev (3 images) and dsb2018_histology/dev (12).")
+    write_results(
+        "apg_sweep",
+        rows,
+        "`benchmarks/apg_sweep.py`: one value moved at a time; tnbc/dev (3 images) and dsb2018_histology/dev (12).",
+    )
 
 
 if __name__ == "__main__":

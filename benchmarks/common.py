@@ -31,7 +31,11 @@ def instance_images(data: Path, name: str) -> list[tuple[str, np.ndarray, np.nda
     """(id, image, label) of `instances/<name>`, in order of id."""
     folder = data / "instances" / name
     return [
-        (p.stem, np.asarray(Image.open(p).convert("RGB")), np.asarray(Image.open(folder / "label" / p.name)).astype(np.int64))
+        (
+            p.stem,
+            np.asarray(Image.open(p).convert("RGB")),
+            np.asarray(Image.open(folder / "label" / p.name)).astype(np.int64),
+        )
         for p in sorted((folder / "image").glob("*.png"))
     ]
 
@@ -42,7 +46,9 @@ def point_images(data: Path, name: str) -> list[tuple[str, np.ndarray, np.ndarra
     out = []
     for p in sorted((folder / "image").glob("*.png")):
         with (folder / "points" / f"{p.stem}.csv").open() as stream:
-            rows = np.array([(float(r["x"]) + 0.5, float(r["y"]) + 0.5, int(r["type"])) for r in csv.DictReader(stream)])
+            rows = np.array(
+                [(float(r["x"]) + 0.5, float(r["y"]) + 0.5, int(r["type"])) for r in csv.DictReader(stream)]
+            )
         out.append((p.stem, np.asarray(Image.open(p).convert("RGB")), rows))
     return out
 
@@ -68,7 +74,13 @@ def cells_of(model, embeddings: Embeddings, points: np.ndarray, shape: tuple[int
         batches = refine_masks(model, embeddings, max(shape), batches, config.masks, config.second_round)
     traced = [trace(m, box, lattice, config.masks)[0] for m in batches]
     cells = Cells.concatenate(traced, model.descriptor_size)
-    settled, _ = stitch([cells], (width, height), config.masks.min_area_um2 / MPP**2, config.stitching, descriptor_size=cells.descriptor_size)
+    settled, _ = stitch(
+        [cells],
+        (width, height),
+        config.masks.min_area_um2 / MPP**2,
+        config.stitching,
+        descriptor_size=cells.descriptor_size,
+    )
     return settled.take(slice(None))
 
 

@@ -61,7 +61,12 @@ def main() -> None:
     model = load_model(options.model, "cpu")
     rows: list[dict[str, object]] = []
     for name, mpp in SETS.items():
-        parts: dict[str, list[np.ndarray]] = {"descriptor": [], "learned half": [], "measurements": [], "F_l at the click": []}
+        parts: dict[str, list[np.ndarray]] = {
+            "descriptor": [],
+            "learned half": [],
+            "measurements": [],
+            "F_l at the click": [],
+        }
         types, of_image = [], []
         for number, (_, image, dots) in enumerate(point_images(options.data, name)):
             scale = mpp / MPP
@@ -81,11 +86,22 @@ def main() -> None:
         for what, found in parts.items():
             features = unit(np.concatenate(found))
             f1, accuracy = nearest_neighbours(features, kinds, images)
-            rows.append({
-                "set": name, "dots": len(kinds), "types": len(np.unique(kinds)), "features": what,
-                "macro-F1": f1, "accuracy": accuracy, "silhouette": silhouette(features, kinds),
-            })  # fmt: skip
-    write_results(options.name, rows, f"`benchmarks/features.py`, model {options.model}: {NEIGHBOURS} nearest neighbours in other images.")
+            rows.append(
+                {
+                    "set": name,
+                    "dots": len(kinds),
+                    "types": len(np.unique(kinds)),
+                    "features": what,
+                    "macro-F1": f1,
+                    "accuracy": accuracy,
+                    "silhouette": silhouette(features, kinds),
+                }
+            )
+    write_results(
+        options.name,
+        rows,
+        f"`benchmarks/features.py`, model {options.model}: {NEIGHBOURS} nearest neighbours in other images.",
+    )
 
 
 if __name__ == "__main__":

@@ -76,10 +76,16 @@ def device_rows(names: list[str], device: torch.device, seconds: float) -> list[
         points = torch.rand(per_tile * count, 2, device=device) * 1024
         which = torch.arange(count, device=device).repeat_interleave(per_tile)
         prompts = rate(lambda m=model, e=embeddings, w=which, p=points: m.decode(e, w, p), len(points), device, seconds)
-        rows.append({
-            "encoder": f"ViT-{name}", "images/s": best, "batch": size, "us per prompt": 1e6 / prompts, "peak GB": peak_gb(device),
-            "standard slide, s": TILES / best + PROMPTS / prompts,
-        })  # fmt: skip
+        rows.append(
+            {
+                "encoder": f"ViT-{name}",
+                "images/s": best,
+                "batch": size,
+                "us per prompt": 1e6 / prompts,
+                "peak GB": peak_gb(device),
+                "standard slide, s": TILES / best + PROMPTS / prompts,
+            }
+        )
         print(rows[-1], flush=True)
     return rows
 
@@ -91,14 +97,34 @@ def busy_rows(device: torch.device, side: int) -> list[dict[str, object]]:
         folder = Path(scratch)
         os.environ["WSISEG_MODELS"] = str(folder / "models")
         write_toy(folder / "toy.pt")
-        subprocess.run([sys.executable, "-m", "wsiseg", "models", "import", str(folder / "toy.pt"), "--name", "toy"], check=True)
+        subprocess.run(
+            [sys.executable, "-m", "wsiseg", "models", "import", str(folder / "toy.pt"), "--name", "toy"], check=True
+        )
         write_slide(folder / "slide.tiff", side)
         for name in ("nuclei-compact", "toy"):
             out = folder / name
-            command = ["run", str(folder / "slide.tiff"), "--model", name, "--device", str(device), "--out", str(out), "--no-progress", "-q"]
+            command = [
+                "run",
+                str(folder / "slide.tiff"),
+                "--model",
+                name,
+                "--device",
+                str(device),
+                "--out",
+                str(out),
+                "--no-progress",
+                "-q",
+            ]
             subprocess.run([sys.executable, "-m", "wsiseg", *command], check=True)
             manifest = json.loads((out / "slide" / "manifest.json").read_text())
-            rows.append({"model": name, "side px": side, "tiles": manifest["counts"]["tiles"], "busy share": manifest["model_share"]})
+            rows.append(
+                {
+                    "model": name,
+                    "side px": side,
+                    "tiles": manifest["counts"]["tiles"],
+                    "busy share": manifest["model_share"],
+                }
+            )
     return rows
 
 
@@ -111,7 +137,10 @@ def main() -> None:
     options = parser.parse_args()
     device = pick_device(options.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    tables = {f"{name}: encoders and prompts": device_rows(options.models, device, options.seconds), f"{name}: runs": busy_rows(device, options.side)}
+    tables = {
+        f"{name}: encoders and prompts": device_rows(options.models, device, options.seconds),
+        f"{name}: runs": busy_rows(device, options.side),
+    }
     write_results(f"gpu-{name.lower().replace(' ', '-')}", tables, __doc__.split("\n\n", 2)[2].strip())
 
 

@@ -57,9 +57,17 @@ def write_slide(path: Path, side: int) -> None:
                         yield level[row % per * tile :, column % per * tile :][:tile, :tile]
 
             file.write(
-                tiles(), shape=(size, size, 3), dtype=np.uint8, tile=(tile, tile), photometric="rgb", compression="jpeg",
-                compressionargs={"level": 95}, subfiletype=bool(k), resolution=(40_000 / step, 40_000 / step), resolutionunit="CENTIMETER",
-            )  # fmt: skip
+                tiles(),
+                shape=(size, size, 3),
+                dtype=np.uint8,
+                tile=(tile, tile),
+                photometric="rgb",
+                compression="jpeg",
+                compressionargs={"level": 95},
+                subfiletype=bool(k),
+                resolution=(40_000 / step, 40_000 / step),
+                resolutionunit="CENTIMETER",
+            )
 
 
 @torch.inference_mode()
@@ -81,7 +89,21 @@ def write_toy(path: Path) -> None:
 
 def run(slide: Path, model: str, out: Path) -> dict[str, object]:
     """One `wsiseg run`."""
-    command = [sys.executable, "-m", "wsiseg", "run", str(slide), "--model", model, "--out", str(out), "--mpp", "0.25", "--no-progress", "-q"]
+    command = [
+        sys.executable,
+        "-m",
+        "wsiseg",
+        "run",
+        str(slide),
+        "--model",
+        model,
+        "--out",
+        str(out),
+        "--mpp",
+        "0.25",
+        "--no-progress",
+        "-q",
+    ]
     started = time.perf_counter()
     process = subprocess.Popen(command)
     _, status, usage = os.wait4(process.pid, 0)
@@ -89,21 +111,32 @@ def run(slide: Path, model: str, out: Path) -> dict[str, object]:
     manifest = json.loads(next(out.glob("*/manifest.json")).read_text())
     counts = manifest["counts"]
     return {
-        "model": model, "tiles": counts["tiles"], "prompts": counts["prompts"], "cells": counts["cells"],
-        "peak MB": usage.ru_maxrss / 1024, "minutes": (time.perf_counter() - started) / 60,
-    }  # fmt: skip
+        "model": model,
+        "tiles": counts["tiles"],
+        "prompts": counts["prompts"],
+        "cells": counts["cells"],
+        "peak MB": usage.ru_maxrss / 1024,
+        "minutes": (time.perf_counter() - started) / 60,
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="*", default=["nuclei-compact:10000", "nuclei-compact:20000", "toy:5000", "toy:10000"], metavar="MODEL:SIDE")
+    parser.add_argument(
+        "runs",
+        nargs="*",
+        default=["nuclei-compact:10000", "nuclei-compact:20000", "toy:5000", "toy:10000"],
+        metavar="MODEL:SIDE",
+    )
     options = parser.parse_args()
     rows: list[dict[str, object]] = []
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         os.environ["WSISEG_MODELS"] = str(folder / "models")
         write_toy(folder / "toy.pt")
-        subprocess.run([sys.executable, "-m", "wsiseg", "models", "import", str(folder / "toy.pt"), "--name", "toy"], check=True)
+        subprocess.run(
+            [sys.executable, "-m", "wsiseg", "models", "import", str(folder / "toy.pt"), "--name", "toy"], check=True
+        )
         for model, side in (text.split(":") for text in options.runs):
             slide = folder / f"{side}.tiff"
             if not slide.exists():

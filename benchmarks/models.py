@@ -87,11 +87,21 @@ def encoders(names: list[str], rounds: int) -> list[dict[str, object]]:
     image = torch.randn(1, 3, 1024, 1024, generator=torch.Generator().manual_seed(0))
     for name in names:
         encoder = random_sam(ENCODERS[name])["image_encoder"]
-        (wanted, got), seconds, peaks = alternate(rounds, lambda e=encoder: e(image), lambda e=encoder: sam_encoder.encode(e, image))
-        rows.append({
-            "encoder": f"ViT-{name}", "reference s": seconds[0], "ours s": seconds[1], "ratio": seconds[1] / seconds[0],
-            "reference MB": peaks[0], "ours MB": peaks[1], "memory ratio": peaks[1] / peaks[0], "difference": relative(got, wanted),
-        })  # fmt: skip
+        (wanted, got), seconds, peaks = alternate(
+            rounds, lambda e=encoder: e(image), lambda e=encoder: sam_encoder.encode(e, image)
+        )
+        rows.append(
+            {
+                "encoder": f"ViT-{name}",
+                "reference s": seconds[0],
+                "ours s": seconds[1],
+                "ratio": seconds[1] / seconds[0],
+                "reference MB": peaks[0],
+                "ours MB": peaks[1],
+                "memory ratio": peaks[1] / peaks[0],
+                "difference": relative(got, wanted),
+            }
+        )
         print(rows[-1], flush=True)
         half, x = encoder.bfloat16(), image.bfloat16()
         _, seconds, peaks = alternate(1, lambda e=half, x=x: sam_encoder.encode(e, x))
@@ -121,12 +131,21 @@ def decoders(rounds: int) -> list[dict[str, object]]:
 
         (wanted, got), seconds, peaks = alternate(rounds if count < 256 else 1, theirs, ours)
         logits = wanted[2][:, 0]
-        crops = torch.stack([x[v : v + 64, u : u + 64] for x, (u, v) in zip(logits, (got.origin_xy // 4).tolist(), strict=True)])
-        rows.append({
-            "prompts": count, "predict_torch ms": 1e3 * seconds[0] / count, "ours ms": 1e3 * seconds[1] / count, "ratio": seconds[1] / seconds[0],
-            "predict_torch MB": peaks[0] / count, "ours MB": peaks[1] / count, "memory ratio": peaks[1] / max(peaks[0], 1e-9),
-            "difference of logits": float((crops - got.logits).abs().max()),
-        })  # fmt: skip
+        crops = torch.stack(
+            [x[v : v + 64, u : u + 64] for x, (u, v) in zip(logits, (got.origin_xy // 4).tolist(), strict=True)]
+        )
+        rows.append(
+            {
+                "prompts": count,
+                "predict_torch ms": 1e3 * seconds[0] / count,
+                "ours ms": 1e3 * seconds[1] / count,
+                "ratio": seconds[1] / seconds[0],
+                "predict_torch MB": peaks[0] / count,
+                "ours MB": peaks[1] / count,
+                "memory ratio": peaks[1] / max(peaks[0], 1e-9),
+                "difference of logits": float((crops - got.logits).abs().max()),
+            }
+        )
         print(rows[-1], flush=True)
     return rows
 
@@ -137,7 +156,14 @@ def instance_decoder() -> list[dict[str, object]]:
     disturb(network)
     embedding = torch.randn(1, 256, 64, 64)
     (maps, _), seconds, peaks = measure(lambda: network.folded()(embedding))
-    return [{"network": "instance decoder (UNETR), 1024 px", "s": seconds, "MB": peaks, "finite": bool(maps.isfinite().all())}]
+    return [
+        {
+            "network": "instance decoder (UNETR), 1024 px",
+            "s": seconds,
+            "MB": peaks,
+            "finite": bool(maps.isfinite().all()),
+        }
+    ]
 
 
 @torch.inference_mode()
@@ -148,8 +174,10 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     tables = {
-        "Mask decoder": decoders(options.rounds), "Instance decoder": instance_decoder(), "Image encoder": encoders(options.models, options.rounds),
-    }  # fmt: skip
+        "Mask decoder": decoders(options.rounds),
+        "Instance decoder": instance_decoder(),
+        "Image encoder": encoders(options.models, options.rounds),
+    }
     write_results("models", tables, __doc__.split("\n\n", 2)[2].strip())
 
 

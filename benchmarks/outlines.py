@@ -54,7 +54,9 @@ def one_by_one(masks: Any) -> list[Any]:
     for logit in masks.logits.numpy():
         rows, columns = np.flatnonzero((logit > 0).any(1)), np.flatnonzero((logit > 0).any(0))
         if len(rows):
-            rings.append(find_contours(logit[max(rows[0] - 1, 0) : rows[-1] + 2, max(columns[0] - 1, 0) : columns[-1] + 2], 0.0))
+            rings.append(
+                find_contours(logit[max(rows[0] - 1, 0) : rows[-1] + 2, max(columns[0] - 1, 0) : columns[-1] + 2], 0.0)
+            )
     return rings
 
 
@@ -67,21 +69,32 @@ def outlines(rounds: int) -> list[dict[str, object]]:
     outer, lattice = Box(0, 0, 1024, 1024), Lattice(model.mpp, model.mpp)
     rows = []
     for what, config in (
-        ("as traced", MaskConfig(convex_above=1.0, simplify_um=0.0)), ("thinned by 0.05 um", MaskConfig(convex_above=1.0)),
+        ("as traced", MaskConfig(convex_above=1.0, simplify_um=0.0)),
+        ("thinned by 0.05 um", MaskConfig(convex_above=1.0)),
         ("thinned, and hulls for convex ones (default)", MaskConfig()),
-    ):  # fmt: skip
+    ):
         masks = list(decode(model, embeddings, 0, points, config))
         done = [trace(m, outer, lattice, config)[0] for m in masks]
         cells = [c for part in done for c in part.polygons]
         ours, reference = alternate(
-            rounds, lambda masks=masks, config=config: [shapely.to_wkb(trace(m, outer, lattice, config)[0].polygons) for m in masks],
+            rounds,
+            lambda masks=masks, config=config: [
+                shapely.to_wkb(trace(m, outer, lattice, config)[0].polygons) for m in masks
+            ],
             lambda masks=masks: [one_by_one(m) for m in masks],
-        )  # fmt: skip
+        )
         iou, bias = _against_upsampled(masks, cells, np.concatenate([part.points_xy for part in done]))
-        rows.append({
-            "outlines": what, "nuclei": len(cells), "us per nucleus": 1e6 * ours / len(cells),
-            "scikit-image's rings alone, us": 1e6 * reference / len(cells), "ratio": ours / reference, "IoU": iou, "area bias %": 100 * bias,
-        })  # fmt: skip
+        rows.append(
+            {
+                "outlines": what,
+                "nuclei": len(cells),
+                "us per nucleus": 1e6 * ours / len(cells),
+                "scikit-image's rings alone, us": 1e6 * reference / len(cells),
+                "ratio": ours / reference,
+                "IoU": iou,
+                "area bias %": 100 * bias,
+            }
+        )
     return rows
 
 

@@ -82,11 +82,15 @@ def neighbour_extras(points: np.ndarray) -> PromptExtras:
     nearest = far.argmin(1)
     labels = np.where(far.min(1) < 60, 0, -1).astype(np.float32)
     return dataclasses.replace(
-        no_extras(len(points)), points_xy=torch.from_numpy(points[nearest][:, None]), labels=torch.from_numpy(labels[:, None])
+        no_extras(len(points)),
+        points_xy=torch.from_numpy(points[nearest][:, None]),
+        labels=torch.from_numpy(labels[:, None]),
     )
 
 
-def decode(model, embeddings, points: np.ndarray, extras: PromptExtras | None = None, *, several: bool = False) -> list[WindowMasks]:
+def decode(
+    model, embeddings, points: np.ndarray, extras: PromptExtras | None = None, *, several: bool = False
+) -> list[WindowMasks]:
     out = []
     for start in range(0, len(points), 128):
         rows = slice(start, start + 128)
@@ -109,7 +113,13 @@ def settled(model, masks: list[WindowMasks], shape: tuple[int, int]) -> np.ndarr
     height, width = shape
     box, lattice = Box(0, 0, width, height), Lattice(MPP, MPP)
     cells = Cells.concatenate([trace(m, box, lattice, CONFIG.masks)[0] for m in masks], model.descriptor_size)
-    settled, _ = stitch([cells], (width, height), CONFIG.masks.min_area_um2 / MPP**2, CONFIG.stitching, descriptor_size=cells.descriptor_size)
+    settled, _ = stitch(
+        [cells],
+        (width, height),
+        CONFIG.masks.min_area_um2 / MPP**2,
+        CONFIG.stitching,
+        descriptor_size=cells.descriptor_size,
+    )
     cells = settled.take(slice(None))
     return rasterise(cells.polygons, shape)
 
@@ -122,7 +132,9 @@ def true_iou(masks: list[WindowMasks], points: np.ndarray, label: np.ndarray) ->
     for batch in masks:
         for logits, (ox, oy) in zip(batch.logits.numpy(), batch.origin_xy.tolist(), strict=True):
             x, y = points[k].astype(int)
-            window = (padded[oy + 160 : oy + 288, ox + 160 : ox + 288] == label[y, x]).reshape(64, 2, 64, 2).mean((1, 3)) >= 0.5
+            window = (padded[oy + 160 : oy + 288, ox + 160 : ox + 288] == label[y, x]).reshape(64, 2, 64, 2).mean(
+                (1, 3)
+            ) >= 0.5
             mask = logits > 0
             out.append((mask & window).sum() / max((mask | window).sum(), 1))
             k += 1
@@ -161,7 +173,9 @@ def main() -> None:
             boxes, noisy = box_extras(label, 0.0, rng), box_extras(label, 0.05, rng)
             anywhere = any_points(label, rng)
             two = dataclasses.replace(
-                no_extras(len(centre)), points_xy=torch.from_numpy(any_points(label, rng)[:, None]), labels=torch.ones(len(centre), 1)
+                no_extras(len(centre)),
+                points_xy=torch.from_numpy(any_points(label, rng)[:, None]),
+                labels=torch.ones(len(centre), 1),
             )
             kinds = {
                 "point at the centre": (centre, None),
@@ -184,7 +198,9 @@ def main() -> None:
                     predicted += torch.cat([m.predicted_iou for m in masks]).tolist()
                     true += true_iou(masks, points, label).tolist()
             best = [best_of_three(m) for m in decode(model, e, centre, several=True)]
-            scores.setdefault("point, best of three masks by predicted IoU", []).append(score(label, settled(model, best, label.shape)))
+            scores.setdefault("point, best of three masks by predicted IoU", []).append(
+                score(label, settled(model, best, label.shape))
+            )
         for kind, of in scores.items():
             means = {k: float(np.mean([s[k] for s in of])) for k in of[0]}
             row: dict[str, object] = {"set": name, "prompt": kind, **means, "ranking": "", "touching": ""}
@@ -193,7 +209,11 @@ def main() -> None:
             if kind == "point at the centre":
                 row["touching"] = f"{parted} of {pairs}"
             rows.append(row)
-    write_results(options.name, rows, f"`benchmarks/prompts.py`, model {options.model}. Means over images, one prompt per nucleus.")
+    write_results(
+        options.name,
+        rows,
+        f"`benchmarks/prompts.py`, model {options.model}. Means over images, one prompt per nucleus.",
+    )
 
 
 if __name__ == "__main__":

@@ -48,13 +48,29 @@ def make(folder: Path, count: int) -> None:
     size = int(side * SPACING)
     info = SlideInfo("table.svs", "openslide", "aperio", ((size, size),), (1.0,), 0.25, "benchmark")
     folder.mkdir(parents=True)
-    write_geoparquet(folder / "cells.parquet", cells, Typing.untyped(len(xy)), info, Provenance("wsiseg", "0", "table.svs", "0"))
-    slide = {"path": "table.svs", "reader": "openslide", "format": "aperio", "size_px0": [size, size], "mpp": 0.25, "mpp_source": "x", "bounds": None}
+    write_geoparquet(
+        folder / "cells.parquet", cells, Typing.untyped(len(xy)), info, Provenance("wsiseg", "0", "table.svs", "0")
+    )
+    slide = {
+        "path": "table.svs",
+        "reader": "openslide",
+        "format": "aperio",
+        "size_px0": [size, size],
+        "mpp": 0.25,
+        "mpp_source": "x",
+        "bounds": None,
+    }
     model = {"name": "nuclei-compact", "sha256": file_hash(find_weights("nuclei-compact")[1])}
     manifest = {
-        "status": "complete", "run_hash": "0", "parts_hash": "0", "slide": slide, "model": model, "seconds": {}, "warnings": [],
+        "status": "complete",
+        "run_hash": "0",
+        "parts_hash": "0",
+        "slide": slide,
+        "model": model,
+        "seconds": {},
+        "warnings": [],
         "config": dataclasses.asdict(RunConfig(method="apg", precision="fp32")),
-    }  # fmt: skip
+    }
     (folder / "manifest.json").write_text(json.dumps(manifest))
     types = [{"name": f"type {t}", "points": [xy[np.flatnonzero(kinds == t)[0]].tolist()]} for t in range(TYPES)]
     (folder.parent / "seeds.json").write_text(json.dumps({"version": 1, "types": types}))
@@ -66,7 +82,9 @@ def retype(folder: Path, formats: tuple[str, ...]) -> tuple[float, float, float]
     manifest["config"]["formats"] = formats
     (folder / "manifest.json").write_text(json.dumps(manifest))
     started = time.perf_counter()
-    process = subprocess.Popen([sys.executable, "-m", "wsiseg", "type", str(folder), "--seeds", str(folder.parent / "seeds.json")])
+    process = subprocess.Popen(
+        [sys.executable, "-m", "wsiseg", "type", str(folder), "--seeds", str(folder.parent / "seeds.json")]
+    )
     _, status, usage = os.wait4(process.pid, 0)  # of this process alone
     assert status == 0
     return time.perf_counter() - started, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 2**20
@@ -86,23 +104,35 @@ def main() -> None:
         folder = Path(scratch) / "table"
         subprocess.run([sys.executable, __file__, "--cells", str(options.cells), "--make", str(folder)], check=True)
         ids, types = [], []
-        runs = (("parquet", ("parquet",), False), ("parquet, rows shuffled", ("parquet",), True), ("both", ("geojson", "parquet"), False))
+        runs = (
+            ("parquet", ("parquet",), False),
+            ("parquet, rows shuffled", ("parquet",), True),
+            ("both", ("geojson", "parquet"), False),
+        )
         for what, formats, shuffled in runs:
             if shuffled:
                 table = pq.read_table(folder / "cells.parquet")
                 ids.append(table["id"].to_numpy())
                 types.append(np.array(table["type"].to_pylist()))
-                pq.write_table(table.take(np.random.default_rng(1).permutation(table.num_rows)), folder / "cells.parquet", row_group_size=20_000)
+                pq.write_table(
+                    table.take(np.random.default_rng(1).permutation(table.num_rows)),
+                    folder / "cells.parquet",
+                    row_group_size=20_000,
+                )
             seconds, cpu, peak = retype(folder, formats)
             count = int(options.cells**0.5) ** 2
-            rows.append({"files": what, "cells": count, "types": TYPES, "seconds": seconds, "CPU seconds": cpu, "peak GB": peak})
+            rows.append(
+                {"files": what, "cells": count, "types": TYPES, "seconds": seconds, "CPU seconds": cpu, "peak GB": peak}
+            )
             if shuffled:
                 table = pq.read_table(folder / "cells.parquet")
                 order, back = np.argsort(ids[0]), np.argsort(table["id"].to_numpy())
                 same = (types[0][order] == np.array(table["type"].to_pylist())[back]).all()
                 print("shuffled rows:", "the same types" if same else "OTHER TYPES")
                 assert same
-    write_results("retype", rows, "`benchmarks/retype.py`: `wsiseg type` as a process, start and reading of the weights included.")
+    write_results(
+        "retype", rows, "`benchmarks/retype.py`: `wsiseg type` as a process, start and reading of the weights included."
+    )
 
 
 if __name__ == "__main__":

@@ -36,7 +36,10 @@ def compressed(image: np.ndarray, quality: float) -> list[np.ndarray]:
 
 def restained(image: np.ndarray, factor: float) -> list[np.ndarray]:
     density = -np.log((image.astype(np.float32) + 1) / 256)
-    return [np.clip(256 * np.exp(-density * np.where(np.arange(3) == k, factor, 1)) - 1, 0, 255).astype(np.uint8) for k in range(3)]
+    return [
+        np.clip(256 * np.exp(-density * np.where(np.arange(3) == k, factor, 1)) - 1, 0, 255).astype(np.uint8)
+        for k in range(3)
+    ]
 
 
 def coarse(image: np.ndarray, mpp: float) -> list[np.ndarray]:
@@ -88,18 +91,32 @@ def main() -> None:
 
     def found(image: np.ndarray, label: np.ndarray) -> float:
         e = encode(model, image)
-        return score(label, rasterise(cells_of(model, e, automatic_points(e, config), label.shape, config).polygons, label.shape))["aji"]
+        return score(
+            label, rasterise(cells_of(model, e, automatic_points(e, config), label.shape, config).polygons, label.shape)
+        )["aji"]
 
     clean = {name: float(np.mean([found(image, label) for _, image, label in of])) for name, of in images.items()}
-    first: dict[str, object] = {"damage": "none", "severity": "", **{f"{n} AJI": v for n, v in clean.items()}, **{f"{n} kept": 1.0 for n in clean}}
+    first: dict[str, object] = {
+        "damage": "none",
+        "severity": "",
+        **{f"{n} AJI": v for n, v in clean.items()},
+        **{f"{n} kept": 1.0 for n in clean},
+    }
     rows = [first]
     for damage, (make, severities) in DAMAGE.items():
         for severity in severities:
-            aji = {n: float(np.mean([found(bad, label) for _, image, label in of for bad in make(image, severity)])) for n, of in images.items()}
+            aji = {
+                n: float(np.mean([found(bad, label) for _, image, label in of for bad in make(image, severity)]))
+                for n, of in images.items()
+            }
             kept = {f"{n} kept": v / clean[n] for n, v in aji.items()}
             rows.append({"damage": damage, "severity": severity, **{f"{n} AJI": v for n, v in aji.items()}, **kept})
             print(rows[-1], flush=True)
-    write_results("robustness", rows, "`benchmarks/robustness.py`: without points, means over images; `kept` is the share of the clean AJI.")
+    write_results(
+        "robustness",
+        rows,
+        "`benchmarks/robustness.py`: without points, means over images; `kept` is the share of the clean AJI.",
+    )
     draw(rows, clean)
 
 

@@ -60,8 +60,14 @@ def nuclei(count: int, side: float, seed: int) -> Cells:
     once = int(count * 0.85)
     per = int(np.ceil(np.sqrt(once)))
     step = side / per
-    centres = np.stack(np.unravel_index(np.arange(once), (per, per)), 1)[:, ::-1] * step + step / 2 + rng.normal(0, step / 12, (once, 2))
-    centres = np.concatenate([centres, centres[rng.choice(once, count - once, replace=False)] + rng.normal(0, 2, (count - once, 2))])
+    centres = (
+        np.stack(np.unravel_index(np.arange(once), (per, per)), 1)[:, ::-1] * step
+        + step / 2
+        + rng.normal(0, step / 12, (once, 2))
+    )
+    centres = np.concatenate(
+        [centres, centres[rng.choice(once, count - once, replace=False)] + rng.normal(0, 2, (count - once, 2))]
+    )
     angle = np.linspace(0, 2 * np.pi, 26)[:-1]
     radius = rng.uniform(13, 22, (count, 1)) * min(step / 45, 1) * (1 + rng.normal(0, 0.05, (count, 25)))
     xy = centres[:, None] + np.stack([radius * np.cos(angle), radius * np.sin(angle)], 2)
@@ -80,19 +86,37 @@ def write_parts(folder: Path, cells: int) -> RunPlan:
         count = min(PER_BLOCK, cells - k * PER_BLOCK)
         part = nuclei(count, BLOCK, k)
         corner = np.array([k % columns, k // columns], float) * BLOCK
-        part = Cells(shapely.transform(part.polygons, lambda xy, c=corner: xy + c), part.points_xy + corner, part.scores, part.descriptors)
-        write_part(folder / "parts" / f"{name}.parquet", part, "parts", dict.fromkeys(BLOCK_COUNTS, 0) | {"tiles": 16, "outlines": count})
+        part = Cells(
+            shapely.transform(part.polygons, lambda xy, c=corner: xy + c),
+            part.points_xy + corner,
+            part.scores,
+            part.descriptors,
+        )
+        write_part(
+            folder / "parts" / f"{name}.parquet",
+            part,
+            "parts",
+            dict.fromkeys(BLOCK_COUNTS, 0) | {"tiles": 16, "outlines": count},
+        )
     clicked = nuclei(3, 300, 0)
     clicked = dataclasses.replace(clicked, descriptors=np.eye(3, SIZE, dtype=np.float16))
     bank = Bank(
-        ("a", "b", "c"), ((200, 0, 0), (0, 200, 0), (0, 0, 200)), tuple(clicked.points_xy[k : k + 1] for k in range(3)),
-        tuple(np.eye(3, SIZE, dtype=np.float32)[k : k + 1] for k in range(3)), tuple(np.empty((0, SIZE), np.float32) for _ in range(3)),
-        clicked, (), (), np.empty(0, np.float32),
-    )  # fmt: skip
+        ("a", "b", "c"),
+        ((200, 0, 0), (0, 200, 0), (0, 0, 200)),
+        tuple(clicked.points_xy[k : k + 1] for k in range(3)),
+        tuple(np.eye(3, SIZE, dtype=np.float32)[k : k + 1] for k in range(3)),
+        tuple(np.empty((0, SIZE), np.float32) for _ in range(3)),
+        clicked,
+        (),
+        (),
+        np.empty(0, np.float32),
+    )
     side = columns * BLOCK
     info = SlideInfo("million.svs", "openslide", "aperio", ((side, side),), (1.0,), 0.25, "openslide.mpp-x/-y")
     config = dataclasses.replace(RunConfig(), method="apg", precision="fp32")
-    sheet = RunPlan(info, config, bank, names, "run", "parts", file_hash(find_weights(config.model)[1]), SIZE, (side * 0.25e-3) ** 2)
+    sheet = RunPlan(
+        info, config, bank, names, "run", "parts", file_hash(find_weights(config.model)[1]), SIZE, (side * 0.25e-3) ** 2
+    )
     write_plan(folder / "parts", sheet)
     return sheet
 
@@ -122,9 +146,12 @@ def merge(folder: Path) -> dict[str, object]:
     files = [folder / name for name in manifest["files"] if "geojson" in name]
     assert [problem for file in files for problem in validate_geojson(file)] == []
     return {
-        "outlines": counts["outlines"], "cells": counts["cells"], "trimmed": counts["trimmed"],
-        **{f"{k} s": seconds[k] for k in ("stitch", "type", "write")}, "validate s": time.perf_counter() - started,
-    }  # fmt: skip
+        "outlines": counts["outlines"],
+        "cells": counts["cells"],
+        "trimmed": counts["trimmed"],
+        **{f"{k} s": seconds[k] for k in ("stitch", "type", "write")},
+        "validate s": time.perf_counter() - started,
+    }
 
 
 def idle() -> dict[str, object]:
@@ -151,7 +178,11 @@ def plain_loops(cells: Cells, config: StitchingConfig) -> np.ndarray:
     for i, found in enumerate(shared):
         mine = [(j, both) for j, both in found if kept[j]]
         nested = any(both >= config.nested * min(area[i], area[j]) for j, both in mine)
-        kept[i] = holds[i] < config.cluster_size and not nested and sum(both for _, both in mine) <= config.max_overlap * area[i]
+        kept[i] = (
+            holds[i] < config.cluster_size
+            and not nested
+            and sum(both for _, both in mine) <= config.max_overlap * area[i]
+        )
     back = np.empty(len(rank), bool)
     back[rank] = kept
     return back
@@ -179,7 +210,14 @@ def stitching(count: int, folder: Path) -> dict[str, object]:
     loops = time.perf_counter() - started
     assert (kept == expected).all()
     median = float(np.median(times))
-    return {"outlines": count, "pairs": len(pairs.low), "kept": int(kept.sum()), "s": median, "plain loops s": loops, "ratio": loops / median}
+    return {
+        "outlines": count,
+        "pairs": len(pairs.low),
+        "kept": int(kept.sum()),
+        "s": median,
+        "plain loops s": loops,
+        "ratio": loops / median,
+    }
 
 
 def discs(tile_seconds: float) -> Callable[..., DiscModel]:
@@ -197,9 +235,9 @@ def overhead(slide: Path, name: str, tiles: int, rounds: int) -> dict[str, objec
             plan = plan_run(str(slide), config, Path(out))
             mine = [tile for block in plan.blocks for tile in block.tiles]
             assert len(mine) == tiles
-            with plan.tools.reader:
-                pixels = [read_region(plan.tools.reader, tile.outer, plan.job.lattice) for tile in mine[:32]]
-            bare = bare_calls(plan.tools, mine, pixels)
+            with plan.context.reader:
+                pixels = [read_region(plan.context.reader, tile.outer, plan.context.spec.lattice) for tile in mine[:32]]
+            bare = bare_calls(plan.context, mine, pixels)
             started = time.perf_counter()
             manifest = segment_slide(slide, config, out)
             whole = time.perf_counter() - started
@@ -209,13 +247,18 @@ def overhead(slide: Path, name: str, tiles: int, rounds: int) -> dict[str, objec
             pipe_s.append(whole)
     medians = [float(np.median(x)) for x in (bare_s, pipe_s, ratios)]
     return {
-        "model": name, "tiles": tiles, "cells": manifest["counts"]["cells"], "bare s": medians[0], "pipeline s": medians[1], "ratio": medians[2],
+        "model": name,
+        "tiles": tiles,
+        "cells": manifest["counts"]["cells"],
+        "bare s": medians[0],
+        "pipeline s": medians[1],
+        "ratio": medians[2],
         "model share of tile time": manifest["model_share"],
-    }  # fmt: skip
+    }
 
 
 @torch.inference_mode()
-def bare_calls(tools: planning.WorkerContext, tiles: list, pixels: list[np.ndarray]) -> float:
+def bare_calls(context: planning.WorkerContext, tiles: list, pixels: list[np.ndarray]) -> float:
     """Seconds of encode and decode alone, with the prompts that the run has; pixels go round."""
     from wsiseg.segmentation.decoding import decode
     from wsiseg.segmentation.prompts import find_points
@@ -224,13 +267,13 @@ def bare_calls(tools: planning.WorkerContext, tiles: list, pixels: list[np.ndarr
     for k, tile in enumerate(tiles):
         x = torch.from_numpy(pixels[k % len(pixels)]).permute(2, 0, 1)[None]
         started = time.perf_counter()
-        embeddings = tools.model.encode(x)
+        embeddings = context.model.encode(x)
         seconds += time.perf_counter() - started
         corner = np.array([tile.outer.x0, tile.outer.y0])
-        points = find_points(embeddings, tile.outer.width, tools.model.mpp, tools.job.config, None)
+        points = find_points(embeddings, tile.outer.width, context.model.mpp, context.spec.config, None)
         points = points[tile.core.contains(points + corner)]
         started = time.perf_counter()
-        for _ in decode(tools.model, embeddings, 0, points, tools.job.config.masks):
+        for _ in decode(context.model, embeddings, 0, points, context.spec.config.masks):
             pass
         seconds += time.perf_counter() - started
     return seconds
@@ -245,7 +288,9 @@ def flat(slide: Path) -> dict[str, object]:
     """A run of a whole slide."""
     planning.load_model = discs(0.002)
     with tempfile.TemporaryDirectory() as out:
-        counts = segment_slide(slide, from_mapping({"mpp": 0.25, "tissue": {"enabled": False}}, "benchmark"), out)["counts"]
+        counts = segment_slide(slide, from_mapping({"mpp": 0.25, "tissue": {"enabled": False}}, "benchmark"), out)[
+            "counts"
+        ]
     return {"tiles": counts["tiles"], "cells": counts["cells"]}
 
 
@@ -261,19 +306,31 @@ def write_sparse(path: Path, side: int, share: float) -> None:
             size = -(-side // step)
             count, per = -(-size // tile), len(level) // tile
 
-            def tiles(level: np.ndarray = level, count: int = count, per: int = per, step: int = step) -> Iterator[np.ndarray | None]:
+            def tiles(
+                level: np.ndarray = level, count: int = count, per: int = per, step: int = step
+            ) -> Iterator[np.ndarray | None]:
                 for row in range(count):
                     for column in range(count):
-                        rows, columns = ((n * tile * step // 4096, ((n + 1) * tile * step - 1) // 4096 + 1) for n in (row, column))
+                        rows, columns = (
+                            (n * tile * step // 4096, ((n + 1) * tile * step - 1) // 4096 + 1) for n in (row, column)
+                        )
                         if islands[rows[0] : rows[1], columns[0] : columns[1]].any():
                             yield level[row % per * tile :, column % per * tile :][:tile, :tile]
                         else:
                             yield None
 
             file.write(
-                tiles(), shape=(size, size, 3), dtype=np.uint8, tile=(tile, tile), photometric="rgb", compression="jpeg",
-                compressionargs={"level": 90}, subfiletype=bool(k), resolution=(40_000 / step, 40_000 / step), resolutionunit="CENTIMETER",
-            )  # fmt: skip
+                tiles(),
+                shape=(size, size, 3),
+                dtype=np.uint8,
+                tile=(tile, tile),
+                photometric="rgb",
+                compression="jpeg",
+                compressionargs={"level": 90},
+                subfiletype=bool(k),
+                resolution=(40_000 / step, 40_000 / step),
+                resolutionunit="CENTIMETER",
+            )
 
 
 def sparse(slide: Path, model: str) -> dict[str, object]:
@@ -291,17 +348,26 @@ def sparse(slide: Path, model: str) -> dict[str, object]:
     watcher = threading.Thread(target=watch)
     watcher.start()
     with tempfile.TemporaryDirectory() as out:
-        manifest = segment_slide(slide, from_mapping({"mpp": 0.25}, "benchmark"), out, on_progress=lambda n, total, _: done.__setitem__(0, n / total))
+        manifest = segment_slide(
+            slide,
+            from_mapping({"mpp": 0.25}, "benchmark"),
+            out,
+            on_progress=lambda n, total, _: done.__setitem__(0, n / total),
+        )
     over.set()
     watcher.join()
     at, mb = np.array(seen).T
     shares = {f"MB at {p} %": float(np.max(mb[(at >= p / 100 - 0.05) & (at <= p / 100) & (at > 0)])) for p in (10, 50)}
     during, after = mb[(at > 0) & (at < 1)], mb[at >= 1]
     return {
-        "model": model, "tiles": manifest["counts"]["tiles"], "cells": manifest["counts"]["cells"], **shares,
-        "MB at 100 %": float(np.max(mb[(at >= 0.95) & (at < 1)], initial=0) or during[-1]), "MB while stitching and writing": float(after.max()),
+        "model": model,
+        "tiles": manifest["counts"]["tiles"],
+        "cells": manifest["counts"]["cells"],
+        **shares,
+        "MB at 100 %": float(np.max(mb[(at >= 0.95) & (at < 1)], initial=0) or during[-1]),
+        "MB while stitching and writing": float(after.max()),
         "s": manifest["seconds"]["total"],
-    }  # fmt: skip
+    }
 
 
 def main() -> None:
@@ -320,11 +386,17 @@ def main() -> None:
             elif what == "merge":
                 (folder / "million" / "parts").mkdir(parents=True)
                 write_parts(folder / "million", options.cells)
-                tables[what] = [{"what": "imports alone"} | apart(idle), {"what": "merge"} | apart(merge, folder / "million")]
+                tables[what] = [
+                    {"what": "imports alone"} | apart(idle),
+                    {"what": "merge"} | apart(merge, folder / "million"),
+                ]
                 tables[what] = [{k: row.get(k, "") for k in tables[what][1]} for row in tables[what]]
             elif what == "overhead":
                 write_slide(folder / "slide.tiff", 8192)
-                tables[what] = [apart(overhead, folder / "slide.tiff", f"discs, {seconds} s per tile", 64, 2) for seconds in (0.2, 0.05)]
+                tables[what] = [
+                    apart(overhead, folder / "slide.tiff", f"discs, {seconds} s per tile", 64, 2)
+                    for seconds in (0.2, 0.05)
+                ]
                 write_slide(folder / "small.tiff", 6144)
                 tables[what].append(apart(overhead, folder / "small.tiff", "nuclei-compact", 36, 2))
             elif what == "flat":
@@ -334,7 +406,9 @@ def main() -> None:
             elif what == "sparse":
                 write_sparse(folder / "sparse.tiff", 100_000, 0.1)
                 tables[what] = [apart(sparse, folder / "sparse.tiff", model) for model in options.sparse_model]
-            write_results("scale", tables, __doc__.split("\n\n", 2)[2].strip())  # as they come: it takes a quarter of an hour
+            write_results(
+                "scale", tables, __doc__.split("\n\n", 2)[2].strip()
+            )  # as they come: it takes a quarter of an hour
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@
 
 Writes results/scale_from_nuclei.md and .json. A sample is four windows of one patient (tnbc), organ (nuinsseg) or image (brca_m2c; monuseg,
 evaluation only), averaged down to the stated scale; around each image lie others of its group, since a window at a fine assumed scale is larger
-than an image. The constants of wsiseg/segmentation/nuclear_scale.py were chosen on tnbc and brca_m2c (train), those of wsiseg/runs/plausibility.py on tnbc and
-nuinsseg. The scale of nuinsseg is nominal, and its estimates are relative to that.
+than an image. The constants of wsiseg/segmentation/nuclear_scale.py were chosen on tnbc and brca_m2c (train), those of
+wsiseg/runs/plausibility.py on tnbc and nuinsseg. The scale of nuinsseg is nominal, and its estimates are relative to that.
 """
 
 from __future__ import annotations
@@ -47,16 +47,27 @@ def images_of(folder: Path) -> dict[str, list[Image.Image]]:
     return found
 
 
-def windows_of(group: list[Image.Image], mpp: float, places: tuple[tuple[float, float], ...], coarse: float) -> list[np.ndarray]:
+def windows_of(
+    group: list[Image.Image], mpp: float, places: tuple[tuple[float, float], ...], coarse: float
+) -> list[np.ndarray]:
     """Windows of level-0 px of a slide of ``coarse`` microns per px, as ``estimate_scale`` reads them."""
     side = int(min(min(image.size) for image in group) * mpp / coarse)
-    small = [np.asarray(image.resize((side, side), Image.Resampling.BOX if coarse > mpp else Image.Resampling.BICUBIC)) for image in group]
+    small = [
+        np.asarray(image.resize((side, side), Image.Resampling.BOX if coarse > mpp else Image.Resampling.BICUBIC))
+        for image in group
+    ]
     reach = math.ceil(WINDOW_PX * 0.25 / LADDER[0] / 2)
     around = math.ceil(reach / side)
     windows = []
     for number in range(len(group)):
         rows = [
-            np.concatenate([small[(number + row * (2 * around + 1) + column) % len(small)] for column in range(-around, around + 1)], 1)
+            np.concatenate(
+                [
+                    small[(number + row * (2 * around + 1) + column) % len(small)]
+                    for column in range(-around, around + 1)
+                ],
+                1,
+            )
             for row in range(-around, around + 1)
         ]
         mosaic = np.concatenate(rows)
@@ -80,10 +91,15 @@ def fields(folder: Path, mpp: float) -> dict[str, object]:
     low, middle, high = np.percentile(medians, (1, 50, 99))
     diameter = float(np.sqrt(4 / np.pi * np.median(np.concatenate(every))))
     return {
-        "set": "/".join(folder.parts[-2:]), "images": len(medians), "median nucleus, diameter um": diameter,
-        "median area um2: 1 %": float(low), "half": float(middle), "99 %": float(high),
-        "nuclei per mm2: fewest": float(min(densities)), "most": float(max(densities)),
-    }  # fmt: skip
+        "set": "/".join(folder.parts[-2:]),
+        "images": len(medians),
+        "median nucleus, diameter um": diameter,
+        "median area um2: 1 %": float(low),
+        "half": float(middle),
+        "99 %": float(high),
+        "nuclei per mm2: fewest": float(min(densities)),
+        "most": float(max(densities)),
+    }
 
 
 def main() -> None:
@@ -103,16 +119,32 @@ def main() -> None:
             found = [judge(climb(windows_of(group, mpp, places, scale), model)) for group in groups.values()]
             ratios = np.array([estimate.mpp / scale for estimate in found if estimate is not None])
             low, middle, high = np.percentile(ratios, (5, 50, 95)) if len(ratios) else (math.nan,) * 3
-            rows.append({
-                "set": name.partition("/")[2], "um per px": scale, "samples": len(found), "no estimate": len(found) - len(ratios),
-                "estimate / truth: 5 %": float(low), "half": float(middle), "95 %": float(high),
-                "within 1.25x": float((np.abs(np.log(ratios)) < math.log(1.25)).mean()) if len(ratios) else math.nan,
-                f"beyond {CONTRADICTION}x": int((np.abs(np.log(ratios)) > math.log(CONTRADICTION)).sum()),
-            })  # fmt: skip
+            rows.append(
+                {
+                    "set": name.partition("/")[2],
+                    "um per px": scale,
+                    "samples": len(found),
+                    "no estimate": len(found) - len(ratios),
+                    "estimate / truth: 5 %": float(low),
+                    "half": float(middle),
+                    "95 %": float(high),
+                    "within 1.25x": float((np.abs(np.log(ratios)) < math.log(1.25)).mean())
+                    if len(ratios)
+                    else math.nan,
+                    f"beyond {CONTRADICTION}x": int((np.abs(np.log(ratios)) > math.log(CONTRADICTION)).sum()),
+                }
+            )
             print(rows[-1], flush=True)
     drawn = [name for name in options.sets if (options.data / name / "label").is_dir()]
-    tables = {"estimated from nuclei": rows, "labelled nuclei": [fields(options.data / name, SETS[name][0]) for name in drawn]}
-    write_results("scale_from_nuclei", tables, "`benchmarks/scale_from_nuclei.py`: a sample is four windows of one patient, organ or image.")
+    tables = {
+        "estimated from nuclei": rows,
+        "labelled nuclei": [fields(options.data / name, SETS[name][0]) for name in drawn],
+    }
+    write_results(
+        "scale_from_nuclei",
+        tables,
+        "`benchmarks/scale_from_nuclei.py`: a sample is four windows of one patient, organ or image.",
+    )
 
 
 if __name__ == "__main__":

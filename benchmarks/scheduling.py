@@ -41,7 +41,13 @@ def setup(number: int) -> int:
 def nothing(number: int, blocks: Sequence[Block], stopped: Callable[[], bool]) -> Iterator[tuple]:  # noqa: ARG001
     for block in blocks:
         begun = time.monotonic()
-        yield block.name, os.getpid(), begun, time.monotonic(), dict.fromkeys(("tiles", "tiles_failed", "prompts", "outlines"), 1)
+        yield (
+            block.name,
+            os.getpid(),
+            begun,
+            time.monotonic(),
+            dict.fromkeys(("tiles", "tiles_failed", "prompts", "outlines"), 1),
+        )
 
 
 def sleep(number: int, blocks: Sequence[Block], stopped: Callable[[], bool]) -> Iterator[tuple]:

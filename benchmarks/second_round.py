@@ -44,13 +44,21 @@ def main() -> None:
             started = time.process_time()
             cells = [cells_of(model, e, automatic_points(e, config), label.shape, config) for _, label, e in images]
             seconds = time.process_time() - started
-            scores = [score(label, rasterise(c.polygons, label.shape)) for c, (_, label, _) in zip(cells, images, strict=True)]
+            scores = [
+                score(label, rasterise(c.polygons, label.shape)) for c, (_, label, _) in zip(cells, images, strict=True)
+            ]
             aji = np.array([s["aji"] for s in scores])
             before = aji if form == "once" else before
-            rows.append({
-                "set": name, "form": form, **{k: float(np.mean([s[k] for s in scores])) for k in ("aji", "pq", "msa")},
-                "AJI gained": float((aji - before).mean()), "95 %": interval(aji - before), "CPU s after the encoder": seconds,
-            })  # fmt: skip
+            rows.append(
+                {
+                    "set": name,
+                    "form": form,
+                    **{k: float(np.mean([s[k] for s in scores])) for k in ("aji", "pq", "msa")},
+                    "AJI gained": float((aji - before).mean()),
+                    "95 %": interval(aji - before),
+                    "CPU s after the encoder": seconds,
+                }
+            )
             print(rows[-1], flush=True)
     write_results("second_round", rows, __doc__.split("\n\n")[0] + " " + __doc__.split("\n\n", 2)[2].strip())
 

@@ -26,7 +26,16 @@ from wsiseg.celltypes import plda
 from wsiseg.models import load_model
 
 NAME = "brca_m2c/dev"
-FORMS = [(32, 0.25, 0.1), (32, 0.1, 0.1), (32, 0.2, 0.1), (32, 0.4, 0.1), (32, 0.8, 0.1), (16, 0.25, 0.1), (64, 0.25, 0.1), (32, 0.25, 0.5)]
+FORMS = [
+    (32, 0.25, 0.1),
+    (32, 0.1, 0.1),
+    (32, 0.2, 0.1),
+    (32, 0.4, 0.1),
+    (32, 0.8, 0.1),
+    (16, 0.25, 0.1),
+    (64, 0.25, 0.1),
+    (32, 0.25, 0.5),
+]
 
 
 def main() -> None:
@@ -51,7 +60,8 @@ def main() -> None:
         return row
 
     rows = [
-        {"space": "learned with the weights"} | measured(lambda s, c: ours(s.z, s.xy, [s.z[k] for k in c], model.types)),
+        {"space": "learned with the weights"}
+        | measured(lambda s, c: ours(s.z, s.xy, [s.z[k] for k in c], model.types)),
         {"space": "none: nearest click, cosine"} | measured(lambda s, c: nearest_click(s.z, c)),
     ]
     for form in FORMS:

@@ -1,6 +1,6 @@
 """Does the tiling show? One region of a real slide as one tile, in small tiles, with other halos and with the grid moved.
 
-    python benchmarks/tiling.py --slide CMU-1-Small-Region.svs
+python benchmarks/tiling.py --slide CMU-1-Small-Region.svs
 """
 
 from __future__ import annotations
@@ -29,11 +29,21 @@ def main() -> None:
     model = load_model("nuclei-compact")
 
     def cells(tiling: TilingConfig) -> np.ndarray:
-        return segment_image(image, mpp=mpp, config=dataclasses.replace(RunConfig(), tiling=tiling), model=model)[0].polygons
+        return segment_image(image, mpp=mpp, config=dataclasses.replace(RunConfig(), tiling=tiling), model=model)[
+            0
+        ].polygons
 
     whole = cells(TilingConfig(tile_um=512))
     rows: list[dict[str, object]] = []
-    for tile, halo, origin in [(256, 24, 0), (256, 24, 37), (256, 24, 100), (64, 17, 0), (64, 24, 0), (64, 32, 0), (64, 48, 0)]:
+    for tile, halo, origin in [
+        (256, 24, 0),
+        (256, 24, 37),
+        (256, 24, 100),
+        (64, 17, 0),
+        (64, 24, 0),
+        (64, 32, 0),
+        (64, 48, 0),
+    ]:
         found = cells(TilingConfig(tile, halo, 4, origin))
         i, j = shapely.STRtree(found).query(whole, predicate="intersects")
         iou = shapely.area(shapely.intersection(whole[i], found[j])) / shapely.area(shapely.union(whole[i], found[j]))
@@ -42,7 +52,11 @@ def main() -> None:
             same = len(np.unique(i[iou > limit])) + len(np.unique(j[iou > limit]))
             row[f"identical (IoU > {limit})"] = same / (len(whole) + len(found))
         rows.append(row)
-    write_results("tiling", rows, f"`benchmarks/tiling.py`: {len(whole)} cells of a 400 x 400 um region as one tile, against the same in tiles.")
+    write_results(
+        "tiling",
+        rows,
+        f"`benchmarks/tiling.py`: {len(whole)} cells of a 400 x 400 um region as one tile, against the same in tiles.",
+    )
 
 
 if __name__ == "__main__":

@@ -88,17 +88,21 @@ def frame_of(cells: Cells, typing: Typing) -> geopandas.GeoDataFrame:
     """The properties that :func:`write_geojson` writes."""
     kinds = [{"name": name, "color": list(color)} for name, color in zip(typing.names, typing.colors, strict=True)]
     columns = {
-        "Area µm^2": np.round(shapely.area(cells.polygons) * INFO.mpp**2, 3), "Detection probability": np.round(cells.scores.astype(float), 4),
-        "Type score": np.round(typing.scores.astype(float), 4), "Type margin": np.round(typing.margins.astype(float), 4),
-    }  # fmt: skip
+        "Area µm^2": np.round(shapely.area(cells.polygons) * INFO.mpp**2, 3),
+        "Detection probability": np.round(cells.scores.astype(float), 4),
+        "Type score": np.round(typing.scores.astype(float), 4),
+        "Type margin": np.round(typing.margins.astype(float), 4),
+    }
     rows = zip(*(values.tolist() for values in columns.values()), strict=True)
     return geopandas.GeoDataFrame(
         {
-            "objectType": "detection", "classification": [kinds[code] for code in typing.codes],
+            "objectType": "detection",
+            "classification": [kinds[code] for code in typing.codes],
             "measurements": [dict(zip(columns, row, strict=True)) for row in rows],
         },
-        geometry=cells.polygons, index=cell_ids(PROVENANCE.slide, cells),
-    )  # fmt: skip
+        geometry=cells.polygons,
+        index=cell_ids(PROVENANCE.slide, cells),
+    )
 
 
 def speed(folder: Path, count: int, rounds: int) -> list[dict[str, object]]:
@@ -111,7 +115,10 @@ def speed(folder: Path, count: int, rounds: int) -> list[dict[str, object]]:
         "cells.geojson": ("cells.geojson", lambda path: write_geojson(path, cells, typing, INFO, PROVENANCE)),
         "cells.geojson.gz": ("cells.geojson.gz", lambda path: write_geojson(path, cells, typing, INFO, PROVENANCE)),
         "cells.geojson.zip": ("cells.geojson.zip", lambda path: write_geojson(path, cells, typing, INFO, PROVENANCE)),
-        "cells.geojson, noise in x and y": ("free.geojson", lambda path: write_geojson(path, crossing, typing, INFO, PROVENANCE)),
+        "cells.geojson, noise in x and y": (
+            "free.geojson",
+            lambda path: write_geojson(path, crossing, typing, INFO, PROVENANCE),
+        ),
         "cells.parquet": ("cells.parquet", lambda path: write_geoparquet(path, cells, typing, INFO, PROVENANCE)),
     }
     seconds: dict[str, list[float]] = {what: [] for what in writers}
@@ -126,11 +133,16 @@ def speed(folder: Path, count: int, rounds: int) -> list[dict[str, object]]:
     reference = best[next(iter(writers))]
     return [
         {
-            "file": what, "cells": count, "seconds": best[what], "CPU seconds": min(cpu[what]), "cells per second": round(count / best[what]),
-            "bytes per cell": round((folder / name).stat().st_size / count), "times to_json": reference / best[what],
+            "file": what,
+            "cells": count,
+            "seconds": best[what],
+            "CPU seconds": min(cpu[what]),
+            "cells per second": round(count / best[what]),
+            "bytes per cell": round((folder / name).stat().st_size / count),
+            "times to_json": reference / best[what],
         }
         for what, (name, _) in writers.items()
-    ]  # fmt: skip
+    ]
 
 
 def stream(path: Path, count: int) -> dict[str, Any]:
@@ -141,12 +153,20 @@ def stream(path: Path, count: int) -> dict[str, Any]:
     before, started = _status("VmRSS"), time.perf_counter()
     written = write(path, Nuclei(count), typing, INFO, PROVENANCE) or path
     seconds, extra = time.perf_counter() - started, _status("VmHWM") - before
-    return {"file": written.name, "cells": count, "extra MB": extra / 1024, "seconds": seconds, "cells per second": round(count / seconds)}
+    return {
+        "file": written.name,
+        "cells": count,
+        "extra MB": extra / 1024,
+        "seconds": seconds,
+        "cells per second": round(count / seconds),
+    }
 
 
 def _status(key: str) -> int:
     """KB."""
-    return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    return next(
+        int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key)
+    )
 
 
 def windows(path: Path) -> list[dict[str, object]]:
@@ -155,7 +175,9 @@ def windows(path: Path) -> list[dict[str, object]]:
     names = [footer.schema.column(k).path for k in range(footer.num_columns)]
     boxes = []
     for group in range(footer.num_row_groups):
-        left, top, right, bottom = (footer.row_group(group).column(names.index(f"bbox.{corner}")).statistics for corner in CORNERS)
+        left, top, right, bottom = (
+            footer.row_group(group).column(names.index(f"bbox.{corner}")).statistics for corner in CORNERS
+        )
         boxes.append((left.min, top.min, right.max, bottom.max))
     middle = float(np.max(boxes)) / 2
     window = (middle, middle, middle + 1000, middle + 1000)
@@ -170,10 +192,16 @@ def windows(path: Path) -> list[dict[str, object]]:
     inside = everything[shapely.intersects(shapely.box(*window), shapely.envelope(everything.geometry.to_numpy()))]
     assert found["id"].tolist() == inside["id"].tolist()
     touched = shapely.intersects(shapely.box(*window), shapely.box(*np.transpose(boxes)))
-    return [{
-        "cells": len(everything), "in the window": len(found), "row groups": len(boxes), "touched": int(touched.sum()),
-        "whole file, ms": 1e3 * statistics.median(whole), "window, ms": 1e3 * statistics.median(part),
-    }]  # fmt: skip
+    return [
+        {
+            "cells": len(everything),
+            "in the window": len(found),
+            "row groups": len(boxes),
+            "touched": int(touched.sum()),
+            "whole file, ms": 1e3 * statistics.median(whole),
+            "window, ms": 1e3 * statistics.median(part),
+        }
+    ]
 
 
 def main() -> None:
@@ -191,13 +219,20 @@ def main() -> None:
         streams = []
         for count in options.streams:
             for name in ("cells.geojson.gz", "cells.parquet"):
-                done = subprocess.run([sys.executable, __file__, "--stream", folder / name, str(count)], check=True, capture_output=True, text=True)
+                done = subprocess.run(
+                    [sys.executable, __file__, "--stream", folder / name, str(count)],
+                    check=True,
+                    capture_output=True,
+                    text=True,
+                )
                 streams.append(json.loads(done.stdout))
         fast = speed(folder, options.cells, options.rounds)
         for name in ("cells.geojson", "cells.geojson.gz", "cells.geojson.zip", "free.geojson"):
             assert not validate_geojson(folder / name)
         found = windows(folder / "cells.parquet")
-    write_results("writing", {"Speed": fast, "Streamed": streams, "A window": found}, __doc__.split("\n\n", 2)[2].strip())
+    write_results(
+        "writing", {"Speed": fast, "Streamed": streams, "A window": found}, __doc__.split("\n\n", 2)[2].strip()
+    )
 
 
 if __name__ == "__main__":

@@ -42,7 +42,9 @@ def overlap(labels: np.ndarray, truth: np.ndarray) -> list[float]:
 @pytest.mark.parametrize(("radius", "least"), [(6, 0.85), (9, 0.9), (15, 0.95)])
 def test_forty_circles_give_forty_labels(radius: int, least: float) -> None:
     step = 2 * radius + 6
-    truth = circles([(step * j + step // 2, step * i + step // 2, radius) for i in range(5) for j in range(8)], (5 * step, 8 * step))
+    truth = circles(
+        [(step * j + step // 2, step * i + step // 2, radius) for i in range(5) for j in range(8)], (5 * step, 8 * step)
+    )
     labels = ais_labels(*targets(truth))
     assert labels.dtype == np.int32
     assert np.unique(labels).tolist() == list(range(41))

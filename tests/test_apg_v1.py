@@ -13,7 +13,17 @@ from skimage.segmentation import find_boundaries
 
 from wsiseg.errors import ConfigError
 from wsiseg.geometry import Box
-from wsiseg.reference.apg_v1 import ApgV1, Cutout, cut_out, filter_and_nms_v1, grown_boxes, paint_v1, prompts_v1, segment_v1, stability_v1
+from wsiseg.reference.apg_v1 import (
+    ApgV1,
+    Cutout,
+    cut_out,
+    filter_and_nms_v1,
+    grown_boxes,
+    paint_v1,
+    prompts_v1,
+    segment_v1,
+    stability_v1,
+)
 
 
 def circles(discs: list[tuple[int, int, float]], shape: tuple[int, int]) -> np.ndarray:
@@ -283,7 +293,10 @@ def test_a_cluster_mask_swallows_its_members() -> None:
 
 def test_boxes_grow_by_their_own_size_and_stay_in_the_image() -> None:
     """Wide image: x is bounded by 300, y by 100."""
-    masks = [Cutout(Box(150, 20, 250, 40), np.ones((20, 100), bool)), Cutout(Box(0, 0, 300, 100), np.ones((100, 300), bool))]
+    masks = [
+        Cutout(Box(150, 20, 250, 40), np.ones((20, 100), bool)),
+        Cutout(Box(0, 0, 300, 100), np.ones((100, 300), bool)),
+    ]
     np.testing.assert_allclose(grown_boxes(masks, (100, 300)), [[149.01, 19.81, 249.99, 39.19], [0, 0, 300, 99.99]])
     assert grown_boxes([], (100, 300)).shape == (0, 4)
 

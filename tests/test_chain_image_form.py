@@ -69,7 +69,10 @@ def test_the_candidate_gate_finds_none_of_a_dominant_type() -> None:
     """At 70 % the mean + sd of the candidates' similarity is 0.7 + 0.46, above what a perfect match reaches; the product gate is not touched."""
     types = np.arange(100) % 10 < 7
     high, low, centres = image_of(np.where(types[:, None], AXES[0], AXES[1]))
-    found = {g: farthest_point_recursion(tuple(centres[0]), high, low, 1.0, dataclasses.replace(SETTINGS, gate=g)) for g in ("candidate", "product")}
+    found = {
+        g: farthest_point_recursion(tuple(centres[0]), high, low, 1.0, dataclasses.replace(SETTINGS, gate=g))
+        for g in ("candidate", "product")
+    }
     assert len(found["candidate"].points) == 0
     assert rounded(found["product"].points) == rounded(centres[types])
 

@@ -102,7 +102,12 @@ def test_old_form(tmp_path: Path) -> None:
 @pytest.mark.parametrize("prefix", ["module.", "sam.", "model.", "module.sam."])
 def test_prefixes(prefix: str, tmp_path: Path) -> None:
     sam = tiny_sam()
-    assert_same(read_checkpoint(saved(tmp_path / "a.pt", OrderedDict(with_prefix(prefix, {**sam, "pixel_mean": torch.zeros(3)})))).sam, sam)
+    assert_same(
+        read_checkpoint(
+            saved(tmp_path / "a.pt", OrderedDict(with_prefix(prefix, {**sam, "pixel_mean": torch.zeros(3)})))
+        ).sam,
+        sam,
+    )
 
 
 @pytest.mark.parametrize("container", ["model_state", "state_dict", "model"])
@@ -113,7 +118,15 @@ def test_containers(container: str, tmp_path: Path) -> None:
     assert found.notes == ("left out of a.pt: epoch, optimizer",)
 
 
-PREFIXES = ["_orig_mod.", "net.", "sam_model.", "model.sam.", "module._orig_mod.", "_orig_mod.module.model.", "trainer.student.sam."]
+PREFIXES = [
+    "_orig_mod.",
+    "net.",
+    "sam_model.",
+    "model.sam.",
+    "module._orig_mod.",
+    "_orig_mod.module.model.",
+    "trainer.student.sam.",
+]
 
 
 @pytest.mark.parametrize("prefix", PREFIXES)
@@ -137,10 +150,15 @@ def test_wrapped_parts(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("place", "rest"),
     [
-        (("model_state_dict",), "epoch"), (("net",), "epoch"), (("ema",), "epoch"), (("params",), "epoch"), (("anything",), "epoch"),
-        (("checkpoint", "state_dict"), "checkpoint.epoch, epoch"), (("ckpt", "ema", "net"), "ckpt.ema.epoch, ckpt.epoch, epoch"),
+        (("model_state_dict",), "epoch"),
+        (("net",), "epoch"),
+        (("ema",), "epoch"),
+        (("params",), "epoch"),
+        (("anything",), "epoch"),
+        (("checkpoint", "state_dict"), "checkpoint.epoch, epoch"),
+        (("ckpt", "ema", "net"), "ckpt.ema.epoch, ckpt.epoch, epoch"),
     ],
-)  # fmt: skip
+)
 def test_any_container(place: tuple[str, ...], rest: str, tmp_path: Path) -> None:
     """Whatever the keys that lead to the model; what is left out on the way is said."""
     sam = tiny_sam()
@@ -156,7 +174,8 @@ def test_any_container(place: tuple[str, ...], rest: str, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("first", "second"), [("model", "ema"), ("net", "model_ema"), ("state_dict", "model"), ("zebra", "ema_state"), ("model", "network")]
+    ("first", "second"),
+    [("model", "ema"), ("net", "model_ema"), ("state_dict", "model"), ("zebra", "ema_state"), ("model", "network")],
 )
 def test_one_of_several_models(first: str, second: str, tmp_path: Path) -> None:
     """The documented order decides, not that of the file; the other is named."""
@@ -165,7 +184,9 @@ def test_one_of_several_models(first: str, second: str, tmp_path: Path) -> None:
         found = read_checkpoint(saved(tmp_path / "a.pt", content))
         assert_same(found.sam, sam)
         assert found.notes[0] == f"a.pt holds 2 models; {first} was taken, not {second}"
-    found = read_checkpoint(saved(tmp_path / "a.pt", {"model": with_prefix("ema.", other) | with_prefix("student.", sam)}))
+    found = read_checkpoint(
+        saved(tmp_path / "a.pt", {"model": with_prefix("ema.", other) | with_prefix("student.", sam)})
+    )
     assert_same(found.sam, sam)
     assert found.notes[0] == "a.pt holds 2 models; model.student was taken, not model.ema"
 
@@ -199,7 +220,9 @@ def test_decoder_beside(tmp_path: Path) -> None:
 
 def test_decoder_within(tmp_path: Path) -> None:
     sam, decoder, other = tiny_sam(), tiny_decoder(), tiny_decoder()
-    file = saved(tmp_path / "a.pt", {"model_state": sam, "decoder_state": {**decoder, "encoder.pos_embed": torch.zeros(2)}})
+    file = saved(
+        tmp_path / "a.pt", {"model_state": sam, "decoder_state": {**decoder, "encoder.pos_embed": torch.zeros(2)}}
+    )
     found = read_checkpoint(file)
     assert_same(found.sam, sam)
     assert_same(found.decoder, decoder)
@@ -245,7 +268,9 @@ def identity(x): return x
     return lambda: module
 
 
-def test_training_checkpoint(tmp_path: Path, from_other_slide: Callable[[], types.ModuleType], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_checkpoint(
+    tmp_path: Path, from_other_slide: Callable[[], types.ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """best.pt: tensors beside objects of classes that are not here; neither imported nor made."""
     module = from_other_slide()
     sam, decoder = tiny_sam(), tiny_decoder()
@@ -254,15 +279,31 @@ def test_training_checkpoint(tmp_path: Path, from_other_slide: Callable[[], type
     layer(torch.ones(2)).sum().backward()
     optimizer.step()
     init = {
-        "dataset": module.Dataset(), "list": module.Listed([1, 2]), "dict": module.Mapped(a=1), "state": module.Stateful(), "kind": module.Kind.A,
-        "transform": module.identity, "module": layer, "made": module.Made(a=1), "path": tmp_path, "set": {1, 2}, "bytes": b"12",
-        "size": torch.Size([1]), "device": torch.device("cpu"), "dtype": torch.float32, "parameter": torch.nn.Parameter(torch.ones(2)),
+        "dataset": module.Dataset(),
+        "list": module.Listed([1, 2]),
+        "dict": module.Mapped(a=1),
+        "state": module.Stateful(),
+        "kind": module.Kind.A,
+        "transform": module.identity,
+        "module": layer,
+        "made": module.Made(a=1),
+        "path": tmp_path,
+        "set": {1, 2},
+        "bytes": b"12",
+        "size": torch.Size([1]),
+        "device": torch.device("cpu"),
+        "dtype": torch.float32,
+        "parameter": torch.nn.Parameter(torch.ones(2)),
         "generator": torch.get_rng_state(),
-    }  # fmt: skip
+    }
     content = {
-        "model_state": OrderedDict(with_prefix("sam.", sam)), "decoder_state": OrderedDict(decoder), "optimizer_state": optimizer.state_dict(),
-        "init": init, "epoch": 4, "best_metric": 0.25,
-    }  # fmt: skip
+        "model_state": OrderedDict(with_prefix("sam.", sam)),
+        "decoder_state": OrderedDict(decoder),
+        "optimizer_state": optimizer.state_dict(),
+        "init": init,
+        "epoch": 4,
+        "best_metric": 0.25,
+    }
     content["model_state"]._metadata = {"": {"version": 1}}  # type: ignore[attr-defined]
     protocols = (2, 4, 5)
     files = [saved(tmp_path / f"best{p}.pt", content, pickle_protocol=p) for p in protocols]
@@ -327,15 +368,21 @@ def malicious(kind: str, marker: Path) -> tuple[Any, str]:
         case "open":
             return Call(open, str(marker), "w"), "io.open|_io.open|builtins.open"
         case "hub":
-            return Call(torch.hub.download_url_to_file, f"file://{__file__}", str(marker)), "torch.hub.download_url_to_file"
+            return Call(
+                torch.hub.download_url_to_file, f"file://{__file__}", str(marker)
+            ), "torch.hub.download_url_to_file"
         case "load":
             return Call(torch.load, str(marker)), "torch.serialization.load"
         case "import":
             return Call(getattr, Call(builtins.__import__, "os"), "system"), "builtins.__import__"
         case "importlib":
-            return Call(Call(getattr, Call(sys.modules["importlib"].import_module, "os"), "system"), shell), "importlib.import_module"
+            return Call(
+                Call(getattr, Call(sys.modules["importlib"].import_module, "os"), "system"), shell
+            ), "importlib.import_module"
         case "chain":
-            return Call(Call(getattr, Call(getattr, torch.serialization._get_layout, "__globals__"), "get"), "os"), r"getattr\(..., __globals__\)"
+            return Call(
+                Call(getattr, Call(getattr, torch.serialization._get_layout, "__globals__"), "get"), "os"
+            ), r"getattr\(..., __globals__\)"
         case "pickle":
             return Call(pickle.loads, pickle.dumps(Call(os.system, shell))), "_?pickle.loads"
     raise AssertionError(kind)
@@ -362,7 +409,10 @@ def test_malicious(kind: str, place: str, tmp_path: Path) -> None:
             content = bad
     for protocol in (2, 4):
         file = saved(tmp_path / "a.pt", content, pickle_protocol=protocol)
-        refused(file, f"asks to run ({name}), which no weight file needs; it was not run; get the file from a source you trust")
+        refused(
+            file,
+            f"asks to run ({name}), which no weight file needs; it was not run; get the file from a source you trust",
+        )
         assert not marker.exists()
     old = saved(tmp_path / "old.pt", content, _use_new_zipfile_serialization=False)
     refused(old, "in PyTorch's old form that is damaged or holds more than tensors; nothing in it was run")
@@ -398,15 +448,27 @@ TENSOR = b"ctorch._utils\n_rebuild_tensor_v2\n(" + STORAGE
         # tensors beyond their storage: 16 numbers
         (b"}" + b"X\x01\x00\x00\x00a" + TENSOR + b"K\x00K\x11\x85K\x01\x85\x89NtRs.", "more elements than its storage"),
         (b"}" + b"X\x01\x00\x00\x00a" + TENSOR + b"K\x08K\x09\x85K\x01\x85\x89NtRs.", "cut short or damaged"),
-        (b"}" + b"X\x01\x00\x00\x00a" + TENSOR + b"J\xff\xff\xff\xffK\x09\x85K\x01\x85\x89NtRs.", "cut short or damaged"),
-        (b"}" + b"X\x01\x00\x00\x00a" + TENSOR + b"K\x00J\x00\x00\x00\x7f\x85K\x00\x85\x89NtRs.", "more elements than its storage"),
-        (b"}" + b"X\x01\x00\x00\x00a" + TENSOR.replace(b"K\x10", b"K\x11") + b"K\x00K\x01\x85K\x01\x85\x89NtRs.", "data/0 is too short"),
-        (b"}" + b"X\x01\x00\x00\x00a" + TENSOR.replace(b"\x000X", b"\x001X") + b"K\x00K\x01\x85K\x01\x85\x89NtRs.", "no item named 'a/data/1'"),
+        (
+            b"}" + b"X\x01\x00\x00\x00a" + TENSOR + b"J\xff\xff\xff\xffK\x09\x85K\x01\x85\x89NtRs.",
+            "cut short or damaged",
+        ),
+        (
+            b"}" + b"X\x01\x00\x00\x00a" + TENSOR + b"K\x00J\x00\x00\x00\x7f\x85K\x00\x85\x89NtRs.",
+            "more elements than its storage",
+        ),
+        (
+            b"}" + b"X\x01\x00\x00\x00a" + TENSOR.replace(b"K\x10", b"K\x11") + b"K\x00K\x01\x85K\x01\x85\x89NtRs.",
+            "data/0 is too short",
+        ),
+        (
+            b"}" + b"X\x01\x00\x00\x00a" + TENSOR.replace(b"\x000X", b"\x001X") + b"K\x00K\x01\x85K\x01\x85\x89NtRs.",
+            "no item named 'a/data/1'",
+        ),
         (b"}" + b"X\x01\x00\x00\x00a" + TENSOR + b"K\x00K\x10\x85K\x01\x85\x89NtRs.", "not a SAM checkpoint"),
         (b"", "cut short or damaged"),
         (b"K\x01.", "holds a int, not a dict of tensors"),
     ],
-)  # fmt: skip
+)
 def test_pickles_by_hand(instructions: bytes, sentence: str, tmp_path: Path) -> None:
     """Opcodes that no program writes; and the stand-ins are as before afterwards."""
     refused(handmade(tmp_path / "a.pt", instructions), sentence)
@@ -506,9 +568,18 @@ ENCODER = {key: value for key, value in SAM.items() if key.startswith("image_enc
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        ({"conv1.weight": ONE, "layer1.0.conv1.weight": ONE, "fc.weight": ONE}, r"not a SAM checkpoint \(it has conv1.weight, fc.weight, layer1"),
-        ({"model": {"image_encoder.trunk.pos_embed": ONE, "memory_encoder.x": ONE}}, "a SAM 2 checkpoint, which is not supported"),
-        ({"image_encoder.patch_embed.seq.0.c.weight": ONE, "mask_decoder.a": ONE}, r"MobileSAM \(ViT-T\), which is not supported"),
+        (
+            {"conv1.weight": ONE, "layer1.0.conv1.weight": ONE, "fc.weight": ONE},
+            r"not a SAM checkpoint \(it has conv1.weight, fc.weight, layer1",
+        ),
+        (
+            {"model": {"image_encoder.trunk.pos_embed": ONE, "memory_encoder.x": ONE}},
+            "a SAM 2 checkpoint, which is not supported",
+        ),
+        (
+            {"image_encoder.patch_embed.seq.0.c.weight": ONE, "mask_decoder.a": ONE},
+            r"MobileSAM \(ViT-T\), which is not supported",
+        ),
         ({"image_encoder.layers.0.blocks.0.conv1.c.weight": ONE}, r"MobileSAM \(ViT-T\)"),
         ({"image_encoder.stem.weight": ONE}, "has no patch_embed.proj.weight"),
         ({"vision_encoder.pos_embed": ONE}, "of the transformers library"),
@@ -516,19 +587,40 @@ ENCODER = {key: value for key, value in SAM.items() if key.startswith("image_enc
         ({"base_model.model.lora_A.weight": ONE}, "holds only a LoRA adapter"),
         (SAM | {"image_encoder.blocks.0.attn.qkv.w_b_linear_q.weight": ONE}, "a model with LoRA layers in it"),
         (ENCODER, "no prompt_encoder and no mask_decoder in it"),
-        ({"model_state": with_prefix("encoder.", ENCODER) | tiny_decoder(6)}, r"a semantic model \(6 classes\), whose head is not supported"),
-        ({"model_state": with_prefix("encoder.", ENCODER) | tiny_decoder()}, "encoder and instance decoder without SAM's mask decoder"),
+        (
+            {"model_state": with_prefix("encoder.", ENCODER) | tiny_decoder(6)},
+            r"a semantic model \(6 classes\), whose head is not supported",
+        ),
+        (
+            {"model_state": with_prefix("encoder.", ENCODER) | tiny_decoder()},
+            "encoder and instance decoder without SAM's mask decoder",
+        ),
         (tiny_decoder(), "an instance decoder, not a model; pass the SAM checkpoint, and this file with --decoder"),
-        ({"model_state": SAM, "decoder_state": tiny_decoder(6)}, "a decoder with 6 channels; the semantic head is not supported"),
+        (
+            {"model_state": SAM, "decoder_state": tiny_decoder(6)},
+            "a decoder with 6 channels; the semantic head is not supported",
+        ),
         ({"model_state": SAM, "decoder_state": {"a": ONE}}, "decoder_state is no instance decoder"),
-        (SAM | {"mask_decoder.iou_token.weight": torch.tensor([1.0, float("nan")])}, r"1 tensors hold NaN or infinity \(first: mask_decoder.iou"),
-        (SAM | {"image_encoder.pos_embed": torch.zeros(1, 64, 16)}, r"image_encoder.pos_embed has the shape \(1, 64, 16\)"),
+        (
+            SAM | {"mask_decoder.iou_token.weight": torch.tensor([1.0, float("nan")])},
+            r"1 tensors hold NaN or infinity \(first: mask_decoder.iou",
+        ),
+        (
+            SAM | {"image_encoder.pos_embed": torch.zeros(1, 64, 16)},
+            r"image_encoder.pos_embed has the shape \(1, 64, 16\)",
+        ),
         ({k: v for k, v in SAM.items() if "blocks.0" not in k}, r"image_encoder.blocks has the numbers \[1, 2, 3\]"),
         ({k: v for k, v in SAM.items() if "pos_embed" not in k}, "image_encoder.pos_embed is missing"),
-        (SAM | {"image_encoder.blocks.0.attn.rel_pos_h": torch.zeros(5, 7)}, "width 16 is no multiple of the heads' width 7"),
-        (SAM | {"image_encoder.blocks.2.attn.rel_pos_h": torch.zeros(7, 8)}, r"relative positions of \[5, 7, 15\] rows"),
+        (
+            SAM | {"image_encoder.blocks.0.attn.rel_pos_h": torch.zeros(5, 7)},
+            "width 16 is no multiple of the heads' width 7",
+        ),
+        (
+            SAM | {"image_encoder.blocks.2.attn.rel_pos_h": torch.zeros(7, 8)},
+            r"relative positions of \[5, 7, 15\] rows",
+        ),
     ],
-)  # fmt: skip
+)
 def test_other_models(content: dict[str, Any], sentence: str, tmp_path: Path) -> None:
     refused(saved(tmp_path / "a.pt", content), sentence)
 
@@ -555,13 +647,20 @@ def test_recognise() -> None:
     assert found.name == "ViT of width 16 and depth 4"
 
 
-@pytest.mark.parametrize(("dim", "depth", "heads", "name"), [(768, 12, 12, "ViT-B"), (1024, 24, 16, "ViT-L"), (1280, 32, 16, "ViT-H")])
+@pytest.mark.parametrize(
+    ("dim", "depth", "heads", "name"), [(768, 12, 12, "ViT-B"), (1024, 24, 16, "ViT-L"), (1280, 32, 16, "ViT-H")]
+)
 def test_published_architectures(dim: int, depth: int, heads: int, name: str) -> None:
     """The shapes of the official checkpoints."""
     every = depth // 4
-    sam = {"image_encoder.pos_embed": torch.empty(1, 64, 64, dim), "image_encoder.patch_embed.proj.weight": torch.empty(dim, 3, 16, 16)}
+    sam = {
+        "image_encoder.pos_embed": torch.empty(1, 64, 64, dim),
+        "image_encoder.patch_embed.proj.weight": torch.empty(dim, 3, 16, 16),
+    }
     for k in range(depth):
-        sam[f"image_encoder.blocks.{k}.attn.rel_pos_h"] = torch.empty(127 if k % every == every - 1 else 27, dim // heads)
+        sam[f"image_encoder.blocks.{k}.attn.rel_pos_h"] = torch.empty(
+            127 if k % every == every - 1 else 27, dim // heads
+        )
     found = recognise(sam)
     assert found == Architecture(dim, depth, heads, tuple(range(every - 1, depth, every)), 14, 64, 16)
     assert found.name == name

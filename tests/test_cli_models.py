@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
     """A training checkpoint with what is looked at of a small SAM."""
-    sam = random_sam(Architecture(dim=16, depth=4, heads=2, global_blocks=(1, 3), window=3, grid=8, patch=16)).state_dict()
+    sam = random_sam(
+        Architecture(dim=16, depth=4, heads=2, global_blocks=(1, 3), window=3, grid=8, patch=16)
+    ).state_dict()
     torch.save({"model_state": {f"sam.{key}": value for key, value in sam.items()}, "epoch": 3}, tmp_path / "best.pt")
     return tmp_path / "best.pt"
 
@@ -32,14 +34,33 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_import_list_show_verify(checkpoint: Path, folder: Path, wsiseg: Callable[..., tuple[int, str]]) -> None:
-    status, said = wsiseg("models", "import", checkpoint, "--name", "mine", "--mpp", 0.125, "--licence", "MIT", "--normalise", "tile-minmax")
+    status, said = wsiseg(
+        "models",
+        "import",
+        checkpoint,
+        "--name",
+        "mine",
+        "--mpp",
+        0.125,
+        "--licence",
+        "MIT",
+        "--normalise",
+        "tile-minmax",
+    )
     assert status == 0
     assert "Note: left out of best.pt: epoch" in said
     rows = dict(line.split(": ", 1) for line in said.splitlines() if not line.startswith("Note"))
     assert rows == {
-        "name": "mine", "architecture": "ViT of width 16 and depth 4", "instance decoder": "no", "mpp": "0.125", "normalise": "tile-minmax",
-        "licence": "MIT", "source": str(checkpoint), "weights": str(folder / "mine.safetensors"), "sha256": rows["sha256"],
-    }  # fmt: skip
+        "name": "mine",
+        "architecture": "ViT of width 16 and depth 4",
+        "instance decoder": "no",
+        "mpp": "0.125",
+        "normalise": "tile-minmax",
+        "licence": "MIT",
+        "source": str(checkpoint),
+        "weights": str(folder / "mine.safetensors"),
+        "sha256": rows["sha256"],
+    }
     status, said = wsiseg("models", "show", "mine")
     assert (status, rows) == (0, dict(line.split(": ", 1) for line in said.splitlines()))
     status, said = wsiseg("models", "list")
@@ -74,7 +95,11 @@ def test_verify_finds_damage(checkpoint: Path, folder: Path, wsiseg: Callable[..
         (("import", "{checkpoint}", "--name", "a", "--mpp", "9"), 1, "mpp 9: must lie between 0.05 and 2"),
         (("import", "{checkpoint}", "--name", "a", "--mpp", "nan"), 1, "mpp nan: must lie between 0.05 and 2"),
         (("import", "{checkpoint}", "--name", "nuclei-compact"), 1, "belongs to a model of the package"),
-        (("import", "{checkpoint}", "--name", "a", "--decoder", "{checkpoint}"), 1, "given as a decoder, but it holds a SAM model"),
+        (
+            ("import", "{checkpoint}", "--name", "a", "--decoder", "{checkpoint}"),
+            1,
+            "given as a decoder, but it holds a SAM model",
+        ),
         (("import", "{checkpoint}"), 2, "Missing option '--name'"),
         (("import", "{checkpoint}", "--name", "a", "--normalise", "x"), 2, "Invalid value for '--normalise'"),
         (("show", "absent"), 1, "absent: no such model here; models here: nuclei-compact"),
@@ -84,8 +109,13 @@ def test_verify_finds_damage(checkpoint: Path, folder: Path, wsiseg: Callable[..
     ],
 )
 def test_refusals(
-    arguments: tuple[str, ...], status: int, sentence: str, checkpoint: Path, folder: Path, wsiseg: Callable[..., tuple[int, str]]
-) -> None:  # fmt: skip
+    arguments: tuple[str, ...],
+    status: int,
+    sentence: str,
+    checkpoint: Path,
+    folder: Path,
+    wsiseg: Callable[..., tuple[int, str]],
+) -> None:
     found, said = wsiseg("models", *(a.format(checkpoint=checkpoint) for a in arguments))
     assert found == status
     errors = [line for line in said.splitlines() if line.startswith("Error: ")]
@@ -111,13 +141,16 @@ def test_a_malicious_file(tmp_path: Path, folder: Path, wsiseg: Callable[..., tu
     torch.save({"model_state": {"image_encoder.pos_embed": torch.ones(1)}, "init": Call()}, tmp_path / "bad.pt")
     status, said = wsiseg("models", "import", tmp_path / "bad.pt", "--name", "bad")
     assert status == 1
-    assert "bad.pt: asks to run os.system, which no weight file needs; it was not run; get the file from a source you trust" in said
+    assert (
+        "bad.pt: asks to run os.system, which no weight file needs; it was not run; get the file from a source you trust"
+        in said
+    )
     assert not (tmp_path / "MARKER").exists()
 
 
 def test_download_reports(
     checkpoint: Path, folder: Path, wsiseg: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch
-) -> None:  # fmt: skip
+) -> None:
     """The command passes name and --overwrite on, and shows the card."""
     content = checkpoint.read_bytes()
 

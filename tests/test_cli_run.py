@@ -98,12 +98,25 @@ def test_slide_too_coarse_for_cells(shared_data: Path, tmp_path: Path) -> None:
         ({"version": 1, "types": [{"name": "a", "points": [[10, 10]], "colour": "#fff"}]}, "colour"),
         (types((-5, 10)), "types[0].points[0]"),
         (types((5000, 10)), "512"),
-        ({"version": 1, "types": [{"name": "a", "points": [[10, 10]]}, {"name": "A", "points": [[20, 20]]}]}, "types[1]"),
+        (
+            {"version": 1, "types": [{"name": "a", "points": [[10, 10]]}, {"name": "A", "points": [[20, 20]]}]},
+            "types[1]",
+        ),
         (types((10, 10), slide="other.svs"), "other.svs"),
         (types((26, 316)), "no cell there"),
         ({"version": 1, "types": []}, "types"),
     ],
-    ids=["empty", "not json", "unknown key", "negative", "outside", "duplicate names", "other slide", "glass", "no types"],
+    ids=[
+        "empty",
+        "not json",
+        "unknown key",
+        "negative",
+        "outside",
+        "duplicate names",
+        "other slide",
+        "glass",
+        "no types",
+    ],
 )
 def test_seeds_that_cannot_be_used(content: object, sentence: str, demo: tuple[Path, Path], tmp_path: Path) -> None:
     complains(tmp_path / "out", sentence, "run", demo[0], "--seeds", seeds_file(tmp_path, content))
@@ -160,7 +173,9 @@ def test_another_configuration_is_not_replaced_unasked(demo: tuple[Path, Path], 
     assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
     assert wsiseg("run", demo[0], "--out", out, "--tile-size", 64, "--overwrite")[0] == 0
     manifest = out / "ihc" / "manifest.json"
-    status, output = wsiseg("run", demo[0], "--out", out, "--config", manifest)  # the manifest's own configuration is the same run
+    status, output = wsiseg(
+        "run", demo[0], "--out", out, "--config", manifest
+    )  # the manifest's own configuration is the same run
     assert status == 0
     assert "complete already" in output
     (out / "ihc" / "cells.parquet").unlink()
@@ -214,7 +229,14 @@ def test_two_types_may_not_click_one_cell(demo: tuple[Path, Path], tmp_path: Pat
     content = json.loads(demo[1].read_text())
     x, y = content["types"][1]["points"][0]
     content["types"][0]["points"].append([x + 1, y + 1])
-    complains(tmp_path / "out", "hits the same cell as types[0].points[1], of another type", "run", demo[0], "--seeds", seeds_file(tmp_path, content))
+    complains(
+        tmp_path / "out",
+        "hits the same cell as types[0].points[1], of another type",
+        "run",
+        demo[0],
+        "--seeds",
+        seeds_file(tmp_path, content),
+    )
 
 
 def test_a_blank_slide_gives_empty_files(tmp_path: Path) -> None:
@@ -231,7 +253,9 @@ def test_a_blank_slide_gives_empty_files(tmp_path: Path) -> None:
     assert validate_geojson(tmp_path / "out/blank/cells.geojson.gz") == []
 
 
-def test_a_tile_that_cannot_be_read_is_listed(demo: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tile_that_cannot_be_read_is_listed(
+    demo: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Exit 3 and a sentence; the same command reads just the missing block again and then gives the undisturbed bytes."""
     from wsiseg.errors import SlideError
     from wsiseg.segmentation import blocks as segmenting

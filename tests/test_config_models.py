@@ -43,7 +43,7 @@ def test_config_round_trip(tmp_path: Path) -> None:
         ({"mpp": float("nan")}, "mpp: nan is not allowed"),
         ({"formats": []}, "formats is empty"),
     ],
-)  # fmt: skip
+)
 def test_config_refuses(mapping: dict[str, object], sentence: str) -> None:
     with pytest.raises(ConfigError, match=f"^settings: {sentence}"):
         from_mapping(mapping, "settings")
@@ -59,7 +59,9 @@ def test_config_file_refuses(tmp_path: Path) -> None:
 
 def test_every_number_has_its_limits() -> None:
     """Each number of the configuration is checked, and its default lies inside."""
-    config = RunConfig(mpp=0.5, batch_size=1, max_ram_gb=1.0, max_vram_gb=1.0, tiling=TilingConfig(tile_um=200.0, halo_um=24.0))
+    config = RunConfig(
+        mpp=0.5, batch_size=1, max_ram_gb=1.0, max_vram_gb=1.0, tiling=TilingConfig(tile_um=200.0, halo_um=24.0)
+    )
     names = dict(_numbers(config))
     assert names.keys() == LIMITS.keys()
     for name in names:
@@ -83,7 +85,9 @@ def test_weights_in_the_box_are_the_registered_ones() -> None:
 
 
 def test_unknown_model() -> None:
-    with pytest.raises(WeightsError, match=r"--model sam9: no such model and no such file; models here: nuclei-compact"):
+    with pytest.raises(
+        WeightsError, match=r"--model sam9: no such model and no such file; models here: nuclei-compact"
+    ):
         find_weights("sam9")
 
 

@@ -63,7 +63,9 @@ def palette_png(path: Path, image: np.ndarray) -> Path:
     return path
 
 
-def geojson(path: Path, cells: list[tuple[int, int, str]], shift: tuple[int, int] = (0, 0), extra: list[dict] | None = None) -> Path:
+def geojson(
+    path: Path, cells: list[tuple[int, int, str]], shift: tuple[int, int] = (0, 0), extra: list[dict] | None = None
+) -> Path:
     features = [
         {
             "type": "Feature",
@@ -78,7 +80,9 @@ def geojson(path: Path, cells: list[tuple[int, int, str]], shift: tuple[int, int
     return path
 
 
-def parquet(path: Path, cells: list[tuple[int, int, str]], bounds: tuple[int, int, int, int] | None = None, mpp: float = 0.5) -> Path:
+def parquet(
+    path: Path, cells: list[tuple[int, int, str]], bounds: tuple[int, int, int, int] | None = None, mpp: float = 0.5
+) -> Path:
     path.parent.mkdir(exist_ok=True, parents=True)
     n = len(cells)
     names = ("unassigned", *sorted({kind for *_, kind in cells} - {""}))
@@ -118,7 +122,9 @@ def scores(tmp_path: Path, *arguments: object) -> dict:
 
 WRITERS = {
     "png": lambda folder, cells: png(folder / "image.png", label(cells)),
-    "tif": lambda folder, cells: tifffile.imwrite(folder / "image.tif", label(cells).astype(np.uint32)) or folder / "image.tif",
+    "tif": lambda folder, cells: (
+        tifffile.imwrite(folder / "image.tif", label(cells).astype(np.uint32)) or folder / "image.tif"
+    ),
     "npy": lambda folder, cells: np.save(folder / "image.npy", label(cells)) or folder / "image.npy",
     "palette": lambda folder, cells: palette_png(folder / "image.png", label(cells)),
     "geojson": lambda folder, cells: geojson(folder / "image.geojson", cells),
@@ -126,7 +132,8 @@ WRITERS = {
     "parquet": lambda folder, cells: parquet(folder / "image.parquet", cells),
     "run": lambda folder, cells: parquet(folder / "slide/cells.parquet", cells).parent,
     "foreign": lambda folder, cells: (
-        geopandas.GeoDataFrame({"outline": polygons(cells)}, geometry="outline").to_parquet(folder / "image.parquet") or folder / "image.parquet"
+        geopandas.GeoDataFrame({"outline": polygons(cells)}, geometry="outline").to_parquet(folder / "image.parquet")
+        or folder / "image.parquet"
     ),
 }
 
@@ -149,25 +156,35 @@ def test_every_kind_gives_the_same_scores(predicted: str, truth: str, tmp_path: 
 
 def check_typed(found: dict) -> None:
     """a: 2 in the truth, 1 predicted, 1 right, IoU 2/3. b: 1 in the truth, 2 predicted, none right."""
-    assert found["classes"]["a"] == pytest.approx({"truth": 2, "prediction": 1, "f1": 2 / 3, "pq": 4 / 9, "pq_plus": 4 / 9})
+    assert found["classes"]["a"] == pytest.approx(
+        {"truth": 2, "prediction": 1, "f1": 2 / 3, "pq": 4 / 9, "pq_plus": 4 / 9}
+    )
     assert found["classes"]["b"] == pytest.approx({"truth": 1, "prediction": 2, "f1": 0, "pq": 0, "pq_plus": 0})
     assert found["mean"]["mpq"]["mean"] == found["pooled"]["mpq_plus"] == pytest.approx(2 / 9)
     assert found["pooled"]["macro_f1"] == pytest.approx(1 / 3)
     assert (found["pooled"]["type_accuracy"], found["pooled"]["unassigned"]) == (0.5, 0)
-    assert found["confusion"] == [{"truth": "a", "prediction": "a", "pairs": 1}, {"truth": "a", "prediction": "b", "pairs": 1}]
+    assert found["confusion"] == [
+        {"truth": "a", "prediction": "a", "pairs": 1},
+        {"truth": "a", "prediction": "b", "pairs": 1},
+    ]
 
 
 def test_types_of_outlines_and_of_label_images(tmp_path: Path) -> None:
     p, g = parquet(tmp_path / "p.parquet", PREDICTED), geojson(tmp_path / "t.geojson", TRUTH)
     check_typed(scores(tmp_path, p, g))
     images = [png(tmp_path / name, image) for name, image in {"p.png": label(PREDICTED), "t.png": label(TRUTH)}.items()]
-    types = [png(tmp_path / "types" / name, image) for name, image in {"p.png": kinds(PREDICTED), "t.png": kinds(TRUTH)}.items()]
+    types = [
+        png(tmp_path / "types" / name, image)
+        for name, image in {"p.png": kinds(PREDICTED), "t.png": kinds(TRUTH)}.items()
+    ]
     (tmp_path / "classes.json").write_text(json.dumps({"1": "a", "2": "b"}))
     typed = ("--pred-types", types[0], "--truth-types", types[1], "--classes", tmp_path / "classes.json", "--mpp", 0.5)
     check_typed(scores(tmp_path, *images, *typed))
     check_typed(scores(tmp_path, p, images[1], *typed[2:]))
     assert "types and points are matched within 3 um, and no file says microns per px" in fails(*images, *typed[:4])
-    arrays = evaluate(label(PREDICTED), label(TRUTH), prediction_types=kinds(PREDICTED), truth_types=kinds(TRUTH), mpp=0.5)
+    arrays = evaluate(
+        label(PREDICTED), label(TRUTH), prediction_types=kinds(PREDICTED), truth_types=kinds(TRUTH), mpp=0.5
+    )
     assert arrays.means["mpq"].mean == pytest.approx(2 / 9)
 
 
@@ -175,7 +192,14 @@ def test_points(tmp_path: Path) -> None:
     """Outlines against dots, dots against outlines and label images, dots against dots."""
     outlines, dots = geojson(tmp_path / "t.geojson", TRUTH), points(tmp_path / "p.csv", PREDICTED)
     found = scores(tmp_path, outlines, points(tmp_path / "t.csv", TRUTH), "--mpp", 0.5)
-    assert set(found["pooled"]) == {"detection_f1", "detection_precision", "detection_recall", "macro_f1", "type_accuracy", "unassigned"}
+    assert set(found["pooled"]) == {
+        "detection_f1",
+        "detection_precision",
+        "detection_recall",
+        "macro_f1",
+        "type_accuracy",
+        "unassigned",
+    }
     assert set(found["pooled"].values()) == {0.0, 1.0}
     found = scores(tmp_path, dots, outlines, "--mpp", 0.5)
     assert found["pooled"]["point_precision"] == pytest.approx(2 / 3)
@@ -187,7 +211,9 @@ def test_points(tmp_path: Path) -> None:
     untyped = points(tmp_path / "u.csv", TRUTH, typed=False)
     assert scores(tmp_path, dots, untyped, "--mpp", 0.5)["pooled"]["detection_f1"] == pytest.approx(2 / 3)
     # a radius of 0.9 um, 1.8 px, does not reach over 2 px
-    assert scores(tmp_path, dots, untyped, "--mpp", 0.5, "--radius", 0.9)["pooled"]["detection_f1"] == pytest.approx(1 / 3)
+    assert scores(tmp_path, dots, untyped, "--mpp", 0.5, "--radius", 0.9)["pooled"]["detection_f1"] == pytest.approx(
+        1 / 3
+    )
     assert "and no file says microns per px; pass --mpp" in fails(dots, untyped)
 
 
@@ -201,14 +227,21 @@ def test_folders(tmp_path: Path) -> None:
         png(g / f"{name}.png", label(TRUTH))
     (g / "classes.json").write_text("{}")
     (g / "README.txt").write_text("ours")
-    result = CliRunner().invoke(main, ["evaluate", str(p), str(g), "--json", str(tmp_path / "s.json"), "--baseline", str(g)])
+    result = CliRunner().invoke(
+        main, ["evaluate", str(p), str(g), "--json", str(tmp_path / "s.json"), "--baseline", str(g)]
+    )
     assert result.exit_code == 0, result.output
     assert f"Warning: {p}: three not in {g}, left out" in result.stderr
     assert result.stdout.startswith("2 images, 6 cells in the truth, 6 in the prediction\n\nmetric ")
     assert "\none  " in result.stdout
     found = json.loads((tmp_path / "s.json").read_text())
     assert [image["name"] for image in found["images"]] == ["one", "two"]
-    assert found["mean"]["pq"]["mean"] == found["mean"]["bpq"]["mean"] == found["retention"]["pq"] == pytest.approx((PQ + 1) / 2)
+    assert (
+        found["mean"]["pq"]["mean"]
+        == found["mean"]["bpq"]["mean"]
+        == found["retention"]["pq"]
+        == pytest.approx((PQ + 1) / 2)
+    )
     assert found["mean"]["pq"]["low"] == pytest.approx(PQ)
     assert found["options"]["versions"]["wsiseg"]
     assert "\none  " not in call(p, g, "--summary")
@@ -229,15 +262,30 @@ def test_qupath_frame_is_moved_to_that_of_the_slide(tmp_path: Path) -> None:
 
 def test_what_qupath_files_hold_besides(tmp_path: Path) -> None:
     """Regions around detections are passed over, crossing outlines are repaired, nuclei are taken of cells, empty files are fine."""
-    region = {"type": "Feature", "geometry": shapely.geometry.mapping(shapely.box(0, 0, 90, 90)), "properties": {"objectType": "annotation"}}
+    region = {
+        "type": "Feature",
+        "geometry": shapely.geometry.mapping(shapely.box(0, 0, 90, 90)),
+        "properties": {"objectType": "annotation"},
+    }
     bow_tie = {"type": "Polygon", "coordinates": [[[50, 50], [60, 60], [60, 50], [50, 60], [50, 50]]]}
     cell = {
-        "type": "Feature", "geometry": shapely.geometry.mapping(shapely.box(60, 0, 90, 30)), "properties": {"objectType": "cell"},
+        "type": "Feature",
+        "geometry": shapely.geometry.mapping(shapely.box(60, 0, 90, 30)),
+        "properties": {"objectType": "cell"},
         "nucleusGeometry": shapely.geometry.mapping(shapely.box(70, 10, 80, 20)),
-    }  # fmt: skip
-    p = geojson(tmp_path / "p.geojson", TRUTH, extra=[region, {"type": "Feature", "geometry": bow_tie, "properties": {}}, cell])
+    }
+    p = geojson(
+        tmp_path / "p.geojson", TRUTH, extra=[region, {"type": "Feature", "geometry": bow_tie, "properties": {}}, cell]
+    )
     result = CliRunner().invoke(
-        main, ["evaluate", str(p), str(png(tmp_path / "t.png", label([*TRUTH, (70, 10, "a")]))), "--json", str(tmp_path / "s")]
+        main,
+        [
+            "evaluate",
+            str(p),
+            str(png(tmp_path / "t.png", label([*TRUTH, (70, 10, "a")]))),
+            "--json",
+            str(tmp_path / "s"),
+        ],
     )
     assert "1 annotations beside detections were taken for regions and left out" in result.stderr
     assert "1 of 5 outlines touch, cross or overlap themselves and were repaired" in result.stderr
@@ -257,7 +305,9 @@ def test_doubts_are_said(tmp_path: Path) -> None:
     far = geojson(tmp_path / "far.geojson", [(x + 1000, y, "") for x, y, _ in TRUTH])
     assert "nothing of the prediction meets anything of the truth" in said(far, truth)
     image = png(tmp_path / "t.png", label(TRUTH))
-    assert "1 of 4 outlines lie outside the label image of 90 x 100 px" in said(geojson(tmp_path / "4.geojson", [*TRUTH, (500, 0, "")]), image)
+    assert "1 of 4 outlines lie outside the label image of 90 x 100 px" in said(
+        geojson(tmp_path / "4.geojson", [*TRUTH, (500, 0, "")]), image
+    )
     mask = png(tmp_path / "mask.png", (label(TRUTH) > 0).astype(np.uint8) * 255)
     assert "one id for 3 separate pieces in the prediction; is it a mask of the foreground?" in said(mask, image)
     twice = geojson(tmp_path / "twice.geojson", [*TRUTH, TRUTH[0]])
@@ -269,13 +319,19 @@ def test_doubts_are_said(tmp_path: Path) -> None:
 def test_wrong_input_is_one_line(tmp_path: Path) -> None:
     image = png(tmp_path / "t.png", label(TRUTH))
     outlines = geojson(tmp_path / "t.geojson", TRUTH)
-    assert "90 x 50 and 90 x 100 px; two label images must be of one size" in fails(png(tmp_path / "half.png", label(TRUTH)[:50]), image)
+    assert "90 x 50 and 90 x 100 px; two label images must be of one size" in fails(
+        png(tmp_path / "half.png", label(TRUTH)[:50]), image
+    )
     assert "a colour image or a stack" in fails(png(tmp_path / "rgb.png", np.zeros((9, 9, 3), np.uint8)), image)
     np.save(tmp_path / "float.npy", np.zeros((4, 4)))
     assert "float64 of shape (4, 4); integers" in fails(tmp_path / "float.npy", image)
     np.save(tmp_path / "negative.npy", np.full((4, 4), -3))
     assert "the id -3; ids are 0" in fails(tmp_path / "negative.npy", image)
-    for arguments in ((tmp_path / "nowhere", image), (tmp_path / "nowhere", tmp_path), (image, image, "--pred-types", tmp_path / "nowhere")):
+    for arguments in (
+        (tmp_path / "nowhere", image),
+        (tmp_path / "nowhere", tmp_path),
+        (image, image, "--pred-types", tmp_path / "nowhere"),
+    ):
         assert "nowhere: no such file or folder" in fails(*arguments)
     (tmp_path / "slide.svs").write_bytes(b"II")
     assert ".svs is no kind of file that can be compared; allowed are .png" in fails(tmp_path / "slide.svs", image)
@@ -286,7 +342,13 @@ def test_wrong_input_is_one_line(tmp_path: Path) -> None:
     assert "not JSON at line 1" in fails(tmp_path / "cut.geojson", image)
     dot = {"type": "Feature", "geometry": {"type": "Point", "coordinates": [1, 2]}, "properties": {}}
     assert "1 object, no polygon" in fails(geojson(tmp_path / "dots.geojson", [], extra=[dot]), image)
-    for bad in ([[[0, 0], [None, 1], [1, 1], [0, 0]]], [[[0, 0], [float("nan"), 1], [1, 1], [0, 0]]], [[[0, 0], ["x", 1], [1, 1]]], [[1]], 3):
+    for bad in (
+        [[[0, 0], [None, 1], [1, 1], [0, 0]]],
+        [[[0, 0], [float("nan"), 1], [1, 1], [0, 0]]],
+        [[[0, 0], ["x", 1], [1, 1]]],
+        [[1]],
+        3,
+    ):
         wrong = {"type": "Feature", "geometry": {"type": "Polygon", "coordinates": bad}, "properties": {}}
         assert "features[0].geometry" in fails(geojson(tmp_path / "bad.geojson", [], extra=[wrong]), image)
     geopandas.GeoDataFrame({"geometry": [shapely.box(0, 0, float("inf"), 1)]}).to_parquet(tmp_path / "inf.parquet")
@@ -304,17 +366,25 @@ def test_wrong_input_is_one_line(tmp_path: Path) -> None:
     png(tmp_path / "one/a.png", label(TRUTH))
     png(tmp_path / "two/b.png", label(TRUTH))
     assert "no name in common (a; b)" in fails(tmp_path / "one", tmp_path / "two")
-    assert "all 3 outlines lie outside the label image" in fails(geojson(tmp_path / "f.geojson", [(x + 900, y, "") for x, y, _ in TRUTH]), image)
-    assert "0.25 and 0.5 microns per px" in fails(parquet(tmp_path / "a.parquet", TRUTH, mpp=0.25), parquet(tmp_path / "b.parquet", TRUTH))
+    assert "all 3 outlines lie outside the label image" in fails(
+        geojson(tmp_path / "f.geojson", [(x + 900, y, "") for x, y, _ in TRUTH]), image
+    )
+    assert "0.25 and 0.5 microns per px" in fails(
+        parquet(tmp_path / "a.parquet", TRUTH, mpp=0.25), parquet(tmp_path / "b.parquet", TRUTH)
+    )
     assert "only label images need one" in fails(outlines, image, "--pred-types", image)
     assert "the image of types has the shape (50, 90)" in fails(image, image, "--pred-types", tmp_path / "half.png")
-    assert "nothing for a; a folder with an image of each name" in fails(tmp_path / "one", tmp_path / "one", "--pred-types", tmp_path / "two")
+    assert "nothing for a; a folder with an image of each name" in fails(
+        tmp_path / "one", tmp_path / "one", "--pred-types", tmp_path / "two"
+    )
     assert "--radius: 0 is not allowed" in fails(image, image, "--radius", 0)
     assert "1.5 is no IoU" in fails(image, image, "--thresholds", "0.5,1.5")
     assert "is no list of numbers" in fails(image, image, "--thresholds", "half")
     assert "this is a picture (PNG), not text" in fails(image, image, "--classes", image)
     (tmp_path / "there.json").write_text("mine")
-    assert "exists already; give another --json file, or pass --overwrite" in fails(image, image, "--json", tmp_path / "there.json")
+    assert "exists already; give another --json file, or pass --overwrite" in fails(
+        image, image, "--json", tmp_path / "there.json"
+    )
     assert (tmp_path / "there.json").read_text() == "mine"
     assert "cannot be written" in fails(image, image, "--json", tmp_path / "there.json" / "x.json")
 
@@ -322,11 +392,23 @@ def test_wrong_input_is_one_line(tmp_path: Path) -> None:
 def test_real_typed_images(shared_data: Path, tmp_path: Path) -> None:
     """A set against itself: every score 1, and every nucleus has its type."""
     folder = shared_data / "instances/nucls_mini/dev"
-    typed = ("--pred-types", folder / "type", "--truth-types", folder / "type", "--classes", folder.parent / "classes.json", "--mpp", 0.25)
+    typed = (
+        "--pred-types",
+        folder / "type",
+        "--truth-types",
+        folder / "type",
+        "--classes",
+        folder.parent / "classes.json",
+        "--mpp",
+        0.25,
+    )
     found = scores(tmp_path, folder / "label", folder / "label", *typed)
     assert len(found["images"]) == 5
     assert set(found["classes"]) <= {"tumor", "nonTIL_stromal", "sTIL", "other_nucleus"}
-    assert {round(found["pooled"][m], 9) for m in ("aji", "aji_plus", "pq", "msa", "dice", "mpq_plus", "macro_f1", "type_accuracy")} == {1.0}
+    assert {
+        round(found["pooled"][m], 9)
+        for m in ("aji", "aji_plus", "pq", "msa", "dice", "mpq_plus", "macro_f1", "type_accuracy")
+    } == {1.0}
 
 
 @pytest.mark.parametrize(
@@ -334,8 +416,15 @@ def test_real_typed_images(shared_data: Path, tmp_path: Path) -> None:
     [
         ("zip.npy", b"PK\x03\x04" + bytes(50)),  # numpy would open it as an archive
         ("header.npy", b"\x93NUMPY\x01\x00\x10\x00{'shape': (60,\n " + bytes(9)),  # and parses the header as Python
-        ("huge.npy", b"\x93NUMPY\x01\x00\x46\x00" + b"{'descr': '<u2', 'fortran_order': False, 'shape': (60000000, 70000000), }"[:70].ljust(70)),
-        ("object.npy", b"\x93NUMPY\x01\x00\x40\x00" + b"{'descr': '|O', 'fortran_order': False, 'shape': (6, 7), }".ljust(64)),
+        (
+            "huge.npy",
+            b"\x93NUMPY\x01\x00\x46\x00"
+            + b"{'descr': '<u2', 'fortran_order': False, 'shape': (60000000, 70000000), }"[:70].ljust(70),
+        ),
+        (
+            "object.npy",
+            b"\x93NUMPY\x01\x00\x40\x00" + b"{'descr': '|O', 'fortran_order': False, 'shape': (6, 7), }".ljust(64),
+        ),
         ("text.png", b"x,y\n1,2\n"),
         ("text.tif", b"x,y\n1,2\n"),
         ("empty.png", b""),

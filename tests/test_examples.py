@@ -131,13 +131,20 @@ class Site:
     def bash(self, lines: str, **variables: str) -> subprocess.CompletedProcess[str]:
         command = ["bash", "-euo", "pipefail", "-c", lines]
         environment = {**self.environment, **variables}
-        return subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True, check=False, timeout=240)
+        return subprocess.run(
+            command, cwd=self.folder, env=environment, capture_output=True, text=True, check=False, timeout=240
+        )
 
     def start(self, script: str, *arguments: str, **variables: str) -> subprocess.Popen[str]:
         """A script as a batch system starts it: the leader of its own session."""
         command = ["bash", f"examples/{script}", *arguments]
         return subprocess.Popen(
-            command, cwd=self.folder, env={**self.environment, **variables}, stderr=subprocess.PIPE, text=True, start_new_session=True
+            command,
+            cwd=self.folder,
+            env={**self.environment, **variables},
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
         )
 
     def parts(self, out: str) -> list[Path]:
@@ -157,7 +164,9 @@ class Site:
         return [job for file in files for job in json.loads(file.read_text())]
 
     def check(self, out: str) -> None:
-        assert [name for name in FILES if (self.folder / out / "my slide" / name).read_bytes() != self.expected[name]] == []
+        assert [
+            name for name in FILES if (self.folder / out / "my slide" / name).read_bytes() != self.expected[name]
+        ] == []
 
 
 @pytest.fixture(scope="module")
@@ -210,9 +219,12 @@ def test_slurm_slide(site: Site) -> None:
     """The two lines at the top of the script, with two tasks and other names."""
     both = replaced(
         "\n".join(submission("slurm_slide.sh")),
-        ("--array=1-8", "--array=1-2"), ("slide.svs", '"my slide.tiff"'), (" results ", ' "slurm out" '), ("results/slide", '"slurm out/my slide"'),
+        ("--array=1-8", "--array=1-2"),
+        ("slide.svs", '"my slide.tiff"'),
+        (" results ", ' "slurm out" '),
+        ("results/slide", '"slurm out/my slide"'),
         ("--seeds seeds.json", '--seeds "my seeds.json" --config settings.json'),
-    )  # fmt: skip
+    )
     done = site.bash(both)
     assert done.returncode == 0, done.stderr
     assert [job[0] for job in site.jobs()] == [0, 0, 0], site.jobs()
@@ -224,15 +236,19 @@ def test_pbs_and_lsf(site: Site) -> None:
     first, merge = submission("pbs_array.sh")
     first = replaced(
         first,
-        ("qsub -v SLIDE=slide.svs,OUT=results,SEEDS=seeds.json",
-         'qsub -J 1-2 -v "SHARDS=3,SLIDE=my slide.tiff,OUT=array out,SEEDS=my seeds.json,CONFIG=settings.json"'),
-    )  # fmt: skip
+        (
+            "qsub -v SLIDE=slide.svs,OUT=results,SEEDS=seeds.json",
+            'qsub -J 1-2 -v "SHARDS=3,SLIDE=my slide.tiff,OUT=array out,SEEDS=my seeds.json,CONFIG=settings.json"',
+        ),
+    )
     other, last = submission("lsf_array.sh")
     other = replaced(
         other,
-        ("SLIDE=slide.svs OUT=results SEEDS=seeds.json bsub",
-         'SLIDE="my slide.tiff" OUT="array out" SEEDS="my seeds.json" CONFIG=settings.json bsub -J "wsiseg[3-3]"'),
-    )  # fmt: skip
+        (
+            "SLIDE=slide.svs OUT=results SEEDS=seeds.json bsub",
+            'SLIDE="my slide.tiff" OUT="array out" SEEDS="my seeds.json" CONFIG=settings.json bsub -J "wsiseg[3-3]"',
+        ),
+    )
     done = site.bash("\n".join([first, other, replaced(merge, ("results/slide", "array out/my slide"))]))
     assert done.returncode == 0, done.stderr
     assert [job[0] for job in site.jobs()] == [0, 0, 0, 0], site.jobs()
@@ -300,14 +316,27 @@ def test_a_task_that_runs_out_of_time_is_requeued_and_goes_on(site: Site) -> Non
         ("slurm_slide.sh", signal.SIGTERM, True, 3, False),  # cancelled: SLURM, too, signals all processes then
         ("slurm_array.sh", signal.SIGUSR1, False, 3, False),
         ("pbs_array.sh", signal.SIGTERM, True, 3, False),
-        ("lsf_array.sh", signal.SIGUSR1, True, 99, False),  # LSF signals all processes of a job, and requeues by the status
+        (
+            "lsf_array.sh",
+            signal.SIGUSR1,
+            True,
+            99,
+            False,
+        ),  # LSF signals all processes of a job, and requeues by the status
     ],
 )
 def test_signals_reach_wsiseg(site: Site, script: str, number: int, group: bool, status: int, requeued: bool) -> None:
     (site.state / "wsiseg").write_text(IDLE)
     (site.state / "wsiseg").chmod(0o755)
     path = f"{site.state}{os.pathsep}{site.environment['PATH']}"
-    variables = {**ARRAY, **ELEMENT, "PATH": path, "PBS_O_PATH": path, "PBS_O_WORKDIR": str(site.folder), "PBS_ARRAY_INDEX": "1"}
+    variables = {
+        **ARRAY,
+        **ELEMENT,
+        "PATH": path,
+        "PBS_O_PATH": path,
+        "PBS_O_WORKDIR": str(site.folder),
+        "PBS_ARRAY_INDEX": "1",
+    }
     arguments = {"slurm_slide.sh": ("my slide.tiff", "nowhere"), "slurm_array.sh": ("slides.txt", "nowhere")}
     task = site.start(script, *arguments.get(script, ()), **variables)
     site.wait_for((site.state / "started").exists, task)
@@ -328,7 +357,9 @@ def test_arguments_are_passed_on(site: Site) -> None:
     (site.state / "wsiseg").write_text('#!/bin/bash\nprintf "%s\\n" "$@"\n')
     (site.state / "wsiseg").chmod(0o755)
     done = site.bash(
-        "bash examples/slurm_array.sh slides.txt 'an out' --roi 'a roi.geojson'", PATH=f"{site.state}{os.pathsep}{site.environment['PATH']}", **ARRAY
+        "bash examples/slurm_array.sh slides.txt 'an out' --roi 'a roi.geojson'",
+        PATH=f"{site.state}{os.pathsep}{site.environment['PATH']}",
+        **ARRAY,
     )
     said = ["run", "my slide.tiff", "--seeds", "my slide.seeds.json", "--out", "an out", "--roi", "a roi.geojson"]
     assert done.stdout.splitlines() == said
@@ -387,9 +418,14 @@ def nextflow_command(folder: Path, process: str, **more: str) -> str:
     scripts = dict(re.findall(r'^process (\w+) \{.*?script:\n +"""\n +(.+?)\n +"""', text, re.MULTILINE | re.DOTALL))
     assert set(scripts) == {"SHARD", "MERGE"}
     values = {
-        "name": "my slide", "slide": f"{folder}/my slide.tiff", "options": f"--mpp 0.5 --seeds '{folder}/my seeds.json'",
-        "file(params.out)": f"{folder}/flow out", "params.shards": "2", "params.options": f"--config '{folder}/settings.json'", **more,
-    }  # fmt: skip
+        "name": "my slide",
+        "slide": f"{folder}/my slide.tiff",
+        "options": f"--mpp 0.5 --seeds '{folder}/my seeds.json'",
+        "file(params.out)": f"{folder}/flow out",
+        "params.shards": "2",
+        "params.options": f"--config '{folder}/settings.json'",
+        **more,
+    }
     return re.sub(r"\$\{(.+?)\}", lambda match: values[match[1]], scripts[process])
 
 
@@ -436,7 +472,9 @@ def test_names_of_run_folders(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
 def test_shellcheck() -> None:
-    done = subprocess.run(["shellcheck", *(ROOT / "examples").glob("*.sh")], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["shellcheck", *(ROOT / "examples").glob("*.sh")], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout
 
 

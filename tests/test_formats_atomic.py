@@ -85,8 +85,13 @@ def test_leftovers_of_dead_writers_are_removed_and_live_ones_kept(tmp_path: Path
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     (tmp_path / "parts").mkdir()
-    left = [tmp_path / f"{folder}.cells.parquet.{machine.label()}.{dead.pid}.ab12cd34.partial" for folder in ("", "parts/")]
-    kept = [tmp_path / f".cells.parquet.{who}.ab12cd34.partial" for who in (f"{machine.label()}.{os.getpid()}", f"elsewhere.{dead.pid}")]
+    left = [
+        tmp_path / f"{folder}.cells.parquet.{machine.label()}.{dead.pid}.ab12cd34.partial" for folder in ("", "parts/")
+    ]
+    kept = [
+        tmp_path / f".cells.parquet.{who}.ab12cd34.partial"
+        for who in (f"{machine.label()}.{os.getpid()}", f"elsewhere.{dead.pid}")
+    ]
     kept += [tmp_path / "parts/0000-0000.parquet", tmp_path / "mine.txt"]
     stale = tmp_path / "parts/0009-0009.parquet"
     for path in (*left, *kept, stale):
@@ -107,7 +112,10 @@ def test_a_writer_of_another_container_with_the_same_host_name_is_not_thought_de
     dead.wait()
     host = machine.label().rpartition("-")[0]
     here = tmp_path / f".a.{machine.label()}.{dead.pid}.ab12cd34.partial"
-    others = [tmp_path / f".a.{who}.ab12cd34.partial" for who in (f"{host}-00000000.{dead.pid}", f"{host}.{dead.pid}", f"{machine.label()}.0", "x")]
+    others = [
+        tmp_path / f".a.{who}.ab12cd34.partial"
+        for who in (f"{host}-00000000.{dead.pid}", f"{host}.{dead.pid}", f"{machine.label()}.0", "x")
+    ]
     for path in (here, *others):
         path.touch()
     assert is_abandoned(here)
@@ -116,11 +124,15 @@ def test_a_writer_of_another_container_with_the_same_host_name_is_not_thought_de
     for path in others:
         os.utime(path, (long_ago, long_ago))
     assert all(map(is_abandoned, others))
-    assert not is_abandoned(tmp_path / ".gone.elsewhere.1.ab12cd34.partial"), "another process cleaned up at the same moment"
+    assert not is_abandoned(tmp_path / ".gone.elsewhere.1.ab12cd34.partial"), (
+        "another process cleaned up at the same moment"
+    )
 
 
 @pytest.mark.parametrize("number", [errno.ENOENT, errno.ESTALE, errno.EIO, errno.EACCES])
-def test_a_rename_that_took_effect_is_a_success_whatever_the_server_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+def test_a_rename_that_took_effect_is_a_success_whatever_the_server_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
     true_replace = Path.replace
 
     def replace(source: Path, target: Path) -> None:
@@ -188,7 +200,9 @@ print((folder / "a").read_text(), [p.name for p in folder.iterdir()])
 
 
 def _said(path: Path, reason: str) -> list[str]:
-    return [f"{path}: cannot be written ({reason}); make room, or choose a folder you may write with --out"] * 2 + [f"old ['{path.name}']"]
+    return [f"{path}: cannot be written ({reason}); make room, or choose a folder you may write with --out"] * 2 + [
+        f"old ['{path.name}']"
+    ]
 
 
 def test_a_disk_that_is_full_keeps_the_old_file_and_no_half_of_the_new_one(tmp_path: Path) -> None:
@@ -203,18 +217,25 @@ def test_a_disk_that_is_full_keeps_the_old_file_and_no_half_of_the_new_one(tmp_p
 
 
 def test_a_file_larger_than_the_system_allows_is_one_sentence(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", FILL, tmp_path, "1000000"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", FILL, tmp_path, "1000000"], capture_output=True, text=True, check=False
+    )
     assert done.stdout.splitlines() == _said(tmp_path / "a", "File too large"), done.stderr
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
-def test_a_disk_that_is_full_only_at_the_sync_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+def test_a_disk_that_is_full_only_at_the_sync_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
     """Network file systems say so no earlier."""
 
     def fsync(descriptor: int) -> None:
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(os, "fsync", fsync)
-    with pytest.raises(RunError, match=r"a: cannot be written \(.*\); make room"), atomic_path(tmp_path / "a") as partial:
+    with (
+        pytest.raises(RunError, match=r"a: cannot be written \(.*\); make room"),
+        atomic_path(tmp_path / "a") as partial,
+    ):
         partial.write_text("new")
     assert not list(tmp_path.iterdir())

@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 
 INFO = SlideInfo("/data/a.svs", "openslide", "aperio", ((200_000, 200_000),), (1.0,), 0.5, "--mpp")
 MIRAX = replace(INFO, bounds=(1000, 500, 9000, 8000))
-PROVENANCE = Provenance("wsiseg", "0.1.0", "a.svs", "hash", {"seed": None, "nested": [None, {"a": None, "b": float("nan")}]})
+PROVENANCE = Provenance(
+    "wsiseg", "0.1.0", "a.svs", "hash", {"seed": None, "nested": [None, {"a": None, "b": float("nan")}]}
+)
 BOW_TIE = [[0, 0], [10, 10], [10, 0], [0, 10], [0, 0]]
 SQUARE = [[0, 0], [10, 0], [10, 10], [0, 10], [0, 0]]
 
@@ -49,11 +51,20 @@ def cells_of(polygons: Any) -> Cells:
 def make_typing(count: int) -> Typing:
     names, colors = ("unassigned", 'tu"mour µ 2.0', "b"), ((128, 128, 128), (200, 0, 0), (0, 80, 200))
     codes = (np.arange(count) % 3).astype(np.int32)
-    return Typing(names, colors, codes, np.full(count, 0.75, np.float32), np.full(count, 0.125, np.float32), np.zeros(count, np.int32))
+    return Typing(
+        names,
+        colors,
+        codes,
+        np.full(count, 0.75, np.float32),
+        np.full(count, 0.125, np.float32),
+        np.zeros(count, np.int32),
+    )
 
 
 def read(path: Path) -> dict[str, Any]:
-    document: dict[str, Any] = json.loads(gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes())
+    document: dict[str, Any] = json.loads(
+        gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    )
     return document
 
 
@@ -76,9 +87,15 @@ def test_the_document(tmp_path: Path, count: int) -> None:
         assert set(feature) == {"type", "id", "geometry", "properties"}
         properties = feature["properties"]
         assert properties["objectType"] == "detection"
-        measurements = {"Area µm^2": round(cells.polygons[row].area * 0.25, 3), "Detection probability": round(float(cells.scores[row]), 4)}
+        measurements = {
+            "Area µm^2": round(cells.polygons[row].area * 0.25, 3),
+            "Detection probability": round(float(cells.scores[row]), 4),
+        }
         if row % 3:
-            assert properties["classification"] == {"name": typing.names[row % 3], "color": list(typing.colors[row % 3])}
+            assert properties["classification"] == {
+                "name": typing.names[row % 3],
+                "color": list(typing.colors[row % 3]),
+            }
             measurements |= {"Type score": 0.75, "Type margin": 0.125}
         else:
             assert "classification" not in properties
@@ -105,7 +122,9 @@ def test_coordinates_are_relative_to_the_bounds(tmp_path: Path) -> None:
     moved = read(write_geojson(tmp_path / "b.geojson.gz", cells, Typing.untyped(20), MIRAX, PROVENANCE))
     for a, b in zip(plain["features"], moved["features"], strict=True):
         assert a["id"] == b["id"]
-        np.testing.assert_array_equal(np.subtract(a["geometry"]["coordinates"], (1000, 500)), b["geometry"]["coordinates"])
+        np.testing.assert_array_equal(
+            np.subtract(a["geometry"]["coordinates"], (1000, 500)), b["geometry"]["coordinates"]
+        )
     assert moved["wsiseg"]["bounds"] == [1000, 500, 9000, 8000]
     assert "add (1000, 500) for absolute level-0 px" in moved["wsiseg"]["frame"]
 
@@ -116,18 +135,38 @@ def test_numbers_that_are_not_finite_are_left_out(tmp_path: Path) -> None:
     typing = replace(typing, codes=np.array([1, 1], np.int32), margins=np.array([np.inf, 0.5], np.float32))
     features = read(write_geojson(tmp_path / "a.geojson.gz", cells, typing, INFO, PROVENANCE))["features"]
     assert list(features[0]["properties"]["measurements"]) == ["Area µm^2", "Type score"]
-    assert list(features[1]["properties"]["measurements"]) == ["Area µm^2", "Detection probability", "Type score", "Type margin"]
+    assert list(features[1]["properties"]["measurements"]) == [
+        "Area µm^2",
+        "Detection probability",
+        "Type score",
+        "Type margin",
+    ]
 
 
 def test_bad_polygons_are_repaired_and_specks_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     hole = shapely.Polygon(SQUARE, [[[3, 3], [6, 3], [6, 6], [3, 6], [3, 3]]])
     dumbbell = shapely.Polygon(
-        [(0, 0), (10, 0), (10, 4.95), (30, 4.95), (30, 0), (34, 0), (34, 10), (30, 10), (30, 5.05), (10, 5.05), (10, 10), (0, 10)]
+        [
+            (0, 0),
+            (10, 0),
+            (10, 4.95),
+            (30, 4.95),
+            (30, 0),
+            (34, 0),
+            (34, 10),
+            (30, 10),
+            (30, 5.05),
+            (10, 5.05),
+            (10, 10),
+            (0, 10),
+        ]
     )
     speck, flat = shapely.box(0.01, 0.01, 0.05, 0.05), shapely.Polygon([(0, 0), (5, 5), (10, 10), (0, 0)])
     with np.errstate(invalid="ignore"):
         nan = shapely.Polygon([(0, 0), (float("nan"), 1), (1, 1), (0, 0)])
-    cells = cells_of([hole, shapely.Polygon(BOW_TIE), dumbbell, speck, flat, None, shapely.Polygon(), nan, shapely.Polygon(SQUARE)])
+    cells = cells_of(
+        [hole, shapely.Polygon(BOW_TIE), dumbbell, speck, flat, None, shapely.Polygon(), nan, shapely.Polygon(SQUARE)]
+    )
     with caplog.at_level(logging.WARNING):
         path = write_geojson(tmp_path / "a.geojson.gz", cells, Typing.untyped(9), INFO, PROVENANCE)
     document = read(path)
@@ -182,7 +221,9 @@ def test_many_cells_become_a_zip_of_shards(tmp_path: Path, monkeypatch: pytest.M
         assert {entry.date_time for entry in archive.infolist()} == {(1980, 1, 1, 0, 0, 0)}
     assert [len(document["features"]) for document in documents] == [20, 20, 10]
     assert [feature["id"] for document in documents for feature in document["features"]] == cell_ids("a.svs", cells)
-    assert documents[1]["wsiseg"] | {"shard": 2, "shards": 3, "cells": 20, "cells_of_slide": 50} == documents[1]["wsiseg"]
+    assert (
+        documents[1]["wsiseg"] | {"shard": 2, "shards": 3, "cells": 20, "cells_of_slide": 50} == documents[1]["wsiseg"]
+    )
 
 
 def test_names_qupath_cannot_read_are_refused(tmp_path: Path) -> None:
@@ -200,7 +241,12 @@ def test_names_qupath_cannot_read_are_refused(tmp_path: Path) -> None:
 
 def feature(geometry: object = ..., properties: object = ..., **members: object) -> dict[str, Any]:
     shape = {"type": "Polygon", "coordinates": [SQUARE]} if geometry is ... else geometry
-    return {"type": "Feature", "geometry": shape, "properties": {"objectType": "detection"} if properties is ... else properties, **members}
+    return {
+        "type": "Feature",
+        "geometry": shape,
+        "properties": {"objectType": "detection"} if properties is ... else properties,
+        **members,
+    }
 
 
 def with_properties(**members: object) -> dict[str, Any]:
@@ -217,7 +263,10 @@ def collection(*features: object, **members: object) -> dict[str, object]:
 
 UUID = "0f8b6c5e-1c3e-5a55-9d0e-2f4f2c8a7b11"
 CELL = {"objectType": "cell"}
-FAR = [[x + 150_000, y + 150_000] for x, y in [(0, 0), (10, 0), (10, 0.001), (5, 0.0005), (10, 0.0011), (10, 10), (0, 10), (0, 0)]]
+FAR = [
+    [x + 150_000, y + 150_000]
+    for x, y in [(0, 0), (10, 0), (10, 0.001), (5, 0.0005), (10, 0.0011), (10, 10), (0, 10), (0, 0)]
+]
 BROKEN: list[tuple[str, object, str]] = [
     ("no type", {"features": [feature()]}, "type: None gives no objects"),
     ("other spelling", {"type": "featureCollection", "features": []}, "type: 'featureCollection' gives no objects"),
@@ -229,34 +278,70 @@ BROKEN: list[tuple[str, object, str]] = [
     ("truncated", json.dumps(collection(feature()))[:-20], "document: not JSON"),
     ("missing comma", '{"type":"FeatureCollection" "features":[]}', "document: not JSON"),
     ("key without quotes", '{type:"FeatureCollection"}', "document: not JSON"),
-    ("newline-delimited", json.dumps(feature()) + "\n" + json.dumps(feature()), "text after its end; one JSON document"),
+    (
+        "newline-delimited",
+        json.dumps(feature()) + "\n" + json.dumps(feature()),
+        "text after its end; one JSON document",
+    ),
     ("RFC 8142", "\x1e" + json.dumps(feature()) + "\n", "document: not JSON"),
     ("no Feature", collection({"a": 1}), r"features\[0\]: not an object of type 'Feature'"),
     ("null Feature", collection(None), r"features\[0\]: not an object of type 'Feature'"),
-    ("objectType missing", collection(feature(properties={})), r"properties\.objectType: missing: the object becomes an annotation"),
-    ("objectType unknown", collection(with_properties(objectType="nucleus")), "'nucleus': the object becomes an annotation"),
+    (
+        "objectType missing",
+        collection(feature(properties={})),
+        r"properties\.objectType: missing: the object becomes an annotation",
+    ),
+    (
+        "objectType unknown",
+        collection(with_properties(objectType="nucleus")),
+        "'nucleus': the object becomes an annotation",
+    ),
     ("objectType null", collection(with_properties(objectType=None)), "objectType: null aborts"),
     ("tmaCore", collection(with_properties(objectType="tmaCore")), "'tmaCore' is passed over"),
     ("id null", collection(feature(id=None)), r"features\[0\]\.id: null aborts"),
     ("id number", collection(feature(id=17)), r"features\[0\]\.id: 17 is no UUID"),
     ("id text", collection(feature(id="cell_5")), "'cell_5' is no UUID"),
     ("id twice", collection(feature(id=UUID), feature(id=UUID)), r"features\[1\]\.id: .* stands twice"),
-    ("geometry missing", collection({"type": "Feature", "properties": CELL}), r"features\[0\]\.geometry: missing or null aborts"),
+    (
+        "geometry missing",
+        collection({"type": "Feature", "properties": CELL}),
+        r"features\[0\]\.geometry: missing or null aborts",
+    ),
     ("geometry null", collection(feature(geometry=None)), "missing or null aborts"),
     ("geometry type", collection(feature({"type": "Circle", "coordinates": [1, 2]})), "type 'Circle' aborts"),
-    ("collection", collection(feature({"type": "GeometryCollection", "geometries": []})), "type 'GeometryCollection' aborts"),
+    (
+        "collection",
+        collection(feature({"type": "GeometryCollection", "geometries": []})),
+        "type 'GeometryCollection' aborts",
+    ),
     ("no coordinates", collection(feature({"type": "Polygon"})), "no list of coordinates"),
     ("empty coordinates", collection(with_rings()), "no coordinates: the object has an empty shape"),
     ("empty ring", collection(with_rings([])), "a ring is"),
-    ("null coordinate", collection(with_rings([[0, 0], [None, 1], [1, 1], [0, 0]])), "null, text or a non-finite number"),
-    ("NaN coordinate", collection(with_rings([[0, 0], [float("nan"), 1], [1, 1], [0, 0]])), "null, text or a non-finite number"),
-    ("text coordinate", collection(with_rings([["0", "0"], ["5", "0"], ["5", "5"], ["0", "0"]])), "null, text or a non-finite number"),
+    (
+        "null coordinate",
+        collection(with_rings([[0, 0], [None, 1], [1, 1], [0, 0]])),
+        "null, text or a non-finite number",
+    ),
+    (
+        "NaN coordinate",
+        collection(with_rings([[0, 0], [float("nan"), 1], [1, 1], [0, 0]])),
+        "null, text or a non-finite number",
+    ),
+    (
+        "text coordinate",
+        collection(with_rings([["0", "0"], ["5", "0"], ["5", "5"], ["0", "0"]])),
+        "null, text or a non-finite number",
+    ),
     ("null point", collection(feature({"type": "Point", "coordinates": [None, 1]})), r"position \[None, 1\] aborts"),
     ("not closed", collection(with_rings(SQUARE[:-1])), "a ring is not closed"),
     ("two points", collection(with_rings([[0, 0], [1, 1], [0, 0], [0, 0]])), "fewer than 3 distinct points"),
     ("no area", collection(with_rings([[0, 0], [1, 1], [2, 2], [0, 0]])), "the polygon has no area"),
     ("bow-tie", collection(with_rings(BOW_TIE)), r"the polygon is invalid \(Self-intersection.* 0.6\+ aborts"),
-    ("hole outside", collection(with_rings(SQUARE, [[20, 20], [30, 20], [30, 30], [20, 20]])), "the polygon is invalid"),
+    (
+        "hole outside",
+        collection(with_rings(SQUARE, [[20, 20], [30, 20], [30, 30], [20, 20]])),
+        "the polygon is invalid",
+    ),
     ("single part", collection(with_rings([SQUARE], kind="MultiPolygon")), "MultiPolygon with a single part aborts"),
     (
         "overlapping parts",
@@ -264,28 +349,56 @@ BROKEN: list[tuple[str, object, str]] = [
         "the polygon is invalid",
     ),
     ("float32", collection(with_rings(FAR)), "becomes invalid in float32"),
-    ("nucleus null", collection(feature(properties=CELL, nucleusGeometry=None)), r"features\[0\]\.nucleusGeometry: null aborts"),
+    (
+        "nucleus null",
+        collection(feature(properties=CELL, nucleusGeometry=None)),
+        r"features\[0\]\.nucleusGeometry: null aborts",
+    ),
     (
         "nucleus bow-tie",
         collection(feature(properties=CELL, nucleusGeometry={"type": "Polygon", "coordinates": [BOW_TIE]})),
         "nucleusGeometry: the polygon is invalid",
     ),
-    ("class without color", collection(with_properties(classification={"name": "a"})), "an object without 'color' aborts"),
+    (
+        "class without color",
+        collection(with_properties(classification={"name": "a"})),
+        "an object without 'color' aborts",
+    ),
     ("color text", collection(with_properties(classification={"name": "a", "color": "#f00"})), "color '#f00' aborts"),
     ("class number", collection(with_properties(classification=3)), "3 aborts the import"),
     ("class empty", collection(with_properties(classification="")), "class name '' aborts"),
-    ("class blank", collection(with_properties(classification={"name": " ", "color": [1, 2, 3]})), "class name ' ' aborts"),
-    ("class newline", collection(with_properties(classification={"name": "a\nb", "color": [1, 2, 3]})), "line break, which aborts"),
-    ("old derived class", collection(with_properties(classification={"name": "A: B", "colorRGB": -1})), "'colorRGB' with ':'"),
+    (
+        "class blank",
+        collection(with_properties(classification={"name": " ", "color": [1, 2, 3]})),
+        "class name ' ' aborts",
+    ),
+    (
+        "class newline",
+        collection(with_properties(classification={"name": "a\nb", "color": [1, 2, 3]})),
+        "line break, which aborts",
+    ),
+    (
+        "old derived class",
+        collection(with_properties(classification={"name": "A: B", "colorRGB": -1})),
+        "'colorRGB' with ':'",
+    ),
     ("measurement text", collection(with_properties(measurements={"a": "high"})), "'a' is 'high': text aborts"),
     ("measurement NaN", collection(with_properties(measurements={"a": float("nan")})), "'a' is nan: QuPath 0.4 aborts"),
-    ("measurement infinite", collection(with_properties(measurements=[{"name": "a", "value": float("inf")}])), "'a' is inf"),
+    (
+        "measurement infinite",
+        collection(with_properties(measurements=[{"name": "a", "value": float("inf")}])),
+        "'a' is inf",
+    ),
     ("measurement null", collection(with_properties(measurements={"a": None})), "'a' is None"),
     ("measurement bool", collection(with_properties(measurements={"a": True})), "'a' is True"),
     ("measurement nested", collection(with_properties(measurements={"a": {"b": 1}})), "anything else is dropped"),
     ("name null", collection(with_properties(name=None)), r"properties\.name: null aborts"),
     ("properties null", collection(feature(properties=None)), r"features\[0\]\.properties: None aborts"),
-    ("broken child", collection(with_properties(childObjects=[feature(geometry=None)])), r"childObjects\[0\]\.geometry: missing"),
+    (
+        "broken child",
+        collection(with_properties(childObjects=[feature(geometry=None)])),
+        r"childObjects\[0\]\.geometry: missing",
+    ),
     ("in an array", [feature(), feature(id=None)], r"\[1\]\.id: null aborts"),
     ("single Feature", feature(id=None), r"Feature\.id: null aborts"),
     ("bare geometry", {"type": "Polygon", "coordinates": [BOW_TIE]}, "geometry: the polygon is invalid"),
@@ -309,12 +422,18 @@ FINE: list[tuple[str, object]] = [
     ("empty array", []),
     ("Feature", feature()),
     ("geometry", {"type": "Polygon", "coordinates": [SQUARE]}),
-    ("clockwise, 3-D, repeated points", collection(with_rings([[x, y, 1] for x, y in [*SQUARE[:2], *SQUARE[1:]][::-1]]))),
+    (
+        "clockwise, 3-D, repeated points",
+        collection(with_rings([[x, y, 1] for x, y in [*SQUARE[:2], *SQUARE[1:]][::-1]])),
+    ),
     ("hole", collection(with_rings(SQUARE, [[2, 2], [4, 2], [4, 4], [2, 2]]))),
     ("two parts", collection(with_rings([SQUARE], [[[x + 50, y] for x, y in SQUARE]], kind="MultiPolygon"))),
     (
         "points",
-        collection(feature({"type": "MultiPoint", "coordinates": [[1, 2], [1, 2]]}), feature({"type": "Point", "coordinates": [1, 2]})),
+        collection(
+            feature({"type": "MultiPoint", "coordinates": [[1, 2], [1, 2]]}),
+            feature({"type": "Point", "coordinates": [1, 2]}),
+        ),
     ),
     ("outside the image", collection(with_rings([[x - 50, y - 50] for x, y in SQUARE]))),
     ("class text", collection(with_properties(classification="Tumor: Positive"))),
@@ -344,7 +463,9 @@ def test_what_qupath_reads_is_accepted(tmp_path: Path, document: object) -> None
 def test_a_name_that_qupath_ignores(tmp_path: Path, name: str) -> None:
     text = json.dumps(collection(feature())).encode()
     (tmp_path / name).write_bytes(gzip.compress(text) if name.endswith("gz") else text)
-    assert validate_geojson(tmp_path / name) == [f"name: QuPath reads nothing from '{name}'; call it .geojson or .geojson.gz"]
+    assert validate_geojson(tmp_path / name) == [
+        f"name: QuPath reads nothing from '{name}'; call it .geojson or .geojson.gz"
+    ]
 
 
 def test_entries_that_a_zip_import_would_lose(tmp_path: Path) -> None:

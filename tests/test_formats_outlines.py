@@ -30,7 +30,12 @@ def expected(polygons: np.ndarray, origin: tuple[float, float]) -> list[Any]:
         snapped = snap_polygons(polygons)
     rings = [None if p is None else [p.exterior, *p.interiors] for p in snapped]
     return [
-        None if r is None else [[[x - origin[0], y - origin[1]] for (x, y), _ in groupby(shapely.get_coordinates(ring).tolist())] for ring in r]
+        None
+        if r is None
+        else [
+            [[x - origin[0], y - origin[1]] for (x, y), _ in groupby(shapely.get_coordinates(ring).tolist())]
+            for ring in r
+        ]
         for r in rings
     ]
 
@@ -74,7 +79,11 @@ def test_most_nuclei_are_proved_and_none_is_lost() -> None:
 def test_halves_of_the_grid_are_rounded_as_geos_does() -> None:
     """Vertices in the middle between two places of the grid, and a rounding error beside it."""
     eighths = np.arange(-40, 41) / 8
-    corners = [shapely.Polygon([(a, b), (a + 7, b), (a + 7.125, b + 9.375), (a, b + 6)]) for a in eighths for b in (-0.125, 0.125, 0.375)]
+    corners = [
+        shapely.Polygon([(a, b), (a + 7, b), (a + 7.125, b + 9.375), (a, b + 6)])
+        for a in eighths
+        for b in (-0.125, 0.125, 0.375)
+    ]
     beside = [shapely.Polygon([(np.nextafter(a, 9), a), (a + 7, np.nextafter(a, -9)), (a + 3, a + 9)]) for a in eighths]
     assert_same(corners + beside)
 
@@ -85,25 +94,60 @@ def test_what_is_no_single_ring() -> None:
         nan, endless = (shapely.Polygon([(0, 0), (float(word), 1), (1, 1), (0, 0)]) for word in ("nan", "inf"))
     holes = shapely.Polygon(square.exterior, [shapely.box(1, 1, 3, 3).exterior, shapely.box(5, 5, 6.1, 6.1).exterior])
     parts = shapely.MultiPolygon([square, shapely.box(20, 20, 50, 50)])
-    spiral = shapely.LineString([(0, 0), (40, 0), (40, 40), (5, 40), (5, 5), (30, 5), (30, 30), (15, 30), (15, 15)]).buffer(1.5)
+    spiral = shapely.LineString(
+        [(0, 0), (40, 0), (40, 40), (5, 40), (5, 5), (30, 5), (30, 30), (15, 30), (15, 15)]
+    ).buffer(1.5)
     huge = shapely.Polygon([(0, 0), (2.0**21, 1), (3, 2.0**21)])
     far = shapely.Polygon([(2.0**45, 0), (2.0**45 + 8, 0), (2.0**45, 8)])
     high = shapely.Polygon([(0, 0, 1), (9, 0, 2), (9, 9, 3)])
     turns = np.arange(0, 4 * np.pi, 0.5)
     twice_round = shapely.Polygon(np.stack([np.cos(turns), np.sin(turns)], 1) * (10 + turns[:, None] / 3))
     polygons = [
-        square, None, shapely.Polygon(), nan, endless, holes, parts, spiral, huge, far, high, twice_round, shapely.Point(1, 2),
-        shapely.LineString([(0, 0), (1, 1)]), shapely.MultiPolygon(), shapely.Polygon([(0, 0), (5, 5), (10, 10)]), shapely.box(0, 0, 0.3, 0.3),
-        shapely.Polygon([(0, 0), (10, 10), (10, 0), (0, 10)]), shapely.Polygon([(0, 0), (0, 0), (5, 0), (5.01, 0), (5, 5), (0, 0.01)]),
-    ]  # fmt: skip
+        square,
+        None,
+        shapely.Polygon(),
+        nan,
+        endless,
+        holes,
+        parts,
+        spiral,
+        huge,
+        far,
+        high,
+        twice_round,
+        shapely.Point(1, 2),
+        shapely.LineString([(0, 0), (1, 1)]),
+        shapely.MultiPolygon(),
+        shapely.Polygon([(0, 0), (5, 5), (10, 10)]),
+        shapely.box(0, 0, 0.3, 0.3),
+        shapely.Polygon([(0, 0), (10, 10), (10, 0), (0, 10)]),
+        shapely.Polygon([(0, 0), (0, 0), (5, 0), (5.01, 0), (5, 5), (0, 0.01)]),
+    ]
     found = assert_same(polygons, (7.0, -3.0))
-    assert [len(rings) if rings else 0 for rings in found[:12]] == [1, 0, 0, 0, 0, 3, 1, 1, 1, 1, 1, 2]  # the last one around a hole
+    assert [len(rings) if rings else 0 for rings in found[:12]] == [
+        1,
+        0,
+        0,
+        0,
+        0,
+        3,
+        1,
+        1,
+        1,
+        1,
+        1,
+        2,
+    ]  # the last one around a hole
     for count in (0, 1):
         assert len(assert_same([None] * count)) == count
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.lists(st.lists(st.tuples(st.integers(0, 24), st.integers(0, 24)), min_size=3, max_size=9), min_size=1, max_size=6))
+@given(
+    st.lists(
+        st.lists(st.tuples(st.integers(0, 24), st.integers(0, 24)), min_size=3, max_size=9), min_size=1, max_size=6
+    )
+)
 def test_few_vertices_on_a_small_grid(rings: list[list[tuple[int, int]]]) -> None:
     """Every way in which a ring can touch, cross or repeat itself."""
     assert_same([shapely.Polygon(np.array(ring) / 8) for ring in rings])
@@ -130,9 +174,14 @@ def test_a_ring_that_goes_round_twice_is_no_star() -> None:
 def test_wkb_is_that_of_shapely() -> None:
     single = list(noisy(1, 12, 0.5, 100, 25)) + list(noisy(2, 12, 0.5, 100, 4))
     mixed = [
-        *single[:3], None, shapely.Polygon(), shapely.box(0, 0, 9, 9) - shapely.box(1, 1, 2, 2), shapely.Polygon([(0, 0, 1), (1, 0, 1), (1, 1, 1)]),
-        shapely.MultiPolygon([shapely.box(0, 0, 1, 1)]), *single[-2:],
-    ]  # fmt: skip
+        *single[:3],
+        None,
+        shapely.Polygon(),
+        shapely.box(0, 0, 9, 9) - shapely.box(1, 1, 2, 2),
+        shapely.Polygon([(0, 0, 1), (1, 0, 1), (1, 1, 1)]),
+        shapely.MultiPolygon([shapely.box(0, 0, 1, 1)]),
+        *single[-2:],
+    ]
     for polygons in ([], single, mixed, mixed[3:4]):
         table = table_of(polygons)
         assert wkb_column(table).equals(pa.array(shapely.to_wkb(table, byte_order=1) if polygons else [], pa.binary()))

@@ -27,7 +27,11 @@ def moved(ring: list[list[int]], x: int, y: int = 0) -> list[list[int]]:
 
 
 def feature(*rings: object, kind: str = "Polygon") -> dict[str, Any]:
-    return {"type": "Feature", "geometry": {"type": kind, "coordinates": list(rings)}, "properties": {"objectType": "annotation"}}
+    return {
+        "type": "Feature",
+        "geometry": {"type": kind, "coordinates": list(rings)},
+        "properties": {"objectType": "annotation"},
+    }
 
 
 def write(path: Path, *features: object) -> Path:
@@ -56,10 +60,13 @@ def test_annotations_are_joined(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "document",
     [
-        feature(SQUARE), [feature(SQUARE)], feature(SQUARE)["geometry"], {"type": "MultiPolygon", "coordinates": [[SQUARE]]},
+        feature(SQUARE),
+        [feature(SQUARE)],
+        feature(SQUARE)["geometry"],
+        {"type": "MultiPolygon", "coordinates": [[SQUARE]]},
         {"type": "GeometryCollection", "geometries": [{"type": "Polygon", "coordinates": [SQUARE]}]},
     ],
-)  # fmt: skip
+)
 def test_every_form_is_read(tmp_path: Path, document: object) -> None:
     (tmp_path / "roi.json").write_text(json.dumps(document))
     shape, notes = read_regions(tmp_path / "roi.json", INFO)
@@ -86,12 +93,20 @@ REPAIRED = "1 of 1 objects touch, cross or overlap themselves and were repaired;
         (feature(SPIKE), 100 * 100, REPAIRED),
         (feature(BOW_TIE), 2 * 100 * 50 / 2, REPAIRED),
         (feature(EIGHT), 2 * 100 * 50 / 2, REPAIRED),
-        (feature([SQUARE], [moved(SQUARE, 50)], kind="MultiPolygon"), 150 * 100, REPAIRED),  # joined, not cut out of each other
+        (
+            feature([SQUARE], [moved(SQUARE, 50)], kind="MultiPolygon"),
+            150 * 100,
+            REPAIRED,
+        ),  # joined, not cut out of each other
         (feature([SQUARE], [moved(SQUARE, 100)], kind="MultiPolygon"), 200 * 100, REPAIRED),  # parts that share a side
         (feature(SQUARE, moved(HOLE, 85)), 100 * 100 - 5 * 10, REPAIRED),  # a hole across the edge
         (feature(SQUARE, moved(HOLE, 200)), 100 * 100, REPAIRED),  # a hole beside its part
         (feature(SQUARE, HOLE, moved(HOLE, 5)), 100 * 100 - 15 * 10, REPAIRED),  # holes that overlap
-        (feature(SQUARE[:-1]), 100 * 100, "1 of 1 objects have a line that was not closed; it was closed; the first is features[0]"),
+        (
+            feature(SQUARE[:-1]),
+            100 * 100,
+            "1 of 1 objects have a line that was not closed; it was closed; the first is features[0]",
+        ),
         (feature(SQUARE[:-1], HOLE[:-1]), 100 * 100 - 100, "1 of 1 objects have a line that was not closed"),
     ],
 )
@@ -115,7 +130,9 @@ def test_what_has_no_area_is_left_out_and_said(tmp_path: Path) -> None:
 
 
 @pytest.mark.realdata
-@pytest.mark.parametrize(("name", "area"), [("spike", 90 * 90), ("overlapping-multipolygon", 90 * 90 + 100 * 100 - 50 * 50)])
+@pytest.mark.parametrize(
+    ("name", "area"), [("spike", 90 * 90), ("overlapping-multipolygon", 90 * 90 + 100 * 100 - 50 * 50)]
+)
 def test_regions_from_the_wild(name: str, area: float) -> None:
     path = SHARED / "cases" / "invalid-roi-refused" / f"{name}.geojson"
     if not path.exists():
@@ -131,11 +148,17 @@ def test_regions_from_the_wild(name: str, area: float) -> None:
         ([], "0 objects, no polygon; draw regions in QuPath"),
         ([{"type": "Feature", "geometry": None}], "1 object, no polygon"),
         ([feature()], "1 object, no polygon"),
-        ([feature(moved(SQUARE, 2000))], r"the regions \(2010, 10, 2110, 110\) lie outside the slide, which has 1000 x 800 px"),
+        (
+            [feature(moved(SQUARE, 2000))],
+            r"the regions \(2010, 10, 2110, 110\) lie outside the slide, which has 1000 x 800 px",
+        ),
         ([feature([])], r"features\[0\]\.geometry: a ring has no positions"),
         ([feature([[1, 1], [5, 5]])], r"features\[0\]\.geometry: a ring has 2 positions; 3 at least are needed"),
         ([feature([[1, 1], [5, 5], [1, 1]])], r"1 object, 1 polygon without an area"),
-        ([{"type": "Feature", "geometry": {"type": "Point", "coordinates": [1, 2]}}], r"1 point, and no polygon; did you mean --seeds\?"),
+        (
+            [{"type": "Feature", "geometry": {"type": "Point", "coordinates": [1, 2]}}],
+            r"1 point, and no polygon; did you mean --seeds\?",
+        ),
         ([feature([[0, 0], [None, 1], [1, 1], [0, 0]])], r"features\[0\]\.geometry: null, text or a non-finite number"),
         ([feature([[0], [1]])], r"features\[0\]\.geometry: coordinates are not rings"),
         ([feature(7)], r"features\[0\]\.geometry: coordinates are not rings"),

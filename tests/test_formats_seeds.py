@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 INFO = SlideInfo("/data/slide.svs", "openslide", "aperio", ((20000, 10000),), (1.0,), 0.25, "x")
-MIRAX = SlideInfo("/data/s.mrxs", "openslide", "mirax", ((20000, 10000),), (1.0,), 0.25, "x", bounds=(1000, 500, 9000, 8000))
+MIRAX = SlideInfo(
+    "/data/s.mrxs", "openslide", "mirax", ((20000, 10000),), (1.0,), 0.25, "x", bounds=(1000, 500, 9000, 8000)
+)
 GOOD: dict[str, Any] = {
     "version": 1,
     "slide": "slide.svs",
@@ -40,7 +42,10 @@ def one_type(**members: object) -> dict[str, Any]:
 
 
 def two_types(first: dict[str, object], second: dict[str, object]) -> dict[str, Any]:
-    return {"version": 1, "types": [{"name": "a", "points": [[1, 2]], **first}, {"name": "b", "points": [[3, 4]], **second}]}
+    return {
+        "version": 1,
+        "types": [{"name": "a", "points": [[1, 2]], **first}, {"name": "b", "points": [[3, 4]], **second}],
+    }
 
 
 def write(path: Path, document: object) -> Path:
@@ -150,8 +155,14 @@ OTHER_ERRORS: list[tuple[object, str]] = [
     (two_types({"negative": [[1, 2]]}, {}), r"types\[0\]\.negative\[0\]: the click \(1, 2\) is for and against 'a'"),
     ('{"version":1,"types":[{"name":"a","points":[[NaN,1]]}]}', r"types\[0\]\.points\[0\]: nan is not finite"),
     ('{"version":1,"types":[{"name":"a","points":[[1,-Infinity]]}]}', r"types\[0\]\.points\[0\]: -inf is not finite"),
-    (f'{{"version":1,"types":[{{"name":"a","points":[[1,{HUGE}]]}}]}}', r"types\[0\]\.points\[0\]: 1000.* is farther than any slide reaches"),
-    ('{"version":1,"types":[{"name":"a","points":[[1,2]],"points":[[3,4]]}]}', "the key 'points' is there twice in one object"),
+    (
+        f'{{"version":1,"types":[{{"name":"a","points":[[1,{HUGE}]]}}]}}',
+        r"types\[0\]\.points\[0\]: 1000.* is farther than any slide reaches",
+    ),
+    (
+        '{"version":1,"types":[{"name":"a","points":[[1,2]],"points":[[3,4]]}]}',
+        "the key 'points' is there twice in one object",
+    ),
     ('{"version":1,\n"types":[}', "not JSON at line 2, column 10"),
     ("clicks", "not JSON at line 1, column 1"),
     ("[" * 100_000, "not JSON that can be read"),
@@ -171,7 +182,13 @@ def test_every_mistake_is_one_line_with_its_place(tmp_path: Path, document: obje
 
 def test_the_schema_agrees_with_the_checks() -> None:
     assert [document for document, _ in SCHEMA_ERRORS if schema_accepts(document)] == []
-    for document in (GOOD, one_type(), one_type(negative=[]), one_type(name="p-53 (+), µ"), two_types({}, {"negative": [[1, 2]]})):
+    for document in (
+        GOOD,
+        one_type(),
+        one_type(negative=[]),
+        one_type(name="p-53 (+), µ"),
+        two_types({}, {"negative": [[1, 2]]}),
+    ):
         assert schema_accepts(document)
     assert schema_accepts({**one_type(points=[[-1, 2]]), "frame": "qupath"})
 
@@ -220,7 +237,9 @@ def test_repeated_clicks_count_once_with_a_warning() -> None:
 
 @pytest.mark.parametrize("point", [(20000.0, 5.0), (5.0, 10000.0), (25000.0, 5.0)])
 def test_a_click_outside_names_the_size_of_the_slide(point: tuple[float, float]) -> None:
-    with pytest.raises(SeedsError, match=r"types\[0\]\.points\[1\]: the click .* is outside slide\.svs, which has 20000 x 10000 px"):
+    with pytest.raises(
+        SeedsError, match=r"types\[0\]\.points\[1\]: the click .* is outside slide\.svs, which has 20000 x 10000 px"
+    ):
         check_seeds(seeds_at((1, 2), point), INFO)
 
 
@@ -246,9 +265,17 @@ def point(x: float, y: float, classification: object = ..., **properties: object
     return multi([[x, y]], classification, kind="Point", **properties)
 
 
-def multi(xy: list[list[float]], classification: object = ..., kind: str = "MultiPoint", **properties: object) -> dict[str, Any]:
-    members = {"objectType": "annotation", **properties} | ({} if classification is ... else {"classification": classification})
-    return {"type": "Feature", "geometry": {"type": kind, "coordinates": xy[0] if kind == "Point" else xy}, "properties": members}
+def multi(
+    xy: list[list[float]], classification: object = ..., kind: str = "MultiPoint", **properties: object
+) -> dict[str, Any]:
+    members = {"objectType": "annotation", **properties} | (
+        {} if classification is ... else {"classification": classification}
+    )
+    return {
+        "type": "Feature",
+        "geometry": {"type": kind, "coordinates": xy[0] if kind == "Point" else xy},
+        "properties": members,
+    }
 
 
 TUMOR = {"name": "Tumor", "color": [200, 0, 0]}
@@ -270,7 +297,10 @@ def collection(*features: object) -> dict[str, object]:
 
 @pytest.mark.parametrize("packing", ["collection", "array", "gz", "zip", "bom", "pretty"])
 def test_qupath_geojson_in_every_packing(tmp_path: Path, packing: str) -> None:
-    path, text = tmp_path / "seeds.anything", json.dumps(FEATURES if packing == "array" else collection(*FEATURES)).encode()
+    path, text = (
+        tmp_path / "seeds.anything",
+        json.dumps(FEATURES if packing == "array" else collection(*FEATURES)).encode(),
+    )
     if packing == "gz":
         text = gzip.compress(text[:50]) + gzip.compress(text[50:])
     if packing == "bom":
@@ -291,9 +321,10 @@ def test_qupath_geojson_in_every_packing(tmp_path: Path, packing: str) -> None:
 def test_a_single_feature_and_nested_children(tmp_path: Path) -> None:
     assert read_seeds(write(tmp_path / "s", FEATURES[1])).types == EXPECTED[1:]
     parent = {
-        "type": "Feature", "geometry": {"type": "Polygon", "coordinates": [[[0, 0], [9, 0], [9, 9], [0, 0]]]},
+        "type": "Feature",
+        "geometry": {"type": "Polygon", "coordinates": [[[0, 0], [9, 0], [9, 9], [0, 0]]]},
         "properties": {"objectType": "annotation", "childObjects": FEATURES},
-    }  # fmt: skip
+    }
     seeds = read_seeds(write(tmp_path / "s", collection(parent)))
     assert seeds.types == EXPECTED
     assert "1 object other than points skipped, the first is features[0] (Polygon)" in check_seeds(seeds, INFO)[1][0]
@@ -353,7 +384,10 @@ def test_nan_literals_and_duplicate_keys_are_tolerated(tmp_path: Path) -> None:
         ([point("a", 2, TUMOR)], r'features\[0\]\.geometry\.coordinates: "a" is not a number'),  # type: ignore[arg-type]
         ([multi([[1]], TUMOR)], r"features\[0\]\.geometry\.coordinates: \[1\] is not a position"),
         ([point(float("nan"), 2, TUMOR)], r"features\[0\]\.geometry\.coordinates: nan is not finite"),
-        ([{"type": "Feature", "geometry": {"type": "Point"}}], r"features\[0\]\.geometry\.coordinates: .*no list of coordinates"),
+        (
+            [{"type": "Feature", "geometry": {"type": "Point"}}],
+            r"features\[0\]\.geometry\.coordinates: .*no list of coordinates",
+        ),
         ([7], r"features\[0\]: 7 is not a GeoJSON Feature"),
     ],
 )
@@ -365,7 +399,12 @@ def test_qupath_mistakes(tmp_path: Path, features: list[object], message: str) -
 
 @pytest.mark.parametrize(
     "document",
-    [{"type": "FeatureCollection"}, {"features": []}, {"type": "FeatureCollection", "features": {}}, {"type": [], "features": 1}],
+    [
+        {"type": "FeatureCollection"},
+        {"features": []},
+        {"type": "FeatureCollection", "features": {}},
+        {"type": [], "features": 1},
+    ],
 )
 def test_broken_collections(tmp_path: Path, document: object) -> None:
     with pytest.raises(SeedsError, match="not GeoJSON; a FeatureCollection with 'features'"):
@@ -414,7 +453,8 @@ def test_qupath_points_are_moved_by_the_bounds_once(tmp_path: Path) -> None:
     assert check_seeds(moved, MIRAX) == (moved, [])
     assert check_seeds(seeds, INFO)[0].types == EXPECTED
     with pytest.raises(
-        SeedsError, match=r"class 'Tumor'\.points\[0\]: the click \(20500, 501\), with the bounds \(1000, 500\) added, is outside s\.mrxs"
+        SeedsError,
+        match=r"class 'Tumor'\.points\[0\]: the click \(20500, 501\), with the bounds \(1000, 500\) added, is outside s\.mrxs",
     ):
         check_seeds(read_seeds(write(tmp_path / "s.geojson", collection(point(19500, 1, TUMOR)))), MIRAX)
 

@@ -32,7 +32,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-INFO = SlideInfo("/data/a.svs", "openslide", "aperio", ((200_000, 200_000),), (1.0,), 0.25, "--mpp", (1000, 500, 90_000, 90_000))
+INFO = SlideInfo(
+    "/data/a.svs", "openslide", "aperio", ((200_000, 200_000),), (1.0,), 0.25, "--mpp", (1000, 500, 90_000, 90_000)
+)
 PROVENANCE = Provenance("wsiseg", "0.1.0", "a.svs", "hash", {})
 NAMES = ("cells.geojson", "cells.geojson.gz", "cells.geojson.zip", "cells.parquet")
 
@@ -70,7 +72,12 @@ class Stream:
         polygons = np.array(shapely.polygons(outlines), object)
         self.alive += 1
         self.most_alive = max(self.most_alive, self.alive)
-        cells = Cells(polygons, centres, (rows % 7 / 7).astype(np.float32), np.tile((rows % 5)[:, None], self.descriptor_size).astype(np.float16))
+        cells = Cells(
+            polygons,
+            centres,
+            (rows % 7 / 7).astype(np.float32),
+            np.tile((rows % 5)[:, None], self.descriptor_size).astype(np.float16),
+        )
         weakref.finalize(polygons, self._gone)
         return cells
 
@@ -116,7 +123,9 @@ def small(patch: pytest.MonkeyPatch, chunk: int, batch: int = 12) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("count", [0, 1, 100])
-def test_the_bytes_do_not_depend_on_the_source_or_its_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, count: int) -> None:
+def test_the_bytes_do_not_depend_on_the_source_or_its_chunks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, count: int
+) -> None:
     small(monkeypatch, 17)
     cells = Stream(count).whole()
     one = written(tmp_path, name, Bounded(cells.polygons, cells.points_xy, cells.scores, cells.descriptors))
@@ -230,7 +239,9 @@ def test_a_window_touches_only_its_row_groups(tmp_path: Path, monkeypatch: pytes
     bounds = shapely.bounds(cells.polygons)
     boxes = []
     for group in range(footer.num_row_groups):
-        left, top, right, bottom = (footer.row_group(group).column(places[f"bbox.{corner}"]).statistics for corner in CORNERS)
+        left, top, right, bottom = (
+            footer.row_group(group).column(places[f"bbox.{corner}"]).statistics for corner in CORNERS
+        )
         mine = bounds[500 * group : 500 * group + 500]
         assert (left.min, top.min, right.max, bottom.max) == (*mine[:, :2].min(0), *mine[:, 2:].max(0))
         boxes.append((left.min, top.min, right.max, bottom.max))
@@ -275,7 +286,14 @@ def test_a_table_is_typed_again_in_its_place(tmp_path: Path, monkeypatch: pytest
     write_geoparquet(path, cells, old, INFO, PROVENANCE)
     before = pq.read_table(path)
     pq.write_table(before, path, row_group_size=13)
-    fresh = Typing(("unassigned", "new"), ((128, 128, 128), (1, 2, 3)), 1 - np.minimum(old.codes, 1), old.margins, old.scores, old.prototypes + 1)
+    fresh = Typing(
+        ("unassigned", "new"),
+        ((128, 128, 128), (1, 2, 3)),
+        1 - np.minimum(old.codes, 1),
+        old.margins,
+        old.scores,
+        old.prototypes + 1,
+    )
     table = read_table(path)
     table.check()
     write_retyped(path, table, fresh, PROVENANCE)

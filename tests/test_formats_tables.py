@@ -38,9 +38,19 @@ def make_cells(count: int, descriptor_size: int = 4) -> Cells:
 
 def make_typing(count: int) -> Typing:
     rng = np.random.default_rng(count)
-    names, colors = ("unassigned", "tumour", "lymphocyte", "never seen"), ((128, 128, 128), (200, 0, 0), (0, 80, 200), (1, 2, 3))
+    names, colors = (
+        ("unassigned", "tumour", "lymphocyte", "never seen"),
+        ((128, 128, 128), (200, 0, 0), (0, 80, 200), (1, 2, 3)),
+    )
     scores, margins = rng.random(count).astype(np.float32), rng.random(count).astype(np.float32)
-    return Typing(names, colors, rng.integers(0, 3, count).astype(np.int32), scores, margins, rng.integers(-1, 9, count).astype(np.int32))
+    return Typing(
+        names,
+        colors,
+        rng.integers(0, 3, count).astype(np.int32),
+        scores,
+        margins,
+        rng.integers(-1, 9, count).astype(np.int32),
+    )
 
 
 def assert_same(a: Cells, b: Cells) -> None:
@@ -70,10 +80,19 @@ def test_a_truncated_or_foreign_part_is_not_current_and_not_read(tmp_path: Path)
     content = good.read_bytes()
     from_other_slide = tmp_path / "foreign.parquet"
     geopandas.GeoDataFrame({"a": [1]}, geometry=[shapely.Point(0, 0)]).to_parquet(from_other_slide)
-    for broken in (b"", b"PAR1", content[:-1], content[: len(content) // 2], b"x" * 1000, from_other_slide.read_bytes()):
+    for broken in (
+        b"",
+        b"PAR1",
+        content[:-1],
+        content[: len(content) // 2],
+        b"x" * 1000,
+        from_other_slide.read_bytes(),
+    ):
         path.write_bytes(broken)
         assert not part_is_current(path, "hash")
-        with pytest.raises(FormatError, match=r"bad\.parquet: not a readable part file .*; delete it and run the command again"):
+        with pytest.raises(
+            FormatError, match=r"bad\.parquet: not a readable part file .*; delete it and run the command again"
+        ):
             read_part(path)
     for missing in (tmp_path / "none.parquet", tmp_path):
         assert not part_is_current(missing, "hash")

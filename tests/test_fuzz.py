@@ -43,7 +43,9 @@ DEEP = "@deep@"  #: stands for a list within lists in the text, deeper than json
 def examples(count: int) -> Callable[[Any], Any]:
     """So many examples, always the same ones unless more are asked for."""
     checks = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
-    more = settings(max_examples=count * SCALE, deadline=None, derandomize=SCALE == 1, database=None, suppress_health_check=checks)
+    more = settings(
+        max_examples=count * SCALE, deadline=None, derandomize=SCALE == 1, database=None, suppress_health_check=checks
+    )
     return lambda test: pytest.mark.timeout(300 * SCALE)(more(test))
 
 
@@ -65,42 +67,70 @@ SQUARE = [[10, 10], [110, 10], [110.5, 110], [10, 110.25], [10, 10]]
 HOLE = [[20, 20], [30, 20], [30, 30], [20, 30], [20, 20]]
 TUMOUR = {"name": "tumour", "color": [200, 0, 0]}
 SEEDS = {
-    "version": 1, "slide": "a.svs", "frame": "slide",
-    "types": [{"name": "tumour", "color": "#c80000", "points": [[10, 20.5], [3, 4]], "negative": [[7, 8]]}, {"name": "other", "points": [[1, 2]]}],
-}  # fmt: skip
+    "version": 1,
+    "slide": "a.svs",
+    "frame": "slide",
+    "types": [
+        {"name": "tumour", "color": "#c80000", "points": [[10, 20.5], [3, 4]], "negative": [[7, 8]]},
+        {"name": "other", "points": [[1, 2]]},
+    ],
+}
 
 
 def feature(kind: str, coordinates: object, **properties: object) -> dict[str, Any]:
-    return {"type": "Feature", "id": "a", "geometry": {"type": kind, "coordinates": coordinates}, "properties": properties}
+    return {
+        "type": "Feature",
+        "id": "a",
+        "geometry": {"type": kind, "coordinates": coordinates},
+        "properties": properties,
+    }
 
 
 POINTS = {
     "type": "FeatureCollection",
     "features": [
         feature("Point", [10, 20], objectType="annotation", classification=TUMOUR),
-        feature("MultiPoint", [[1, 2], [3, 4]], classification={"names": ["stroma"], "colorRGB": -3670016}, name="a", childObjects=[
-            feature("Point", [5, 6], classification={"name": "b", "parentClass": None}),
-        ]),
+        feature(
+            "MultiPoint",
+            [[1, 2], [3, 4]],
+            classification={"names": ["stroma"], "colorRGB": -3670016},
+            name="a",
+            childObjects=[feature("Point", [5, 6], classification={"name": "b", "parentClass": None})],
+        ),
     ],
-}  # fmt: skip
+}
 CELLS = {
     "type": "FeatureCollection",
     "features": [
         feature("Polygon", [SQUARE, HOLE], objectType="detection", classification=TUMOUR),
-        feature("MultiPolygon", [[SQUARE], [[[300, 300], [310, 300], [310, 310], [300, 300]]]], objectType="detection", classification="x"),
+        feature(
+            "MultiPolygon",
+            [[SQUARE], [[[300, 300], [310, 300], [310, 310], [300, 300]]]],
+            objectType="detection",
+            classification="x",
+        ),
         {
-            "type": "Feature", "properties": {"objectType": "cell", "children": [feature("Polygon", [HOLE])]},
+            "type": "Feature",
+            "properties": {"objectType": "cell", "children": [feature("Polygon", [HOLE])]},
             "nucleusGeometry": {"type": "Polygon", "coordinates": [HOLE]},
             "geometry": {"type": "GeometryCollection", "geometries": [{"type": "Polygon", "coordinates": [SQUARE]}]},
         },
     ],
     "wsiseg": {"mpp": 0.5, "bounds": [1, 2, 3, 4]},
-}  # fmt: skip
+}
 CONFIG = {
-    "method": "apg", "mpp": 0.5, "reader": "auto", "seeds": "s.json", "workers": 2, "formats": ["parquet"],
-    "tiling": {"tile_um": 128.0, "block_tiles": 2}, "masks": {"min_score": 0.3}, "cop": {"gate": "product"},
-    "second_round": {"enabled": True}, "cluster": {"directives": ["a"], "queue": "q"},
-}  # fmt: skip
+    "method": "apg",
+    "mpp": 0.5,
+    "reader": "auto",
+    "seeds": "s.json",
+    "workers": 2,
+    "formats": ["parquet"],
+    "tiling": {"tile_um": 128.0, "block_tiles": 2},
+    "masks": {"min_score": 0.3},
+    "cop": {"gate": "product"},
+    "second_round": {"enabled": True},
+    "cluster": {"directives": ["a"], "queue": "q"},
+}
 TABLES = (
     "path,mpp,seeds,name\na.svs,,a.json,\nscans/b.tif,0.25,,patient-7\n",
     "Path;MPP\na.svs;0,25\n\nb.svs;\n",
@@ -114,16 +144,58 @@ TOML = 'method = "cop"\nmpp = 0.5\n[tiling]\ntile_um = 64\nhalo_um = 24.0\n[clus
 
 
 JUNK = st.one_of(
-    st.sampled_from([
-        None, True, False, 0, -1, 2**31, 10**400, 1e300, -1e300, 5e-324, math.nan, math.inf, -math.inf,
-        "", "x", "0,25", "Polygon", "\ud800", "\0", "\u202e",
-        "\u2028", "a\nb", "e\u0301" * 50, "9" * 5000, DEEP, [], {}, [[]], [{}], [1], [1, 2], [1, 2, 3],
-        ["a", "b"], [None, None], [[1, 2]], [[[1, 2]]],
-        {"type": "Polygon"}, {"type": "Feature"},
-        {"type": "Polygon", "coordinates": [[[0, 0], [9, 9], [9, 0], [0, 9]]]}, SQUARE, [SQUARE], CELLS, SEEDS,
-    ]),
-    st.integers(), st.floats(), st.text(max_size=20), st.lists(st.floats(-100, 2000), max_size=4),
-)  # fmt: skip
+    st.sampled_from(
+        [
+            None,
+            True,
+            False,
+            0,
+            -1,
+            2**31,
+            10**400,
+            1e300,
+            -1e300,
+            5e-324,
+            math.nan,
+            math.inf,
+            -math.inf,
+            "",
+            "x",
+            "0,25",
+            "Polygon",
+            "\ud800",
+            "\0",
+            "\u202e",
+            "\u2028",
+            "a\nb",
+            "e\u0301" * 50,
+            "9" * 5000,
+            DEEP,
+            [],
+            {},
+            [[]],
+            [{}],
+            [1],
+            [1, 2],
+            [1, 2, 3],
+            ["a", "b"],
+            [None, None],
+            [[1, 2]],
+            [[[1, 2]]],
+            {"type": "Polygon"},
+            {"type": "Feature"},
+            {"type": "Polygon", "coordinates": [[[0, 0], [9, 9], [9, 0], [0, 9]]]},
+            SQUARE,
+            [SQUARE],
+            CELLS,
+            SEEDS,
+        ]
+    ),
+    st.integers(),
+    st.floats(),
+    st.text(max_size=20),
+    st.lists(st.floats(-100, 2000), max_size=4),
+)
 
 
 def nodes(document: Any) -> list[tuple[Any, Any]]:
@@ -155,13 +227,19 @@ def changed(draw: st.DrawFn, document: Any) -> str:
                 holder.insert(key, copy.deepcopy(holder[key]))
             case "within":
                 for _ in range(draw(st.sampled_from([1, 2, 40, 300]))):
-                    holder[key] = draw(st.sampled_from([[holder[key]], {"type": "GeometryCollection", "geometries": [holder[key]]}]))
+                    holder[key] = draw(
+                        st.sampled_from([[holder[key]], {"type": "GeometryCollection", "geometries": [holder[key]]}])
+                    )
             case "other":
                 holder[key] = copy.deepcopy(places[draw(st.integers(0, len(places) - 1))][0])
             case _ if isinstance(holder, dict):
-                holder[draw(st.sampled_from(["Type", "point", "", "\ud800", "a\nb", "x" * 5000]) | st.text(max_size=8))] = holder.pop(key)
+                holder[
+                    draw(st.sampled_from(["Type", "point", "", "\ud800", "a\nb", "x" * 5000]) | st.text(max_size=8))
+                ] = holder.pop(key)
     deep = draw(st.sampled_from([30, 200, 900, 100_000]))
-    opening, closing = draw(st.sampled_from([("[", "]"), ('{"childObjects":', "}"), ('{"type":"GeometryCollection","geometries":[', "]}")]))
+    opening, closing = draw(
+        st.sampled_from([("[", "]"), ('{"childObjects":', "}"), ('{"type":"GeometryCollection","geometries":[', "]}")])
+    )
     text = json.dumps(document, ensure_ascii=draw(st.booleans()) or "\\ud" in json.dumps(document))[1:-1]
     return text.replace(f'"{DEEP}"', opening * deep + "1" + closing * deep)
 
@@ -173,11 +251,38 @@ def edited(draw: st.DrawFn, texts: tuple[str, ...]) -> str:
     for _ in range(draw(st.integers(0, 4))):
         place = draw(st.integers(0, len(text)))
         piece = draw(
-            st.sampled_from([
-                "", ",", ";", "\t", '"', "\n", "\r", "\r\n", "\0", "x", "0,25", "1e400", "nan", "-1e300", "ä", "\u2028", "\ufeff",
-                "[" * 2000, "9" * 5000, "= ", "sep=,\n", "'", "[a]\n", "x" * 140_000, "1_0", "0x" + "f" * 2000,
-            ]) | st.text(max_size=6)
-        )  # fmt: skip
+            st.sampled_from(
+                [
+                    "",
+                    ",",
+                    ";",
+                    "\t",
+                    '"',
+                    "\n",
+                    "\r",
+                    "\r\n",
+                    "\0",
+                    "x",
+                    "0,25",
+                    "1e400",
+                    "nan",
+                    "-1e300",
+                    "ä",
+                    "\u2028",
+                    "\ufeff",
+                    "[" * 2000,
+                    "9" * 5000,
+                    "= ",
+                    "sep=,\n",
+                    "'",
+                    "[a]\n",
+                    "x" * 140_000,
+                    "1_0",
+                    "0x" + "f" * 2000,
+                ]
+            )
+            | st.text(max_size=6)
+        )
         text = text[:place] + piece + text[place + draw(st.sampled_from([0, 0, 1, 3, 12])) :]
     return text
 
@@ -189,7 +294,9 @@ def encoded(draw: st.DrawFn, texts: st.SearchStrategy[str]) -> bytes:
     if draw(st.integers(0, 3)) == 0:
         text = text.replace("\n", draw(st.sampled_from(["\r\n", "\r"])))
     usual = ["utf-8"] * 5
-    encoding = draw(st.sampled_from([*usual, "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "cp1252", "shift-jis"]))
+    encoding = draw(
+        st.sampled_from([*usual, "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "cp1252", "shift-jis"])
+    )
     content = text.encode(encoding, "replace")
     return damaged(draw, packed(draw, content))
 
@@ -201,7 +308,11 @@ def packed(draw: st.DrawFn, content: bytes) -> bytes:
         case 1:
             buffer = io.BytesIO()
             with zipfile.ZipFile(buffer, "w") as archive:
-                for name in draw(st.sampled_from([["a.json"], ["a.geojson", "b.json"], ["__MACOSX/a.json", "a.txt"], ["xl/workbook.xml"], []])):
+                for name in draw(
+                    st.sampled_from(
+                        [["a.json"], ["a.geojson", "b.json"], ["__MACOSX/a.json", "a.txt"], ["xl/workbook.xml"], []]
+                    )
+                ):
                     archive.writestr(name, content)
             return buffer.getvalue()
     return content
@@ -218,7 +329,23 @@ def damaged(draw: st.DrawFn, content: bytes) -> bytes:
         case 1:
             return content[:place] + draw(st.binary(max_size=8)) + content[place:]
         case 2:
-            return draw(st.sampled_from([b"\x89PNG\r\n", b"\xff\xd8\xff", b"II*\0", b"\xff\xfe", b"\x1f\x8b", b"PK\x03\x04", b"\0", b"{"])) + content
+            return (
+                draw(
+                    st.sampled_from(
+                        [
+                            b"\x89PNG\r\n",
+                            b"\xff\xd8\xff",
+                            b"II*\0",
+                            b"\xff\xfe",
+                            b"\x1f\x8b",
+                            b"PK\x03\x04",
+                            b"\0",
+                            b"{",
+                        ]
+                    )
+                )
+                + content
+            )
     return content[:place] + bytes([draw(st.integers(0, 255))]) + content[place + 1 :]
 
 
@@ -240,7 +367,17 @@ def written(path: Path, content: bytes) -> Path:
 
 
 @examples(650)
-@given(content=encoded(st.one_of(changed(SEEDS), changed(POINTS), changed(CELLS), edited(TABLES), edited((json.dumps(POINTS), json.dumps(SEEDS))))))
+@given(
+    content=encoded(
+        st.one_of(
+            changed(SEEDS),
+            changed(POINTS),
+            changed(CELLS),
+            edited(TABLES),
+            edited((json.dumps(POINTS), json.dumps(SEEDS))),
+        )
+    )
+)
 def test_clicks(folder: Path, content: bytes) -> None:
     """And what was read is written so that it is read again."""
     path = written(folder / "seeds", content)
@@ -255,7 +392,13 @@ def test_clicks(folder: Path, content: bytes) -> None:
 
 
 @examples(450)
-@given(content=encoded(st.one_of(changed(CELLS), changed(CELLS["features"]), changed(CELLS["features"][0]["geometry"]), changed(POINTS))))
+@given(
+    content=encoded(
+        st.one_of(
+            changed(CELLS), changed(CELLS["features"]), changed(CELLS["features"][0]["geometry"]), changed(POINTS)
+        )
+    )
+)
 def test_regions(folder: Path, content: bytes) -> None:
     """And what was read is a valid shape on the slide."""
     path = written(folder / "roi.geojson", content)
@@ -286,8 +429,10 @@ def test_configurations(folder: Path, content: bytes) -> None:
 @examples(200)
 @given(
     content=encoded(st.one_of(changed(CELLS), changed(CELLS), edited((json.dumps(CELLS),)))),
-    side=st.booleans(), mpp=st.sampled_from([None, 0.5]), both=st.booleans(),
-)  # fmt: skip
+    side=st.booleans(),
+    mpp=st.sampled_from([None, 0.5]),
+    both=st.booleans(),
+)
 def test_outlines_to_evaluate(folder: Path, content: bytes, side: bool, mpp: float | None, both: bool) -> None:
     path = written(folder / "cells.geojson", content)
     pair = [path, path if both else folder / "truth.png"]
@@ -307,11 +452,14 @@ def images() -> list[tuple[str, bytes]]:
     label[10:20, 10:20], label[10:20, 40:50] = 1, 900
     found = []
     for suffix, save in (
-        (".png", lambda b, x: Image.fromarray(x).save(b, "PNG")), (".npy", np.save), (".tif", tifffile.imwrite),
-        (".tif", lambda b, x: tifffile.imwrite(b, x, compression="zlib", tile=(32, 32))), (".npy", lambda b, x: np.save(b, x.astype(np.int64))),
+        (".png", lambda b, x: Image.fromarray(x).save(b, "PNG")),
+        (".npy", np.save),
+        (".tif", tifffile.imwrite),
+        (".tif", lambda b, x: tifffile.imwrite(b, x, compression="zlib", tile=(32, 32))),
+        (".npy", lambda b, x: np.save(b, x.astype(np.int64))),
         (".png", lambda b, x: Image.fromarray((x % 7).astype(np.uint8)).convert("P").save(b, "PNG")),
         (".png", lambda b, x: Image.fromarray(x > 0).save(b, "PNG")),
-    ):  # fmt: skip
+    ):
         buffer = io.BytesIO()
         save(buffer, label)
         found.append((suffix, buffer.getvalue()))

@@ -16,7 +16,11 @@ def everywhere(*_: float) -> bool:
     return True
 
 
-@given(st.floats(0.05, 2), st.floats(0.1, 1), st.lists(st.tuples(st.floats(0, 1e5), st.floats(0, 1e5)), min_size=1, max_size=20))
+@given(
+    st.floats(0.05, 2),
+    st.floats(0.1, 1),
+    st.lists(st.tuples(st.floats(0, 1e5), st.floats(0, 1e5)), min_size=1, max_size=20),
+)
 def test_frames_there_and_back(slide_mpp: float, model_mpp: float, points: list[tuple[float, float]]) -> None:
     lattice = Lattice(slide_mpp, model_mpp)
     xy = np.array(points)
@@ -36,8 +40,14 @@ def test_round_up(value: float, multiple: int, expected: int) -> None:
 
 @settings(deadline=None, max_examples=60)
 @given(
-    st.integers(1, 3000), st.integers(1, 3000), st.floats(0.2, 1.1), st.floats(20, 200), st.floats(0, 40), st.integers(1, 5), st.floats(-500, 500)
-)  # fmt: skip
+    st.integers(1, 3000),
+    st.integers(1, 3000),
+    st.floats(0.2, 1.1),
+    st.floats(20, 200),
+    st.floats(0, 40),
+    st.integers(1, 5),
+    st.floats(-500, 500),
+)
 def test_cores_partition_the_slide(
     width: int, height: int, mpp: float, tile_um: float, halo_um: float, block: int, origin: float
 ) -> None:
@@ -59,6 +69,8 @@ def test_cores_partition_the_slide(
 
 def test_unwanted_tiles_are_left_out() -> None:
     lattice = Lattice(0.5, 0.25)
-    blocks = plan_blocks((4000, 4000), lattice, TilingConfig(), stride_px=16, reach_px=68, wanted=lambda x0, y0, _x1, _y1: x0 == y0 == 0)
+    blocks = plan_blocks(
+        (4000, 4000), lattice, TilingConfig(), stride_px=16, reach_px=68, wanted=lambda x0, y0, _x1, _y1: x0 == y0 == 0
+    )
     assert [len(b.tiles) for b in blocks] == [1]
     assert plan_blocks((4000, 4000), lattice, TilingConfig(), stride_px=16, reach_px=68, wanted=lambda *_: False) == []

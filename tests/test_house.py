@@ -57,7 +57,9 @@ def commands() -> dict[str, click.Command]:
 
 
 def options(command: click.Command) -> set[str]:
-    return {"-h", "--help"} | {o for p in command.params if isinstance(p, click.Option) for o in (*p.opts, *p.secondary_opts)}
+    return {"-h", "--help"} | {
+        o for p in command.params if isinstance(p, click.Option) for o in (*p.opts, *p.secondary_opts)
+    }
 
 
 def project_files() -> list[Path]:
@@ -73,7 +75,11 @@ def test_ci_runs_the_test_commands_of_the_readme() -> None:
     """``.ci/run`` says what the README says and nothing else; only where the environment lies differs."""
     script = [line for line in (ROOT / ".ci/run").read_text().splitlines() if line and not line.startswith("#")]
     set_up = [line for line in script if re.match(r'set -euo|cd "\$|venv=|trap ', line)]
-    said = [line.replace('"$venv"', ".venv").replace('"$venv/bin/activate"', ".venv/bin/activate") for line in script if line not in set_up]
+    said = [
+        line.replace('"$venv"', ".venv").replace('"$venv/bin/activate"', ".venv/bin/activate")
+        for line in script
+        if line not in set_up
+    ]
     assert said == block("test")
     assert len(set_up) == 4
     assert os.access(ROOT / ".ci/run", os.X_OK)
@@ -105,7 +111,9 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert "://" in target or path.exists(), f"{page.name}: {target}"
 
 
-@pytest.mark.parametrize("page", [*PAGES, ROOT / "Dockerfile", ROOT / "examples/slurm_array.sh"], ids=lambda p: str(p.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "page", [*PAGES, ROOT / "Dockerfile", ROOT / "examples/slurm_array.sh"], ids=lambda p: str(p.relative_to(ROOT))
+)
 def test_commands_and_options_exist(page: Path) -> None:
     """Every ``wsiseg X`` and every option in code is one that the program has."""
     known = commands()
@@ -132,8 +140,12 @@ def test_every_sentence_of_the_tables_is_in_the_code(page: str) -> None:
     """First column of the tables headed "it says": literal pieces of messages."""
     source = "\n".join(p.read_text() for p in (ROOT / "wsiseg").rglob("*.py")).replace("\\'", "'").replace('\\"', '"')
     pieces = []
-    for table in re.findall(r"^\| it says .*?\n\n", (ROOT / "docs" / page).read_text() + "\n\n", re.DOTALL | re.MULTILINE):
-        pieces += [piece for row in table.strip().splitlines()[2:] for piece in re.findall(r"`([^`]+)`", row.split("|")[1])]
+    for table in re.findall(
+        r"^\| it says .*?\n\n", (ROOT / "docs" / page).read_text() + "\n\n", re.DOTALL | re.MULTILINE
+    ):
+        pieces += [
+            piece for row in table.strip().splitlines()[2:] for piece in re.findall(r"`([^`]+)`", row.split("|")[1])
+        ]
     assert len(pieces) > 20
     missing = [piece for piece in pieces if piece not in source]
     assert not missing
@@ -149,7 +161,12 @@ def test_every_command_and_column_is_in_the_docs() -> None:
     info = SlideInfo("a", "image", "png", ((1, 1),), (1.0,), 0.5, "--mpp")
     schema = _schema(Cells.empty(4), Typing.untyped(0), info, Provenance("wsiseg", "0", "a", ""))
     table = (ROOT / "docs/output.md").read_text().split("## cells.parquet")[1].split("## ")[0]
-    documented = {name for row in table.splitlines() if row.startswith("| `") for name in re.findall(r"`(\w+)`", row.split("|")[1])}
+    documented = {
+        name
+        for row in table.splitlines()
+        if row.startswith("| `")
+        for name in re.findall(r"`(\w+)`", row.split("|")[1])
+    }
     assert documented == set(schema.names)
 
 
@@ -178,9 +195,21 @@ def array_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "slides.txt").write_text(f"nowhere.svs\n{folder / 'ihc.tiff'}\n")
     script = ["bash", str(ROOT / "examples/slurm_array.sh"), str(folder / "slides.txt"), str(folder / "out")]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    done = subprocess.run(script, env={**os.environ, "PATH": path, "SLURM_ARRAY_TASK_ID": "2"}, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        script,
+        env={**os.environ, "PATH": path, "SLURM_ARRAY_TASK_ID": "2"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
-    beyond = subprocess.run(script, env={**os.environ, "PATH": path, "SLURM_ARRAY_TASK_ID": "3"}, capture_output=True, text=True, check=False)
+    beyond = subprocess.run(
+        script,
+        env={**os.environ, "PATH": path, "SLURM_ARRAY_TASK_ID": "3"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert beyond.returncode == 2
     assert "no line 3" in beyond.stderr
     return folder / "out/ihc"
@@ -190,7 +219,9 @@ def test_the_array_script_and_the_reader_agree(array_run: Path) -> None:
     """The counts that ``read_cells.py`` prints are those of the run."""
     types = json.loads((array_run / "manifest.json").read_text())["types"]
     done = run_example("read_cells.py", str(array_run / "cells.parquet"))
-    printed = {row.split()[0]: int(row.split()[1]) for row in done.splitlines() if row.split()[:1] and row.split()[0] in types}
+    printed = {
+        row.split()[0]: int(row.split()[1]) for row in done.splitlines() if row.split()[:1] and row.split()[0] in types
+    }
     assert printed == {name: n for name, n in types.items() if n}
     assert types["epithelium"]
     assert types["stroma"]
@@ -199,7 +230,12 @@ def test_the_array_script_and_the_reader_agree(array_run: Path) -> None:
 def test_manifest_keys_are_in_the_docs(array_run: Path) -> None:
     manifest = json.loads((array_run / "manifest.json").read_text())
     table = (ROOT / "docs/output.md").read_text().split("## manifest.json")[1]
-    documented = {name for row in table.splitlines() if row.startswith("| `") for name in re.findall(r"`(\w+)`", row.split("|")[1])}
+    documented = {
+        name
+        for row in table.splitlines()
+        if row.startswith("| `")
+        for name in re.findall(r"`(\w+)`", row.split("|")[1])
+    }
     assert set(manifest) | set(manifest["counts"]) == documented
 
 
@@ -211,7 +247,9 @@ def test_the_library_example_counts_types() -> None:
 
 
 def run_example(name: str, *arguments: str) -> str:
-    done = subprocess.run([sys.executable, ROOT / "examples" / name, *arguments], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, ROOT / "examples" / name, *arguments], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -221,7 +259,11 @@ def test_the_seeds_in_the_docs_are_valid(tmp_path: Path) -> None:
     from wsiseg.formats.seeds import read_seeds
 
     schema = json.loads((ROOT / "wsiseg/formats/seeds.schema.json").read_text())
-    shown = [text for page in PAGES for text in re.findall(r"^```json\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)]
+    shown = [
+        text
+        for page in PAGES
+        for text in re.findall(r"^```json\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+    ]
     for text in [(ROOT / "examples/seeds.json").read_text(), *shown]:
         jsonschema.validate(json.loads(text), schema)
         (tmp_path / "seeds.json").write_text(text)

@@ -203,7 +203,12 @@ def test_counting_by_runs_is_counting(seed: int, band: int) -> None:
     prediction = np.asfortranarray(prediction * 1000).astype(np.uint16)
     with patch.object(contingency, "BAND_PX", band):
         o, xy = overlaps(truth, prediction), centroids(truth)
-    table = np.array([[((truth == g) & (prediction == p)).sum() for p in np.unique(prediction[prediction > 0])] for g in np.unique(truth[truth > 0])])
+    table = np.array(
+        [
+            [((truth == g) & (prediction == p)).sum() for p in np.unique(prediction[prediction > 0])]
+            for g in np.unique(truth[truth > 0])
+        ]
+    )
     dense = np.zeros_like(table, float)
     dense[o.truth, o.prediction] = o.shared
     np.testing.assert_array_equal(dense, table)
@@ -262,7 +267,9 @@ def square(x: float, y: float, side: float) -> shapely.Polygon:
 def test_outlines_and_raster_agree(seed: int) -> None:
     """Squares on whole px, overlapping at random: the exact areas are the counts of px."""
     rng = np.random.default_rng(seed)
-    sides = [np.array([square(*rng.integers(0, 30, 2), rng.integers(2, 9)) for _ in range(12)], object) for _ in range(2)]
+    sides = [
+        np.array([square(*rng.integers(0, 30, 2), rng.integers(2, 9)) for _ in range(12)], object) for _ in range(2)
+    ]
     exact = outline_overlaps(disjoint(sides[0])[0], disjoint(sides[1])[0])
     counted = overlaps(*(rasterise(s, (40, 40)) for s in sides), truth_count=12, prediction_count=12)
     np.testing.assert_allclose(exact.truth_size, counted.truth_size, atol=1e-9)
@@ -322,4 +329,7 @@ def test_interval_and_retention() -> None:
     assert retention(rows, base) == pytest.approx({"aji": 1.0 / 1.5})
     # 0.46541 and 0.50201 keep 92.71 %
     assert retention([{"aji": 0.46541}], [{"aji": 0.50201}])["aji"] == pytest.approx(0.9271, abs=5e-5)
-    assert (PointHits(3, 2, 1) + PointHits(1, 1, 1)).values() == {"point_precision": 3 / 4, "typed_point_precision": 2 / 4}
+    assert (PointHits(3, 2, 1) + PointHits(1, 1, 1)).values() == {
+        "point_precision": 3 / 4,
+        "typed_point_precision": 2 / 4,
+    }

@@ -41,7 +41,7 @@ from wsiseg.models.store import (
     stored_names,
     verify,
     verify_all,
-)  # fmt: skip
+)
 from wsiseg.testing import random_sam
 
 if TYPE_CHECKING:
@@ -97,12 +97,29 @@ def test_import_there_and_back(tmp_path: Path, folder: Path) -> None:
     torch.save(sam, tmp_path / "a.pt")
     torch.save(decoder, tmp_path / "d.pt")
     card = import_model(
-        tmp_path / "a.pt", "my-sam", decoder=tmp_path / "d.pt", mpp=0.125, licence="MIT", source="here", normalise="tile-minmax"
-    )  # fmt: skip
+        tmp_path / "a.pt",
+        "my-sam",
+        decoder=tmp_path / "d.pt",
+        mpp=0.125,
+        licence="MIT",
+        source="here",
+        normalise="tile-minmax",
+    )
     assert files(folder) == ["my-sam.json", "my-sam.safetensors"]
     assert find_card("my-sam") == card == known_card("my-sam") == find_weights("my-sam")[0]
-    assert (card.name, card.network, card.weights, card.licence, card.source) == ("my-sam", SAM_NETWORK, folder / "my-sam.safetensors", "MIT", "here")
-    assert (card.mpp, card.normalise, card.architecture, card.instance_decoder) == (0.125, "tile-minmax", "ViT of width 16 and depth 4", True)
+    assert (card.name, card.network, card.weights, card.licence, card.source) == (
+        "my-sam",
+        SAM_NETWORK,
+        folder / "my-sam.safetensors",
+        "MIT",
+        "here",
+    )
+    assert (card.mpp, card.normalise, card.architecture, card.instance_decoder) == (
+        0.125,
+        "tile-minmax",
+        "ViT of width 16 and depth 4",
+        True,
+    )
     verify(card)
     found = load_file(card.weights)
     wanted = {f"sam.{k}": v.float() for k, v in sam.items()} | {f"decoder.{k}": v for k, v in decoder.items()}
@@ -201,7 +218,9 @@ def test_disk_full(stage: str, checkpoint: Path, folder: Path, monkeypatch: pyte
         monkeypatch.setattr(safetensors.torch, "save_file", fail)
     else:
         monkeypatch.setattr(store.os, "fsync", fail if stage == "rename" else fail_second)
-    with pytest.raises(WeightsError, match=r"cannot be written \(No space left on device\); make room, or name a folder you may write") as caught:
+    with pytest.raises(
+        WeightsError, match=r"cannot be written \(No space left on device\); make room, or name a folder you may write"
+    ) as caught:
         import_model(checkpoint, "a")
     assert "\n" not in str(caught.value)
     assert "a.json" not in files(folder)
@@ -220,8 +239,12 @@ def test_a_real_limit_on_the_size_of_files(checkpoint: Path, tmp_path: Path) -> 
     )
     limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (20_000, 20_000))
     done = subprocess.run(
-        [sys.executable, "-B", "-c", script, checkpoint, tmp_path / "m"], preexec_fn=limit, capture_output=True, text=True, check=False
-    )  # fmt: skip
+        [sys.executable, "-B", "-c", script, checkpoint, tmp_path / "m"],
+        preexec_fn=limit,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.stdout.startswith(f"WeightsError {tmp_path / 'm' / 'a.safetensors'}: cannot be written ("), done.stderr
     assert not any(name.endswith(".json") or "partial" in name for name in files(tmp_path / "m"))
 
@@ -269,10 +292,15 @@ def test_damage_is_found(checkpoint: Path, folder: Path) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"network": "os:system"}, {"weights": "../sam.safetensors"}, {"weights": "/etc/passwd"}, {"name": "b"}, {"mpp": "0.25"}, {"extra": 1},
+        {"network": "os:system"},
+        {"weights": "../sam.safetensors"},
+        {"weights": "/etc/passwd"},
+        {"name": "b"},
+        {"mpp": "0.25"},
+        {"extra": 1},
         {"sha256": None},
     ],
-)  # fmt: skip
+)
 def test_cards_of_others(change: dict[str, Any], checkpoint: Path, folder: Path) -> None:
     """A card names no code and no file but its own."""
     import_model(checkpoint, "a")
@@ -294,18 +322,33 @@ def test_card_of_a_file(checkpoint: Path, folder: Path, tmp_path: Path) -> None:
     card = import_model(checkpoint, "a", mpp=0.125, normalise="tile-minmax")
     moved = card.weights.rename(tmp_path / "moved.safetensors")
     found = card_of_file(moved)
-    assert (found.network, found.weights, found.mpp, found.normalise, found.sha256) == (SAM_NETWORK, moved, 0.125, "tile-minmax", "")
+    assert (found.network, found.weights, found.mpp, found.normalise, found.sha256) == (
+        SAM_NETWORK,
+        moved,
+        0.125,
+        "tile-minmax",
+        "",
+    )
     packaged = MODELS["nuclei-compact"].weights
     assert card_of_file(packaged) is MODELS["nuclei-compact"]
     copied = tmp_path / "copy.safetensors"
     copied.write_bytes(packaged.read_bytes())
     assert card_of_file(copied) == dataclasses.replace(
         MODELS["nuclei-compact"], weights=copied, sha256="", licence="unknown", source=str(copied)
-    )  # fmt: skip
+    )
     save_file(tiny_sam(), copied)
-    with pytest.raises(WeightsError, match=r"a SAM checkpoint that does not say its scale; convert it: wsiseg models import .* --mpp UM"):
+    with pytest.raises(
+        WeightsError,
+        match=r"a SAM checkpoint that does not say its scale; convert it: wsiseg models import .* --mpp UM",
+    ):
         card_of_file(copied)
-    for said in ("{}", "[]", "x", '{"network": "sam", "mpp": 9, "normalise": "none"}', '{"network": "os:system", "mpp": 1, "normalise": "none"}'):
+    for said in (
+        "{}",
+        "[]",
+        "x",
+        '{"network": "sam", "mpp": 9, "normalise": "none"}',
+        '{"network": "os:system", "mpp": 1, "normalise": "none"}',
+    ):
         save_file(tiny_sam(), copied, metadata={"wsiseg": said})
         with pytest.raises(WeightsError, match="are not of this version; import the checkpoint again"):
             card_of_file(copied)
@@ -379,7 +422,9 @@ def server(checkpoint: Path) -> Iterator[Server]:
 
 
 def entry(server: Server, **changes: str) -> Download:
-    return dataclasses.replace(Download(server.address, sha256(server.content).hexdigest(), "ViT", "Apache-2.0", 0.5), **changes)  # type: ignore[arg-type]
+    return dataclasses.replace(
+        Download(server.address, sha256(server.content).hexdigest(), "ViT", "Apache-2.0", 0.5), **changes
+    )  # type: ignore[arg-type]
 
 
 def test_download(server: Server, folder: Path) -> None:
@@ -399,7 +444,9 @@ def test_download(server: Server, folder: Path) -> None:
 def test_a_broken_download_goes_on(ranges: bool, server: Server, folder: Path) -> None:
     """With a server that gives parts, only the rest is fetched; otherwise all of it again."""
     server.ranges, server.stops_after = ranges, 3000
-    with pytest.raises(WeightsError, match=f"the connection ended after 3000 of {len(server.content)} bytes; run the command again"):
+    with pytest.raises(
+        WeightsError, match=f"the connection ended after 3000 of {len(server.content)} bytes; run the command again"
+    ):
         download("sam", entry=entry(server))
     assert files(folder) == ["sam.part"]
     seen: list[tuple[int, int]] = []
@@ -431,14 +478,19 @@ def test_another_file(server: Server, folder: Path) -> None:
 @pytest.mark.parametrize("status", [403, 404, 500])
 def test_server_says_no(status: int, server: Server, folder: Path) -> None:
     server.status = status
-    with pytest.raises(WeightsError, match=rf"{server.address}: the server answers {status} .*; try again later, or get the file on another machine"):
+    with pytest.raises(
+        WeightsError,
+        match=rf"{server.address}: the server answers {status} .*; try again later, or get the file on another machine",
+    ):
         download("sam", entry=entry(server))
     assert files(folder) == []
 
 
 def test_offline(folder: Path, server: Server) -> None:
     refused = entry(server, address="http://127.0.0.1:9/sam.pth")
-    with pytest.raises(WeightsError, match=r"127.0.0.1:9/sam.pth: cannot be reached \(.*refused\); try again later") as caught:
+    with pytest.raises(
+        WeightsError, match=r"127.0.0.1:9/sam.pth: cannot be reached \(.*refused\); try again later"
+    ) as caught:
         download("sam", entry=refused)
     assert "\n" not in str(caught.value)
     nowhere = entry(server, address="http://nowhere.invalid/sam.pth")
@@ -464,10 +516,16 @@ def test_published_downloads() -> None:
         assert store._NAME.fullmatch(name)
 
 
-@pytest.mark.parametrize(("name", "sentence"), [
-    ("sam9", "sam9: nothing to download under this name; there are sam-vit-b, sam-vit-l, sam-vit-h"),
-    ("vit-b-histopathology", r"no sha256 of it is published.*--decoder DECODER --name vit-b-histopathology --mpp 0.125"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("sam9", "sam9: nothing to download under this name; there are sam-vit-b, sam-vit-l, sam-vit-h"),
+        (
+            "vit-b-histopathology",
+            r"no sha256 of it is published.*--decoder DECODER --name vit-b-histopathology --mpp 0.125",
+        ),
+    ],
+)
 def test_no_such_download(name: str, sentence: str, folder: Path) -> None:
     with pytest.raises(WeightsError, match=sentence):
         download(name)

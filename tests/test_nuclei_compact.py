@@ -167,7 +167,12 @@ def test_a_box_decides_between_one_nucleus_and_its_neighbour(model, pair) -> Non
         by_click = masks_on_tile(model.decode(e, tile, seam, extras=extras))
     y, x = np.mgrid[:96, :96] * 2 + 1
     truth = [np.hypot((x - cx) / 10.6, (y - cy) / 13) < 1 for cx, cy in centres.tolist()]
-    for mask, mine, other in ((left, *truth), (right, *truth[::-1]), (by_click[0], *truth), (by_click[1], *truth[::-1])):
+    for mask, mine, other in (
+        (left, *truth),
+        (right, *truth[::-1]),
+        (by_click[0], *truth),
+        (by_click[1], *truth[::-1]),
+    ):
         assert overlap(mask, mine) > max(0.5, 2 * overlap(mask, other))
 
 
@@ -183,7 +188,9 @@ def test_further_points_pull_and_push(model) -> None:
         e = model.encode(torch.from_numpy(image).permute(2, 0, 1)[None])
         for label in (1.0, 0.0, -1.0):  # foreground, background, padding
             extras = extras_of(1, points_xy=other, labels=torch.tensor([[label]]))
-            (mask,) = masks_on_tile(model.decode(e, torch.zeros(1, dtype=torch.long), torch.tensor([[92.0, 96.0]]), extras=extras))
+            (mask,) = masks_on_tile(
+                model.decode(e, torch.zeros(1, dtype=torch.long), torch.tensor([[92.0, 96.0]]), extras=extras)
+            )
             area[label] = mask[:, 50:].sum()  # the far half of the other disc
     assert area[1.0] > area[-1.0] > area[0.0]
 

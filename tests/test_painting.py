@@ -9,8 +9,8 @@ from skimage import data
 from wsiseg.config import COP_FORMS
 from wsiseg.errors import ConfigError
 from wsiseg.records import Seeds, SeedType
+from wsiseg.reference.chain_of_prompts import chain_image
 from wsiseg.reference.cop_label_map import Canvas
-from wsiseg.runs.image import chain_image
 
 
 def square(side: int) -> np.ndarray:
@@ -78,7 +78,9 @@ def test_one_click_finds_many_nuclei_and_the_first_type_claims_them(like: str) -
     assert labels.shape == turned.shape == (400, 512)
     assert labels.max() == len(types) == len(points) > 10
     if like == "paper":  # the demo's stricter gate finds few here, and they do not meet
-        assert (types == 0).sum() + (other == 0).sum() > (types == 1).sum() + (other == 1).sum()  # each type clicked first, and second
+        assert (types == 0).sum() + (other == 0).sum() > (types == 1).sum() + (
+            other == 1
+        ).sum()  # each type clicked first, and second
     assert np.hypot(*(points[0] - np.array([138.0, 312.0]))) < 1
 
 

@@ -93,13 +93,52 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 EMPTY = ("", " ", "\t", "\n")
 NOTHING = (
-    "nowhere", "nowhere.json", "nowhere/", "text/x", "text/", "a::b", "::", "file::nowhere.png", "~nobody/x.svs", "~", "two\nlines", "a\tb", "$SEEDS",
-    "*", "'\"", "C:\\x.svs", "\\\\server\\x", "e\u0301.svs", "\u00e9.svs", "\U0001f52c", "\x1b[31m", "con", " x", "-",
-)  # fmt: skip
+    "nowhere",
+    "nowhere.json",
+    "nowhere/",
+    "text/x",
+    "text/",
+    "a::b",
+    "::",
+    "file::nowhere.png",
+    "~nobody/x.svs",
+    "~",
+    "two\nlines",
+    "a\tb",
+    "$SEEDS",
+    "*",
+    "'\"",
+    "C:\\x.svs",
+    "\\\\server\\x",
+    "e\u0301.svs",
+    "\u00e9.svs",
+    "\U0001f52c",
+    "\x1b[31m",
+    "con",
+    " x",
+    "-",
+)
 UNUSABLE = (
-    "x" * 300, "x/" * 3000, os.fsdecode(b"nowhere-\xff"), os.fsdecode(b"pr\xf8ve.png"), os.fsdecode(b"m\xf8ppe/x"), "\ud800", "a\0b", "loop",
-    "loop/x", "pipe", "pipe.json", "pipe.png", "to-pipe", "socket", "/dev/zero", "/dev/null", "/dev/full", "/dev/tty", "text/x",
-)  # fmt: skip
+    "x" * 300,
+    "x/" * 3000,
+    os.fsdecode(b"nowhere-\xff"),
+    os.fsdecode(b"pr\xf8ve.png"),
+    os.fsdecode(b"m\xf8ppe/x"),
+    "\ud800",
+    "a\0b",
+    "loop",
+    "loop/x",
+    "pipe",
+    "pipe.json",
+    "pipe.png",
+    "to-pipe",
+    "socket",
+    "/dev/zero",
+    "/dev/null",
+    "/dev/full",
+    "/dev/tty",
+    "text/x",
+)
 OTHERS = ("dangling", "folder", "to-folder", "bare", ".", "empty", "text", "noise", "/proc/self/mem")
 PATHS = tuple(dict.fromkeys([*EMPTY, *NOTHING, *UNUSABLE, *OTHERS]))
 
@@ -160,8 +199,12 @@ def complaint(result: Result, status: int) -> str:
 @pytest.mark.parametrize("line", INPUTS)
 def test_whatever_is_given_to_read_is_refused_in_one_line(place: Path, line: str) -> None:
     before = there()
-    paths = [path for path in PATHS if not (path == "empty" and "run" in line and "--config" in line)]  # which is TOML without settings
-    wrong = {path: said for path in paths if (said := complaint(call(*arguments(line, path)), 2 if path in EMPTY else 1))}
+    paths = [
+        path for path in PATHS if not (path == "empty" and "run" in line and "--config" in line)
+    ]  # which is TOML without settings
+    wrong = {
+        path: said for path in paths if (said := complaint(call(*arguments(line, path)), 2 if path in EMPTY else 1))
+    }
     assert not wrong
     assert there() == before, "something was written"
 
@@ -177,7 +220,9 @@ def test_whatever_is_given_to_write_is_refused_in_one_line_or_written(place: Pat
             return complaint(result, 2 if path in EMPTY else 1)
         return "" if result.exit_code == 0 and not errors(result) else complaint(result, 1)
 
-    assert not {path: said for path in PATHS if path not in (".", "folder", "to-folder", "bare") and (said := wrong(path))}
+    assert not {
+        path: said for path in PATHS if path not in (".", "folder", "to-folder", "bare") and (said := wrong(path))
+    }
     assert Path("/dev/null").is_char_device()
 
 
@@ -210,12 +255,22 @@ def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.Fix
 
         return look
 
-    for module, name in ((os, "stat"), (os, "lstat"), (os, "open"), (os, "listdir"), (os, "scandir"), (os, "mkdir"), (io, "open")):
+    for module, name in (
+        (os, "stat"),
+        (os, "lstat"),
+        (os, "open"),
+        (os, "listdir"),
+        (os, "scandir"),
+        (os, "mkdir"),
+        (io, "open"),
+    ):
         monkeypatch.setattr(module, name, refusing(getattr(module, name)))
     return closed, "no permission|Permission denied" if number == errno.EACCES else re.escape(os.strerror(number))
 
 
-@pytest.mark.parametrize("line", [line for line in INPUTS if not re.search(r"decoder|show|verify|download", line)] + OUTPUTS)
+@pytest.mark.parametrize(
+    "line", [line for line in INPUTS if not re.search(r"decoder|show|verify|download", line)] + OUTPUTS
+)
 def test_what_the_file_system_refuses_is_said_in_one_line(place: Path, refused: tuple[Path, str], line: str) -> None:
     folder, reason = refused
     for name in ("a.png", "a.json", "a.safetensors"):
@@ -235,7 +290,10 @@ def test_a_folder_of_models_that_refuses(refused: tuple[Path, str], monkeypatch:
         assert re.search(reason, result.stderr), words
 
 
-@pytest.mark.skipif(os.geteuid() != 0 or subprocess.run(["unshare", "-Ur", "true"], check=False).returncode != 0, reason="needs a user namespace")
+@pytest.mark.skipif(
+    os.geteuid() != 0 or subprocess.run(["unshare", "-Ur", "true"], check=False).returncode != 0,
+    reason="needs a user namespace",
+)
 def test_a_folder_of_another_user(tmp_path: Path) -> None:
     locked = tmp_path / "locked"
     locked.mkdir()
@@ -243,10 +301,16 @@ def test_a_folder_of_another_user(tmp_path: Path) -> None:
     os.chown(locked, 12345, 12345)
     locked.chmod(0o700)
     done = subprocess.run(
-        ["unshare", "-Ur", sys.executable, "-m", "wsiseg", "info", str(locked / "ok.tif")], capture_output=True, text=True, check=False
-    )  # fmt: skip
+        ["unshare", "-Ur", sys.executable, "-m", "wsiseg", "info", str(locked / "ok.tif")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 1
-    assert done.stderr == f"Error: {locked / 'ok.tif'}: no permission to read it; change the file's permissions or run as a user who may\n"
+    assert (
+        done.stderr
+        == f"Error: {locked / 'ok.tif'}: no permission to read it; change the file's permissions or run as a user who may\n"
+    )
 
 
 def test_looking_at_a_path_ends_in_the_error_that_was_asked_for(refused: tuple[Path, str]) -> None:
@@ -260,23 +324,34 @@ def test_looking_at_a_path_ends_in_the_error_that_was_asked_for(refused: tuple[P
 
 def test_a_device_is_never_replaced(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "a")
-    with pytest.raises(RunError, match="a pipe, a device or a socket; a file is written here"), atomic_path(tmp_path / "a") as partial:
+    with (
+        pytest.raises(RunError, match="a pipe, a device or a socket; a file is written here"),
+        atomic_path(tmp_path / "a") as partial,
+    ):
         partial.touch()
     assert (tmp_path / "a").is_fifo()
 
 
 @pytest.mark.parametrize("number", REFUSALS)
 def test_what_refuses_while_a_file_is_written_is_one_sentence(tmp_path: Path, number: int) -> None:
-    with pytest.raises(RunError, match=rf"a: cannot be written \({os.strerror(number)}\); make room, or choose"), atomic_path(tmp_path / "a"):
+    with (
+        pytest.raises(RunError, match=rf"a: cannot be written \({os.strerror(number)}\); make room, or choose"),
+        atomic_path(tmp_path / "a"),
+    ):
         raise OSError(number, os.strerror(number))
 
 
 def test_a_current_folder_that_is_gone(tmp_path: Path) -> None:
     (tmp_path / "gone").mkdir()
     for words in ("info x.svs", "doctor", f"demo {tmp_path}/demo"):
-        done = shell(f"cd {tmp_path}/gone && rmdir {tmp_path}/gone; $W {words}; status=$?; mkdir -p {tmp_path}/gone; exit $status")
+        done = shell(
+            f"cd {tmp_path}/gone && rmdir {tmp_path}/gone; $W {words}; status=$?; mkdir -p {tmp_path}/gone; exit $status"
+        )
         assert done.returncode == 1
-        assert done.stderr == "Error: the current folder is gone (No such file or directory); change to another one with cd\n"
+        assert (
+            done.stderr
+            == "Error: the current folder is gone (No such file or directory); change to another one with cd\n"
+        )
 
 
 # --- which names are the same
@@ -346,7 +421,9 @@ def test_two_colons_are_a_name(slide: Path) -> None:
 def test_names_that_are_not_text_in_the_library(slide: Path) -> None:
     odd = slide.with_name(os.fsdecode(b"pr\xf8ve.png"))
     odd.symlink_to(slide.name)
-    with pytest.raises(SlideError, match=r"pr\\udcf8ve.png: the name of the file or a folder is not UTF-8 text; rename it"):
+    with pytest.raises(
+        SlideError, match=r"pr\\udcf8ve.png: the name of the file or a folder is not UTF-8 text; rename it"
+    ):
         segment_slide(odd, RunConfig(mpp=0.25), slide.parent / "out")
     with pytest.raises(RunError, match="is not UTF-8 text"):
         segment_slide(slide, RunConfig(mpp=0.25), odd.with_suffix(""))
@@ -374,10 +451,19 @@ def commands(group: click.Group, words: tuple[str, ...] = ()) -> Iterator[tuple[
             yield (*words, name), command
 
 
-EMPTIES = [(words, p) for words, c in commands(main) for p in c.params if not (isinstance(p, click.Option) and (p.is_flag or p.count))]
+EMPTIES = [
+    (words, p)
+    for words, c in commands(main)
+    for p in c.params
+    if not (isinstance(p, click.Option) and (p.is_flag or p.count))
+]
 
 
-@pytest.mark.parametrize(("words", "parameter"), EMPTIES, ids=lambda value: value.name if isinstance(value, click.Parameter) else "-".join(value))
+@pytest.mark.parametrize(
+    ("words", "parameter"),
+    EMPTIES,
+    ids=lambda value: value.name if isinstance(value, click.Parameter) else "-".join(value),
+)
 @pytest.mark.parametrize("text", ["", "  "])
 def test_an_empty_argument_is_wrong_usage(words: tuple[str, ...], parameter: click.Parameter, text: str) -> None:
     """Of every option and argument of every command: ``--seeds "$SEEDS"`` where nobody has set SEEDS."""
@@ -391,7 +477,15 @@ def test_an_empty_argument_is_wrong_usage(words: tuple[str, ...], parameter: cli
 
 
 def test_an_empty_setting_is_refused(tmp_path: Path) -> None:
-    for changes in ({"seeds": ""}, {"bank": " "}, {"roi": ""}, {"model": ""}, {"device": ""}, {"scheduler": ""}, {"formats": ("",)}):
+    for changes in (
+        {"seeds": ""},
+        {"bank": " "},
+        {"roi": ""},
+        {"model": ""},
+        {"device": ""},
+        {"scheduler": ""},
+        {"formats": ("",)},
+    ):
         with pytest.raises(ConfigError, match=f"{next(iter(changes))} is empty; give a value, or leave it out"):
             check(RunConfig(**changes))
     (tmp_path / "c.toml").write_text('seeds = ""\n[cluster]\nqueue = "x"\n')
@@ -412,14 +506,22 @@ def shell(line: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """A line of bash in which ``W`` is the command."""
     environment = os.environ | environment | {"W": f"{sys.executable} -m wsiseg"}
     return subprocess.run(
-        ["bash", "-o", "pipefail", "-c", line], capture_output=True, text=True, errors="surrogateescape", env=environment, timeout=100, check=False
-    )  # fmt: skip
+        ["bash", "-o", "pipefail", "-c", line],
+        capture_output=True,
+        text=True,
+        errors="surrogateescape",
+        env=environment,
+        timeout=100,
+        check=False,
+    )
 
 
 NO_SPACE = "Error: standard output: cannot be written (No space left on device); make room, or write it elsewhere\n"
 
 
-@pytest.mark.parametrize("words", ["info {}", "--help", "--version", "models list", "seeds check {}.json", "evaluate {} {}", "run --help"])
+@pytest.mark.parametrize(
+    "words", ["info {}", "--help", "--version", "models list", "seeds check {}.json", "evaluate {} {}", "run --help"]
+)
 def test_what_cannot_be_printed_is_an_error_of_a_command_that_prints(slide: Path, words: str) -> None:
     Image.fromarray(np.diag(np.arange(8, dtype=np.uint8))).save(slide.with_name("a.png"))
     slide.with_name("a.png.json").write_text(json.dumps(SEEDS))
@@ -438,7 +540,9 @@ def test_a_run_is_what_its_files_are_whatever_its_streams_are(slide: Path, how: 
     """A list goes on to its end; the status is that of the work: 3, for one of two slides is not there."""
     out = slide.parent / "out"
     (slide.parent / "list.csv").write_text(f"path,name\nnowhere.svs,b\n{slide},a\n")
-    done = shell(f"$W run -v --slides {slide.parent}/list.csv --mpp 0.25 --out {out} --log-json {'/dev/full' if '2>' in how else '-'} {how}")
+    done = shell(
+        f"$W run -v --slides {slide.parent}/list.csv --mpp 0.25 --out {out} --log-json {'/dev/full' if '2>' in how else '-'} {how}"
+    )
     assert done.returncode == 3, done.stderr
     manifest = json.loads((out / "a/manifest.json").read_text())
     assert manifest["status"] == "complete"
@@ -486,8 +590,23 @@ def test_the_notice_of_a_stop_has_a_line_of_its_own(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     Image.fromarray(rng.integers(0, 255, (1500, 1500, 3), np.uint8)).save(tmp_path / "a.png")
     out, (terminal, line) = tmp_path / "out", pty.openpty()
-    command = [sys.executable, "-m", "wsiseg", "run", tmp_path / "a.png", "--mpp", "0.25", "--no-tissue", "--tile-size", "64", "--out", out]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=line, env=os.environ | {"TERM": "xterm", "COLUMNS": "100"})
+    command = [
+        sys.executable,
+        "-m",
+        "wsiseg",
+        "run",
+        tmp_path / "a.png",
+        "--mpp",
+        "0.25",
+        "--no-tissue",
+        "--tile-size",
+        "64",
+        "--out",
+        out,
+    ]
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=line, env=os.environ | {"TERM": "xterm", "COLUMNS": "100"}
+    )
     os.close(line)
     said, asked = b"", False
     while True:

@@ -15,13 +15,20 @@ from wsiseg.segmentation.polygons import trace
 SIMPLIFY_NOTHING = MaskConfig(min_area_um2=0.0, simplify_um=0.0)
 
 
-def masks_of(logits: np.ndarray, origin: tuple[int, int] = (0, 0), prompt: tuple[float, float] | None = None) -> WindowMasks:
+def masks_of(
+    logits: np.ndarray, origin: tuple[int, int] = (0, 0), prompt: tuple[float, float] | None = None
+) -> WindowMasks:
     n = len(logits)
     middle = prompt or (origin[0] + logits.shape[2], origin[1] + logits.shape[1])
     return WindowMasks(
-        torch.from_numpy(logits.astype(np.float32)), torch.tensor([origin] * n), 2, torch.full((n,), 0.9), torch.full((n,), 0.8),
-        torch.zeros(n, 4, dtype=torch.half), torch.tensor([middle] * n, dtype=torch.float32),
-    )  # fmt: skip
+        torch.from_numpy(logits.astype(np.float32)),
+        torch.tensor([origin] * n),
+        2,
+        torch.full((n,), 0.9),
+        torch.full((n,), 0.8),
+        torch.zeros(n, 4, dtype=torch.half),
+        torch.tensor([middle] * n, dtype=torch.float32),
+    )
 
 
 def disc(radius: float, centre: tuple[float, float] = (32.0, 32.0), size: int = 64) -> np.ndarray:
@@ -44,7 +51,9 @@ def test_a_disc_keeps_its_centre_and_area(radius: float, centre: tuple[float, fl
 def test_tile_and_window_offsets_and_scale() -> None:
     """Window at (20, 30) of a tile at (1000, 2000), slide of 0.5 um/px: level-0 px are half of model px."""
     cells, _ = trace(masks_of(disc(5.0), (20, 30)), Box(1000, 2000, 1500, 2500), Lattice(0.5, 0.25), SIMPLIFY_NOTHING)
-    np.testing.assert_allclose(cells.polygons[0].centroid.coords[0], ((1000 + 20 + 64) / 2, (2000 + 30 + 64) / 2), atol=0.05)
+    np.testing.assert_allclose(
+        cells.polygons[0].centroid.coords[0], ((1000 + 20 + 64) / 2, (2000 + 30 + 64) / 2), atol=0.05
+    )
     np.testing.assert_allclose(cells.points_xy[0], ((1000 + 20 + 64) / 2, (2000 + 30 + 64) / 2))
     assert cells.scores[0] == pytest.approx(0.72)
 
@@ -62,7 +71,9 @@ def test_holes_are_filled() -> None:
 
 
 def test_masks_cut_by_the_window_are_counted_and_closed() -> None:
-    cells, touching = trace(masks_of(disc(10.0, (2.0, 32.0))), Box(0, 0, 128, 128), Lattice(0.25, 0.25), SIMPLIFY_NOTHING)
+    cells, touching = trace(
+        masks_of(disc(10.0, (2.0, 32.0))), Box(0, 0, 128, 128), Lattice(0.25, 0.25), SIMPLIFY_NOTHING
+    )
     assert touching == 1
     assert cells.polygons[0].is_valid
     assert cells.polygons[0].bounds[0] == pytest.approx(0, abs=1e-6)
@@ -82,7 +93,12 @@ def test_small_dents_are_filled_and_deep_ones_stay() -> None:
     for shape, rounded in ((notch, True), (crescent, False)):
         masks = masks_of(shape, prompt=(48.0, 64.0))
         as_it_is, settled = (
-            trace(masks, Box(0, 0, 128, 128), Lattice(0.25, 0.25), MaskConfig(min_area_um2=0.0, simplify_um=0.0, convex_above=share))[0].polygons[0]
+            trace(
+                masks,
+                Box(0, 0, 128, 128),
+                Lattice(0.25, 0.25),
+                MaskConfig(min_area_um2=0.0, simplify_um=0.0, convex_above=share),
+            )[0].polygons[0]
             for share in (1.0, 0.8)
         )
         assert as_it_is.area < 0.98 * as_it_is.convex_hull.area
@@ -99,7 +115,9 @@ def test_simplifying_costs_less_than_half_a_percent() -> None:
 
 
 def test_largest_part() -> None:
-    collection = shapely.GeometryCollection([shapely.box(0, 0, 1, 1), shapely.MultiPolygon([shapely.box(5, 5, 9, 9)]), shapely.Point(0, 0)])
+    collection = shapely.GeometryCollection(
+        [shapely.box(0, 0, 1, 1), shapely.MultiPolygon([shapely.box(5, 5, 9, 9)]), shapely.Point(0, 0)]
+    )
     assert largest_part(collection).equals(shapely.box(5, 5, 9, 9))
     assert largest_part(shapely.LineString([(0, 0), (1, 1)])).is_empty
 

@@ -61,7 +61,9 @@ def test_points_do_not_depend_on_the_tile() -> None:
 # ------------------------------------------------------------------------------------------------------------- Chain-of-Prompts
 
 
-def type_features(seed: int = 0, size: int = 64, noise: float = 0.05) -> tuple[np.ndarray, dict[int, list[tuple[int, int]]]]:
+def type_features(
+    seed: int = 0, size: int = 64, noise: float = 0.05
+) -> tuple[np.ndarray, dict[int, list[tuple[int, int]]]]:
     """Features of background and two orthogonal types on a grid of 4x4-cell nuclei: (C, h, w), and the (x, y) centres of each type."""
     rng = np.random.default_rng(seed)
     vectors = np.eye(16, dtype=np.float32)[:3]

@@ -21,10 +21,20 @@ def space(kinds: int = 0, spread: float = 40.0, distance: float = 6.0) -> TypeSp
     known = distance * np.eye(SIZE)[:kinds]
     middle = known.mean(0) if kinds else np.zeros(SIZE)
     one = np.ones(SIZE)
-    return TypeSpace(np.eye(SIZE, dtype=np.float32), middle, spread * one, known, 0.5 * one, 1.0 * one, tuple(f"kind {k}" for k in range(kinds)))
+    return TypeSpace(
+        np.eye(SIZE, dtype=np.float32),
+        middle,
+        spread * one,
+        known,
+        0.5 * one,
+        1.0 * one,
+        tuple(f"kind {k}" for k in range(kinds)),
+    )
 
 
-def table(prevalence: list[float], n: int = 4000, distance: float = 6.0, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def table(
+    prevalence: list[float], n: int = 4000, distance: float = 6.0, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
     """Cells around one mean per type, sd 1 -> (n, 24) float16, (n,) type index."""
     rng = np.random.default_rng(seed)
     kinds = rng.choice(len(prevalence), n, p=prevalence)
@@ -36,23 +46,37 @@ def places(n: int, seed: int = 0, size_um: float = 1000.0) -> np.ndarray:
     return np.random.default_rng(seed).uniform(0, size_um, (n, 2))
 
 
-def bank_of(z: np.ndarray, kinds: np.ndarray, types: list[int], negative: list[int] | None = None, clicks: int = 1) -> Bank:
+def bank_of(
+    z: np.ndarray, kinds: np.ndarray, types: list[int], negative: list[int] | None = None, clicks: int = 1
+) -> Bank:
     rows = [np.flatnonzero(kinds == t)[:clicks] for t in types]
-    other = np.concatenate([np.flatnonzero(kinds == t)[:1] for t in negative or []]).astype(int) if negative else np.empty(0, int)
+    other = (
+        np.concatenate([np.flatnonzero(kinds == t)[:1] for t in negative or []]).astype(int)
+        if negative
+        else np.empty(0, int)
+    )
     against = tuple(z[other].astype(np.float32) if t == 0 else z[:0].astype(np.float32) for t in range(len(types)))
     empty = tuple(np.empty((0, 1), np.float32) for _ in types)
     return Bank(
-        names=tuple(f"type {t}" for t in types), colors=tuple((t, 0, 0) for t in types),
-        clicks=tuple(np.zeros((len(r), 2)) for r in rows), clicked=tuple(z[r].astype(np.float32) for r in rows),
-        negative=against, cells=Cells.empty(z.shape[1]), high=empty, low=empty, similarity_thresholds=np.zeros(len(types), np.float32),
-    )  # fmt: skip
+        names=tuple(f"type {t}" for t in types),
+        colors=tuple((t, 0, 0) for t in types),
+        clicks=tuple(np.zeros((len(r), 2)) for r in rows),
+        clicked=tuple(z[r].astype(np.float32) for r in rows),
+        negative=against,
+        cells=Cells.empty(z.shape[1]),
+        high=empty,
+        low=empty,
+        similarity_thresholds=np.zeros(len(types), np.float32),
+    )
 
 
 @pytest.mark.parametrize("prevalence", [[0.5, 0.5], [0.95, 0.05], [0.7, 0.25, 0.05]])
 def test_one_click_per_type_covers_common_and_rare_types(prevalence: list[float]) -> None:
     """A type of 95 % is covered as well as one of 5 %; mean + sd could cover at most half of the first."""
     z, kinds = table(prevalence, distance=9)
-    typing, notes = assign_types(z, places(len(z)), bank_of(z, kinds, list(range(len(prevalence)))), space(), TypingConfig())
+    typing, notes = assign_types(
+        z, places(len(z)), bank_of(z, kinds, list(range(len(prevalence)))), space(), TypingConfig()
+    )
     assert notes.warnings == ()
     for t in range(len(prevalence)):
         mine = kinds == t
@@ -79,7 +103,10 @@ def test_types_of_no_known_kind_are_told_apart_by_the_clicks() -> None:
     kinds = rng.integers(0, 2, 3000)
     z = (12 * np.eye(SIZE)[5 + kinds] + rng.standard_normal((3000, SIZE))).astype(np.float16)
     bank = bank_of(z, kinds, [0, 1])
-    assert infer_hypotheses([x.astype(float) for x in bank.clicked], space(kinds=2), TypingConfig())[0].kinds == (-1, -1)
+    assert infer_hypotheses([x.astype(float) for x in bank.clicked], space(kinds=2), TypingConfig())[0].kinds == (
+        -1,
+        -1,
+    )
     typing, _ = assign_types(z, places(len(z)), bank, space(kinds=2), TypingConfig())
     assert (typing.codes == kinds + 1).mean() > 0.97
 
@@ -101,7 +128,10 @@ def test_local_shares_settle_doubtful_cells() -> None:
     z = (3 * np.eye(SIZE)[kinds] + rng.standard_normal((6000, SIZE))).astype(np.float16)
     bank = bank_of(z, kinds, [0, 1], clicks=20)
     false = [
-        (assign_types(z, xy, bank, space(), dataclasses.replace(TypingConfig(), share_rounds=n))[0].codes[left] == 2).mean() for n in (0, 20)
+        (
+            assign_types(z, xy, bank, space(), dataclasses.replace(TypingConfig(), share_rounds=n))[0].codes[left] == 2
+        ).mean()
+        for n in (0, 20)
     ]
     assert false[0] > 0.01
     assert false[1] < false[0] / 3
@@ -115,7 +145,9 @@ def test_softer_probabilities_let_the_neighbours_say_more() -> None:
     z[odd] += np.float16(3) * np.eye(SIZE, dtype=np.float16)[2]
     false, right = [], []
     for temperature in (1.0, 4.0):
-        typing, _ = assign_types(z[here], places(int(here.sum())), bank, space(), TypingConfig(share_temperature=temperature, min_score=0.4))
+        typing, _ = assign_types(
+            z[here], places(int(here.sum())), bank, space(), TypingConfig(share_temperature=temperature, min_score=0.4)
+        )
         false.append((typing.codes == 3).mean())
         right.append((typing.codes == kinds[here] + 1).mean())
     assert false[0] > 0.01
@@ -144,7 +176,9 @@ def test_a_stain_that_changes_over_the_slide_is_followed() -> None:
     left = np.flatnonzero(~right)
     bank = bank_of(z[left], kinds[left], [0, 1], clicks=5)
     model = dataclasses.replace(space(kinds=2), shift=np.full(SIZE, 9.0))
-    good = [(assign_types(z, xy, bank, model, TypingConfig(drift=d))[0].codes == kinds + 1)[right].mean() for d in (0, 0.25)]
+    good = [
+        (assign_types(z, xy, bank, model, TypingConfig(drift=d))[0].codes == kinds + 1)[right].mean() for d in (0, 0.25)
+    ]
     assert good[0] < 0.8
     assert good[1] > 0.95
 
@@ -161,10 +195,14 @@ def test_a_bank_of_another_slide_finds_this_slides_shift() -> None:
     """All cells of the second slide are displaced by more than types are apart from each other in that direction."""
     z, kinds = table([0.5, 0.5])
     bank = bank_of(z, kinds, [0, 1], clicks=5)
-    displaced = (z + np.float16(3) * np.eye(SIZE, dtype=np.float16)[0] - np.float16(3) * np.eye(SIZE, dtype=np.float16)[1]).astype(np.float16)
+    displaced = (
+        z + np.float16(3) * np.eye(SIZE, dtype=np.float16)[0] - np.float16(3) * np.eye(SIZE, dtype=np.float16)[1]
+    ).astype(np.float16)
     model = dataclasses.replace(space(kinds=2), shift=np.full(SIZE, 9.0))
     here, _ = assign_types(displaced, places(len(z)), bank, model, TypingConfig(drift=0))
-    carried, _ = assign_types(displaced, places(len(z)), dataclasses.replace(bank, from_other_slide=True), model, TypingConfig())
+    carried, _ = assign_types(
+        displaced, places(len(z)), dataclasses.replace(bank, from_other_slide=True), model, TypingConfig()
+    )
     assert (here.codes == kinds + 1).mean() < 0.8
     assert (carried.codes == kinds + 1).mean() > 0.95
 
@@ -218,7 +256,11 @@ def test_one_type_alone() -> None:
 
 def test_the_most_similar_click_is_named() -> None:
     z, kinds = table([0.5, 0.5])
-    z[kinds == 0] += np.float16(6) * np.eye(SIZE, dtype=np.float16)[7] * (np.arange((kinds == 0).sum()) % 2)[:, None].astype(np.float16)
+    z[kinds == 0] += (
+        np.float16(6)
+        * np.eye(SIZE, dtype=np.float16)[7]
+        * (np.arange((kinds == 0).sum()) % 2)[:, None].astype(np.float16)
+    )
     bank = bank_of(z, kinds, [0, 1], clicks=2)
     typing, _ = assign_types(z, places(len(z)), bank, space(), TypingConfig())
     assert set(np.unique(typing.prototypes[typing.codes == 1])) == {0, 1}
@@ -242,7 +284,9 @@ def test_clicked_cells_keep_their_type() -> None:
     bank = bank_of(z, kinds, [0, 1])
     bank = Bank(**{**bank.__dict__, "clicks": (np.array([[5.0, 5.0]]), np.array([[32.0, 5.0]]))})
     codes, none = np.array([2, 0, 1], np.int32), np.full(3, -1, np.int32)
-    typing = Typing(("unassigned", "a", "b"), ((0, 0, 0),) * 3, codes, np.zeros(3, np.float32), np.zeros(3, np.float32), none)
+    typing = Typing(
+        ("unassigned", "a", "b"), ((0, 0, 0),) * 3, codes, np.zeros(3, np.float32), np.zeros(3, np.float32), none
+    )
     kept, doubts = enforce_click_labels(cells, typing, bank, 3.0)
     assert kept.codes.tolist() == [1, 2, 1]
     assert kept.prototypes.tolist() == [0, 1, -1]

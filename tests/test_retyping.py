@@ -36,7 +36,16 @@ def finished(wsiseg: Command, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of the demo with its seeds; not to be changed."""
     folder = tmp_path_factory.mktemp("retyping")
     assert wsiseg("demo", folder / "demo")[0] == 0
-    status, output = wsiseg("run", folder / "demo/ihc.tiff", "--seeds", seeds_of(folder, "a", CLICKS), "--out", folder / "out", "--device", "cpu")
+    status, output = wsiseg(
+        "run",
+        folder / "demo/ihc.tiff",
+        "--seeds",
+        seeds_of(folder, "a", CLICKS),
+        "--out",
+        folder / "out",
+        "--device",
+        "cpu",
+    )
     assert status == 0, output
     return folder / "out/ihc"
 
@@ -58,7 +67,9 @@ def test_the_same_clicks_give_the_same_types(wsiseg: Command, run: Path) -> None
 
 def test_other_clicks_change_types_and_nothing_else(wsiseg: Command, run: Path) -> None:
     old = pq.read_table(run / "cells.parquet")
-    status, output = wsiseg("type", run, "--seeds", seeds_of(run.parent, "other", {"gland": CLICKS["epithelium"], "rest": CLICKS["stroma"]}))
+    status, output = wsiseg(
+        "type", run, "--seeds", seeds_of(run.parent, "other", {"gland": CLICKS["epithelium"], "rest": CLICKS["stroma"]})
+    )
     assert status == 0, output
     new = pq.read_table(run / "cells.parquet")
     assert set(new["type"].to_pylist()) <= {"gland", "rest", "unassigned"}
@@ -78,7 +89,9 @@ def test_other_clicks_change_types_and_nothing_else(wsiseg: Command, run: Path) 
 
 
 def test_parquet_alone_leaves_no_old_types_behind(wsiseg: Command, run: Path) -> None:
-    status, output = wsiseg("type", run, "--seeds", seeds_of(run.parent, "p", {"gland": CLICKS["epithelium"]}), "--format", "parquet")
+    status, output = wsiseg(
+        "type", run, "--seeds", seeds_of(run.parent, "p", {"gland": CLICKS["epithelium"]}), "--format", "parquet"
+    )
     assert status == 0, output
     assert not (run / "cells.geojson.gz").exists()
     assert json.loads((run / "manifest.json").read_text())["files"] == ["cells.parquet", "bank.safetensors"]
@@ -172,7 +185,9 @@ def test_a_bank_is_not_used_up(wsiseg: Command, run: Path, finished: Path) -> No
 def test_a_file_format_left_out_leaves_no_old_file(wsiseg: Command, finished: Path, tmp_path: Path) -> None:
     run = shutil.copytree(finished, tmp_path / "out" / "ihc")
     slide, seeds = finished.parent.parent / "demo/ihc.tiff", finished.parent.parent / "a.json"
-    status, output = wsiseg("run", slide, "--seeds", seeds, "--out", tmp_path / "out", "--format", "geojson", "--device", "cpu")
+    status, output = wsiseg(
+        "run", slide, "--seeds", seeds, "--out", tmp_path / "out", "--format", "geojson", "--device", "cpu"
+    )
     assert status == 0, output
     assert not (run / "cells.parquet").exists()
     status, output = wsiseg("type", run, "--seeds", seeds)
@@ -182,7 +197,16 @@ def test_a_file_format_left_out_leaves_no_old_file(wsiseg: Command, finished: Pa
 
 def test_a_flag_beats_the_clicks_in_a_config_file(wsiseg: Command, finished: Path, tmp_path: Path) -> None:
     slide = finished.parent.parent / "demo/ihc.tiff"
-    arguments = ("run", slide, "--config", finished / "manifest.json", "--bank", finished / "bank.safetensors", "--out", tmp_path)
+    arguments = (
+        "run",
+        slide,
+        "--config",
+        finished / "manifest.json",
+        "--bank",
+        finished / "bank.safetensors",
+        "--out",
+        tmp_path,
+    )
     status, output = wsiseg(*arguments)
     assert status == 0, output
 
@@ -201,7 +225,18 @@ def test_a_bank_types_another_run(wsiseg: Command, run: Path, finished: Path) ->
 def test_run_takes_a_bank(wsiseg: Command, finished: Path, tmp_path: Path) -> None:
     slide = finished.parent.parent / "demo/ihc.tiff"
     for method in ("apg", "cop"):
-        status, output = wsiseg("run", slide, "--bank", finished / "bank.safetensors", "--out", tmp_path, "--method", method, "--device", "cpu")
+        status, output = wsiseg(
+            "run",
+            slide,
+            "--bank",
+            finished / "bank.safetensors",
+            "--out",
+            tmp_path,
+            "--method",
+            method,
+            "--device",
+            "cpu",
+        )
         if method == "cop":
             assert status == 1
             assert "has no prototypes for --method cop" in output
@@ -214,7 +249,9 @@ def test_run_takes_a_bank(wsiseg: Command, finished: Path, tmp_path: Path) -> No
 
 def test_a_bank_of_cop_serves_cop(wsiseg: Command, finished: Path, tmp_path: Path) -> None:
     slide, seeds = finished.parent.parent / "demo/ihc.tiff", finished.parent.parent / "a.json"
-    status, output = wsiseg("run", slide, "--seeds", seeds, "--method", "cop", "--out", tmp_path / "a", "--device", "cpu")
+    status, output = wsiseg(
+        "run", slide, "--seeds", seeds, "--method", "cop", "--out", tmp_path / "a", "--device", "cpu"
+    )
     assert status == 0, output
     bank = tmp_path / "a/ihc/bank.safetensors"
     status, output = wsiseg("run", slide, "--bank", bank, "--method", "cop", "--out", tmp_path / "b", "--device", "cpu")
@@ -252,8 +289,14 @@ def test_wrong_inputs_are_one_line_and_change_nothing(wsiseg: Command, run: Path
         (["type", run], "pass one of the two"),
         (["type", run, "--seeds", good, "--bank", run / "bank.safetensors"], "pass one of the two"),
         (["type", tmp_path, "--seeds", good], "no manifest.json of wsiseg in it"),
-        (["type", run, "--seeds", seeds_of(tmp_path, "glass", {"a": [[5, 300]]})], "no cell there; the nearest is at ["),
-        (["type", run, "--seeds", seeds_of(tmp_path, "twice", {"a": [[424, 112]], "b": [[425, 112]]})], "hits the same cell as types[0].points[0]"),
+        (
+            ["type", run, "--seeds", seeds_of(tmp_path, "glass", {"a": [[5, 300]]})],
+            "no cell there; the nearest is at [",
+        ),
+        (
+            ["type", run, "--seeds", seeds_of(tmp_path, "twice", {"a": [[424, 112]], "b": [[425, 112]]})],
+            "hits the same cell as types[0].points[0]",
+        ),
         (["type", run, "--bank", tmp_path / "none.safetensors"], "no such file; give the bank.safetensors"),
         (["type", run, run, "--seeds", good], "clicks belong to one slide"),
         (["type", run, "--seeds", good, "--format", "csv"], "unknown format 'csv'"),

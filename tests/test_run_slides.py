@@ -115,7 +115,9 @@ def test_clicked_cells_have_their_type(reference: tuple[Path, dict[str, object]]
         assert typing.names[typing.codes[row]] == name
 
 
-def test_same_cells_through_tiffslide(cmu: Path, config: RunConfig, reference: tuple[Path, dict[str, object]], tmp_path: Path) -> None:
+def test_same_cells_through_tiffslide(
+    cmu: Path, config: RunConfig, reference: tuple[Path, dict[str, object]], tmp_path: Path
+) -> None:
     manifest = segment_slide(str(cmu), dataclasses.replace(config, reader="tiffslide"), tmp_path)
     assert manifest["slide"]["reader"] == "tiffslide"
     a, b = (read_geoparquet(folder / "cells.parquet") for folder in (reference[0], Path(manifest["folder"])))
@@ -123,7 +125,9 @@ def test_same_cells_through_tiffslide(cmu: Path, config: RunConfig, reference: t
     assert manifest["types"] == pytest.approx(reference[1]["types"], rel=0.02)
 
 
-def test_processes_give_the_same_bytes(cmu: Path, config: RunConfig, reference: tuple[Path, dict[str, object]], tmp_path: Path) -> None:
+def test_processes_give_the_same_bytes(
+    cmu: Path, config: RunConfig, reference: tuple[Path, dict[str, object]], tmp_path: Path
+) -> None:
     """Two Dask processes finish blocks in any order; the files do not show it."""
     manifest = segment_slide(str(cmu), dataclasses.replace(config, workers=2), tmp_path)
     assert files_of(Path(manifest["folder"])) == files_of(reference[0])
@@ -134,7 +138,9 @@ def test_tiled_equals_untiled(cmu_crop: np.ndarray, model: object, tile_um: floa
     """350 um of tissue as one tile, as 256-px and 512-px tiles, and with the grid moved: at most 0.5 % of cells differ."""
 
     def cells(tiling: TilingConfig) -> Cells:
-        return segment_image(cmu_crop, mpp=0.499, config=dataclasses.replace(RunConfig(), tiling=tiling), model=model)[0]
+        return segment_image(cmu_crop, mpp=0.499, config=dataclasses.replace(RunConfig(), tiling=tiling), model=model)[
+            0
+        ]
 
     whole = cells(TilingConfig(tile_um=400))
     assert len(whole) > 300
@@ -142,7 +148,11 @@ def test_tiled_equals_untiled(cmu_crop: np.ndarray, model: object, tile_um: floa
 
 
 def test_shuffled_blocks_give_the_same_bytes(
-    cmu: Path, config: RunConfig, reference: tuple[Path, dict[str, object]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cmu: Path,
+    config: RunConfig,
+    reference: tuple[Path, dict[str, object]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from wsiseg.runs import slide as pipeline
 
@@ -156,23 +166,41 @@ def test_shuffled_blocks_give_the_same_bytes(
     assert files_of(Path(manifest["folder"])) == files_of(reference[0])
 
 
-def test_kill_9_loses_nothing(cmu: Path, region: Path, seeds: Path, reference: tuple[Path, dict[str, object]], tmp_path: Path) -> None:
+def test_kill_9_loses_nothing(
+    cmu: Path, region: Path, seeds: Path, reference: tuple[Path, dict[str, object]], tmp_path: Path
+) -> None:
     """Killed three times in the middle, the same command ends with the same bytes and does not repeat finished parts."""
     settings = tmp_path / "settings.json"
-    settings.write_text(json.dumps({"tiling": {"tile_um": 128, "block_tiles": 1}, "roi": str(region), "seeds": str(seeds)}))
-    command = [sys.executable, "-m", "wsiseg", "run", str(cmu), "--config", str(settings), "--out", str(tmp_path / "out")]
+    settings.write_text(
+        json.dumps({"tiling": {"tile_um": 128, "block_tiles": 1}, "roi": str(region), "seeds": str(seeds)})
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "wsiseg",
+        "run",
+        str(cmu),
+        "--config",
+        str(settings),
+        "--out",
+        str(tmp_path / "out"),
+    ]
     folder = tmp_path / "out" / "CMU-1-Small-Region"
     finished: dict[str, int] = {}
     for goal in (2, 5, 8):
         process = subprocess.Popen(command, start_new_session=True)
         deadline = time.monotonic() + 240
-        while process.poll() is None and len(list(folder.glob("parts/*.parquet"))) < goal and time.monotonic() < deadline:
+        while (
+            process.poll() is None and len(list(folder.glob("parts/*.parquet"))) < goal and time.monotonic() < deadline
+        ):
             time.sleep(0.01)
         assert process.poll() is None, "the run ended before it could be killed"
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         for part in folder.glob("parts/*.parquet"):
-            assert finished.setdefault(part.name, part.stat().st_mtime_ns) == part.stat().st_mtime_ns, f"{part.name} was written twice"
+            assert finished.setdefault(part.name, part.stat().st_mtime_ns) == part.stat().st_mtime_ns, (
+                f"{part.name} was written twice"
+            )
         assert not (folder / "cells.parquet").exists()
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -181,7 +209,11 @@ def test_kill_9_loses_nothing(cmu: Path, region: Path, seeds: Path, reference: t
     assert manifest["counts"]["blocks_resumed"] >= 8
     for name, written in finished.items():
         assert (folder / "parts" / name).stat().st_mtime_ns == written
-    assert not [p for p in folder.rglob("*") if p.is_file() and p.suffix not in (".parquet", ".json", ".gz", ".safetensors", ".part")], "leftovers"
+    assert not [
+        p
+        for p in folder.rglob("*")
+        if p.is_file() and p.suffix not in (".parquet", ".json", ".gz", ".safetensors", ".part")
+    ], "leftovers"
 
 
 def test_a_broken_part_is_made_again(cmu: Path, config: RunConfig, reference: tuple[Path, dict[str, object]]) -> None:
@@ -196,7 +228,9 @@ def test_a_broken_part_is_made_again(cmu: Path, config: RunConfig, reference: tu
     assert files_of(folder) == before
 
 
-def test_new_seeds_reuse_the_parts(cmu: Path, config: RunConfig, seeds: Path, reference: tuple[Path, dict[str, object]], tmp_path: Path) -> None:
+def test_new_seeds_reuse_the_parts(
+    cmu: Path, config: RunConfig, seeds: Path, reference: tuple[Path, dict[str, object]], tmp_path: Path
+) -> None:
     """Under APG a second click costs seconds: types are settled after the parts."""
     folder = reference[0]
     more = json.loads(seeds.read_text())
@@ -210,7 +244,9 @@ def test_new_seeds_reuse_the_parts(cmu: Path, config: RunConfig, seeds: Path, re
     assert files_of(folder) == kept
 
 
-def test_chain_of_prompts_on_the_slide(cmu: Path, config: RunConfig, reference: tuple[Path, dict[str, object]], tmp_path: Path) -> None:
+def test_chain_of_prompts_on_the_slide(
+    cmu: Path, config: RunConfig, reference: tuple[Path, dict[str, object]], tmp_path: Path
+) -> None:
     """--method cop decodes only what resembles the clicks: a subset of APG's prompts, each typed or left unassigned."""
     manifest = segment_slide(str(cmu), dataclasses.replace(config, method="cop"), tmp_path)
     assert 0.2 * reference[1]["counts"]["prompts"] < manifest["counts"]["prompts"] <= reference[1]["counts"]["prompts"]

@@ -35,7 +35,8 @@ def test_the_slower_of_two_that_start_together_gives_way(tmp_path: Path, monkeyp
 
 
 @pytest.mark.parametrize(
-    ("slide", "folder"), [("a/s.svs", "s"), ("a/s.ome.tif", "s"), ("a/s.ome.tiff", "s"), ("a/s.v2.ndpi", "s.v2"), ("s3://b/k.svs", "k")]
+    ("slide", "folder"),
+    [("a/s.svs", "s"), ("a/s.ome.tif", "s"), ("a/s.ome.tiff", "s"), ("a/s.v2.ndpi", "s.v2"), ("s3://b/k.svs", "k")],
 )
 def test_names_of_folders(slide: str, folder: str, tmp_path: Path) -> None:
     assert find_folder(tmp_path, slide).path.name == folder

@@ -30,11 +30,21 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def smaller(architecture: Architecture, grid: int) -> Architecture:
-    return Architecture(architecture.dim, architecture.depth, architecture.heads, architecture.global_blocks, architecture.window, grid, 16)
+    return Architecture(
+        architecture.dim,
+        architecture.depth,
+        architecture.heads,
+        architecture.global_blocks,
+        architecture.window,
+        grid,
+        16,
+    )
 
 
 @pytest.mark.parametrize(
-    ("architecture", "grid"), [(VIT_B, 64), (VIT_L, 20), (VIT_H, 20), (VIT_TOY, 64), (VIT_TOY, 28)], ids=["B", "L", "H", "toy", "toy, no padding"]
+    ("architecture", "grid"),
+    [(VIT_B, 64), (VIT_L, 20), (VIT_H, 20), (VIT_TOY, 64), (VIT_TOY, 28)],
+    ids=["B", "L", "H", "toy", "toy, no padding"],
 )
 def test_image_embedding_is_the_references(architecture, grid):
     encoder = random_sam(smaller(architecture, grid))["image_encoder"]
@@ -82,9 +92,12 @@ def reference(sam, embedding, points=None, boxes=None, *, multimask=False):
     """SAM's own decoder on one image; points (N, K, 2) and labels in its frame."""
     sparse, dense = sam["prompt_encoder"](points=points, boxes=boxes, masks=None)
     return sam["mask_decoder"](
-        image_embeddings=embedding, image_pe=sam["prompt_encoder"].get_dense_pe(), sparse_prompt_embeddings=sparse,
-        dense_prompt_embeddings=dense, multimask_output=multimask,
-    )  # fmt: skip
+        image_embeddings=embedding,
+        image_pe=sam["prompt_encoder"].get_dense_pe(),
+        sparse_prompt_embeddings=sparse,
+        dense_prompt_embeddings=dense,
+        multimask_output=multimask,
+    )
 
 
 def fast(sam, embedding, tile, points, corner, masks, kind=torch.float32):
@@ -161,7 +174,9 @@ def test_masks_of_a_tile_are_predict_torchs(model, tile):
     wanted, quality = reference(model.sam, whole_path(model.sam, tile), (points[:, None] - 0.5, torch.ones(12, 1)))
     assert relative(got.logits[:, None], wanted) < 1e-4
     assert relative(got.predicted_iou, quality[:, 0].clamp(0, 1)) < 1e-4
-    masks, reference_masks = (F.interpolate(x, (1024, 1024), mode="bilinear", align_corners=False) > 0 for x in (got.logits[:, None], wanted))
+    masks, reference_masks = (
+        F.interpolate(x, (1024, 1024), mode="bilinear", align_corners=False) > 0 for x in (got.logits[:, None], wanted)
+    )
     assert float((masks == reference_masks).float().mean()) >= 0.999
 
 
@@ -170,7 +185,9 @@ def test_windows_lie_where_their_origin_says(model, tile):
     points = torch.tensor([[3.0, 5.0], [512.0, 511.0], [1020.0, 600.0], [130.0, 1023.9]])
     which = torch.zeros(4, dtype=torch.long)
     crops, whole = (model.decode(embeddings, which, points, full_tile=w) for w in (False, True))
-    for crop, full, (x, y), point in zip(crops.logits, whole.logits, crops.origin_xy.tolist(), points.tolist(), strict=True):
+    for crop, full, (x, y), point in zip(
+        crops.logits, whole.logits, crops.origin_xy.tolist(), points.tolist(), strict=True
+    ):
         assert relative(crop, full[y // 4 : y // 4 + 64, x // 4 : x // 4 + 64]) < 1e-5
         assert 0 <= x <= 1024 - 256
         assert 0 <= y <= 1024 - 256
@@ -190,7 +207,9 @@ def test_boxes_and_further_points_are_sams(model, tile):
     box = torch.tensor([670.0, 180.0, 740.0, 230.0])
     boxes = torch.full((4, 4), torch.nan)
     boxes[2] = box
-    got = model.decode(embeddings, torch.zeros(4, dtype=torch.long), own, extras=PromptExtras(more, labels, boxes), full_tile=True).logits
+    got = model.decode(
+        embeddings, torch.zeros(4, dtype=torch.long), own, extras=PromptExtras(more, labels, boxes), full_tile=True
+    ).logits
     wanted = [
         reference(model.sam, image, (own[:1, None] - 0.5, torch.ones(1, 1))),
         reference(model.sam, image, (torch.stack([own[1], more[1, 0]])[None] - 0.5, torch.tensor([[1.0, 0.0]]))),
@@ -205,7 +224,9 @@ def test_three_answers_come_prompt_by_prompt(model, tile):
     embeddings = model.encode(tile)
     points = torch.tensor([[300.0, 300.0], [700.0, 650.0]])
     got = model.decode(embeddings, torch.zeros(2, dtype=torch.long), points, multimask=True, full_tile=True)
-    wanted, _ = reference(model.sam, whole_path(model.sam, tile), (points[:, None] - 0.5, torch.ones(2, 1)), multimask=True)
+    wanted, _ = reference(
+        model.sam, whole_path(model.sam, tile), (points[:, None] - 0.5, torch.ones(2, 1)), multimask=True
+    )
     assert relative(got.logits, wanted.flatten(0, 1)) < 1e-4
     assert got.points_xy.tolist() == points.repeat_interleave(3, 0).tolist()
 
@@ -216,13 +237,22 @@ def test_transformers_agrees():
     architecture = smaller(VIT_TOY, 20)
     sam = random_sam(architecture)
     vision = transformers.SamVisionConfig(
-        hidden_size=48, output_channels=256, num_hidden_layers=2, num_attention_heads=3, image_size=320, patch_size=16, mlp_dim=192,
-        window_size=14, global_attn_indexes=[1],
-    )  # fmt: skip
+        hidden_size=48,
+        output_channels=256,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        image_size=320,
+        patch_size=16,
+        mlp_dim=192,
+        window_size=14,
+        global_attn_indexes=[1],
+    )
     prompts = transformers.SamPromptEncoderConfig(image_size=320, image_embedding_size=20)
     other = transformers.SamModel(
         transformers.SamConfig(
-            vision_config=vision, prompt_encoder_config=prompts, mask_decoder_config=transformers.SamMaskDecoderConfig(layer_norm_eps=1e-5)
+            vision_config=vision,
+            prompt_encoder_config=prompts,
+            mask_decoder_config=transformers.SamMaskDecoderConfig(layer_norm_eps=1e-5),
         )
     ).eval()
     missing = other.load_state_dict(_their_names(sam.state_dict()), strict=False)
@@ -234,7 +264,12 @@ def test_transformers_agrees():
     assert relative(mine, getattr(theirs, "last_hidden_state", theirs)) < 1e-4
     points = torch.rand(3, 1, 2, generator=torch.Generator().manual_seed(2)) * 320
     got, quality = fast(sam, mine, torch.zeros(3, dtype=torch.long), (points, torch.ones(3, 1)), None, slice(0, 1))
-    answer = other(image_embeddings=mine, input_points=points[None], input_labels=torch.ones(1, 3, 1, dtype=torch.long), multimask_output=False)
+    answer = other(
+        image_embeddings=mine,
+        input_points=points[None],
+        input_labels=torch.ones(1, 3, 1, dtype=torch.long),
+        multimask_output=False,
+    )
     assert relative(got, answer.pred_masks[0]) < 1e-4
     assert relative(quality, answer.iou_scores[0]) < 1e-4
 
@@ -243,7 +278,11 @@ def _their_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """segment_anything's keys in transformers' words."""
     out = {}
     for key, value in state.items():
-        name = key.replace("image_encoder.", "vision_encoder.").replace("patch_embed.proj", "patch_embed.projection").replace("blocks.", "layers.")
+        name = (
+            key.replace("image_encoder.", "vision_encoder.")
+            .replace("patch_embed.proj", "patch_embed.projection")
+            .replace("blocks.", "layers.")
+        )
         name = name.replace("norm_final_attn", "layer_norm_final_attn")
         for i in range(1, 5):
             name = name.replace(f".norm{i}.", f".layer_norm{i}.")
@@ -252,12 +291,19 @@ def _their_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         name = name.replace("prompt_encoder.point_embeddings", "prompt_encoder.point_embed")
         for i, new in ((0, "conv1"), (1, "layer_norm1"), (3, "conv2"), (4, "layer_norm2"), (6, "conv3")):
             name = name.replace(f"mask_downscaling.{i}.", f"mask_embed.{new}.")
-        name = name.replace("prompt_encoder.pe_layer.positional_encoding_gaussian_matrix", "prompt_encoder.shared_embedding.positional_embedding")
+        name = name.replace(
+            "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix",
+            "prompt_encoder.shared_embedding.positional_embedding",
+        )
         for i, new in ((0, "upscale_conv1"), (1, "upscale_layer_norm"), (3, "upscale_conv2")):
             name = name.replace(f"output_upscaling.{i}.", f"{new}.")
         if "hypernetworks" in name or "iou_prediction_head" in name:
             for i, new in ((0, "proj_in"), (1, "layers.0"), (2, "proj_out")):
-                name = name.replace(f".layers.{i}.", f".{new}.") if f".layers.{i}." in name and ".proj" not in name else name
+                name = (
+                    name.replace(f".layers.{i}.", f".{new}.")
+                    if f".layers.{i}." in name and ".proj" not in name
+                    else name
+                )
         out[name] = value
         if name.endswith("shared_embedding.positional_embedding"):
             out["shared_image_embedding.positional_embedding"] = value
@@ -271,6 +317,7 @@ def test_the_tile_is_stretched_as_micro_sam_does(tile):
     x = dim[0].numpy().astype(np.float32)
     low, high = x.min((1, 2), keepdims=True), x.max((1, 2), keepdims=True)
     wanted = ((x - low) / (high - low + 1e-7) * 255).astype(np.uint8)
-    assert relative(
-        stretched.encode(dim).low, F.normalize(whole_path(plain, torch.from_numpy(wanted)[None]), dim=1)
-    ) < 1e-4
+    assert (
+        relative(stretched.encode(dim).low, F.normalize(whole_path(plain, torch.from_numpy(wanted)[None]), dim=1))
+        < 1e-4
+    )

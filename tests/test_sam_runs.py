@@ -24,9 +24,9 @@ from wsiseg.models.sam.model import SamModel
 from wsiseg.models.store import import_model
 from wsiseg.records import Seeds, SeedType
 from wsiseg.reference.apg_v1 import ApgV1
+from wsiseg.reference.chain_of_prompts import chain_image
 from wsiseg.reference.micro_sam import ais_image, apg_image
 from wsiseg.reference.score_ordered_merge import ScoreMerge
-from wsiseg.runs.image import chain_image
 from wsiseg.runs.plan import resolve
 from wsiseg.seeds.bank import find_clicked
 from wsiseg.segmentation.decoding import decode, reaches_border
@@ -100,7 +100,9 @@ def test_a_slide_runs_with_an_imported_checkpoint(wsiseg, tmp_path):
     assert manifest["counts"]["cells"] > 1
     assert read_table(tmp_path / "a" / "ihc" / "cells.parquet").descriptors.shape[1] == 267
     assert wsiseg(*base, "--out", tmp_path / "b")[0] == 0
-    assert (tmp_path / "a" / "ihc" / "cells.parquet").read_bytes() == (tmp_path / "b" / "ihc" / "cells.parquet").read_bytes()
+    assert (tmp_path / "a" / "ihc" / "cells.parquet").read_bytes() == (
+        tmp_path / "b" / "ihc" / "cells.parquet"
+    ).read_bytes()
 
 
 def test_a_run_can_be_typed_without_a_learned_space(wsiseg, tmp_path):
@@ -123,7 +125,9 @@ def test_models_without_maps_take_a_grid(wsiseg, tmp_path):
     assert wsiseg("demo", tmp_path)[0] == 0
     settings = tmp_path / "grid.toml"
     settings.write_text("[grid]\nspacing_um = 40\nmin_quality = 0\nmin_stability = 0\n[masks]\nmin_score = 0\n")
-    code, output = wsiseg("run", tmp_path / "ihc.tiff", "--model", "toy", "--out", tmp_path / "a", "--config", settings, "--no-progress")
+    code, output = wsiseg(
+        "run", tmp_path / "ihc.tiff", "--model", "toy", "--out", tmp_path / "a", "--config", settings, "--no-progress"
+    )
     assert code == 0, output
     manifest = json.loads((tmp_path / "a" / "ihc" / "manifest.json").read_text())
     assert manifest["config"]["method"] == "amg"
@@ -135,8 +139,20 @@ def test_clicks_lead_to_cells_in_a_model_without_maps(wsiseg, tmp_path):
     assert wsiseg("demo", tmp_path)[0] == 0
     settings = tmp_path / "all.toml"
     settings.write_text("[masks]\nmin_score = 0\n[cop]\nclick_min_score = 0\nclick_reach_um = 100\nmax_hops = 3\n")
-    command = ("run", tmp_path / "ihc.tiff", "--model", "toy", "--seeds", tmp_path / "s.json", "--config", settings, "--no-progress")
-    for x, y in itertools.product((100, 200, 300, 400), repeat=2):  # the toy's masks are blotches: not every click has one
+    command = (
+        "run",
+        tmp_path / "ihc.tiff",
+        "--model",
+        "toy",
+        "--seeds",
+        tmp_path / "s.json",
+        "--config",
+        settings,
+        "--no-progress",
+    )
+    for x, y in itertools.product(
+        (100, 200, 300, 400), repeat=2
+    ):  # the toy's masks are blotches: not every click has one
         (tmp_path / "s.json").write_text(json.dumps({"version": 1, "types": [{"name": "a", "points": [[x, y]]}]}))
         code, output = wsiseg(*command, "--out", tmp_path / "a")
         if code == 0:
@@ -151,9 +167,21 @@ def test_clicks_lead_to_cells_in_a_model_without_maps(wsiseg, tmp_path):
 @pytest.mark.parametrize(
     ("model", "options", "sentence"),
     [
-        ("toy", ("--method", "apg"), "--method apg: toy has no instance decoder; use --method cop with --seeds, or --method amg, or another model"),
-        ("toy", ("--tile-size", "240"), "--tile-size, --halo: the model takes tiles of 256 um with a halo of 32 um or more on each side"),
-        ("toi", (), "--model toi: no such model and no such file; did you mean toy? models here: nuclei-compact, toy, toy-maps; see `wsiseg"),
+        (
+            "toy",
+            ("--method", "apg"),
+            "--method apg: toy has no instance decoder; use --method cop with --seeds, or --method amg, or another model",
+        ),
+        (
+            "toy",
+            ("--tile-size", "240"),
+            "--tile-size, --halo: the model takes tiles of 256 um with a halo of 32 um or more on each side",
+        ),
+        (
+            "toi",
+            (),
+            "--model toi: no such model and no such file; did you mean toy? models here: nuclei-compact, toy, toy-maps; see `wsiseg",
+        ),
     ],
 )
 def test_wrong_requests_are_one_line(wsiseg, tmp_path, model, options, sentence):
@@ -166,7 +194,9 @@ def test_wrong_requests_are_one_line(wsiseg, tmp_path, model, options, sentence)
 
 
 def test_a_checkpoint_is_to_be_imported_first(store):
-    with pytest.raises(WeightsError, match=r"toy.pth: not a .safetensors file; a checkpoint is converted once, .*wsiseg models import"):
+    with pytest.raises(
+        WeightsError, match=r"toy.pth: not a .safetensors file; a checkpoint is converted once, .*wsiseg models import"
+    ):
         load_model(str(store / "toy.pth"))
 
 
@@ -180,7 +210,10 @@ def test_a_checkpoint_with_other_tensors_names_them(store, tmp_path):
     del tensors["sam.mask_decoder.iou_token.weight"]
     tensors["sam.mask_decoder.more"] = torch.zeros(1)
     save_file(tensors, tmp_path / "x.safetensors", metadata)
-    with pytest.raises(WeightsError, match=r"1 missing \(first: sam.mask_decoder.iou_token.weight\), 1 unexpected \(first: sam.mask_decoder.more\)"):
+    with pytest.raises(
+        WeightsError,
+        match=r"1 missing \(first: sam.mask_decoder.iou_token.weight\), 1 unexpected \(first: sam.mask_decoder.more\)",
+    ):
         load_model(str(tmp_path / "x.safetensors"))
 
 
@@ -222,7 +255,9 @@ def test_several_answers_to_a_grid_point_come_together(toy, encoded):
     assert len(seen) == 10
     assert counts.tolist() == [3] * 10
     strict = GridConfig(min_quality=1.0, min_stability=1.0)
-    assert sum(len(b.predicted_iou) for b in decode(toy, encoded, 0, points, MaskConfig(min_score=0.0), grid=strict)) == 0
+    assert (
+        sum(len(b.predicted_iou) for b in decode(toy, encoded, 0, points, MaskConfig(min_score=0.0), grid=strict)) == 0
+    )
 
 
 def test_grid_is_one_grid_over_the_slide():
@@ -234,14 +269,22 @@ def test_grid_is_one_grid_over_the_slide():
 
 def test_tiles_are_the_models_input(toy):
     blocks = plan_blocks(
-        (3000, 2000), Lattice(0.25, 0.25), TilingConfig(), stride_px=16, reach_px=toy.reach_px, input_px=toy.input_px, wanted=lambda *_: True
+        (3000, 2000),
+        Lattice(0.25, 0.25),
+        TilingConfig(),
+        stride_px=16,
+        reach_px=toy.reach_px,
+        input_px=toy.input_px,
+        wanted=lambda *_: True,
     )
     tiles = [t for b in blocks for t in b.tiles]
     assert {(t.outer.width, t.outer.height) for t in tiles} == {(1024, 1024)}
     assert {t.core.x0 - t.outer.x0 for t in tiles} == {128}
     for um in (100.0, 66.0, 70.0, 34.0):
         smaller = TilingConfig(tile_um=um)
-        tile = plan_blocks((500, 500), Lattice(0.25, 0.25), smaller, stride_px=16, reach_px=128, input_px=1024, wanted=lambda *_: True)[0].tiles[0]
+        tile = plan_blocks(
+            (500, 500), Lattice(0.25, 0.25), smaller, stride_px=16, reach_px=128, input_px=1024, wanted=lambda *_: True
+        )[0].tiles[0]
         assert tile.outer.width == 1024
         assert um * 4 <= tile.core.width < um * 4 + 32
         assert tile.core.x0 % 16 == tile.outer.x0 % 16 == 0
@@ -260,7 +303,12 @@ def test_published_forms_run_on_any_shape(toy):
     image = immunohistochemistry()[:200, :300]
     loose = ScoreMerge(score_threshold=0.0)
     boxes = ApgV1(refine_with_box=True, min_size=10)
-    for labels in (ais_image(image, toy), apg_image(image, toy), apg_image(image, toy, boxes), apg_image(image, toy, merge=loose)):
+    for labels in (
+        ais_image(image, toy),
+        apg_image(image, toy),
+        apg_image(image, toy, boxes),
+        apg_image(image, toy, merge=loose),
+    ):
         assert labels.shape == (200, 300)
         assert labels.dtype == np.int32
         assert set(np.unique(labels)) == set(range(labels.max() + 1))
@@ -292,8 +340,13 @@ def test_a_click_inside_a_large_cell_is_that_cell(toy, monkeypatch):
         radius = [140.0 if p[0] == 520 else 10.0 for p in points_xy.tolist()]
         logits = [r - np.hypot(x - p[0], y - p[1]) for r, p in zip(radius, points_xy.tolist(), strict=True)]
         side = found.logits.shape[-1]
-        cut = [a[v // 4 : v // 4 + side, u // 4 : u // 4 + side] for a, (u, v) in zip(logits, found.origin_xy.tolist(), strict=True)]
-        return dataclasses.replace(found, logits=torch.tensor(np.stack(cut), dtype=torch.float32), stability=torch.ones(len(radius)))
+        cut = [
+            a[v // 4 : v // 4 + side, u // 4 : u // 4 + side]
+            for a, (u, v) in zip(logits, found.origin_xy.tolist(), strict=True)
+        ]
+        return dataclasses.replace(
+            found, logits=torch.tensor(np.stack(cut), dtype=torch.float32), stability=torch.ones(len(radius))
+        )
 
     real = toy.decode
     monkeypatch.setattr(toy, "decode", told)

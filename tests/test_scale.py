@@ -20,7 +20,16 @@ from wsiseg.records import SlideInfo
 from wsiseg.runs import slide as pipeline
 from wsiseg.runs.plan_file import RunPlan
 from wsiseg.runs.plausibility import DENSITY_MM2, MEDIAN_UM2, implausible
-from wsiseg.segmentation.nuclear_scale import CONTRADICTION, DIAMETER_UM, LADDER, Rung, ScaleEstimate, contradiction, estimate_scale, judge
+from wsiseg.segmentation.nuclear_scale import (
+    CONTRADICTION,
+    DIAMETER_UM,
+    LADDER,
+    Rung,
+    ScaleEstimate,
+    contradiction,
+    estimate_scale,
+    judge,
+)
 from wsiseg.slide import open_slide
 from wsiseg.slide.array_reader import ArrayReader
 
@@ -65,13 +74,19 @@ def test_a_forced_scale_is_taken() -> None:
     assert RunConfig(force_mpp=True).hash() == RunConfig().hash()
 
 
-@pytest.mark.parametrize("command", [("run", "a.svs"), ("info", "a.svs"), ("seeds", "check", "a.json"), ("run", "--slides", "list.csv")])
+@pytest.mark.parametrize(
+    "command", [("run", "a.svs"), ("info", "a.svs"), ("seeds", "check", "a.json"), ("run", "--slides", "list.csv")]
+)
 def test_a_magnification_ends_in_one_line_before_anything_is_loaded(command: tuple[str, ...], tmp_path: Path) -> None:
     """The slide does not even exist, and torch is not imported: it would take seconds."""
     (tmp_path / "list.csv").write_text("path,mpp\na.svs,40\n")
     scale = () if "--slides" in command else ("--mpp", "40")
-    script = "import sys\nfrom wsiseg.cli import main\ntry:\n    main()\nfinally:\n    assert 'torch' not in sys.modules"
-    done = subprocess.run([sys.executable, "-c", script, *command, *scale], capture_output=True, text=True, cwd=tmp_path, check=False)
+    script = (
+        "import sys\nfrom wsiseg.cli import main\ntry:\n    main()\nfinally:\n    assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, *command, *scale], capture_output=True, text=True, cwd=tmp_path, check=False
+    )
     assert done.returncode == 1, done.stderr
     assert done.stdout == ""
     assert done.stderr.count("\n") == 1
@@ -79,13 +94,18 @@ def test_a_magnification_ends_in_one_line_before_anything_is_loaded(command: tup
     assert [path.name for path in tmp_path.iterdir()] == ["list.csv"]
 
 
-def test_the_command_line_forces_a_scale_over_a_list_and_a_file(wsiseg: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
+def test_the_command_line_forces_a_scale_over_a_list_and_a_file(
+    wsiseg: Callable[..., tuple[int, str]], tmp_path: Path
+) -> None:
     Image.new("RGB", (64, 64), (243, 243, 243)).save(tmp_path / "a.png")
     (tmp_path / "list.csv").write_text("path,mpp\na.png,40\n")
     (tmp_path / "c.toml").write_text("mpp = 40\n")
     assert wsiseg("run", "--slides", tmp_path / "list.csv", "--out", tmp_path / "out", "--force-mpp")[0] == 0
     assert wsiseg("run", tmp_path / "a.png", "--config", tmp_path / "c.toml", "--out", tmp_path / "out2")[0] == 1
-    assert wsiseg("run", tmp_path / "a.png", "--config", tmp_path / "c.toml", "--out", tmp_path / "out2", "--force-mpp")[0] == 0
+    assert (
+        wsiseg("run", tmp_path / "a.png", "--config", tmp_path / "c.toml", "--out", tmp_path / "out2", "--force-mpp")[0]
+        == 0
+    )
     (tmp_path / "c.toml").write_text("mpp = 40\nforce_mpp = true\n")
     assert wsiseg("run", tmp_path / "a.png", "--config", tmp_path / "c.toml", "--out", tmp_path / "out3")[0] == 0
 
@@ -133,12 +153,16 @@ def test_what_no_tissue_has_is_said_with_the_likely_reason() -> None:
     (large,) = said(np.full(3000, 450.0))
     assert "wrong by about 4x?" in large
     (sparse,) = said(np.full(5, 30.0))
-    assert sparse.startswith("only 5 cells per mm2 in 1 mm2 searched, tissue has 95 to 40,000: the scale is wrong (0.5 microns per pixel, --mpp)")
+    assert sparse.startswith(
+        "only 5 cells per mm2 in 1 mm2 searched, tissue has 95 to 40,000: the scale is wrong (0.5 microns per pixel, --mpp)"
+    )
     (dense,) = said(np.full(90_000, 30.0))
     assert dense.startswith("90,000 cells per mm2")
     assert said(np.full(3, 300.0), mm2=0.01) == (), "three cells in a small image say nothing"
     (none,) = said([])
-    assert none.startswith("no cell was found in 1 mm2 searched: the scale is wrong (0.5 microns per pixel, --mpp), the slide is blank, not H&E")
+    assert none.startswith(
+        "no cell was found in 1 mm2 searched: the scale is wrong (0.5 microns per pixel, --mpp), the slide is blank, not H&E"
+    )
     (blank,) = said([], tiles=0, mm2=0.0)
     assert blank.startswith("no tissue was found: the slide is blank, pale or transparent, not brightfield")
     (outside,) = said([], tiles=0, mm2=0.0, roi="r.geojson")
@@ -185,7 +209,9 @@ def test_a_contradiction_is_a_factor_of_two_and_not_of_a_half() -> None:
     estimate = ScaleEstimate(0.5, 0.35, 0.7)
     assert contradiction(0.35, estimate) == contradiction(0.8, estimate) == ()
     (said,) = contradiction(0.25, estimate)
-    assert said.startswith("0.25 microns per pixel contradicts the nuclei, which suggest about 0.5 (20x; between 0.35 and 0.7)")
+    assert said.startswith(
+        "0.25 microns per pixel contradicts the nuclei, which suggest about 0.5 (20x; between 0.35 and 0.7)"
+    )
     assert said.endswith(": is the scale wrong by about 2x?")
     assert 1.4 < CONTRADICTION < 2
 
@@ -206,7 +232,9 @@ def test_the_demo_slides_nuclei_say_its_scale(demo: tuple[Path, Path], wsiseg: C
         assert f"{wrong} microns per pixel contradicts the nuclei, which suggest about {found.mpp:.2g}" in output
 
 
-def test_a_slide_without_scale_gets_a_suggestion(demo: tuple[Path, Path], wsiseg: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
+def test_a_slide_without_scale_gets_a_suggestion(
+    demo: tuple[Path, Path], wsiseg: Callable[..., tuple[int, str]], tmp_path: Path
+) -> None:
     """The demo's pixels in a file that does not say their size."""
     with tifffile.TiffFile(demo[0]) as tiff:
         Image.fromarray(tiff.series[0].asarray()).save(tmp_path / "scan.png")
@@ -254,7 +282,9 @@ def test_blank_and_fluorescent_slides_give_no_estimate() -> None:
 
 @pytest.mark.realdata
 @pytest.mark.parametrize(
-    ("name", "mpp", "within"), [("CMU-1-Small-Region.svs", 0.499, 0.15), ("TCGA-CR-7395-01A-01-TS1.svs", 1.0, 0.25)], ids=["CMU", "TCGA"]
+    ("name", "mpp", "within"),
+    [("CMU-1-Small-Region.svs", 0.499, 0.15), ("TCGA-CR-7395-01A-01-TS1.svs", 1.0, 0.25)],
+    ids=["CMU", "TCGA"],
 )
 def test_real_slides_say_their_scale(shared_data: Path, name: str, mpp: float, within: float) -> None:
     with open_slide(shared_data / "slides" / name, require_mpp=False) as reader:
@@ -297,7 +327,15 @@ def half_glass(folder: Path) -> Path:
     image = np.full((600, 1200, 3), 243, np.uint8)
     image[:, :600] = discs(0.5, 300.0)
     path = folder / "half.tiff"
-    tifffile.imwrite(path, image, photometric="rgb", tile=(256, 256), resolution=(2e4, 2e4), resolutionunit="CENTIMETER", metadata=None)
+    tifffile.imwrite(
+        path,
+        image,
+        photometric="rgb",
+        tile=(256, 256),
+        resolution=(2e4, 2e4),
+        resolutionunit="CENTIMETER",
+        metadata=None,
+    )
     return path
 
 
@@ -307,7 +345,9 @@ def test_seeds_check_finds_clicks_on_glass(wsiseg: Callable[..., tuple[int, str]
     status, output = wsiseg("seeds", "check", clicks(tmp_path, (300, 300), (605, 300)), "--slide", slide)
     assert status == 0, output
     assert "a: 2 clicks" in output
-    status, output = wsiseg("seeds", "check", clicks(tmp_path, (300, 300), (900, 300), negative=[[1000, 10]]), "--slide", slide)
+    status, output = wsiseg(
+        "seeds", "check", clicks(tmp_path, (300, 300), (900, 300), negative=[[1000, 10]]), "--slide", slide
+    )
     assert status == 1
     assert "Warning: " in output
     assert "types[0].negative[0] = [1000, 10]: on glass, no tissue within 4 um" in output
@@ -350,7 +390,12 @@ def test_other_clicks_on_the_same_cells_name_the_command_for_that(
     ],
 )
 def test_a_model_that_is_not_here_is_helped_with(
-    name: str, said: str, demo: tuple[Path, Path], wsiseg: Callable[..., tuple[int, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    said: str,
+    demo: tuple[Path, Path],
+    wsiseg: Callable[..., tuple[int, str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("WSISEG_MODELS", str(tmp_path / "models"))
     for arguments in (("run", demo[0], "--model", name, "--out", tmp_path / "out"), ("models", "show", name)):
@@ -360,7 +405,9 @@ def test_a_model_that_is_not_here_is_helped_with(
         assert ("did you mean" in output) == ("did you mean" in said)
 
 
-def test_an_error_of_a_list_is_printed_once(demo: tuple[Path, Path], wsiseg: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
+def test_an_error_of_a_list_is_printed_once(
+    demo: tuple[Path, Path], wsiseg: Callable[..., tuple[int, str]], tmp_path: Path
+) -> None:
     (tmp_path / "list.csv").write_text(f"path\n{demo[0]}\nabsent.svs\n")
     status, output = wsiseg("run", "--slides", tmp_path / "list.csv", "--out", tmp_path / "out")
     assert status == 3
@@ -368,6 +415,8 @@ def test_an_error_of_a_list_is_printed_once(demo: tuple[Path, Path], wsiseg: Cal
     assert "no such file" in (tmp_path / "out/summary.csv").read_text()
 
 
-def test_numbers_in_sentences_agree_with_their_nouns(demo: tuple[Path, Path], wsiseg: Callable[..., tuple[int, str]]) -> None:
+def test_numbers_in_sentences_agree_with_their_nouns(
+    demo: tuple[Path, Path], wsiseg: Callable[..., tuple[int, str]]
+) -> None:
     output = wsiseg("info", demo[0], "--no-estimate")[1]
     assert "in 1 block\n" in output

@@ -21,13 +21,19 @@ def block(x0: int, x1: int, height: int = 10) -> np.ndarray:
     return mask
 
 
-def merge(masks: list[np.ndarray], scores: list[float], prompts: object = None, **kwargs: object) -> tuple[np.ndarray, list[int]]:
+def merge(
+    masks: list[np.ndarray], scores: list[float], prompts: object = None, **kwargs: object
+) -> tuple[np.ndarray, list[int]]:
     """Each mask with a prompt of its own unless they are given."""
     found = cut_out(np.stack(masks))
-    prompts = np.stack([np.arange(len(masks)), np.zeros(len(masks))], 1) if prompts is None else np.array(prompts, float)
+    prompts = (
+        np.stack([np.arange(len(masks)), np.zeros(len(masks))], 1) if prompts is None else np.array(prompts, float)
+    )
     iou_pred = kwargs.pop("iou_pred", None)
     config = ScoreMerge(**kwargs) if kwargs else None
-    labels, kept = merge_by_score([m.mask for m in found], [m.box for m in found], scores, prompts, masks[0].shape, config, iou_pred=iou_pred)
+    labels, kept = merge_by_score(
+        [m.mask for m in found], [m.box for m in found], scores, prompts, masks[0].shape, config, iou_pred=iou_pred
+    )
     return labels, kept.tolist()
 
 
@@ -127,7 +133,9 @@ def test_a_cluster_mask_that_scores_best_stays() -> None:
     assert merge([block(0, 20), block(22, 42), block(0, 42)], [0.8, 0.8, 0.9])[1] == [2]
 
 
-def plain(masks: np.ndarray, scores: np.ndarray, prompts: np.ndarray, config: ScoreMerge) -> tuple[np.ndarray, list[int]]:
+def plain(
+    masks: np.ndarray, scores: np.ndarray, prompts: np.ndarray, config: ScoreMerge
+) -> tuple[np.ndarray, list[int]]:
     """Full-size masks, one set of pixels per kept mask."""
     kept: list[int] = []
     got: list[np.ndarray] = []
@@ -138,7 +146,11 @@ def plain(masks: np.ndarray, scores: np.ndarray, prompts: np.ndarray, config: Sc
             continue
         if (mask & taken).sum() / mask.sum() > config.max_overlap:
             continue
-        covered = {tuple(prompts[i]) for i, g in zip(kept, got, strict=True) if (g & mask).sum() / g.sum() > config.cluster_cover}
+        covered = {
+            tuple(prompts[i])
+            for i, g in zip(kept, got, strict=True)
+            if (g & mask).sum() / g.sum() > config.cluster_cover
+        }
         if len(covered - {tuple(prompts[k])}) >= config.cluster:
             continue
         kept.append(k)
@@ -150,7 +162,10 @@ def plain(masks: np.ndarray, scores: np.ndarray, prompts: np.ndarray, config: Sc
 
 
 @settings(deadline=None, max_examples=80)
-@given(st.integers(0, 10**6), st.sampled_from([ScoreMerge(), ScoreMerge(0.5, 0.3, 5, 2, 0.5), ScoreMerge(0.9, 0.0, 1, 1, 0.8)]))
+@given(
+    st.integers(0, 10**6),
+    st.sampled_from([ScoreMerge(), ScoreMerge(0.5, 0.3, 5, 2, 0.5), ScoreMerge(0.9, 0.0, 1, 1, 0.8)]),
+)
 def test_merging_is_that_of_the_plain_twin(seed: int, config: ScoreMerge) -> None:
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[:50, :60]

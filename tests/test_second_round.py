@@ -21,9 +21,15 @@ def batch(radii: list[float], points: list[tuple[float, float]], *, full_tile: b
     xy = torch.tensor(points, dtype=torch.float32)
     n = len(radii)
     return WindowMasks(
-        torch.stack([disc(r) for r in radii]), (xy - SIDE * CELL / 2).long(), CELL, torch.linspace(0.9, 0.8, n), torch.ones(n),
-        torch.zeros(n, 3).half(), xy, full_tile,
-    )  # fmt: skip
+        torch.stack([disc(r) for r in radii]),
+        (xy - SIDE * CELL / 2).long(),
+        CELL,
+        torch.linspace(0.9, 0.8, n),
+        torch.ones(n),
+        torch.zeros(n, 3).half(),
+        xy,
+        full_tile,
+    )
 
 
 class Told:
@@ -36,12 +42,22 @@ class Told:
         self.radius, self.box_replaces_point = radius, box_replaces_point
         self.asked: list[PromptExtras] = []
 
-    def decode(self, embeddings: object, tile: torch.Tensor, points_xy: torch.Tensor, *, extras: PromptExtras) -> WindowMasks:
+    def decode(
+        self, embeddings: object, tile: torch.Tensor, points_xy: torch.Tensor, *, extras: PromptExtras
+    ) -> WindowMasks:
         assert len(tile) == len(points_xy) == len(extras.boxes)
         assert len(points_xy) % 4 == 0
         self.asked.append(extras)
         found = batch([self.radius[x] for x in points_xy[:, 0].tolist()], [tuple(p) for p in points_xy.tolist()])
-        return WindowMasks(found.logits, found.origin_xy, CELL, torch.full((len(tile),), 0.5), found.stability, found.descriptors + 1, points_xy)
+        return WindowMasks(
+            found.logits,
+            found.origin_xy,
+            CELL,
+            torch.full((len(tile),), 0.5),
+            found.stability,
+            found.descriptors + 1,
+            points_xy,
+        )
 
 
 def areas(batches: list[WindowMasks]) -> list[float]:
@@ -111,7 +127,11 @@ def test_a_prompt_is_not_its_own_negative():
 
 
 def test_batches_keep_their_masks_and_order():
-    first = [batch([10, 10, 10], [(100, 100), (200, 100), (300, 100)]), batch([12], [(64, 64)], full_tile=True), batch([10], [(400, 300)])]
+    first = [
+        batch([10, 10, 10], [(100, 100), (200, 100), (300, 100)]),
+        batch([12], [(64, 64)], full_tile=True),
+        batch([10], [(400, 300)]),
+    ]
     out = again(Told({100: 11, 200: 10, 300: 11, 400: 11}), first)
     assert [len(b.predicted_iou) for b in out] == [3, 1, 1]
     assert out[1] is first[1]

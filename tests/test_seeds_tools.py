@@ -29,11 +29,18 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 INFO = SlideInfo("/data/slide.svs", "openslide", "aperio", ((20000, 10000),), (1.0,), 0.25, "x")
-MIRAX = SlideInfo("/data/s.mrxs", "openslide", "mirax", ((20000, 10000),), (1.0,), 0.25, "x", bounds=(1000, 500, 9000, 8000))
+MIRAX = SlideInfo(
+    "/data/s.mrxs", "openslide", "mirax", ((20000, 10000),), (1.0,), 0.25, "x", bounds=(1000, 500, 9000, 8000)
+)
 OWN: dict[str, Any] = {
     "version": 1,
     "types": [
-        {"name": "tumour", "color": "#c80000", "points": [[10234.5, 8801]], "negative": [[9120, 4410], [10020.25, 8700]]},
+        {
+            "name": "tumour",
+            "color": "#c80000",
+            "points": [[10234.5, 8801]],
+            "negative": [[9120, 4410], [10020.25, 8700]],
+        },
         {"name": "µ-Lymphozyt", "color": "#0050c8", "points": [[9120, 4410], [9177, 4502.1]]},
     ],
 }
@@ -64,7 +71,9 @@ def write(path: Path, document: object) -> Path:
 
 
 def feature(kind: str, coordinates: object, classification: object = ..., **properties: object) -> dict[str, Any]:
-    members = {"objectType": "annotation", **properties} | ({} if classification is ... else {"classification": classification})
+    members = {"objectType": "annotation", **properties} | (
+        {} if classification is ... else {"classification": classification}
+    )
     return {"type": "Feature", "geometry": {"type": kind, "coordinates": coordinates}, "properties": members}
 
 
@@ -104,15 +113,25 @@ SHAPES: dict[str, tuple[object, tuple[SeedType, ...]]] = {
     "zip": (collection(*MORE), MORE_TYPES),
     "tsv": (TABLE, ONE_TYPE),
     "tsv with a negative": (TABLE_MORE, MORE_TYPES),
-    "empty MultiPoints": (collection(*(feature("MultiPoint", [], {"name": n, "color": [1, 2, 3]}) for n in "abc"), ONE), ONE_TYPE),
+    "empty MultiPoints": (
+        collection(*(feature("MultiPoint", [], {"name": n, "color": [1, 2, 3]}) for n in "abc"), ONE),
+        ONE_TYPE,
+    ),
     "packed colour": (legacy({"name": "Tumor", "colorRGB": -3670016}), ONE_TYPE),
     "list of names": (legacy({"names": ["Tumor"], "color": [200, 0, 0, 255]}), ONE_TYPE),
     "class as text": (legacy("Tumor"), (SeedType("Tumor", (213, 94, 0), ONE_TYPE[0].points),)),
     "0.3 spelling": (
-        [{"type": "Feature", "id": "PathAnnotationObject", "geometry": ONE["geometry"], "properties": {"classification": TUMOR}}],
+        [
+            {
+                "type": "Feature",
+                "id": "PathAnnotationObject",
+                "geometry": ONE["geometry"],
+                "properties": {"classification": TUMOR},
+            }
+        ],
         ONE_TYPE,
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", ["points.geojson", "points.geojson.gz"])
@@ -148,7 +167,8 @@ def test_what_qupath_is_given(tmp_path: Path) -> None:
     convert_seeds(write(tmp_path / "seeds.json", OWN), out)
     document = json.loads(out.read_text(encoding="utf-8"))
     shown = [
-        (f["geometry"]["coordinates"], f["properties"]["classification"]["name"], f["properties"].get("name")) for f in document["features"]
+        (f["geometry"]["coordinates"], f["properties"]["classification"]["name"], f["properties"].get("name"))
+        for f in document["features"]
     ]
     assert shown == [
         ([10234.5, 8801], "tumour", None),
@@ -157,7 +177,10 @@ def test_what_qupath_is_given(tmp_path: Path) -> None:
         ([9120, 4410], "µ-Lymphozyt", None),
         ([9177, 4502.1], "µ-Lymphozyt", None),
     ]
-    assert document["features"][0]["properties"] == {"objectType": "annotation", "classification": {"name": "tumour", "color": [200, 0, 0]}}
+    assert document["features"][0]["properties"] == {
+        "objectType": "annotation",
+        "classification": {"name": "tumour", "color": [200, 0, 0]},
+    }
     assert all(f["type"] == "Feature" and f["geometry"]["type"] == "Point" for f in document["features"])
     assert len({f["id"] for f in document["features"]}) == 5
     assert "null" not in out.read_text(encoding="utf-8")
@@ -210,7 +233,10 @@ def test_a_converted_file_is_right_before_and_after_the_slide_is_known(tmp_path:
 def test_absolute_clicks_for_qupath_warn_without_the_slide(tmp_path: Path) -> None:
     status, output = wsiseg("seeds", "convert", write(tmp_path / "seeds.json", OWN), tmp_path / "points.geojson")
     assert status == 0
-    assert "written without a look at the slide; if it has bounds (MRXS and some others), QuPath needs --slide here" in output
+    assert (
+        "written without a look at the slide; if it has bounds (MRXS and some others), QuPath needs --slide here"
+        in output
+    )
     assert "tumour: 1 click, 2 negative" in output
     assert read_seeds(tmp_path / "points.geojson").types == TYPES
 
@@ -220,7 +246,9 @@ numbers = st.integers(0, 999_999).map(lambda n: n / 100)
 
 @settings(max_examples=50, deadline=None)
 @given(points=st.lists(st.tuples(numbers, numbers), min_size=1, max_size=6, unique=True), split=st.integers(1, 6))
-def test_any_clicks_survive(tmp_path_factory: pytest.TempPathFactory, points: list[tuple[float, float]], split: int) -> None:
+def test_any_clicks_survive(
+    tmp_path_factory: pytest.TempPathFactory, points: list[tuple[float, float]], split: int
+) -> None:
     """Hundredths of a pixel come back exactly, moved by bounds or not."""
     folder = tmp_path_factory.mktemp("any")
     types = (SeedType("a", (1, 2, 3), tuple(points[:split]), tuple(points[split:])),)
@@ -238,8 +266,14 @@ def test_only_the_agreed_name_makes_a_click_negative(tmp_path: Path, name: objec
 
 
 def test_a_class_of_negative_clicks_alone_is_refused(tmp_path: Path) -> None:
-    source = write(tmp_path / "s.geojson", collection(feature("MultiPoint", [[1, 2], [3, 4]], TUMOR, name="not this type"), MORE[3]))
-    with pytest.raises(SeedsError, match="class 'Tumor': all its points are named 'not this type', so it has no points; click at least one"):
+    source = write(
+        tmp_path / "s.geojson",
+        collection(feature("MultiPoint", [[1, 2], [3, 4]], TUMOR, name="not this type"), MORE[3]),
+    )
+    with pytest.raises(
+        SeedsError,
+        match="class 'Tumor': all its points are named 'not this type', so it has no points; click at least one",
+    ):
         read_seeds(source)
 
 
@@ -250,11 +284,23 @@ def test_nothing_is_written_over_or_under_a_wrong_name(tmp_path: Path) -> None:
     folder.mkdir()
     before = {path.name: path.read_bytes() for path in (own, export)}
     cases = [
-        (own, export, "there is a file of this name already; it is replaced only on request; give another name, or pass --overwrite"),
+        (
+            own,
+            export,
+            "there is a file of this name already; it is replaced only on request; give another name, or pass --overwrite",
+        ),
         (export, own, "there is a file of this name already"),
         (export, folder, "is a folder; a file is written here"),
-        (own, tmp_path / "new.json", "holds a seeds.json, so points for QuPath would be written here; a name in .geojson or .geojson.gz is needed"),
-        (export, tmp_path / "new.geojson", "holds QuPath's points, so a seeds.json would be written here; a name in .json is needed"),
+        (
+            own,
+            tmp_path / "new.json",
+            "holds a seeds.json, so points for QuPath would be written here; a name in .geojson or .geojson.gz is needed",
+        ),
+        (
+            export,
+            tmp_path / "new.geojson",
+            "holds QuPath's points, so a seeds.json would be written here; a name in .json is needed",
+        ),
         (own, tmp_path / "new.zip", "a name in .geojson or .geojson.gz is needed"),
         (tmp_path / "absent.json", tmp_path / "new.json", "cannot be read (No such file"),
     ]
@@ -430,7 +476,10 @@ def test_preview_of_qupaths_points_and_what_stops_it(tmp_path: Path, demo: tuple
     points, out = tmp_path / "points.geojson", tmp_path / "clicks.png"
     convert_seeds(seeds, points)
     refused = [
-        (("seeds", "preview", points, slide, "--out", tmp_path / "clicks.jpg"), "the sheet is written as PNG; give it a name that ends in .png"),
+        (
+            ("seeds", "preview", points, slide, "--out", tmp_path / "clicks.jpg"),
+            "the sheet is written as PNG; give it a name that ends in .png",
+        ),
         (("seeds", "preview", points, tmp_path / "no.svs", "--out", out), "no such file"),
         (("seeds", "preview", tmp_path / "no.json", slide, "--out", out), "cannot be read"),
         (("seeds", "preview", points, slide, "--out", out, "--model", "other"), "no such model"),
@@ -469,7 +518,9 @@ def test_500_clicks_are_all_on_a_sheet_of_bounded_size() -> None:
     height, width = sheet.shape[:2]
     assert width <= 2200
     assert height <= 9000
-    codes = np.where(sheet[..., 2] == 77, sheet[..., 0] + 250 * sheet[..., 1].astype(int) + 1, 0)  # 1 + number of the panel
+    codes = np.where(
+        sheet[..., 2] == 77, sheet[..., 0] + 250 * sheet[..., 1].astype(int) + 1, 0
+    )  # 1 + number of the panel
     codes[codes > 500] = 0  # ink that happens to have this blue
     assert (np.bincount(codes.ravel(), minlength=501)[1:] > 0.9 * side**2).all()
     rows_of: dict[int, set[int]] = {}
@@ -484,7 +535,9 @@ def test_captions_stay_in_their_panel() -> None:
     """Long names and sentences are shortened or wrapped: right of the last panel, and between two panels, there is no ink."""
     side = panel_side(2)
     long = SeedType("a name of many words " * 4 + "淋巴", (200, 0, 0), ((1.0, 2.0), (3.0, 4.0)))
-    sheet = np.asarray(draw_sheet([panel(0, 0, (9, 9, 9), side, "word " * 60), panel(0, 1, (9, 9, 9), side)], [long], "title", 0.25))
+    sheet = np.asarray(
+        draw_sheet([panel(0, 0, (9, 9, 9), side, "word " * 60), panel(0, 1, (9, 9, 9), side)], [long], "title", 0.25)
+    )
     tops = np.nonzero((sheet == 9).all(-1).any(1))[0]
     below = sheet[tops.max() + 6 :]
     for left in (0, 8 + side, 8 + 2 * (side + 8)):
@@ -493,7 +546,9 @@ def test_captions_stay_in_their_panel() -> None:
     assert (below[:, 16 + side : 16 + 2 * side] != 255).any()
 
 
-def test_more_clicks_than_a_sheet_holds(tmp_path: Path, demo: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_clicks_than_a_sheet_holds(
+    tmp_path: Path, demo: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """All bad clicks are drawn, whatever their place in the file, and the report says how many are not."""
     from wsiseg.records import Cells
     from wsiseg.seeds import preview
@@ -502,7 +557,9 @@ def test_more_clicks_than_a_sheet_holds(tmp_path: Path, demo: tuple[Path, Path],
     grid = [[float(10 + k % 30 * 16), float(10 + k // 30 * 16)] for k in range(MAX_PANELS + 10)]
     seeds = clicks(tmp_path / "seeds.json", ([*grid, last], []))
 
-    def refuse_last(_reader: object, _model: object, point: tuple[float, float], _lattice: object, _config: object, place: str) -> Cells:
+    def refuse_last(
+        _reader: object, _model: object, point: tuple[float, float], _lattice: object, _config: object, place: str
+    ) -> Cells:
         if list(point) == last:
             raise SeedsError(f"{place} = [500, 500]: no cell there; click on a nucleus")
         disc = np.array([shapely.Point(point).buffer(5)], object)
@@ -511,10 +568,14 @@ def test_more_clicks_than_a_sheet_holds(tmp_path: Path, demo: tuple[Path, Path],
     seen = []
     monkeypatch.setattr(preview, "find_clicked", refuse_last)
     drawn = []
-    monkeypatch.setattr(preview, "draw_sheet", lambda panels, *rest: drawn.extend(panels) or draw_sheet(panels[:5], *rest))
+    monkeypatch.setattr(
+        preview, "draw_sheet", lambda panels, *rest: drawn.extend(panels) or draw_sheet(panels[:5], *rest)
+    )
     sheet = preview_seeds(seeds, str(demo[0]), tmp_path / "clicks.png", on_progress=lambda *state: seen.append(state))
     assert (sheet.clicks, sheet.drawn, sheet.bad) == (MAX_PANELS + 11, MAX_PANELS, 1)
-    assert sheet.faults == (f"{seeds}: types[0].points[{MAX_PANELS + 10}] = [500, 500]: no cell there; click on a nucleus",)
+    assert sheet.faults == (
+        f"{seeds}: types[0].points[{MAX_PANELS + 10}] = [500, 500]: no cell there; click on a nucleus",
+    )
     assert [p.number for p in drawn] == [*range(MAX_PANELS - 1), MAX_PANELS + 10]
     assert drawn[-1].fault == "no cell there; click on a nucleus"
     assert seen[-1] == (MAX_PANELS + 11, MAX_PANELS + 11, MAX_PANELS + 10)

@@ -65,9 +65,17 @@ def write(path: Path, text: str) -> Path:
 
 @pytest.mark.parametrize("delimiter", [",", ";", "\t"])
 def test_a_list_as_spreadsheets_write_it(tmp_path: Path, delimiter: str) -> None:
-    rows = [["Path", "MPP ", "seeds", "name"], ["a b.svs", "", "", ""], ["", "", "", ""], ["/x/c.tif", "0.25", "c.json", "patient-7"]]
+    rows = [
+        ["Path", "MPP ", "seeds", "name"],
+        ["a b.svs", "", "", ""],
+        ["", "", "", ""],
+        ["/x/c.tif", "0.25", "c.json", "patient-7"],
+    ]
     path = write(tmp_path / "list.csv", "\ufeff" + "\r\n".join(delimiter.join(row) for row in rows) + "\r\n")
-    assert read_list(path) == [Entry(str(tmp_path / "a b.svs")), Entry("/x/c.tif", 0.25, str(tmp_path / "c.json"), "patient-7")]
+    assert read_list(path) == [
+        Entry(str(tmp_path / "a b.svs")),
+        Entry("/x/c.tif", 0.25, str(tmp_path / "c.json"), "patient-7"),
+    ]
 
 
 def test_addresses_stay_as_they_are(tmp_path: Path) -> None:
@@ -108,23 +116,56 @@ def test_wrong_lists(tmp_path: Path, text: str, said: str) -> None:
 
 def test_a_list_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "binary.csv").write_bytes(b"path\n\xff\xfe\x00")
-    for path, said in ((tmp_path / "none.csv", "No such file"), (tmp_path, "Is a directory"), (tmp_path / "binary.csv", "not UTF-8 text")):
+    for path, said in (
+        (tmp_path / "none.csv", "No such file"),
+        (tmp_path, "Is a directory"),
+        (tmp_path / "binary.csv", "not UTF-8 text"),
+    ):
         with pytest.raises(ConfigError, match=said):
             read_list(path)
 
 
 def sheet(bank: Bank | None) -> RunPlan:
-    info = SlideInfo("/x/s.svs", "openslide", "aperio", ((100, 90), (25, 22)), (1.0, 4.0), 0.25, "--mpp", (1, 2, 30, 40), ("doubtful",))
-    return RunPlan(info, RunConfig(method="apg", seeds="s.json"), bank, {"0001-0000": 16, "0000-0001": 3}, "run", "parts", "weights", 2, 1.5, ("w",))
+    info = SlideInfo(
+        "/x/s.svs",
+        "openslide",
+        "aperio",
+        ((100, 90), (25, 22)),
+        (1.0, 4.0),
+        0.25,
+        "--mpp",
+        (1, 2, 30, 40),
+        ("doubtful",),
+    )
+    return RunPlan(
+        info,
+        RunConfig(method="apg", seeds="s.json"),
+        bank,
+        {"0001-0000": 16, "0000-0001": 3},
+        "run",
+        "parts",
+        "weights",
+        2,
+        1.5,
+        ("w",),
+    )
 
 
 def bank(from_other_slide: bool = False) -> Bank:
     polygons = np.array([shapely.box(0.1, 0, 3, 4)], object)
     cells = Cells(polygons, np.array([[1.3, 2.7]]), np.ones(1, np.float32), np.array([[0.6, 0.8]], np.float16))
     return Bank(
-        ("a",), ((1, 2, 3),), (np.array([[1.25, 2.0]]),), (np.array([[0.6, 0.8]], np.float32),), (np.empty((0, 2), np.float32),), cells, (), (),
-        np.empty(0, np.float32), from_other_slide,
-    )  # fmt: skip
+        ("a",),
+        ((1, 2, 3),),
+        (np.array([[1.25, 2.0]]),),
+        (np.array([[0.6, 0.8]], np.float32),),
+        (np.empty((0, 2), np.float32),),
+        cells,
+        (),
+        (),
+        np.empty(0, np.float32),
+        from_other_slide,
+    )
 
 
 def test_a_sheet_comes_back_as_it_was(tmp_path: Path) -> None:
@@ -152,7 +193,12 @@ def test_a_sheet_with_another_slides_bank_and_one_without(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(
     "change",
-    [lambda n: n.pop("tiles"), lambda n: n.update(tiles=[["a"]]), lambda n: n["info"].pop("mpp"), lambda n: n.update(config={"x": 1})],
+    [
+        lambda n: n.pop("tiles"),
+        lambda n: n.update(tiles=[["a"]]),
+        lambda n: n["info"].pop("mpp"),
+        lambda n: n.update(config={"x": 1}),
+    ],
 )
 def test_a_damaged_sheet_is_named(tmp_path: Path, change: Callable[[dict], object]) -> None:
     write_plan(tmp_path, sheet(None))
@@ -178,14 +224,20 @@ def test_a_damaged_sheet_is_named(tmp_path: Path, change: Callable[[dict], objec
         (("merge",), 2, "RUN"),
     ],
 )
-def test_wrong_calls(wsiseg: Callable[..., tuple[int, str]], arguments: tuple[str, ...], status: int, said: str) -> None:
+def test_wrong_calls(
+    wsiseg: Callable[..., tuple[int, str]], arguments: tuple[str, ...], status: int, said: str
+) -> None:
     found, output = wsiseg(*arguments)
     assert found == status
     assert said in output
 
 
-def test_the_log_has_a_line_per_event(wsiseg: Callable[..., tuple[int, str]], demo: tuple[Path, Path], tmp_path: Path) -> None:
-    status, output = wsiseg("run", demo[0], "--tile-size", 128, "--out", tmp_path / "out", "--log-json", tmp_path / "log.jsonl")
+def test_the_log_has_a_line_per_event(
+    wsiseg: Callable[..., tuple[int, str]], demo: tuple[Path, Path], tmp_path: Path
+) -> None:
+    status, output = wsiseg(
+        "run", demo[0], "--tile-size", 128, "--out", tmp_path / "out", "--log-json", tmp_path / "log.jsonl"
+    )
     assert status == 0, output
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [line["event"] for line in lines] == ["begin", "block", "slide"]
@@ -205,8 +257,14 @@ def test_clicks_of_another_run_are_not_taken(tmp_path: Path) -> None:
     assert read_plan(tmp_path, "run") is None
 
 
-def test_other_formats_make_a_complete_run_incomplete(wsiseg: Callable[..., tuple[int, str]], demo: tuple[Path, Path], tmp_path: Path) -> None:
-    files = {"geojson": {"cells.geojson.gz"}, "parquet": {"cells.parquet"}, "geojson,parquet": {"cells.geojson.gz", "cells.parquet"}}
+def test_other_formats_make_a_complete_run_incomplete(
+    wsiseg: Callable[..., tuple[int, str]], demo: tuple[Path, Path], tmp_path: Path
+) -> None:
+    files = {
+        "geojson": {"cells.geojson.gz"},
+        "parquet": {"cells.parquet"},
+        "geojson,parquet": {"cells.geojson.gz", "cells.parquet"},
+    }
     for formats in ("geojson", "geojson,parquet", "parquet"):
         for again in (False, True):
             status, output = wsiseg("run", demo[0], "--out", tmp_path, "--format", formats)
@@ -215,7 +273,9 @@ def test_other_formats_make_a_complete_run_incomplete(wsiseg: Callable[..., tupl
             assert {p.name for p in (tmp_path / "ihc").glob("cells.*")} == files[formats]
 
 
-def test_a_merge_does_not_undo_other_clicks(wsiseg: Callable[..., tuple[int, str]], demo: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_merge_does_not_undo_other_clicks(
+    wsiseg: Callable[..., tuple[int, str]], demo: tuple[Path, Path], tmp_path: Path
+) -> None:
     assert wsiseg("run", demo[0], "--seeds", demo[1], "--out", tmp_path, "--shard", "1/1")[0] == 0
     assert wsiseg("merge", tmp_path / "ihc")[0] == 0
     kinds = json.loads(demo[1].read_text())

@@ -51,7 +51,11 @@ def slides_dir():
 def texture():
     """Smooth colours whose four channels of position are all different: shifts and swaps show. (512, 768, 3) uint8."""
     y, x = np.mgrid[0:512, 0:768]
-    waves = [128 + 60 * np.sin(x / 23) * np.cos(y / 31), 150 + 50 * np.cos(x / 17 + y / 40), 120 + 70 * np.sin((x + 2 * y) / 57)]
+    waves = [
+        128 + 60 * np.sin(x / 23) * np.cos(y / 31),
+        150 + 50 * np.cos(x / 17 + y / 40),
+        120 + 70 * np.sin((x + 2 * y) / 57),
+    ]
     return np.stack(waves, axis=-1).round().astype(np.uint8)
 
 
@@ -62,11 +66,24 @@ def write_pyramid(path, pixels, *, levels=2, compression=None, mpp=0.25, tile=12
         for level in range(levels):
             k = 2**level
             height, width = pixels.shape[0] // k * k, pixels.shape[1] // k * k
-            blocks = pixels[:height, :width].reshape(height // k, k, width // k, k, -1).mean((1, 3)).round().astype(pixels.dtype)
+            blocks = (
+                pixels[:height, :width]
+                .reshape(height // k, k, width // k, k, -1)
+                .mean((1, 3))
+                .round()
+                .astype(pixels.dtype)
+            )
             tiff.write(
-                blocks, tile=(tile, tile), photometric="rgb", compression=compression, metadata=None, subfiletype=int(level > 0),
-                resolution=(per_cm / k, per_cm / k), resolutionunit="CENTIMETER", **options,
-            )  # fmt: skip
+                blocks,
+                tile=(tile, tile),
+                photometric="rgb",
+                compression=compression,
+                metadata=None,
+                subfiletype=int(level > 0),
+                resolution=(per_cm / k, per_cm / k),
+                resolutionunit="CENTIMETER",
+                **options,
+            )
     return path
 
 
@@ -120,7 +137,12 @@ def test_openslide_and_tiffslide_agree(slides_dir):
     path = slides_dir / "CMU-1-Small-Region.svs"
     with open_slide(path, reader="openslide") as first, open_slide(path, reader="tiffslide") as second:
         assert first.info.mpp == second.info.mpp == 0.499
-        for box in (Box(0, 0, 300, 300), Box(1000, 1500, 1300, 1700), Box(2100, 2900, 2300, 3000), Box(-20, -20, 30, 30)):
+        for box in (
+            Box(0, 0, 300, 300),
+            Box(1000, 1500, 1300, 1700),
+            Box(2100, 2900, 2300, 3000),
+            Box(-20, -20, 30, 30),
+        ):
             a, b = first.read(0, box).astype(int), second.read(0, box).astype(int)
             assert np.abs(a - b).max() <= 2
 
@@ -465,7 +487,12 @@ def test_plain_images(tmp_path, texture):
     with pytest.raises(SlideError, match=r"rgb\.png: no microns per pixel in the file; pass --mpp"):
         open_slide(tmp_path / "rgb.png")
     with open_slide(tmp_path / "rgb.png", mpp=0.5) as slide:
-        assert (slide.info.reader, slide.info.format, slide.info.mpp, slide.info.mpp_source) == ("image", "png", 0.5, "--mpp")
+        assert (slide.info.reader, slide.info.format, slide.info.mpp, slide.info.mpp_source) == (
+            "image",
+            "png",
+            0.5,
+            "--mpp",
+        )
         assert np.array_equal(slide.read(0, Box(5, 6, 105, 106)), texture[6:106, 5:105])
     Image.fromarray(texture).save(tmp_path / "rgb.jpg", quality=95)
     with open_slide(tmp_path / "rgb.jpg", mpp=0.5) as slide:
@@ -530,7 +557,13 @@ def test_ome_tiff_pyramid_keeps_its_levels_and_scale(tmp_path, texture):
         tiff.write(
             texture,
             subifds=1,
-            metadata={"axes": "YXS", "PhysicalSizeX": 250, "PhysicalSizeXUnit": "nm", "PhysicalSizeY": 250, "PhysicalSizeYUnit": "nm"},
+            metadata={
+                "axes": "YXS",
+                "PhysicalSizeX": 250,
+                "PhysicalSizeXUnit": "nm",
+                "PhysicalSizeY": 250,
+                "PhysicalSizeYUnit": "nm",
+            },
             **options,
         )
         tiff.write(texture[::2, ::2], subfiletype=1, **options)
@@ -585,9 +618,14 @@ def test_bright_spots_that_a_coarse_level_has_lost_decide_the_depth(tmp_path):
     with tifffile.TiffWriter(tmp_path / "a.tif") as tiff:
         for level, pixels in ((1, finest), (32, finest[1::32, 1::32])):
             tiff.write(
-                pixels, photometric="rgb", tile=(128, 128), metadata=None, subfiletype=int(level > 1), resolution=(40000 / level, 40000 / level),
+                pixels,
+                photometric="rgb",
+                tile=(128, 128),
+                metadata=None,
+                subfiletype=int(level > 1),
+                resolution=(40000 / level, 40000 / level),
                 resolutionunit="CENTIMETER",
-            )  # fmt: skip
+            )
     with open_slide(tmp_path / "a.tif") as slide:
         assert slide.read(0, Box(64, 64, 66, 66))[..., 0].tolist() == [[249, 6], [6, 6]]
 
@@ -607,7 +645,12 @@ def test_an_opacity_that_is_zero_everywhere_is_ignored(tmp_path, texture, tile, 
 def test_an_opacity_of_zero_in_png_and_ome_tiff(tmp_path, texture):
     pixels = np.dstack([texture, np.zeros(texture.shape[:2], np.uint8)])
     Image.fromarray(pixels).save(tmp_path / "a.png")
-    options = {"photometric": "rgb", "extrasamples": ["unassalpha"], "tile": (128, 128), "metadata": {"axes": "YXS", "PhysicalSizeX": 0.5}}
+    options = {
+        "photometric": "rgb",
+        "extrasamples": ["unassalpha"],
+        "tile": (128, 128),
+        "metadata": {"axes": "YXS", "PhysicalSizeX": 0.5},
+    }
     tifffile.imwrite(tmp_path / "a.ome.tif", pixels, **options)
     for name in ("a.png", "a.ome.tif"):
         with open_slide(tmp_path / name, mpp=0.5) as slide:
@@ -626,7 +669,9 @@ def test_premultiplied_colours_are_not_multiplied_again(tmp_path, texture):
 
 
 def test_subsampled_chroma_inside_jpeg(tmp_path, texture):
-    path = written(tmp_path / "a.tif", texture, photometric="rgb", compression="jpeg", subsampling=(2, 2), tile=(128, 128))
+    path = written(
+        tmp_path / "a.tif", texture, photometric="rgb", compression="jpeg", subsampling=(2, 2), tile=(128, 128)
+    )
     for reader in ("openslide", "tiffslide", "image"):
         with open_slide(path, reader=reader) as slide:
             assert np.abs(slide.read(0, Box(0, 0, 768, 512)).astype(int) - texture).mean() < 3
@@ -638,9 +683,15 @@ def test_planes_stored_apart_are_read_tile_by_tile(tmp_path, texture, monkeypatc
     with tifffile.TiffWriter(tmp_path / "a.tif") as tiff:
         for level in (1, 2):
             tiff.write(
-                planes[:, ::level, ::level], photometric="rgb", planarconfig="separate", tile=(64, 64), metadata=None, subfiletype=int(level > 1),
-                resolution=(40000 / level, 40000 / level), resolutionunit="CENTIMETER",
-            )  # fmt: skip
+                planes[:, ::level, ::level],
+                photometric="rgb",
+                planarconfig="separate",
+                tile=(64, 64),
+                metadata=None,
+                subfiletype=int(level > 1),
+                resolution=(40000 / level, 40000 / level),
+                resolutionunit="CENTIMETER",
+            )
     decoded = []
     original = tifffile.FileHandle.read
     monkeypatch.setattr(tifffile.FileHandle, "read", lambda self, size=-1: decoded.append(size) or original(self, size))
@@ -669,7 +720,13 @@ def test_a_stack_of_channels_in_time(tmp_path, texture):
     planes = np.moveaxis(texture, -1, 0)
     stack = np.stack([np.stack([planes, 255 - planes]), np.stack([planes // 2, planes // 3])])  # T, Z, C, Y, X
     path = tmp_path / "a.ome.tif"
-    tifffile.imwrite(path, stack, photometric="minisblack", tile=(128, 128), metadata={"axes": "TZCYX", "PhysicalSizeX": 0.5, "PhysicalSizeY": 0.5})
+    tifffile.imwrite(
+        path,
+        stack,
+        photometric="minisblack",
+        tile=(128, 128),
+        metadata={"axes": "TZCYX", "PhysicalSizeX": 0.5, "PhysicalSizeY": 0.5},
+    )
     with open_slide(path) as slide:
         assert slide.info.mpp == 0.5
         assert any("T 1 of 2, Z 1 of 2" in note for note in slide.info.warnings)
@@ -696,9 +753,16 @@ def test_the_scale_of_other_colour_models_is_kept(tmp_path, texture, kind):
 
 
 @pytest.mark.parametrize("tile", [(128, 128), None])
-@pytest.mark.parametrize(("unit", "per_unit"), [("micron", 4), ("micrometer", 4), ("\\u00B5m", 4), ("mm", 4000), ("nm", 0.004), ("\\u00C5", 0.0004)])
+@pytest.mark.parametrize(
+    ("unit", "per_unit"),
+    [("micron", 4), ("micrometer", 4), ("\\u00B5m", 4), ("mm", 4000), ("nm", 0.004), ("\\u00C5", 0.0004)],
+)
 def test_the_unit_of_imagej(tmp_path, texture, tile, unit, per_unit):
-    options = {"resolution": (per_unit, per_unit), "resolutionunit": "NONE", "description": f"ImageJ=1.54f\nunit={unit}"}
+    options = {
+        "resolution": (per_unit, per_unit),
+        "resolutionunit": "NONE",
+        "description": f"ImageJ=1.54f\nunit={unit}",
+    }
     tifffile.imwrite(tmp_path / "a.tif", texture, photometric="rgb", metadata=None, tile=tile, **options)
     with open_slide(tmp_path / "a.tif") as slide:
         assert slide.info.mpp == pytest.approx(0.25, rel=1e-3)
@@ -712,7 +776,9 @@ def test_a_reader_that_cannot_decode_gives_way_and_is_not_blamed_on_the_file(tmp
         assert slide.info.reader == "tiffslide"
         assert np.array_equal(slide.read(0, Box(0, 0, 176, 176)), texture[:176, :176])
     with open_slide(path, reader="openslide") as slide:
-        with pytest.raises(SlideError, match=r"openslide cannot read .*, but tiffslide can; pass --reader tiffslide") as error:
+        with pytest.raises(
+            SlideError, match=r"openslide cannot read .*, but tiffslide can; pass --reader tiffslide"
+        ) as error:
             slide.read(0, Box(0, 0, 50, 50))
         assert "damaged" not in one_line(error)
     written(path, texture.astype(np.float32) / 255, photometric="rgb", tile=(128, 128))
@@ -751,7 +817,9 @@ def test_exif_orientation_of_a_photograph_is_ignored_with_a_warning(tmp_path, te
 
 
 def test_resolution_tags():
-    assert from_tiff_tags({"XResolution": (40000, 1), "YResolution": (40000, 1), "ResolutionUnit": 3})[0] == PixelSize(0.25, 0.25, "TIFF XResolution")
+    assert from_tiff_tags({"XResolution": (40000, 1), "YResolution": (40000, 1), "ResolutionUnit": 3})[0] == PixelSize(
+        0.25, 0.25, "TIFF XResolution"
+    )
     assert from_tiff_tags({"XResolution": (40000, 1), "YResolution": (40000, 1), "ResolutionUnit": 1}) == (None, ())
     assert from_tiff_tags({"XResolution": (0, 1), "YResolution": (0, 1)}) == (None, ())
     assert from_tiff_tags({}) == (None, ())

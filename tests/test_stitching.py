@@ -65,7 +65,9 @@ def test_small_overlaps_are_cut_from_the_worse() -> None:
 
 def test_a_cluster_goes_and_its_members_stay() -> None:
     """One outline over two nuclei, with the best score of the three."""
-    out, counts = stitch(cells_of([square(10, 10, 30), square(11, 11), square(25, 25)], [0.95, 0.8, 0.8]), SIZE, 1, StitchingConfig())
+    out, counts = stitch(
+        cells_of([square(10, 10, 30), square(11, 11), square(25, 25)], [0.95, 0.8, 0.8]), SIZE, 1, StitchingConfig()
+    )
     assert len(out) == 2
     assert counts.clusters == 1
 
@@ -81,7 +83,12 @@ def test_of_two_nested_outlines_the_better_stays(scores: list[float]) -> None:
 
 def test_a_chain_keeps_both_ends() -> None:
     """A (best) drops B, and B, being gone, drops nothing: C stays."""
-    out, _ = stitch(cells_of([square(0, 0), square(6, 0), square(12, 0)], [0.9, 0.8, 0.7]), SIZE, 1, StitchingConfig(max_overlap=0.15))
+    out, _ = stitch(
+        cells_of([square(0, 0), square(6, 0), square(12, 0)], [0.9, 0.8, 0.7]),
+        SIZE,
+        1,
+        StitchingConfig(max_overlap=0.15),
+    )
     assert out.scores.tolist() == [np.float32(0.9), np.float32(0.7)]
 
 
@@ -103,9 +110,11 @@ def brute_force(cells: Cells, config: StitchingConfig) -> set[tuple[float, float
 
     def holds(i: int) -> int:
         return sum(
-            shapes[j].area < shapes[i].area and shapes[i].intersection(shapes[j]).area >= config.contained * shapes[j].area
-            for j in range(len(shapes)) if j != i
-        )  # fmt: skip
+            shapes[j].area < shapes[i].area
+            and shapes[i].intersection(shapes[j]).area >= config.contained * shapes[j].area
+            for j in range(len(shapes))
+            if j != i
+        )
 
     clusters = {i for i in range(len(shapes)) if holds(i) >= config.cluster_size}
     kept: list[int] = []
@@ -138,7 +147,9 @@ def crowd(count: int, side: float, seed: int = 0) -> Cells:
     """Noisy nuclei at random places, many of them twice."""
     rng = np.random.default_rng(seed)
     centres = rng.uniform(10, side - 10, (count, 2))
-    centres[count // 2 :: 3] = centres[: len(centres[count // 2 :: 3])] + rng.normal(0, 2, (len(centres[count // 2 :: 3]), 2))
+    centres[count // 2 :: 3] = centres[: len(centres[count // 2 :: 3])] + rng.normal(
+        0, 2, (len(centres[count // 2 :: 3]), 2)
+    )
     angle = np.linspace(0, 2 * np.pi, 16)[:-1]
     radius = rng.uniform(6, 14, (count, 1)) * rng.uniform(0.8, 1.2, (count, 15))
     polygons = shapely.polygons(centres[:, None] + np.stack([radius * np.cos(angle), radius * np.sin(angle)], 2))
@@ -160,7 +171,9 @@ def test_parts_do_not_show(tmp_path: Path, sides: tuple[int, ...], cache_bytes: 
             write_part(parts[-1], cells.take(key == k), "hash", {})
         rest = np.ones(len(cells), bool)
         rest[_rows_in(parts, cells)] = False  # what is in no file comes from memory
-        settled, mine = stitch_outlines([*parts, cells.take(rest)], (600, 600), 20, StitchingConfig(), descriptor_size=3, cache_bytes=cache_bytes)
+        settled, mine = stitch_outlines(
+            [*parts, cells.take(rest)], (600, 600), 20, StitchingConfig(), descriptor_size=3, cache_bytes=cache_bytes
+        )
         assert mine == counts
         assert settled.total_bounds == whole.total_bounds
         np.testing.assert_array_equal(settled.bounds, whole.bounds)

@@ -50,8 +50,8 @@ TABLE_FORMS = [
     "{a}; {b} ;{c}\n1,5;2,5;ä\n3;4,25;b\n",
     "{A}\t{B}\t{C}\n1,5\t2,5\tä\n3\t4,25\tb\n",
     'sep=;\n"{A}";"{b}";"{C}"\n"1,5";"2,5";"ä"\n\n3;4,25;b;;\n',
-    "\n{A}, {B}, {C},\n1.5, 2.5, \"ä\",\n3, 4.25, b,\n",
-]  # fmt: skip
+    '\n{A}, {B}, {C},\n1.5, 2.5, "ä",\n3, 4.25, b,\n',
+]
 
 
 def filled(form: str, a: str, b: str, c: str) -> str:
@@ -69,7 +69,13 @@ def test_tables_of_every_program_mean_the_same(form: str, encoding: str, line_en
     assert points.types.tolist() == ["ä", "b"]
     seeds = read_seeds(write(tmp_path / "seeds.tsv", filled(form, "x", "y", "class"), encoding, line_end))
     assert [(kind.name, kind.points) for kind in seeds.types] == [("ä", ((1.5, 2.5),)), ("b", ((3, 4.25),))]
-    text = filled(form, "mpp", "path", "name").replace("2.5", "a.svs").replace("2,5", "a.svs").replace("4.25", "b.svs").replace("4,25", "b.svs")
+    text = (
+        filled(form, "mpp", "path", "name")
+        .replace("2.5", "a.svs")
+        .replace("2,5", "a.svs")
+        .replace("4.25", "b.svs")
+        .replace("4,25", "b.svs")
+    )
     slides = read_list(write(tmp_path / "list.csv", text, encoding, line_end), force_mpp=True)
     assert slides == [Entry(str(tmp_path / "a.svs"), 1.5, None, "ä"), Entry(str(tmp_path / "b.svs"), 3, None, "b")]
 
@@ -88,8 +94,14 @@ def test_documents_of_every_editor_mean_the_same(encoding: str, line_end: str, t
 
 def test_a_comma_is_not_guessed_to_be_decimal(tmp_path: Path) -> None:
     """1,234 beside 5.5 may be a thousand: refused. Commas between columns cannot be decimal ones, too."""
-    one_line(lambda: read_side(write(tmp_path / "p.csv", "x\ty\n1,234\t5.5\n"), {}), 'line 2: x and y are "1,234" and "5.5"')
-    one_line(lambda: read_side(write(tmp_path / "p.csv", "x,y\n1,5,2,5\n"), {}), "line 2: 4 cells for 2 columns", "decimal comma needs ';'")
+    one_line(
+        lambda: read_side(write(tmp_path / "p.csv", "x\ty\n1,234\t5.5\n"), {}), 'line 2: x and y are "1,234" and "5.5"'
+    )
+    one_line(
+        lambda: read_side(write(tmp_path / "p.csv", "x,y\n1,5,2,5\n"), {}),
+        "line 2: 4 cells for 2 columns",
+        "decimal comma needs ';'",
+    )
 
 
 def test_columns_beside_those_needed_do_not_matter(tmp_path: Path) -> None:
@@ -120,9 +132,11 @@ def test_tables_that_are_refused(text: str, words: list[str], tmp_path: Path) ->
 
 def readers(path: Path) -> dict[str, Callable[[], object]]:
     return {
-        "seeds": lambda: read_seeds(path), "list": lambda: read_list(path), "config": lambda: read_config(path),
+        "seeds": lambda: read_seeds(path),
+        "list": lambda: read_list(path),
+        "config": lambda: read_config(path),
         "points": lambda: read_side(path, {}),
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize("kind", ["seeds", "list", "config", "points"])
@@ -160,7 +174,10 @@ def test_json_that_is_refused(tmp_path: Path) -> None:
         ("[" * 100_000 + "]" * 100_000, "nested too deep"),
         ('{"version": 1' + "0" * 5000 + "}", "a number too long"),
         ('{"version": 1, "types": [{"name": "a", "points": [[1e400, 2]]}]}', "types[0].points[0]: inf is not finite"),
-        ('{"version": 1, "types": [{"name": "a", "points": [[1e300, 2]]}]}', "types[0].points[0]: 1e+300 is farther than any slide reaches"),
+        (
+            '{"version": 1, "types": [{"name": "a", "points": [[1e300, 2]]}]}',
+            "types[0].points[0]: 1e+300 is farther than any slide reaches",
+        ),
         ('{"version": 1, "types": [{"name": "a", "points": [[NaN, 2]]}]}', "types[0].points[0]: nan is not finite"),
         ('{"version": 1, "types": [{"name": "\\u0000", "points": [[1, 2]]}]}', "a control character"),
     ):
@@ -217,15 +234,21 @@ MALFORMED: dict[str, object] = {
     "a number is text": collection(feature({"type": "Polygon", "coordinates": [[["1", "2"], *SQUARE]]})),
     "a number is huge": collection(feature({"type": "Polygon", "coordinates": [[[1e300, 2], *SQUARE]]})),
     "a whole number is huge": collection(feature({"type": "Polygon", "coordinates": [[[10**400, 2], *SQUARE]]})),
-    "children are a number": collection(feature(POINT, {"classification": {"name": "a"}, "childObjects": 5}), feature(POLYGON)),
+    "children are a number": collection(
+        feature(POINT, {"classification": {"name": "a"}, "childObjects": 5}), feature(POLYGON)
+    ),
 }
 
 
 @pytest.fixture(scope="module")
-def finished(demo: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory, wsiseg: Callable[..., tuple[int, str]]) -> Path:
+def finished(
+    demo: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory, wsiseg: Callable[..., tuple[int, str]]
+) -> Path:
     """A run on the demo slide, inside a small region."""
     folder = tmp_path_factory.mktemp("finished")
-    status, output = wsiseg("run", demo[0], "--out", folder, "--roi", write(folder / "roi.geojson", json.dumps(POLYGON)))
+    status, output = wsiseg(
+        "run", demo[0], "--out", folder, "--roi", write(folder / "roi.geojson", json.dumps(POLYGON))
+    )
     assert status == 0, output
     return folder / Path(demo[0]).stem
 
@@ -270,7 +293,9 @@ def test_files_of_another_kind_are_named(
         assert "did you mean --seeds?" in output
 
 
-def test_a_repaired_region_is_said_to_the_user(demo: tuple[Path, Path], tmp_path: Path, wsiseg: Callable[..., tuple[int, str]]) -> None:
+def test_a_repaired_region_is_said_to_the_user(
+    demo: tuple[Path, Path], tmp_path: Path, wsiseg: Callable[..., tuple[int, str]]
+) -> None:
     spike = [[10, 10], [110, 10], [110, 110], [150, 150], [110, 110], [10, 110], [10, 10]]
     path = write(tmp_path / "roi.geojson", json.dumps(collection(feature({"type": "Polygon", "coordinates": [spike]}))))
     status, output = wsiseg("run", demo[0], "--out", tmp_path / "out", "--roi", path)
@@ -303,7 +328,12 @@ def replaced(config: Any, name: str, value: object) -> Any:
 @pytest.mark.parametrize("name", [name for name, _ in literals(RunConfig())])
 def test_every_choice_is_checked_in_the_library(name: str) -> None:
     for wrong in ("foo", 3, None, ["auto"]):
-        one_line(lambda wrong=wrong: check(replaced(RunConfig(), name, wrong)), f"{name} is", "choose from", error=ConfigError)
+        one_line(
+            lambda wrong=wrong: check(replaced(RunConfig(), name, wrong)),
+            f"{name} is",
+            "choose from",
+            error=ConfigError,
+        )
 
 
 def test_a_wrong_setting_of_the_library_stops_the_run_at_its_start(demo: tuple[Path, Path], tmp_path: Path) -> None:

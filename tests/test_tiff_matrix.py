@@ -31,16 +31,23 @@ HEIGHT, WIDTH = 80, 112  # neither is a multiple of a tile
 def picture() -> np.ndarray:
     """H&E-like: pale glass that reaches 255, nothing black; smooth, for JPEG. uint8 of shape (HEIGHT, WIDTH, 3)."""
     y, x = np.mgrid[0:HEIGHT, 0:WIDTH]
-    waves = [190 + 65 * np.sin(x / 9) * np.cos(y / 12), 150 + 80 * np.cos(x / 8 + y / 15), 175 + 60 * np.sin((x + 2 * y) / 21)]
+    waves = [
+        190 + 65 * np.sin(x / 9) * np.cos(y / 12),
+        150 + 80 * np.cos(x / 8 + y / 15),
+        175 + 60 * np.sin((x + 2 * y) / 21),
+    ]
     return np.clip(np.stack(waves, axis=-1).round(), 60, 255).astype(np.uint8)
 
 
 def numbered(values: np.ndarray, numbers: str) -> np.ndarray:
     """Values from 0 to 255 as the number type has them."""
     scale, kind = {
-        "uint8": (1.0, np.uint8), "10 bits in uint16": (1023 / 255, np.uint16), "uint16": (257.0, np.uint16), "int16": (100.0, np.int16),
+        "uint8": (1.0, np.uint8),
+        "10 bits in uint16": (1023 / 255, np.uint16),
+        "uint16": (257.0, np.uint16),
+        "int16": (100.0, np.int16),
         "float32": (1 / 255, np.float32),
-    }[numbers]  # fmt: skip
+    }[numbers]
     scaled = values.astype(np.float64) * scale
     return scaled.astype(kind) if kind == np.float32 else scaled.round().astype(kind)
 
@@ -55,7 +62,11 @@ def stored(model: str, numbers: str, compression: str) -> tuple[np.ndarray, dict
     """Array to write, how to, and the RGB that must come out."""
     rgb = picture()
     if model == "grey":
-        return numbered(rgb[..., :1], numbers)[..., 0], {"photometric": "minisblack"}, np.repeat(rgb[..., :1], 3, axis=2)
+        return (
+            numbered(rgb[..., :1], numbers)[..., 0],
+            {"photometric": "minisblack"},
+            np.repeat(rgb[..., :1], 3, axis=2),
+        )
     if model == "palette":
         index = rgb[..., 0] // 8
         step = {"uint8": 1, "10 bits in uint16": 31, "uint16": 2000}.get(numbers, 1)
@@ -63,23 +74,37 @@ def stored(model: str, numbers: str, compression: str) -> tuple[np.ndarray, dict
         colours = np.stack([np.arange(32) * 8, 255 - np.arange(32) * 3, 100 + np.arange(32)])
         table[:, np.arange(32) * step] = colours * 257
         kind = {"uint8": np.uint8, "int16": np.int16, "float32": np.float32}.get(numbers, np.uint16)
-        return (index.astype(int) * step).astype(kind), {"photometric": "palette", "colormap": table}, colours.T[index].astype(np.uint8)
+        return (
+            (index.astype(int) * step).astype(kind),
+            {"photometric": "palette", "colormap": table},
+            colours.T[index].astype(np.uint8),
+        )
     if model == "CMYK":
         black = np.zeros((HEIGHT, WIDTH, 1), np.uint8)
         black[:, WIDTH // 2 :] = 40
         inks = np.concatenate([255 - rgb, black], axis=2)
-        return numbered(inks, numbers), {"photometric": "separated"}, ((rgb * (255.0 - black)) / 255).round().astype(np.uint8)
+        return (
+            numbered(inks, numbers),
+            {"photometric": "separated"},
+            ((rgb * (255.0 - black)) / 255).round().astype(np.uint8),
+        )
     if model == "YCbCr":
         return numbered(ycbcr(rgb), numbers), {"photometric": "ycbcr"}, rgb
     if model == "RGBA":
         opacity = np.full((HEIGHT, WIDTH, 1), 255, np.uint8)
         opacity[:20] = np.linspace(0, 255, WIDTH).round()[None, :, None]
         blended = (rgb * (opacity / 255.0) + (255 - opacity)).round().astype(np.uint8)
-        return numbered(np.concatenate([rgb, opacity], axis=2), numbers), {"photometric": "rgb", "extrasamples": ["unassalpha"]}, blended
+        return (
+            numbered(np.concatenate([rgb, opacity], axis=2), numbers),
+            {"photometric": "rgb", "extrasamples": ["unassalpha"]},
+            blended,
+        )
     return numbered(rgb, numbers), {"photometric": "rgb"}, rgb
 
 
-def write(path: Path, model: str, numbers: str, compression: str, tiled: bool, planar: bool, orientation: int) -> np.ndarray | None:
+def write(
+    path: Path, model: str, numbers: str, compression: str, tiled: bool, planar: bool, orientation: int
+) -> np.ndarray | None:
     """The RGB that must come out; ``None`` when a TIFF cannot be so."""
     pixels, options, rgb = stored(model, numbers, compression)
     if planar and pixels.ndim == 2:
@@ -95,9 +120,16 @@ def write(path: Path, model: str, numbers: str, compression: str, tiled: bool, p
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             tifffile.imwrite(
-                path, pixels, compression=OPTIONS[compression], metadata=None, resolution=(40000, 40000), resolutionunit="CENTIMETER",
-                extratags=[(274, 3, 1, orientation, True)], **chunks, **options,
-            )  # fmt: skip
+                path,
+                pixels,
+                compression=OPTIONS[compression],
+                metadata=None,
+                resolution=(40000, 40000),
+                resolutionunit="CENTIMETER",
+                extratags=[(274, 3, 1, orientation, True)],
+                **chunks,
+                **options,
+            )
     except (ValueError, TypeError):  # int16 and float palettes
         return None
     return rgb
@@ -152,7 +184,9 @@ def cell(verdicts: dict[tuple[object, ...], str]) -> str:
         return "read"
     if "read" not in verdicts.values():
         return "refused"
-    exceptions = {f"{c} {'planar' if p else 'chunky'}" for (c, _, p, _), verdict in verdicts.items() if verdict != "read"}
+    exceptions = {
+        f"{c} {'planar' if p else 'chunky'}" for (c, _, p, _), verdict in verdicts.items() if verdict != "read"
+    }
     return f"read; refused: {', '.join(sorted(exceptions))}"
 
 
@@ -178,7 +212,9 @@ def test_a_tiff_is_read_as_the_array_that_made_it_or_refused_by_name(tmp_path, m
 @pytest.mark.parametrize("reader", ["openslide", "tiffslide", "image"])
 @pytest.mark.parametrize("model", MODELS)
 def test_a_reader_that_is_asked_for_is_right_too_or_refuses(tmp_path, model, reader):
-    for combination in itertools.product(("uint8", "int16"), ("none", "LZW", "JPEG"), (False, True), (False, True), (1, 6)):
+    for combination in itertools.product(
+        ("uint8", "int16"), ("none", "LZW", "JPEG"), (False, True), (False, True), (1, 6)
+    ):
         numbers, compression, tiled, planar, orientation = combination
         rgb = write(tmp_path / "a.tif", model, numbers, compression, tiled, planar, orientation)
         if rgb is None:

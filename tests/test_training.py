@@ -57,8 +57,23 @@ def data(tmp_path: Path) -> Path:
 
 
 def train(data: Path, out: Path, steps: int) -> str:
-    command = [sys.executable, str(RECIPE), "--data", str(data), "--out", str(out), "--steps", str(steps), "--batch", "2", "--device", "cpu"]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300, env={**os.environ, "MPLBACKEND": "Agg"})
+    command = [
+        sys.executable,
+        str(RECIPE),
+        "--data",
+        str(data),
+        "--out",
+        str(out),
+        "--steps",
+        str(steps),
+        "--batch",
+        "2",
+        "--device",
+        "cpu",
+    ]
+    done = subprocess.run(
+        command, check=False, capture_output=True, text=True, timeout=300, env={**os.environ, "MPLBACKEND": "Agg"}
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 
@@ -73,7 +88,9 @@ def test_the_recipe_from_data_to_card_and_on_after_a_stop(data, tmp_path) -> Non
     assert "3 steps" in card
     assert "CC BY 4.0" in card
     with (out / "images.csv").open() as stream:
-        assert [row["set"] for row in csv.DictReader(stream)] == [f"{n}/train" for n in ("tnbc", "dsb2018_histology", "nucls_mini", "brca_m2c")]
+        assert [row["set"] for row in csv.DictReader(stream)] == [
+            f"{n}/train" for n in ("tnbc", "dsb2018_histology", "nucls_mini", "brca_m2c")
+        ]
     assert "going on at step 3" in train(data, out, 5)
     assert weights.read_bytes() != first
     assert "5 steps" in (out / "nuclei-compact.md").read_text()
@@ -89,7 +106,12 @@ def test_the_seed_alone_decides(data, tmp_path) -> None:
 def test_the_shipped_list_of_images_names_no_evaluation_set() -> None:
     with (RECIPE.parent / "images.csv").open() as stream:
         rows = list(csv.DictReader(stream))
-    assert {row["set"] for row in rows} == {"tnbc/train", "dsb2018_histology/train", "nucls_mini/train", "brca_m2c/train"}
+    assert {row["set"] for row in rows} == {
+        "tnbc/train",
+        "dsb2018_histology/train",
+        "nucls_mini/train",
+        "brca_m2c/train",
+    }
     assert all(row["licence"] in ("CC BY 4.0", "CC0 1.0", "BSD-3-Clause") for row in rows)
     assert not any("TCGA-A7-A13E" in row["image"] for row in rows)
 

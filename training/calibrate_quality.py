@@ -32,7 +32,9 @@ def order_loss(predicted: Tensor, true: Tensor) -> Tensor:
     """Logistic loss of the order of pairs, weighted by how far apart their true IoU are."""
     other = torch.randperm(len(true), device=true.device)
     gap = true - true[other]
-    return (F.softplus(-(predicted - predicted[other]) * gap.sign()) * gap.abs()).sum() / gap.abs().sum().clamp_min(1e-6)
+    return (F.softplus(-(predicted - predicted[other]) * gap.sign()) * gap.abs()).sum() / gap.abs().sum().clamp_min(
+        1e-6
+    )
 
 
 def main() -> None:
@@ -44,7 +46,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto")
     options = parser.parse_args()
-    device = torch.device("cuda" if options.device == "auto" and torch.cuda.is_available() else options.device.replace("auto", "cpu"))
+    device = torch.device(
+        "cuda" if options.device == "auto" and torch.cuda.is_available() else options.device.replace("auto", "cpu")
+    )
     torch.manual_seed(options.seed)
     model = NucleiCompact()
     model.load_state_dict(with_new_inputs(load_file(options.weights), model))
@@ -72,12 +76,18 @@ def main() -> None:
             origin = masks.origin_xy // STRIDE_PX
             which = tile[rows].repeat_interleave(count)
             window = windows(batch["label"].float()[:, None] + 1, which, masks.origin_xy, WINDOW_SIZE * STRIDE_PX)
-            known = windows(batch["weight"][:, None], which, origin, WINDOW_SIZE)[:, 0] * (F.max_pool2d(window, STRIDE_PX)[:, 0] > 0)
+            known = windows(batch["weight"][:, None], which, origin, WINDOW_SIZE)[:, 0] * (
+                F.max_pool2d(window, STRIDE_PX)[:, 0] > 0
+            )
             target = F.avg_pool2d((window == (mine + 1)[:, None, None, None]).float(), STRIDE_PX)[:, 0]
             _, true = _compare(masks.logits, target, known)
             true = true * (mine > 0)
             predicted = torch.logit(masks.predicted_iou, eps=1e-5)
-            loss = loss + F.binary_cross_entropy_with_logits(predicted, true) + 0.5 * order_loss(predicted[mine > 0], true[mine > 0])
+            loss = (
+                loss
+                + F.binary_cross_entropy_with_logits(predicted, true)
+                + 0.5 * order_loss(predicted[mine > 0], true[mine > 0])
+            )
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         for group in optimiser.param_groups:

@@ -84,7 +84,9 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--only", choices=list(ENCODERS), nargs="+", default=list(ENCODERS))
     options = parser.parse_args()
-    device = torch.device("cuda" if options.device == "auto" and torch.cuda.is_available() else options.device.replace("auto", "cpu"))
+    device = torch.device(
+        "cuda" if options.device == "auto" and torch.cuda.is_available() else options.device.replace("auto", "cpu")
+    )
     outlines = [f for name in MASK_SHARES for f in load_instances(options.data, name)]
     images = development_images(options.data)
     config = RunConfig()
@@ -95,22 +97,44 @@ def main() -> None:
         model = NucleiCompact()
         model.pyramid = ENCODERS[name]()
         parameters = sum(p.numel() for p in model.pyramid.parameters()) / 1e6
-        average, steps = train(model.to(device).to(memory_format=torch.channels_last), Crops(outlines, MASK_SHARES, 0), 60 * options.minutes, device)
+        average, steps = train(
+            model.to(device).to(memory_format=torch.channels_last),
+            Crops(outlines, MASK_SHARES, 0),
+            60 * options.minutes,
+            device,
+        )
         average = average.cpu().ready(torch.device("cpu"), bf16=False)
         gmac, milliseconds = cost(average)
-        row: dict[str, object] = {"encoder": name, "parameters (M)": parameters, "GMAC/Mpx": gmac, "CPU ms/Mpx": milliseconds, "steps": steps}
+        row: dict[str, object] = {
+            "encoder": name,
+            "parameters (M)": parameters,
+            "GMAC/Mpx": gmac,
+            "CPU ms/Mpx": milliseconds,
+            "steps": steps,
+        }
         for collection in ("tnbc", "dsb2018"):
             found: dict[str, list[float]] = {"APG": [], "point": []}
             for of, image, label in images:
                 if of != collection:
                     continue
                 e = encode(average, image)
-                for key, points, settings in (("APG", automatic_points(e, config), config), ("point", centre_points(label), by_point)):
-                    found[key].append(score(label, rasterise(cells_of(average, e, points, label.shape, settings).polygons, label.shape))["aji"])
+                for key, points, settings in (
+                    ("APG", automatic_points(e, config), config),
+                    ("point", centre_points(label), by_point),
+                ):
+                    found[key].append(
+                        score(
+                            label, rasterise(cells_of(average, e, points, label.shape, settings).polygons, label.shape)
+                        )["aji"]
+                    )
             row |= {f"{collection} {k} AJI": float(np.mean(v)) for k, v in found.items()}
         print(row, flush=True)
         rows.append(row)
-    write_results("encoders", rows, f"`training/compare_encoders.py --minutes {options.minutes:g}`: {device.type} time for each, outlines only.")
+    write_results(
+        "encoders",
+        rows,
+        f"`training/compare_encoders.py --minutes {options.minutes:g}`: {device.type} time for each, outlines only.",
+    )
 
 
 if __name__ == "__main__":

@@ -105,7 +105,9 @@ def load_instances(root: Path, collection: str, split: str = "train") -> list[Fi
     return fields
 
 
-def load_points(root: Path, collection: str, split: str = "train", scale: int = 2) -> list[tuple[str, np.ndarray, np.ndarray]]:
+def load_points(
+    root: Path, collection: str, split: str = "train", scale: int = 2
+) -> list[tuple[str, np.ndarray, np.ndarray]]:
     """Every image of a dot-labelled collection, enlarged ``scale`` times: (name, image, rows of x, y, type)."""
     out = []
     for path in sorted((root / "points" / collection / split / "image").glob("*.png")):
@@ -138,7 +140,9 @@ def _nuclei(density: np.ndarray, label: np.ndarray, depth: np.ndarray, rng: np.r
     coarse = F.avg_pool2d(torch.cat([torch.from_numpy(density.transpose(2, 0, 1))[None] * free, free], 1), 8)
     coarse = F.avg_pool2d(coarse, 5, 1, 2, count_include_pad=False)
     mean = coarse[:, :3].sum((2, 3), keepdim=True) / coarse[:, 3:].sum().clamp_min(1e-3)
-    around = torch.where(coarse[:, 3:] > 0.02, coarse[:, :3] / coarse[:, 3:].clamp_min(0.02), mean)  # amid giant nuclei nothing is near
+    around = torch.where(
+        coarse[:, 3:] > 0.02, coarse[:, :3] / coarse[:, 3:].clamp_min(0.02), mean
+    )  # amid giant nuclei nothing is near
     around = F.interpolate(around, scale_factor=8, mode="bilinear", align_corners=False)[0].permute(1, 2, 0).numpy()
     gain = np.exp(rng.normal(rng.normal(-0.1, 0.25), rng.uniform(0, 0.3), label.max() + 1)).astype(np.float32)[label]
     if rng.random() < 0.4:  # vesicular
@@ -149,12 +153,18 @@ def _nuclei(density: np.ndarray, label: np.ndarray, depth: np.ndarray, rng: np.r
         k = int(rng.integers(24, 70))
         grain = torch.from_numpy(rng.standard_normal((1, 1, k, k)).astype(np.float32))
         grain = F.interpolate(grain, size=label.shape, mode="bicubic", align_corners=False)[0, 0].numpy()
-        gain = gain * (1 + rng.uniform(0.1, 0.5) * grain) if rng.random() < 0.6 else gain + rng.uniform(0.3, 1.0) * np.clip(grain - 1, 0, 2)
+        gain = (
+            gain * (1 + rng.uniform(0.1, 0.5) * grain)
+            if rng.random() < 0.6
+            else gain + rng.uniform(0.3, 1.0) * np.clip(grain - 1, 0, 2)
+        )
     soft = ndimage.gaussian_filter(inside.astype(np.float32), 0.7)
     return density + (soft * (np.clip(gain, 0.3, 2.0) - 1))[..., None] * (density - around)
 
 
-def _stain(image: np.ndarray, label: np.ndarray, depth: np.ndarray, rng: np.random.Generator, pale: bool, strength: float) -> np.ndarray:
+def _stain(
+    image: np.ndarray, label: np.ndarray, depth: np.ndarray, rng: np.random.Generator, pale: bool, strength: float
+) -> np.ndarray:
     """Move the stains in optical-density space; give pale backgrounds an eosin-like texture now and then."""
     density = -np.log((image.astype(np.float32) + 1) / 256)
     if pale and rng.random() < 0.6:
@@ -169,12 +179,18 @@ def _stain(image: np.ndarray, label: np.ndarray, depth: np.ndarray, rng: np.rand
         density = _nuclei(density, label, depth, rng)
     stains = density @ hed_from_rgb.astype(np.float32)
     colours = rgb_from_hed.astype(np.float32) + rng.normal(0, 0.04, (3, 3)).astype(np.float32)
-    if rng.random() < 0.12 * strength:  # immunohistochemistry: what eosin stains turns brown, haematoxylin bluer and weaker
+    if (
+        rng.random() < 0.12 * strength
+    ):  # immunohistochemistry: what eosin stains turns brown, haematoxylin bluer and weaker
         brown = np.array([0.27, 0.57, 0.78]) * rng.uniform(0.6, 1.8)
         colours[1] = colours[1] + rng.uniform(0.6, 1.0) * (brown - colours[1])
         colours[0] = colours[0] * [1.0, rng.uniform(0.6, 1.0), rng.uniform(0.4, 0.9)]
     stains = stains * np.exp(rng.normal(0, [0.25, 0.32, 0.3])) + rng.normal(0, 0.015, 3)
-    channels = np.exp(rng.uniform(np.log(0.7), np.log(1.4), 3)) if rng.random() < 0.5 * strength else rng.uniform(0.85, 1.15, 3)
+    channels = (
+        np.exp(rng.uniform(np.log(0.7), np.log(1.4), 3))
+        if rng.random() < 0.5 * strength
+        else rng.uniform(0.85, 1.15, 3)
+    )
     density = (stains @ colours) * channels + rng.uniform(0, 0.06)
     return np.clip(np.exp(-density) * 255, 0, 255)
 
@@ -205,7 +221,9 @@ def crop(field: Field, rng: np.random.Generator, strength: float = 1.0) -> dict[
     scale = target / field.diameter
     angle = rng.uniform(0, 2 * np.pi)
     stretch = np.exp(rng.normal(0, 0.06))
-    matrix = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]) @ np.diag([stretch, 1 / stretch])
+    matrix = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]) @ np.diag(
+        [stretch, 1 / stretch]
+    )
     if rng.random() < 0.5:
         matrix[:, 0] *= -1
     height, width = field.label.shape
@@ -225,9 +243,15 @@ def crop(field: Field, rng: np.random.Generator, strength: float = 1.0) -> dict[
     source = torch.tensor(field.image).permute(2, 0, 1)[None].float()
     if scale < 0.7:
         source = F.avg_pool2d(source, 3, 1, 1)
-    image = F.grid_sample(source, grid, mode="bilinear", padding_mode="reflection", align_corners=False)[0].permute(1, 2, 0).numpy()
+    image = (
+        F.grid_sample(source, grid, mode="bilinear", padding_mode="reflection", align_corners=False)[0]
+        .permute(1, 2, 0)
+        .numpy()
+    )
     planes = np.stack([field.label.astype(np.float32), field.distances[0], field.distances[1], field.weight])
-    planes = F.grid_sample(torch.from_numpy(planes)[None], grid, mode="nearest", padding_mode="reflection", align_corners=False)[0].numpy()
+    planes = F.grid_sample(
+        torch.from_numpy(planes)[None], grid, mode="nearest", padding_mode="reflection", align_corners=False
+    )[0].numpy()
     sampled = planes[0].astype(np.int64)
     mirrored = (grid[0].abs() > 1).any(-1).numpy()
     edge = np.unique(np.concatenate([field.label[0], field.label[-1], field.label[:, 0], field.label[:, -1]]))
@@ -236,7 +260,11 @@ def crop(field: Field, rng: np.random.Generator, strength: float = 1.0) -> dict[
     # Mirror images of one nucleus are nuclei of their own.
     label = components(sampled, background=0, connectivity=1)
     _, first = np.unique(label.ravel(), return_index=True)
-    types_of = field.types[sampled.ravel()[first]] if label.min() == 0 else np.concatenate([[0], field.types[sampled.ravel()[first]]])
+    types_of = (
+        field.types[sampled.ravel()[first]]
+        if label.min() == 0
+        else np.concatenate([[0], field.types[sampled.ravel()[first]]])
+    )
     pale = field.collection == "dsb2018_histology" and field.share == 1.0
     image = _optics(_stain(image, label, planes[2], rng, pale, strength), rng, strength)
     points, owners = _prompts(label, planes[1], rng)

@@ -50,7 +50,10 @@ class _Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         b, c, h, w = x.shape
         q, k, v = self.qkv(x).chunk(3, 1)
-        k, v = (F.unfold(t, self.SIDE, padding=self.SIDE // 2).view(b, self.heads, c // self.heads, -1, h * w) for t in (k, v))
+        k, v = (
+            F.unfold(t, self.SIDE, padding=self.SIDE // 2).view(b, self.heads, c // self.heads, -1, h * w)
+            for t in (k, v)
+        )
         q = q.reshape(b, self.heads, c // self.heads, h * w) * (c // self.heads) ** -0.5
         near = torch.einsum("nhcp,nhcsp->nhsp", q, k) + self.bias[None, :, :, None]
         inside = F.unfold(torch.ones(1, 1, h, w, device=x.device), self.SIDE, padding=self.SIDE // 2)[:, None]
@@ -80,4 +83,8 @@ class VitPyramid(Pyramid):
         self.stage16 = nn.Sequential(_conv(128, 192, 2), *(_Transformer(192) for _ in range(6)))
 
 
-ENCODERS = {"convolutional pyramid (shipped)": Pyramid, "ConvNeXt blocks": ConvNextPyramid, "transformer, convolutional stem": VitPyramid}
+ENCODERS = {
+    "convolutional pyramid (shipped)": Pyramid,
+    "ConvNeXt blocks": ConvNextPyramid,
+    "transformer, convolutional stem": VitPyramid,
+}

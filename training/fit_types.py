@@ -25,8 +25,13 @@ from wsiseg.records import TypeSpace
 #: Collections with dots: enlargement to the model's scale, and which of `KINDS` each of their types is (the rest is of no known kind).
 SETS = {"brca_m2c": (2, {1: 0, 2: 1, 3: 2}), "nucls_mini": (1, {1: 1, 2: 2, 3: 0})}
 KINDS = 3
-MEASURED = 0.1  #: share of the measurements in a distance; 0.3, as in the plain cosine, costs 0.01 macro-F1 with one click
-SHRINK_WITHIN, SHRINK_SPREAD = 0.5, 0.1  #: towards a round cloud; 0.2 within costs 0.02 to 0.04 on other slides, the second hardly matters
+MEASURED = (
+    0.1  #: share of the measurements in a distance; 0.3, as in the plain cosine, costs 0.01 macro-F1 with one click
+)
+SHRINK_WITHIN, SHRINK_SPREAD = (
+    0.5,
+    0.1,
+)  #: towards a round cloud; 0.2 within costs 0.02 to 0.04 on other slides, the second hardly matters
 FEWEST = 5  #: dots of a type in an image that make a mean
 LOOSE = 1.5  #: the strays of a mean from its kind are underestimated by fitting kind and shift to the same means
 
@@ -54,7 +59,9 @@ def fit(collections: dict[str, list[Dots]]) -> TypeSpace:
     if size > LEARNED:
         weights[:LEARNED] = ((1 - MEASURED) / (1 - MEASURED_SHARE)) ** 0.5
         weights[LEARNED:] = (MEASURED / MEASURED_SHARE) ** 0.5
-    within, between = (np.mean(parts, 0) for parts in zip(*(_covariances(c, weights) for c in collections.values()), strict=True))
+    within, between = (
+        np.mean(parts, 0) for parts in zip(*(_covariances(c, weights) for c in collections.values()), strict=True)
+    )
     within, between = _round(within, SHRINK_WITHIN), _round(between, SHRINK_SPREAD)
     values, vectors = np.linalg.eigh(within)
     white = vectors / np.sqrt(values)
@@ -69,14 +76,18 @@ def fit(collections: dict[str, list[Dots]]) -> TypeSpace:
                 if (types == code).sum() >= FEWEST:
                     rows[kind] = (z[types == code] @ transform).mean(0)
             means.append(rows)
-    seen = np.array([m for m in means if (~np.isnan(m[:, 0])).sum() > 1])  # an image with one kind cannot tell shift from stray
+    seen = np.array(
+        [m for m in means if (~np.isnan(m[:, 0])).sum() > 1]
+    )  # an image with one kind cannot tell shift from stray
     shift, kinds = np.zeros((len(seen), size)), np.nanmean(seen, 0)
     for _ in range(50):
         shift = np.nanmean(seen - kinds, 1)
         shift -= shift.mean(0)
         kinds = np.nanmean(seen - shift[:, None], 0)
     stray = np.nanmean((seen - kinds - shift[:, None]) ** 2, (0, 1)) * LOOSE
-    return TypeSpace(transform.astype(np.float32), kinds.mean(0), np.maximum(spread, 1e-6), kinds, stray, (shift**2).mean(0))
+    return TypeSpace(
+        transform.astype(np.float32), kinds.mean(0), np.maximum(spread, 1e-6), kinds, stray, (shift**2).mean(0)
+    )
 
 
 def _covariances(images: list[Dots], weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -109,7 +120,9 @@ def main() -> None:
     for name in ("transform", "middle", "spread", "kinds", "kind_spread", "shift"):
         tensors[f"type_{name}"] = torch.from_numpy(getattr(space, name)).float().contiguous()
     save_file(tensors, options.out)
-    print(f"{options.out}: spread {space.spread.sum():.1f}, shift {space.shift.sum():.1f}, kinds stray {space.kind_spread.sum():.1f}")
+    print(
+        f"{options.out}: spread {space.spread.sum():.1f}, shift {space.shift.sum():.1f}, kinds stray {space.kind_spread.sum():.1f}"
+    )
 
 
 if __name__ == "__main__":

@@ -30,7 +30,9 @@ from wsiseg.evaluation.rasterize import rasterise
 if TYPE_CHECKING:
     import argparse
 
-SAM_VIT_B_GMAC = 486 * 4  # one 1024-px input, and micro-sam's usual 512-px tile enlarged to it: four inputs for a megapixel
+SAM_VIT_B_GMAC = (
+    486 * 4
+)  # one 1024-px input, and micro-sam's usual 512-px tile enlarged to it: four inputs for a megapixel
 
 SOURCES = {
     "tnbc": ("Naylor et al. 2019, zenodo.org/records/2579118", "CC BY 4.0"),
@@ -49,7 +51,9 @@ def list_images(data: Path, out: Path) -> None:
             folder = data / ("points" if name == "brca_m2c" else "instances") / name / "train" / "image"
             for path in sorted(folder.glob("*.png")):
                 if not path.name.startswith(EXCLUDED):
-                    writer.writerow([f"{name}/train", path.name, hashlib.sha256(path.read_bytes()).hexdigest(), source, licence])
+                    writer.writerow(
+                        [f"{name}/train", path.name, hashlib.sha256(path.read_bytes()).hexdigest(), source, licence]
+                    )
 
 
 def draw_curve(out: Path) -> None:
@@ -73,13 +77,19 @@ def draw_curve(out: Path) -> None:
 
 def draw_pictures(weights: Path, data: Path, out: Path) -> None:
     """`pictures.png`: development images with the annotated borders (yellow) and those found without points (green)."""
-    if not (data / "instances/dsb2018_histology/dev").exists() or not (data / "instances/dsb2018_histology/groups.json").exists():
+    if (
+        not (data / "instances/dsb2018_histology/dev").exists()
+        or not (data / "instances/dsb2018_histology/groups.json").exists()
+    ):
         return
     with torch.random.fork_rng():  # building a network draws numbers
         model, config = load_model(str(weights), "cpu"), RunConfig()
     views = []
     for _, image, label in development_images(data)[:6]:
-        found = rasterise(cells_of(model, e := encode(model, image), automatic_points(e, config), label.shape, config).polygons, label.shape)
+        found = rasterise(
+            cells_of(model, e := encode(model, image), automatic_points(e, config), label.shape, config).polygons,
+            label.shape,
+        )
         view = image.copy()
         view[find_boundaries(label, mode="inner")] = (255, 255, 0)
         view[find_boundaries(found, mode="inner")] = (0, 255, 0)
@@ -101,16 +111,20 @@ def write_card(weights: Path, data: Path, out: Path, options: argparse.Namespace
     size = sum(p.numel() for p in model.parameters())  # type: ignore[attr-defined]
     unsaid = {"data", "out"} | ({"minutes"} if options.steps else set())
     command = " ".join(f"--{k} {v}" for k, v in sorted(vars(options).items()) if k not in unsaid and v is not None)
-    text = (Path(__file__).parent / "card.md").read_text().format(
-        parameters=size / 1e6,
-        megabytes=weights.stat().st_size / 1e6,
-        gmac=gmac,
-        sam=SAM_VIT_B_GMAC,
-        ratio=SAM_VIT_B_GMAC / gmac,
-        command=command.replace(str(options.init), "THE WEIGHTS BEFORE") if options.init else command,
-        steps=step,
-        minutes=seconds / 60,
-        versions=f"python {platform.python_version()}, torch {torch.__version__}, numpy {np.__version__}",
-        accuracy=table(accuracy_rows(model, data, sets)) if sets else "not measured: no such images",
+    text = (
+        (Path(__file__).parent / "card.md")
+        .read_text()
+        .format(
+            parameters=size / 1e6,
+            megabytes=weights.stat().st_size / 1e6,
+            gmac=gmac,
+            sam=SAM_VIT_B_GMAC,
+            ratio=SAM_VIT_B_GMAC / gmac,
+            command=command.replace(str(options.init), "THE WEIGHTS BEFORE") if options.init else command,
+            steps=step,
+            minutes=seconds / 60,
+            versions=f"python {platform.python_version()}, torch {torch.__version__}, numpy {np.__version__}",
+            accuracy=table(accuracy_rows(model, data, sets)) if sets else "not measured: no such images",
+        )
     )
     (out / "nuclei-compact.md").write_text(text)

@@ -82,7 +82,9 @@ def losses(model: NucleiCompact, heads: TypeHeads, batch: dict[str, Tensor], amp
     b = len(images)
     tile = torch.arange(b, device=images.device).repeat_interleave(INSTANCES)
     points, owners = batch["points"].flatten(0, 1), batch["owners"].flatten()
-    extras = PromptExtras(batch["hint_xy"].flatten(0, 1), batch["hint_labels"].flatten(0, 1), batch["boxes"].flatten(0, 1))
+    extras = PromptExtras(
+        batch["hint_xy"].flatten(0, 1), batch["hint_labels"].flatten(0, 1), batch["boxes"].flatten(0, 1)
+    )
     masks = model.decode(e, tile, points, extras=extras)
     origin = masks.origin_xy // STRIDE_PX
     label = batch["label"].float()[:, None] + 1  # 0 is "outside the crop" after windowing
@@ -97,8 +99,16 @@ def losses(model: NucleiCompact, heads: TypeHeads, batch: dict[str, Tensor], amp
     few = click.nonzero()[:, 0]
     few = few[torch.randperm(len(few), device=few.device)[:AMBIGUOUS]]
     if len(few):
-        several = model.decode(e, tile[few], points[few], extras=PromptExtras(extras.points_xy[few], extras.labels[few], extras.boxes[few]), multimask=True)
-        loss, true = _compare(several.logits, target[few].repeat_interleave(MASKS, 0), known[few].repeat_interleave(MASKS, 0))
+        several = model.decode(
+            e,
+            tile[few],
+            points[few],
+            extras=PromptExtras(extras.points_xy[few], extras.labels[few], extras.boxes[few]),
+            multimask=True,
+        )
+        loss, true = _compare(
+            several.logits, target[few].repeat_interleave(MASKS, 0), known[few].repeat_interleave(MASKS, 0)
+        )
         out["mask"] = out["mask"] + 0.25 * loss.view(-1, MASKS).min(1).values.mean()
         out["quality"] = out["quality"] + 0.25 * F.binary_cross_entropy(several.predicted_iou, true)
 
@@ -115,12 +125,16 @@ def losses(model: NucleiCompact, heads: TypeHeads, batch: dict[str, Tensor], amp
     out["high"] = (pairs * pair).sum() / pair.sum().clamp_min(1)
 
     types, collection = batch["types"].flatten(), batch["collection"].repeat_interleave(INSTANCES)
-    low_at = e.low[tile, :, (points[:, 1] / 8).long().clamp(max=CROP // 8 - 1), (points[:, 0] / 8).long().clamp(max=CROP // 8 - 1)]
+    low_at = e.low[
+        tile, :, (points[:, 1] / 8).long().clamp(max=CROP // 8 - 1), (points[:, 0] / 8).long().clamp(max=CROP // 8 - 1)
+    ]
     out["types"] = torch.zeros((), device=images.device)
     for k in range(len(TYPES)):
         mine = (collection == k) & (types > 0) & (iou > 0.3)
         if mine.sum() > 3:
-            logits = 12 * F.normalize(masks.descriptors[mine, :LEARNED], dim=1) @ F.normalize(heads.descriptor[k], dim=1).T
+            logits = (
+                12 * F.normalize(masks.descriptors[mine, :LEARNED], dim=1) @ F.normalize(heads.descriptor[k], dim=1).T
+            )
             out["types"] = out["types"] + _balanced(logits, types[mine] - 1)
         mine = (collection == k) & ((types > 0) | ~click)
         if mine.sum() > 3:
@@ -158,7 +172,11 @@ def pseudo_masks(model: NucleiCompact, root: Path, device: torch.device) -> list
         xy = torch.from_numpy(points[:, :2]).to(device)
         masks = model.decode(e, torch.zeros(len(xy), dtype=torch.long, device=device), xy)
         score = (masks.predicted_iou * masks.stability).cpu().numpy()
-        logits = F.interpolate(masks.logits[:, None], scale_factor=STRIDE_PX, mode="bilinear", align_corners=False)[:, 0].cpu().numpy()
+        logits = (
+            F.interpolate(masks.logits[:, None], scale_factor=STRIDE_PX, mode="bilinear", align_corners=False)[:, 0]
+            .cpu()
+            .numpy()
+        )
         foreground = F.interpolate(e.maps[:, :1], scale_factor=STRIDE_PX, mode="bilinear", align_corners=False)[0, 0]
         foreground = foreground.sigmoid().cpu().numpy()[:height, :width]
         best = np.zeros((height, width), np.float32)
@@ -183,7 +201,11 @@ def pseudo_masks(model: NucleiCompact, root: Path, device: torch.device) -> list
 
 
 def _stream(crops: Crops, batch: int, workers: int):  # noqa: ANN202
-    return iter(torch.utils.data.DataLoader(crops, batch_size=batch, num_workers=workers, prefetch_factor=4 if workers else None))
+    return iter(
+        torch.utils.data.DataLoader(
+            crops, batch_size=batch, num_workers=workers, prefetch_factor=4 if workers else None
+        )
+    )
 
 
 def _save(model: nn.Module, path: Path) -> None:
@@ -204,7 +226,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--minutes", type=float, default=45.0, help="how long to train; the learning rate follows the clock")
+    length.add_argument(
+        "--minutes", type=float, default=45.0, help="how long to train; the learning rate follows the clock"
+    )
     length.add_argument("--steps", type=int, help="how many steps to train instead")
     parser.add_argument("--batch", type=int, help="crops per step (6; 64 on a GPU)")
     parser.add_argument("--seed", type=int, default=0)
@@ -213,7 +237,9 @@ def main() -> None:
     parser.add_argument("--init", type=Path, help="begin with these weights (safetensors)")
     parser.add_argument("--rate", type=float, default=2e-3, help="largest learning rate")
     options = parser.parse_args()
-    device = torch.device("cuda" if options.device == "auto" and torch.cuda.is_available() else options.device.replace("auto", "cpu"))
+    device = torch.device(
+        "cuda" if options.device == "auto" and torch.cuda.is_available() else options.device.replace("auto", "cpu")
+    )
     size = options.batch or (6 if device.type == "cpu" else 64)
     workers = options.workers or (1 if device.type == "cpu" else 14)
     random.seed(options.seed)
@@ -244,7 +270,9 @@ def main() -> None:
     rounds = (0.0, *ROUNDS) if options.init else ROUNDS
     stream, running, calm = None, {}, False
     curve = options.out / "curve.jsonl"
-    rows = [line for line in curve.read_text().splitlines() if json.loads(line)["step"] <= step] if curve.exists() else []
+    rows = (
+        [line for line in curve.read_text().splitlines() if json.loads(line)["step"] <= step] if curve.exists() else []
+    )
     curve.write_text("".join(f"{line}\n" for line in rows))
     log = curve.open("a")
     started = time.time()
@@ -256,7 +284,9 @@ def main() -> None:
         if step and (finished or step % 250 == 0):
             _save(average, weights)
             part = state_path.with_suffix(".part")
-            torch.save({**{k: v.state_dict() for k, v in kept.items()}, "step": step, "seconds": seconds, "drawn": drawn}, part)
+            torch.save(
+                {**{k: v.state_dict() for k, v in kept.items()}, "step": step, "seconds": seconds, "drawn": drawn}, part
+            )
             part.replace(state_path)
         if step and (finished or step % 1000 == 0):
             draw_curve(options.out)

@@ -181,7 +181,11 @@ class CopConfig:
 
 
 #: Chain-of-Prompts by one name: ours; as the paper's text has it; as the authors' demo does it.
-COP_FORMS = {"wsiseg": CopConfig(), "paper": CopConfig(gate="product", localise="components"), "demo": CopConfig(localise="components")}
+COP_FORMS = {
+    "wsiseg": CopConfig(),
+    "paper": CopConfig(gate="product", localise="components"),
+    "demo": CopConfig(localise="components"),
+}
 
 
 @dataclass(frozen=True)
@@ -364,32 +368,82 @@ class RunConfig:
 REVISION = 4
 #: How fast it goes and what is written; and what is hashed by its content instead of its name.
 NOT_HASHED = (
-    "device", "batch_size", "max_ram_gb", "max_vram_gb", "workers", "scheduler", "cluster", "formats",
-    "model", "mpp", "force_mpp", "reader", "seeds", "bank", "roi",
-)  # fmt: skip
+    "device",
+    "batch_size",
+    "max_ram_gb",
+    "max_vram_gb",
+    "workers",
+    "scheduler",
+    "cluster",
+    "formats",
+    "model",
+    "mpp",
+    "force_mpp",
+    "reader",
+    "seeds",
+    "bank",
+    "roi",
+)
 
 _SHARE = (0.0, 1.0)
 _LARGEST = 1e300  #: a whole number may be too large for a float
 #: Allowed range of every number.
 LIMITS: dict[str, tuple[float, float]] = {
-    "mpp": FORCED_MPP, "workers": (1, 1024), "batch_size": (1, 1024), "max_ram_gb": (0.5, 1e5), "max_vram_gb": (0.1, 1e5),
+    "mpp": FORCED_MPP,
+    "workers": (1, 1024),
+    "batch_size": (1, 1024),
+    "max_ram_gb": (0.5, 1e5),
+    "max_vram_gb": (0.1, 1e5),
     "cluster.cores": (1, 1024),
-    "tissue.overview_mpp": (0.25, 64), "tissue.min_area_um2": (0, 1e9), "tissue.max_hole_um2": (0, 1e9), "tissue.margin_um": (0, 1e4),
-    "tiling.tile_um": (16, 4096), "tiling.halo_um": (0, 512), "tiling.block_tiles": (1, 64), "tiling.origin_um": (-1e6, 1e6),
-    "apg.foreground": _SHARE, "apg.centre": _SHARE, "apg.boundary": _SHARE, "apg.min_component_um2": (0, 1e4),
-    "grid.spacing_um": (0.5, 1000), "grid.min_quality": _SHARE, "grid.min_stability": _SHARE,
-    "cop.window_um": (32, 1024), "cop.min_component_um2": (0, 1e4), "cop.dedup_um": (0, 100), "cop.max_hops": (1, 10_000),
-    "cop.prototypes": (1, 1024), "cop.floor_percentile": (0, 100), "cop.highest_floor": _SHARE,
-    "cop.click_reach_um": (0.1, 100), "cop.click_min_score": _SHARE,
-    "masks.min_score": _SHARE, "masks.min_area_um2": (0, 1e4), "masks.simplify_um": (0, 10), "masks.convex_above": _SHARE,
+    "tissue.overview_mpp": (0.25, 64),
+    "tissue.min_area_um2": (0, 1e9),
+    "tissue.max_hole_um2": (0, 1e9),
+    "tissue.margin_um": (0, 1e4),
+    "tiling.tile_um": (16, 4096),
+    "tiling.halo_um": (0, 512),
+    "tiling.block_tiles": (1, 64),
+    "tiling.origin_um": (-1e6, 1e6),
+    "apg.foreground": _SHARE,
+    "apg.centre": _SHARE,
+    "apg.boundary": _SHARE,
+    "apg.min_component_um2": (0, 1e4),
+    "grid.spacing_um": (0.5, 1000),
+    "grid.min_quality": _SHARE,
+    "grid.min_stability": _SHARE,
+    "cop.window_um": (32, 1024),
+    "cop.min_component_um2": (0, 1e4),
+    "cop.dedup_um": (0, 100),
+    "cop.max_hops": (1, 10_000),
+    "cop.prototypes": (1, 1024),
+    "cop.floor_percentile": (0, 100),
+    "cop.highest_floor": _SHARE,
+    "cop.click_reach_um": (0.1, 100),
+    "cop.click_min_score": _SHARE,
+    "masks.min_score": _SHARE,
+    "masks.min_area_um2": (0, 1e4),
+    "masks.simplify_um": (0, 10),
+    "masks.convex_above": _SHARE,
     "masks.prompts_per_batch": (1, 65536),
-    "second_round.neighbours": (0, 64), "second_round.agree": _SHARE, "second_round.max_overlap": _SHARE,
-    "stitching.max_overlap": _SHARE, "stitching.contained": (0.01, 1), "stitching.cluster_size": (1, 1000), "stitching.nested": (0.01, 1),
-    "typing.unknown_kind": (1e-6, 1 - 1e-6), "typing.rival_kind": (1e-9, 1e6), "typing.rival_other": (1e-9, 1e6),
-    "typing.min_score": _SHARE, "typing.min_margin": _SHARE, "typing.drift": (0, 100), "typing.drift_um": (64, 1e6),
-    "typing.neighbourhood_um": (8, 1e6), "typing.neighbourhood_cells": (0, 1e6),
-    "typing.share_rounds": (0, 1000), "typing.share_temperature": (1, 100), "typing.separable": (0, 100),
-}  # fmt: skip
+    "second_round.neighbours": (0, 64),
+    "second_round.agree": _SHARE,
+    "second_round.max_overlap": _SHARE,
+    "stitching.max_overlap": _SHARE,
+    "stitching.contained": (0.01, 1),
+    "stitching.cluster_size": (1, 1000),
+    "stitching.nested": (0.01, 1),
+    "typing.unknown_kind": (1e-6, 1 - 1e-6),
+    "typing.rival_kind": (1e-9, 1e6),
+    "typing.rival_other": (1e-9, 1e6),
+    "typing.min_score": _SHARE,
+    "typing.min_margin": _SHARE,
+    "typing.drift": (0, 100),
+    "typing.drift_um": (64, 1e6),
+    "typing.neighbourhood_um": (8, 1e6),
+    "typing.neighbourhood_cells": (0, 1e6),
+    "typing.share_rounds": (0, 1000),
+    "typing.share_temperature": (1, 100),
+    "typing.separable": (0, 100),
+}
 
 
 def from_mapping(mapping: dict[str, Any], where: str, base: RunConfig | None = None) -> RunConfig:
@@ -478,11 +532,17 @@ def check_mpp(mpp: float | None, *, force: bool = False, where: str = "--mpp") -
         raise ConfigError(f"{where}: {mpp:g} is not allowed; give microns per pixel from {low:g} to {high:g} ({usual})")
     if mpp in _OBJECTIVES:
         meant = f"{_UM_OF_1X / mpp:.2g}"
-        raise ConfigError(f"{where}: {mpp:g} looks like a magnification; {mpp:g}x is about {meant} microns per pixel: pass --mpp {meant}")
+        raise ConfigError(
+            f"{where}: {mpp:g} looks like a magnification; {mpp:g}x is about {meant} microns per pixel: pass --mpp {meant}"
+        )
     if low <= mpp / 1000 <= high:
-        raise ConfigError(f"{where}: {mpp:g} looks like nanometres; that is {mpp / 1000:g} microns per pixel: pass --mpp {mpp / 1000:g}")
+        raise ConfigError(
+            f"{where}: {mpp:g} looks like nanometres; that is {mpp / 1000:g} microns per pixel: pass --mpp {mpp / 1000:g}"
+        )
     kind = "fine" if mpp < low else "coarse"
-    raise ConfigError(f"{where}: {mpp:g} microns per pixel is too {kind} for cells; allowed is {low:g} to {high:g} ({usual}), or pass --force-mpp")
+    raise ConfigError(
+        f"{where}: {mpp:g} microns per pixel is too {kind} for cells; allowed is {low:g} to {high:g} ({usual}), or pass --force-mpp"
+    )
 
 
 def _settings(section: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:  # noqa: ANN401
@@ -518,14 +578,18 @@ def _texts(section: Any, prefix: str = "") -> Iterator[tuple[str, str]]:  # noqa
 
 def _merge(current: Any, mapping: Any, where: str, prefix: str) -> Any:  # noqa: ANN401
     if not isinstance(mapping, dict):
-        raise ConfigError(f"{where}: {prefix.rstrip('.') or 'the top level'} must be a table of keys, found {type(mapping).__name__}")
+        raise ConfigError(
+            f"{where}: {prefix.rstrip('.') or 'the top level'} must be a table of keys, found {type(mapping).__name__}"
+        )
     known = sorted(f.name for f in dataclasses.fields(current))
     hints = typing.get_type_hints(type(current))
     changes: dict[str, Any] = {}
     for key, value in mapping.items():
         if key not in known:
             shown = prefix + (key if key.isprintable() and len(key) < 100 else reprlib.repr(key))
-            raise ConfigError(f"{where}: unknown key {shown}; {did_you_mean(key, known)}allowed here: {', '.join(known)}")
+            raise ConfigError(
+                f"{where}: unknown key {shown}; {did_you_mean(key, known)}allowed here: {', '.join(known)}"
+            )
         if dataclasses.is_dataclass(getattr(current, key)):
             changes[key] = _merge(getattr(current, key), value, where, f"{prefix}{key}.")
         else:
@@ -543,12 +607,16 @@ def _cast(value: Any, hint: Any, where: str, name: str) -> Any:  # noqa: ANN401
     if origin is Literal:
         if not isinstance(value, str) or value not in arguments:
             allowed = ", ".join(map(str, arguments))
-            raise ConfigError(f"{where}: {name} is {_shown(value)}; {did_you_mean(value, arguments)}choose from {allowed}")
+            raise ConfigError(
+                f"{where}: {name} is {_shown(value)}; {did_you_mean(value, arguments)}choose from {allowed}"
+            )
         return value
     if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
         return math.copysign(math.inf, value > 0 or -1) if abs(value) > _LARGEST else float(value)
     if not (isinstance(value, str) if hint is str else type(value) is hint):
-        raise ConfigError(f"{where}: {name} is {_shown(value)}; it must be of type {getattr(hint, '__name__', str(hint))}")
+        raise ConfigError(
+            f"{where}: {name} is {_shown(value)}; it must be of type {getattr(hint, '__name__', str(hint))}"
+        )
     if hint is str and "\0" in value:
         raise ConfigError(f"{where}: {name} is {_shown(value)}; a NUL character is not allowed in it; leave it out")
     return value

@@ -59,7 +59,9 @@ def write_demo(folder: Path) -> tuple[Path, Path]:
     except OSError as error:
         if isinstance(error, RunError):
             raise
-        raise RunError(f"{folder}: cannot be written ({error.strerror}); pass a folder that you may write to") from error
+        raise RunError(
+            f"{folder}: cannot be written ({error.strerror}); pass a folder that you may write to"
+        ) from error
     return slide, seeds
 
 
@@ -68,9 +70,22 @@ def _write_pyramid(path: Path, image: np.ndarray[tuple[int, ...], np.dtype[np.ui
     with tifffile.TiffWriter(path) as tiff:
         for level in range(3):
             step = 2**level
-            small = image.reshape(image.shape[0] // step, step, image.shape[1] // step, step, 3).mean((1, 3)).round().astype(np.uint8)
+            small = (
+                image.reshape(image.shape[0] // step, step, image.shape[1] // step, step, 3)
+                .mean((1, 3))
+                .round()
+                .astype(np.uint8)
+            )
             per_cm = 1e4 / (MPP * step)
             tiff.write(
-                small, tile=(_TILE, _TILE), photometric="rgb", compression="jpeg", compressionargs={"level": 95}, metadata=None,
-                subfiletype=int(level > 0), resolution=(per_cm, per_cm), resolutionunit="CENTIMETER", software=False,
-            )  # fmt: skip
+                small,
+                tile=(_TILE, _TILE),
+                photometric="rgb",
+                compression="jpeg",
+                compressionargs={"level": 95},
+                metadata=None,
+                subfiletype=int(level > 0),
+                resolution=(per_cm, per_cm),
+                resolutionunit="CENTIMETER",
+                software=False,
+            )

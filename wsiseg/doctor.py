@@ -7,6 +7,7 @@ import shutil
 import tempfile
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,8 +36,14 @@ def examine() -> list[Check]:
     """Run every check."""
     with tempfile.TemporaryDirectory() as folder:
         slide, _ = write_demo(Path(folder))
-        checks = [_attempt(f"reader {name}", lambda name=name: _read(slide, name), "pip install --force-reinstall wsiseg") for name in READERS]  # type: ignore[misc]
-    checks += [_attempt(f"model {name}", lambda name=name: _encode(name), "install wsiseg again: the weights are in the package") for name in MODELS]  # type: ignore[misc]
+        checks = [
+            _attempt(
+                f"reader {name}", partial(_read, slide, name), "install wsiseg again: pip install --force-reinstall ."
+            )
+            for name in READERS
+        ]
+    remedy = "install wsiseg again: the weights are in the package"
+    checks += [_attempt(f"model {name}", partial(_encode, name), remedy) for name in MODELS]
     return [*checks, _gpu(), _disk()]
 
 
@@ -79,4 +86,9 @@ def _disk() -> Check:
     here, free = Path.cwd(), shutil.disk_usage(Path.cwd()).free / 2**30
     writable = os.access(here, os.W_OK)
     remedy = "" if writable and free > 1 else "pass --out with a folder on another disk"
-    return Check("disk", ok=writable and free > 1, found=f"{free:.0f} GiB free in {here}{'' if writable else ', not writable'}", remedy=remedy)
+    return Check(
+        "disk",
+        ok=writable and free > 1,
+        found=f"{free:.0f} GiB free in {here}{'' if writable else ', not writable'}",
+        remedy=remedy,
+    )

@@ -156,9 +156,15 @@ class WindowMasks:
     def take(self, rows: Tensor) -> WindowMasks:
         """The masks at ``rows``, in that order."""
         return WindowMasks(
-            self.logits[rows], self.origin_xy[rows], self.mask_stride_px, self.predicted_iou[rows], self.stability[rows], self.descriptors[rows],
-            self.points_xy[rows], self.full_tile,
-        )  # fmt: skip
+            self.logits[rows],
+            self.origin_xy[rows],
+            self.mask_stride_px,
+            self.predicted_iou[rows],
+            self.stability[rows],
+            self.descriptors[rows],
+            self.points_xy[rows],
+            self.full_tile,
+        )
 
     @staticmethod
     def concatenate(batches: list[WindowMasks]) -> WindowMasks:
@@ -169,9 +175,15 @@ class WindowMasks:
             return torch.cat([getattr(b, name) for b in batches])
 
         return WindowMasks(
-            all_of("logits"), all_of("origin_xy"), batches[0].mask_stride_px, all_of("predicted_iou"), all_of("stability"), all_of("descriptors"),
-            all_of("points_xy"), batches[0].full_tile,
-        )  # fmt: skip
+            all_of("logits"),
+            all_of("origin_xy"),
+            batches[0].mask_stride_px,
+            all_of("predicted_iou"),
+            all_of("stability"),
+            all_of("descriptors"),
+            all_of("points_xy"),
+            batches[0].full_tile,
+        )
 
 
 class CellSource(Protocol):
@@ -407,7 +419,14 @@ class Typing:
     def untyped(count: int) -> Typing:
         """Every cell unassigned: a run without seeds."""
         zeros = np.zeros(count, np.float32)
-        return Typing((UNASSIGNED,), ((128, 128, 128),), np.zeros(count, np.int32), zeros, zeros.copy(), np.full(count, -1, np.int32))
+        return Typing(
+            (UNASSIGNED,),
+            ((128, 128, 128),),
+            np.zeros(count, np.int32),
+            zeros,
+            zeros.copy(),
+            np.full(count, -1, np.int32),
+        )
 
     def count(self) -> dict[str, int]:
         """Cells per type."""

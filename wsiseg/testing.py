@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 VIT_B = Architecture(dim=768, depth=12, heads=12, global_blocks=(2, 5, 8, 11), window=14, grid=64, patch=16)
 VIT_L = Architecture(dim=1024, depth=24, heads=16, global_blocks=(5, 11, 17, 23), window=14, grid=64, patch=16)
 VIT_H = Architecture(dim=1280, depth=32, heads=16, global_blocks=(7, 15, 23, 31), window=14, grid=64, patch=16)
-VIT_TOY = Architecture(dim=48, depth=2, heads=3, global_blocks=(1,), window=14, grid=64, patch=16)  #: seconds become milliseconds
+VIT_TOY = Architecture(
+    dim=48, depth=2, heads=3, global_blocks=(1,), window=14, grid=64, patch=16
+)  #: seconds become milliseconds
 
 
 def random_sam(architecture: Architecture, seed: int = 0) -> nn.ModuleDict:
@@ -63,8 +65,15 @@ class DiscModel:
     box_replaces_point, prompts_multiple, descriptor_size, types = False, 1, 8, None
     device = torch.device("cpu")
 
-    def __init__(self, tile_seconds: float = 0.0, prompt_seconds: float = 0.0, spacing_px: int = 88, radius_px: float = 20) -> None:
-        self.tile_seconds, self.prompt_seconds, self.spacing, self.radius = tile_seconds, prompt_seconds, spacing_px // 2, radius_px
+    def __init__(
+        self, tile_seconds: float = 0.0, prompt_seconds: float = 0.0, spacing_px: int = 88, radius_px: float = 20
+    ) -> None:
+        self.tile_seconds, self.prompt_seconds, self.spacing, self.radius = (
+            tile_seconds,
+            prompt_seconds,
+            spacing_px // 2,
+            radius_px,
+        )
 
     def encode(self, images: Tensor) -> Embeddings:
         """uint8 (B, 3, H, W) -> maps with a spot per disc."""

@@ -58,7 +58,9 @@ def click_cells(
     raise RuntimeError("20 draws of clicks without one that hits cells")
 
 
-def end_to_end_rows(model: object, scenes: dict[str, list[Scene]], seeds: int, say: Callable[[str], None]) -> list[dict[str, object]]:
+def end_to_end_rows(
+    model: object, scenes: dict[str, list[Scene]], seeds: int, say: Callable[[str], None]
+) -> list[dict[str, object]]:
     rows, remembering = [], Remembering(model)
     apg = dataclasses.replace(RunConfig(), method="apg", precision="fp32")
     configs = {name: dataclasses.replace(apg, method=name) for name in METHODS}
@@ -74,7 +76,9 @@ def end_to_end_rows(model: object, scenes: dict[str, list[Scene]], seeds: int, s
             picture = Picture(remembering, scene.image, scene.mpp, apg)
             for count, most in SEEDS.items():
                 for seed in range(min(seeds, most)):
-                    drawn, bank, clicked = click_cells(picture, scene, kinds, count, apg, np.random.default_rng([seed, number]))
+                    drawn, bank, clicked = click_cells(
+                        picture, scene, kinds, count, apg, np.random.default_rng([seed, number])
+                    )
                     for method, config in configs.items():
                         chosen = bank if config.method == "apg" else picture.bank(drawn, config)
                         cells, typing = picture.cells(picture.points(chosen, config), chosen, config)
@@ -90,9 +94,16 @@ def end_to_end_rows(model: object, scenes: dict[str, list[Scene]], seeds: int, s
                         pairs_in_all[method, count] += len(pairs)
             say(f"end to end, {name}: image {number + 1} of {len(of)}")
         for (method, count), table in found.items():
-            rows.append({
-                "set": name, "clicks": count, "method": method, "click seeds": len(table), "macro-F1 (6 um)": spread(macro_f1(table)),
-                "accuracy of assigned": spread(accuracy(table)), "dots found": pairs_in_all[method, count] / float(table[:, 1:].sum()),
-                "missed or unassigned": spread(unassigned(table)),
-            })  # fmt: skip
+            rows.append(
+                {
+                    "set": name,
+                    "clicks": count,
+                    "method": method,
+                    "click seeds": len(table),
+                    "macro-F1 (6 um)": spread(macro_f1(table)),
+                    "accuracy of assigned": spread(accuracy(table)),
+                    "dots found": pairs_in_all[method, count] / float(table[:, 1:].sum()),
+                    "missed or unassigned": spread(unassigned(table)),
+                }
+            )
     return rows

@@ -18,7 +18,11 @@ if TYPE_CHECKING:
 
 COLUMNS = 4
 ABSENT = 0.5  #: share of the tiles from which one type is taken away
-DISTANCES = {"the clicked tile": (-1.0, 1.0), "its neighbours": (1.0, 360.0), "farther": (360.0, np.inf)}  #: microns between centres of tiles
+DISTANCES = {
+    "the clicked tile": (-1.0, 1.0),
+    "its neighbours": (1.0, 360.0),
+    "farther": (360.0, np.inf),
+}  #: microns between centres of tiles
 CLICKS = {"one tile, 5 per type": 5, "every tile, 1 per type": 1}
 
 
@@ -75,7 +79,10 @@ def with_prevalence(m: Mosaic, t: int, share: float, rng: np.random.Generator) -
 
 def click(m: Mosaic, kinds: int, where: str, rng: np.random.Generator) -> Clicks:
     tiles = [m.source] if where.startswith("one") else np.unique(m.tile)
-    rows = [[rng.permutation(np.flatnonzero((m.types == t) & (m.tile == k)))[: CLICKS[where]] for k in tiles] for t in range(1, kinds + 1)]
+    rows = [
+        [rng.permutation(np.flatnonzero((m.types == t) & (m.tile == k)))[: CLICKS[where]] for k in tiles]
+        for t in range(1, kinds + 1)
+    ]
     return [np.concatenate(r) for r in rows]
 
 
@@ -95,7 +102,9 @@ def verdicts(m: Mosaic, clicks: Clicks, space: TypeSpace) -> dict[str, np.ndarra
     }
 
 
-def mosaic_rows(scenes: list[Scene], kinds: int, space: TypeSpace, seeds: int) -> tuple[list[dict[str, object]], list[dict[str, object]]]:
+def mosaic_rows(
+    scenes: list[Scene], kinds: int, space: TypeSpace, seeds: int
+) -> tuple[list[dict[str, object]], list[dict[str, object]]]:
     """Types where there are none, and F1 against the distance from the clicks; then recall and F1 against how frequent a type is."""
     absent: dict[tuple[str, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     frequent: dict[tuple[str, str, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
@@ -109,7 +118,11 @@ def mosaic_rows(scenes: list[Scene], kinds: int, space: TypeSpace, seeds: int) -
             for rule, codes in verdicts(m, clicks, space).items():
                 found = absent[where, rule]
                 table = confusion(codes, m.types, kinds, clicks)
-                for what, value in (("macro-F1", macro_f1(table)), ("accuracy of assigned", accuracy(table)), ("unassigned", unassigned(table))):
+                for what, value in (
+                    ("macro-F1", macro_f1(table)),
+                    ("accuracy of assigned", accuracy(table)),
+                    ("unassigned", unassigned(table)),
+                ):
                     found[what].append(float(value))
                 wrong = [(codes[here] == t).mean() for here, t in _lacking(m, kinds)]
                 found["given a type its tile lacks"].append(float(np.mean(wrong)))
@@ -131,10 +144,11 @@ def mosaic_rows(scenes: list[Scene], kinds: int, space: TypeSpace, seeds: int) -
                         found["F1"].append(float(f1_by_type(table)[t - 1]))
     distances = [f"F1, {name}" for name in DISTANCES]
     first = [
-        {"clicks in": where, "rule": rule} | {k: spread(np.array(v)) for k, v in of.items() if k not in distances}
+        {"clicks in": where, "rule": rule}
+        | {k: spread(np.array(v)) for k, v in of.items() if k not in distances}
         | {k: spread(np.array(of[k])) if k in of else "" for k in distances}
         for (where, rule), of in absent.items()
-    ]  # fmt: skip
+    ]
     second = [
         {"clicks in": where, "share of the type": share, "rule": rule} | {k: spread(np.array(v)) for k, v in of.items()}
         for (where, share, rule), of in frequent.items()

@@ -70,7 +70,9 @@ class Picture:
     def outlines(self, points: np.ndarray, config: RunConfig) -> Cells:
         """Decoded and traced, overlaps not settled."""
         batches = decode(self.model, self.embeddings, 0, points.astype(np.float32), config.masks)
-        return Cells.concatenate([trace(m, self.box, self.lattice, config.masks)[0] for m in batches], self.model.descriptor_size)
+        return Cells.concatenate(
+            [trace(m, self.box, self.lattice, config.masks)[0] for m in batches], self.model.descriptor_size
+        )
 
     def bank(self, seeds: Seeds, config: RunConfig) -> Bank:
         return build_bank(self.reader, self.model, seeds, self.lattice, config, chains=config.method == "cop")

@@ -23,18 +23,37 @@ def bank_of(clicked: list[np.ndarray], *, from_other_slide: bool = False) -> Ban
     size, count = clicked[0].shape[1], len(clicked)
     nothing = tuple(np.empty((0, 1), np.float32) for _ in range(count))
     return Bank(
-        names=tuple(f"type {t}" for t in range(count)), colors=((0, 0, 0),) * count, clicks=tuple(np.zeros((len(x), 2)) for x in clicked),
-        clicked=tuple(x.astype(np.float32) for x in clicked), negative=tuple(np.empty((0, size), np.float32) for _ in clicked),
-        cells=Cells.empty(size), high=nothing, low=nothing, similarity_thresholds=np.zeros(count, np.float32), from_other_slide=from_other_slide,
-    )  # fmt: skip
+        names=tuple(f"type {t}" for t in range(count)),
+        colors=((0, 0, 0),) * count,
+        clicks=tuple(np.zeros((len(x), 2)) for x in clicked),
+        clicked=tuple(x.astype(np.float32) for x in clicked),
+        negative=tuple(np.empty((0, size), np.float32) for _ in clicked),
+        cells=Cells.empty(size),
+        high=nothing,
+        low=nothing,
+        similarity_thresholds=np.zeros(count, np.float32),
+        from_other_slide=from_other_slide,
+    )
 
 
 def ours(
-    z: np.ndarray, xy: np.ndarray, clicked: list[np.ndarray], space: TypeSpace, config: TypingConfig | None = None, *, from_other_slide: bool = False
+    z: np.ndarray,
+    xy: np.ndarray,
+    clicked: list[np.ndarray],
+    space: TypeSpace,
+    config: TypingConfig | None = None,
+    *,
+    from_other_slide: bool = False,
 ) -> np.ndarray:
     """``assign_types`` as the product calls it; ``clicked`` are descriptors, so that they may come from other images."""
     kinds = [t for t, x in enumerate(clicked) if len(x)]
-    typing, _ = assign_types(z.astype(np.float16), xy, bank_of([clicked[t] for t in kinds], from_other_slide=from_other_slide), space, config or TypingConfig())
+    typing, _ = assign_types(
+        z.astype(np.float16),
+        xy,
+        bank_of([clicked[t] for t in kinds], from_other_slide=from_other_slide),
+        space,
+        config or TypingConfig(),
+    )
     return np.array([0, *(t + 1 for t in kinds)])[typing.codes]
 
 
@@ -171,7 +190,9 @@ def chain(z: np.ndarray, xy: np.ndarray, clicks: Clicks, *, delta: float = 0.15)
     return codes
 
 
-def _hop(k: int, types: list[_Type], affinity: np.ndarray, floor: float, z: np.ndarray, xy: np.ndarray, delta: float) -> bool:
+def _hop(
+    k: int, types: list[_Type], affinity: np.ndarray, floor: float, z: np.ndarray, xy: np.ndarray, delta: float
+) -> bool:
     """One prompt of type k; whether the type grew."""
     own = types[k]
     left = np.setdiff1d(own.reliable, own.used)
@@ -217,7 +238,9 @@ def _calibrated(types: list[_Type], affinity: np.ndarray) -> np.ndarray:
         a = affinity[:, k]
         mine = a[own.reliable]
         mine = mine[np.isfinite(mine)]
-        high = np.median(mine) if len(mine) else a.max()  # a lone click that has not grown: the best that any cell reaches
+        high = (
+            np.median(mine) if len(mine) else a.max()
+        )  # a lone click that has not grown: the best that any cell reaches
         low = np.median(np.concatenate([a[t.reliable] for t in types if t is not own]))
         out[:, k] = (a - low) / max(high - low, 0.02)
     return np.where(np.isfinite(out), out, 1.0)

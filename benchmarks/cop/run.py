@@ -44,7 +44,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--click-seeds", type=int, default=5)
-    parser.add_argument("--only", type=lambda text: text.split(","), default=list(PARTS), help="parts, separated by commas")
+    parser.add_argument(
+        "--only", type=lambda text: text.split(","), default=list(PARTS), help="parts, separated by commas"
+    )
     parser.add_argument("--weights", default="nuclei-compact", help="name of a model or path of a safetensors file")
     options = parser.parse_args()
     if unknown := set(options.only) - set(PARTS):
@@ -56,12 +58,17 @@ def main() -> None:
         tables["a. One click per image, untyped collections"] = retention_rows(model, options.data, seeds, say)
     if set(options.only) - {"a"}:
         scenes = {name: describe(model, options.data, name) for name in SETS}
-        names = {n: list(json.loads((options.data / "points" / n.split("/")[0] / "classes.json").read_text()).values()) for n in SETS}
+        names = {
+            n: list(json.loads((options.data / "points" / n.split("/")[0] / "classes.json").read_text()).values())
+            for n in SETS
+        }
         say("descriptors of all dots")
         found = {name: compare(scenes[name], name, space, seeds) for name in SETS}
         say("rules compared")
     if "b" in options.only:
-        tables["b1. Types of true dots, clicks in every image"] = [r for n in SETS for r in comparison_rows(found[n], n)]
+        tables["b1. Types of true dots, clicks in every image"] = [
+            r for n in SETS for r in comparison_rows(found[n], n)
+        ]
         for number, n in enumerate(SETS, 2):
             tables[f"b{number}. Ours by type, {n}"] = by_type_rows(found[n], n, names[n])
         draw_worst(scenes[TYPED], found[TYPED]["ours", 1], names[TYPED], space)
@@ -69,7 +76,9 @@ def main() -> None:
     if "d" in options.only:
         tables["d. More clicks: macro-F1 on true dots"] = [r for n in SETS for r in more_clicks_rows(found[n], n)]
     if "bank" in options.only:
-        tables[f"Bank: clicks in one image, cells in the others, {TYPED}"] = bank_rows(scenes[TYPED], TYPED, space, seeds, found[TYPED])
+        tables[f"Bank: clicks in one image, cells in the others, {TYPED}"] = bank_rows(
+            scenes[TYPED], TYPED, space, seeds, found[TYPED]
+        )
         say("bank")
     if "c" in options.only:
         absent, frequent = mosaic_rows(scenes[TYPED], SETS[TYPED][1], space, seeds)
@@ -77,7 +86,9 @@ def main() -> None:
         tables["c2. Pseudo-slides: rare and frequent types"] = frequent
         say("pseudo-slides")
     if "ablation" in options.only:
-        tables["Ablation: true dots, clicks in every image"] = [r for n in SETS for r in ablation_rows(scenes[n], n, space, seeds)]
+        tables["Ablation: true dots, clicks in every image"] = [
+            r for n in SETS for r in ablation_rows(scenes[n], n, space, seeds)
+        ]
         say("ablation")
 
     command = f"python benchmarks/cop/run.py --data DATA --click-seeds {seeds}"

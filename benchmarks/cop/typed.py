@@ -11,7 +11,16 @@ import numpy as np
 import torch
 from common import MPP, encode, point_images
 from PIL import Image
-from rules import Clicks, chain, first_click_wins, mean_sd, nearest_by_measurements, nearest_click, nearest_in_space, ours
+from rules import (
+    Clicks,
+    chain,
+    first_click_wins,
+    mean_sd,
+    nearest_by_measurements,
+    nearest_click,
+    nearest_in_space,
+    ours,
+)
 
 from wsiseg.config import TypingConfig
 
@@ -51,7 +60,9 @@ def describe(model: PromptableModel, data: Path, name: str) -> list[Scene]:
         embeddings = encode(model, np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)))
         points = torch.from_numpy((dots[:, :2] * scale).astype(np.float32)).to(model.device)
         with torch.inference_mode():
-            z = model.decode(embeddings, torch.zeros(len(points), dtype=torch.long, device=model.device), points).descriptors
+            z = model.decode(
+                embeddings, torch.zeros(len(points), dtype=torch.long, device=model.device), points
+            ).descriptors
         scenes.append(Scene(title, image, mpp, z.half().cpu().numpy(), dots[:, :2] * mpp, dots[:, 2].astype(int)))
     return scenes
 
@@ -100,7 +111,11 @@ def spread(values: np.ndarray) -> str:
 
 def figures(table: np.ndarray) -> dict[str, object]:
     """Mean +- sd over the click seeds of (seeds, T + 1, T + 1)."""
-    return {"macro-F1": spread(macro_f1(table)), "accuracy of assigned": spread(accuracy(table)), "unassigned": spread(unassigned(table))}
+    return {
+        "macro-F1": spread(macro_f1(table)),
+        "accuracy of assigned": spread(accuracy(table)),
+        "unassigned": spread(unassigned(table)),
+    }
 
 
 def compare(scenes: list[Scene], name: str, space: TypeSpace, seeds: int) -> dict[tuple[str, int], np.ndarray]:
@@ -135,19 +150,31 @@ def paired(a: np.ndarray, b: np.ndarray) -> tuple[float, float, float]:
     return float((macro_f1(a.sum(1)) - macro_f1(b.sum(1))).mean()), float(low), float(high)
 
 
-def comparison_rows(found: dict[tuple[str, int], np.ndarray], name: str, counts: tuple[int, ...] = (1, 5)) -> list[dict[str, object]]:
+def comparison_rows(
+    found: dict[tuple[str, int], np.ndarray], name: str, counts: tuple[int, ...] = (1, 5)
+) -> list[dict[str, object]]:
     rows = []
     for count in counts:
         for (rule, clicks), table in found.items():
             if clicks == count:
-                gap = "" if rule == "ours" else "{:+.3f} ({:+.3f} to {:+.3f})".format(*paired(found["ours", count], table))
-                rows.append({"set": name, "clicks": count, "rule": rule, **figures(table.sum(1)), "ours less this (95 %)": gap})
+                gap = (
+                    ""
+                    if rule == "ours"
+                    else "{:+.3f} ({:+.3f} to {:+.3f})".format(*paired(found["ours", count], table))
+                )
+                rows.append(
+                    {"set": name, "clicks": count, "rule": rule, **figures(table.sum(1)), "ours less this (95 %)": gap}
+                )
     return rows
 
 
 def more_clicks_rows(found: dict[tuple[str, int], np.ndarray], name: str) -> list[dict[str, object]]:
     shown = ("ours", "nearest click (cosine)", "nearest click in the type space", "mean + sd", "chain of hops")
-    return [{"set": name, "rule": rule} | {f"{n} click{'s' * (n > 1)}": spread(macro_f1(found[rule, n].sum(1))) for n in COUNTS} for rule in shown]
+    return [
+        {"set": name, "rule": rule}
+        | {f"{n} click{'s' * (n > 1)}": spread(macro_f1(found[rule, n].sum(1))) for n in COUNTS}
+        for rule in shown
+    ]
 
 
 def by_type_rows(found: dict[tuple[str, int], np.ndarray], name: str, names: list[str]) -> list[dict[str, object]]:
@@ -161,7 +188,9 @@ def by_type_rows(found: dict[tuple[str, int], np.ndarray], name: str, names: lis
 # -------------------------------------------------------------------------------------------------------------- clicks in another image
 
 
-def bank_rows(scenes: list[Scene], name: str, space: TypeSpace, seeds: int, here: dict[tuple[str, int], np.ndarray]) -> list[dict[str, object]]:
+def bank_rows(
+    scenes: list[Scene], name: str, space: TypeSpace, seeds: int, here: dict[tuple[str, int], np.ndarray]
+) -> list[dict[str, object]]:
     """Clicks in one image, cells in all others; every image that has all types takes its turn."""
     kinds = SETS[name][1]
     sources = [k for k, s in enumerate(scenes) if len(np.unique(s.types)) == kinds]
@@ -176,9 +205,14 @@ def bank_rows(scenes: list[Scene], name: str, space: TypeSpace, seeds: int, here
                 for k, s in enumerate(scenes):
                     if k == source:
                         continue
-                    z, rows_of = np.vstack([*clicked, s.z]), np.split(np.arange(sum(map(len, clicked))), np.cumsum([len(c) for c in clicked])[:-1])
+                    z, rows_of = (
+                        np.vstack([*clicked, s.z]),
+                        np.split(np.arange(sum(map(len, clicked))), np.cumsum([len(c) for c in clicked])[:-1]),
+                    )
                     given = {
-                        "ours, each image's shift estimated (bank)": ours(s.z, s.xy, clicked, space, from_other_slide=True),
+                        "ours, each image's shift estimated (bank)": ours(
+                            s.z, s.xy, clicked, space, from_other_slide=True
+                        ),
                         "ours, clicks taken as this image's own": ours(s.z, s.xy, clicked, space),
                         "nearest click in the type space": nearest_in_space(z, rows_of, space)[-len(s.z) :],
                         "nearest click (cosine)": nearest_click(z, rows_of)[-len(s.z) :],
@@ -187,8 +221,18 @@ def bank_rows(scenes: list[Scene], name: str, space: TypeSpace, seeds: int, here
                         tables[rule].append(confusion(codes, s.types, kinds))
                 for rule, parts in tables.items():
                     found[rule].append(float(macro_f1(np.sum(parts, 0))))
-        rows.append({"clicks": count, "clicks in": "every image", "rule": "ours", "macro-F1": spread(macro_f1(here["ours", count].sum(1)))})
-        rows += [{"clicks": count, "clicks in": "one other image", "rule": rule, "macro-F1": spread(np.array(f1))} for rule, f1 in found.items()]
+        rows.append(
+            {
+                "clicks": count,
+                "clicks in": "every image",
+                "rule": "ours",
+                "macro-F1": spread(macro_f1(here["ours", count].sum(1))),
+            }
+        )
+        rows += [
+            {"clicks": count, "clicks in": "one other image", "rule": rule, "macro-F1": spread(np.array(f1))}
+            for rule, f1 in found.items()
+        ]
     return rows
 
 
@@ -215,8 +259,14 @@ def variants(space: TypeSpace) -> dict[str, tuple[TypeSpace, TypingConfig]]:
         "no shift": (dataclasses.replace(space, shift=np.full_like(space.shift, 1e-9)), base),
     }
     out |= {f"unknown_kind {v:g}": moved(unknown_kind=v) for v in (0.1, 0.3, 0.6, 0.9) if v != base.unknown_kind}
-    out |= {f"neighbourhood_um {v:g}": moved(neighbourhood_um=v) for v in (128.0, 256.0, 512.0) if v != base.neighbourhood_um}
-    out |= {f"neighbourhood_cells {v:g}": moved(neighbourhood_cells=v) for v in (0.0, 20.0) if v != base.neighbourhood_cells}
+    out |= {
+        f"neighbourhood_um {v:g}": moved(neighbourhood_um=v)
+        for v in (128.0, 256.0, 512.0)
+        if v != base.neighbourhood_um
+    }
+    out |= {
+        f"neighbourhood_cells {v:g}": moved(neighbourhood_cells=v) for v in (0.0, 20.0) if v != base.neighbourhood_cells
+    }
     for score, margin in ((0.0, 0.0), (0.5, 0.0), (0.5, 0.05), (0.5, 0.15), (0.8, 0.5)):
         if (score, margin) != (base.min_score, base.min_margin):
             out[f"min_score {score:g}, min_margin {margin:g}"] = moved(min_score=score, min_margin=margin)
@@ -232,6 +282,8 @@ def ablation_rows(scenes: list[Scene], name: str, space: TypeSpace, seeds: int) 
             for number, s in enumerate(scenes):
                 clicks, _ = draw_clicks(s.types, kinds, count, seed, number)
                 for what, (changed, config) in variants(space).items():
-                    found[what][seed] += confusion(ours(s.z, s.xy, [s.z[c] for c in clicks], changed, config), s.types, kinds, clicks)
+                    found[what][seed] += confusion(
+                        ours(s.z, s.xy, [s.z[c] for c in clicks], changed, config), s.types, kinds, clicks
+                    )
         rows += [{"set": name, "clicks": count, "changed": what, **figures(table)} for what, table in found.items()]
     return rows

@@ -22,7 +22,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-DEFAULT, EVERY, MERGED, APG = "cop (default)", "one point per nucleus", "one point per nucleus, settled as in a run", "apg, no click"
+DEFAULT, EVERY, MERGED, APG = (
+    "cop (default)",
+    "one point per nucleus",
+    "one point per nucleus, settled as in a run",
+    "apg, no click",
+)
 WAYS: dict[str, dict[str, object]] = {
     DEFAULT: {},
     "cop, floor not limited": {"highest_floor": 1.0},
@@ -32,8 +37,14 @@ WAYS: dict[str, dict[str, object]] = {
     "cop, components": {"localise": "components"},
     "cop, components, product gate": {"localise": "components", "gate": "product"},
 }
-PAPER = {"the paper's chain over the image, product gate": "product", "the paper's chain over the image, candidate gate": "candidate"}
-SLOW_SEEDS, SLOW_IMAGES = 2, {"monuseg/dev_nc": 4, "dsb2018_histology/dev": 3}  #: all but the first two ways: click seeds, and one image in so many
+PAPER = {
+    "the paper's chain over the image, product gate": "product",
+    "the paper's chain over the image, candidate gate": "candidate",
+}
+SLOW_SEEDS, SLOW_IMAGES = (
+    2,
+    {"monuseg/dev_nc": 4, "dsb2018_histology/dev": 3},
+)  #: all but the first two ways: click seeds, and one image in so many
 
 
 def collections(data: Path) -> dict[str, list[tuple[np.ndarray, np.ndarray]]]:
@@ -49,22 +60,31 @@ def draw_bank(picture: Picture, centres: np.ndarray, config: RunConfig, *seed: i
     for missed, k in enumerate(np.random.default_rng(seed).permutation(len(centres))):
         click = tuple(float(v) for v in centres[k])
         try:
-            return picture.bank(Seeds((SeedType("nucleus", (200, 0, 0), (click,)),), "click"), config), centres[k], missed
+            return (
+                picture.bank(Seeds((SeedType("nucleus", (200, 0, 0), (click,)),), "click"), config),
+                centres[k],
+                missed,
+            )
         except SeedsError:
             continue
     raise RuntimeError("no true nucleus of the image is found by a click on it")
 
 
-def measure(picture: Picture, label: np.ndarray, points: np.ndarray, bank: Bank | None, config: RunConfig) -> dict[str, float]:
+def measure(
+    picture: Picture, label: np.ndarray, points: np.ndarray, bank: Bank | None, config: RunConfig
+) -> dict[str, float]:
     """AJI of the cells; precision of the points; which of the automatic points in and outside true nuclei are among them."""
     cells, _ = picture.cells(points, bank, config)
     inside, automatic = _inside(points, label), _inside(picture.automatic, label)
     chosen = {tuple(p) for p in points.tolist()}
     kept = np.array([tuple(p) in chosen for p in picture.automatic.tolist()], bool)
     return {
-        "AJI": score(label, rasterise(cells.polygons, label.shape))["aji"], "points": len(points),
-        "precision": _mean(inside), "true kept": _mean(kept[automatic]), "false kept": _mean(kept[~automatic]),
-    }  # fmt: skip
+        "AJI": score(label, rasterise(cells.polygons, label.shape))["aji"],
+        "points": len(points),
+        "precision": _mean(inside),
+        "true kept": _mean(kept[automatic]),
+        "false kept": _mean(kept[~automatic]),
+    }
 
 
 def _mean(x: np.ndarray) -> float:
@@ -77,7 +97,9 @@ def _inside(points: np.ndarray, label: np.ndarray) -> np.ndarray:
     return label[row, column] > 0
 
 
-def records_of(model: Remembering, image: np.ndarray, label: np.ndarray, seeds: int, number: int, *, slow: bool) -> Iterator[dict[str, object]]:
+def records_of(
+    model: Remembering, image: np.ndarray, label: np.ndarray, seeds: int, number: int, *, slow: bool
+) -> Iterator[dict[str, object]]:
     """One record per way and click seed; ``slow``: of the ways that take long too."""
     base = dataclasses.replace(RunConfig(), method="cop", precision="fp32")
     picture, centres = Picture(model, image, MPP, base), centre_points(label)
@@ -118,24 +140,41 @@ def retention_rows(model: object, data: Path, seeds: int, say: Callable[[str], N
             mine = [r for r in records if r["way"] == way]
             of = {r["image"] for r in mine}
             aji = _by_seed(mine)
-            every, apg = (_by_seed([r for r in records if r["way"] == w and r["image"] in of]).mean() for w in (EVERY, APG))
+            every, apg = (
+                _by_seed([r for r in records if r["way"] == w and r["image"] in of]).mean() for w in (EVERY, APG)
+            )
             similarity_thresholds = [r["floor"] for r in mine if "floor" in r]
             clicked = way not in (EVERY, MERGED, APG)
-            rows.append({
-                "set": name, "prompts": way, "images": len(of), "click seeds": len(aji) if clicked else "", "AJI": _spread(aji),
-                "of one point per nucleus": _spread(aji / every), "of apg": _spread(aji / apg),
-                "points": round(float(np.mean([r["points"] for r in mine]))), "point precision": float(np.nanmean([r["precision"] for r in mine])),
-                "true apg points kept": _kept(mine, "true kept"), "false apg points kept": _kept(mine, "false kept"),
-                "floor": f"{np.mean(similarity_thresholds):.2f} ({min(similarity_thresholds):.2f} to {max(similarity_thresholds):.2f})" if similarity_thresholds else "",
-                "clicks that hit no cell": _mean(np.array([r["missed"] > 0 for r in mine])) if similarity_thresholds else "",
-            })  # fmt: skip
+            rows.append(
+                {
+                    "set": name,
+                    "prompts": way,
+                    "images": len(of),
+                    "click seeds": len(aji) if clicked else "",
+                    "AJI": _spread(aji),
+                    "of one point per nucleus": _spread(aji / every),
+                    "of apg": _spread(aji / apg),
+                    "points": round(float(np.mean([r["points"] for r in mine]))),
+                    "point precision": float(np.nanmean([r["precision"] for r in mine])),
+                    "true apg points kept": _kept(mine, "true kept"),
+                    "false apg points kept": _kept(mine, "false kept"),
+                    "floor": f"{np.mean(similarity_thresholds):.2f} ({min(similarity_thresholds):.2f} to {max(similarity_thresholds):.2f})"
+                    if similarity_thresholds
+                    else "",
+                    "clicks that hit no cell": _mean(np.array([r["missed"] > 0 for r in mine]))
+                    if similarity_thresholds
+                    else "",
+                }
+            )
         say(f"{name}: " + ", ".join(f"{r['prompts']} {r['AJI']}" for r in rows if r["set"] == name))
     return rows
 
 
 def _by_seed(records: list[dict[str, object]]) -> np.ndarray:
     """AJI: the mean over images, per click seed."""
-    return np.array([np.mean([r["AJI"] for r in records if r["seed"] == s]) for s in sorted({r["seed"] for r in records})])
+    return np.array(
+        [np.mean([r["AJI"] for r in records if r["seed"] == s]) for s in sorted({r["seed"] for r in records})]
+    )
 
 
 def _kept(records: list[dict[str, object]], what: str) -> float | str:

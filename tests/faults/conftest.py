@@ -34,14 +34,28 @@ class Run:
     env: dict[str, str] = field(default_factory=dict)
 
     def command(self, out: Path, *more: object) -> list[str]:
-        start = [sys.executable, "-m", "wsiseg", "run", str(self.slide), "--seeds", str(self.seeds), "--config", str(self.settings)]
+        start = [
+            sys.executable,
+            "-m",
+            "wsiseg",
+            "run",
+            str(self.slide),
+            "--seeds",
+            str(self.seeds),
+            "--config",
+            str(self.settings),
+        ]
         return [*start, "--out", str(out), *map(str, more)]
 
     def start(self, out: Path, *more: object) -> subprocess.Popen[str]:
-        return subprocess.Popen(self.command(out, *more), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=self.environment)
+        return subprocess.Popen(
+            self.command(out, *more), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=self.environment
+        )
 
     def __call__(self, out: Path, *more: object) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(self.command(out, *more), capture_output=True, text=True, check=False, env=self.environment, timeout=300)
+        return subprocess.run(
+            self.command(out, *more), capture_output=True, text=True, check=False, env=self.environment, timeout=300
+        )
 
     @property
     def environment(self) -> dict[str, str]:
@@ -59,13 +73,19 @@ def run(demo: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Ru
 
 
 @pytest.fixture(scope="session")
-def undisturbed(run: Run, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, bytes], dict[str, object], float]:
+def undisturbed(
+    run: Run, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[dict[str, bytes], dict[str, object], float]:
     """Final files, manifest, and how long the process took."""
     out = tmp_path_factory.mktemp("undisturbed")
     begin = time.monotonic()
     done = run(out)
     assert done.returncode == 0, done.stderr
-    return files_of(run.folder(out)), json.loads((run.folder(out) / "manifest.json").read_text()), time.monotonic() - begin
+    return (
+        files_of(run.folder(out)),
+        json.loads((run.folder(out) / "manifest.json").read_text()),
+        time.monotonic() - begin,
+    )
 
 
 def wait_for(condition, seconds: float = 120) -> None:

@@ -63,7 +63,9 @@ with Claims(Path(sys.argv[1]), heartbeat_s=float(sys.argv[2]), dead_after_s=floa
 class Process:
     """A process with claims that evaluates what it is sent."""
 
-    def __init__(self, folder: Path, *, beat: float = BEAT, dead_after: float = DEAD, before: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, folder: Path, *, beat: float = BEAT, dead_after: float = DEAD, before: tuple[str, ...] = ()
+    ) -> None:
         command = [*before, sys.executable, "-c", DRIVER, str(folder), str(beat), str(dead_after)]
         self.popen = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
 
@@ -106,7 +108,14 @@ def run(tmp_path: Path) -> Iterator[Callable[..., list[Process]]]:
 
 def write_claim(folder: Path, name: str, **changes: object) -> Path:
     """A claim as another process writes it: of a machine elsewhere, unless told otherwise."""
-    owner = {"host": "node7", "pid": 4711, "start": 1, "space": "elsewhere", "token": "0123456789abcdef", "beat": "0000000000"}
+    owner = {
+        "host": "node7",
+        "pid": 4711,
+        "start": 1,
+        "space": "elsewhere",
+        "token": "0123456789abcdef",
+        "beat": "0000000000",
+    }
     path = folder / f"{name}.claim"
     path.write_text(json.dumps({**owner, **changes}))
     return path
@@ -147,7 +156,9 @@ def test_eight_processes_race_for_fifty_names_and_each_is_claimed_once(tmp_path:
     assert {path.name for path in tmp_path.iterdir()} == {f"{name}.claim" for name in names}
     for racer, mine in zip(racers, won, strict=True):
         assert racer.ask(f"claims.busy({names})") == [n for n in names if n not in mine]
-        assert all(racer.ask(f"claims.holder({n!r})") == f"{machine.host()}, process {racer.popen.pid}" for n in mine[:1])
+        assert all(
+            racer.ask(f"claims.holder({n!r})") == f"{machine.host()}, process {racer.popen.pid}" for n in mine[:1]
+        )
     for racer in racers:
         racer.leave()
     assert not list(tmp_path.iterdir())
@@ -155,7 +166,9 @@ def test_eight_processes_race_for_fifty_names_and_each_is_claimed_once(tmp_path:
 
 @linux
 @pytest.mark.parametrize("reaped", [True, False], ids=["reaped", "zombie"])
-def test_the_names_of_a_killed_owner_go_at_once_to_exactly_one_of_several(tmp_path: Path, run: Run, reaped: bool) -> None:
+def test_the_names_of_a_killed_owner_go_at_once_to_exactly_one_of_several(
+    tmp_path: Path, run: Run, reaped: bool
+) -> None:
     names = [f"n{n}" for n in range(60)]
     racers = run(6, dead_after=NEVER)
     for _ in range(3):
@@ -219,7 +232,12 @@ def test_in_a_storm_of_kills_no_two_processes_work_on_one_name(tmp_path: Path) -
     """Six processes take, work and release; one of them is killed and replaced every 40 ms. Whose work overlaps another's is in their logs."""
     folder, chance, killed, running = tmp_path / "parts", random.Random(3), {}, {}
     nursery = subprocess.Popen(
-        [sys.executable, "-c", NURSERY, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=1
+        [sys.executable, "-c", NURSERY, str(folder)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        bufsize=1,
     )
 
     def begin() -> None:
@@ -264,7 +282,9 @@ def test_in_a_storm_of_kills_no_two_processes_work_on_one_name(tmp_path: Path) -
 # --- is the owner dead? ---------------------------------------------------------------------------------------------------------------------------
 
 
-def test_an_owner_elsewhere_is_dead_by_the_observers_clock_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_owner_elsewhere_is_dead_by_the_observers_clock_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = write_claim(tmp_path, "a")
     jump = {"by": 0.0}
     true_time = time.time
@@ -312,13 +332,31 @@ def test_a_number_that_belongs_to_another_process_by_now_is_dead(tmp_path: Path)
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"{", b"[]", b"null", b"\xff\xfe", b"[" * 5000, b'{"pid": 1}', "pid 0", "pid -1", "pid true", "pid huge", "start text"],
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b"\xff\xfe",
+        b"[" * 5000,
+        b'{"pid": 1}',
+        "pid 0",
+        "pid -1",
+        "pid true",
+        "pid huge",
+        "start text",
+    ],
     ids=lambda c: str(c)[:12],
 )
 def test_a_damaged_claim_is_a_state_like_any_other(tmp_path: Path, content: bytes | str) -> None:
     if isinstance(content, str):
         key, value = content.split()
-        write_claim(tmp_path, "a", space=machine.space(), **{key: {"0": 0, "-1": -1, "true": True, "huge": 10**30}.get(value, value)})
+        write_claim(
+            tmp_path,
+            "a",
+            space=machine.space(),
+            **{key: {"0": 0, "-1": -1, "true": True, "huge": 10**30}.get(value, value)},
+        )
     else:
         (tmp_path / "a.claim").write_bytes(content)
     with brisk(tmp_path, dead_after_s=0.2) as claims:
@@ -345,7 +383,9 @@ def test_time_in_which_the_observer_itself_did_not_run_does_not_count(tmp_path: 
 
 
 @pytest.mark.parametrize("where", ["None", "elsewhere()"], ids=["same-machine", "elsewhere"])
-def test_an_owner_that_is_suspended_loses_its_claim_and_leaves_the_new_one_alone(tmp_path: Path, run: Run, where: str) -> None:
+def test_an_owner_that_is_suspended_loses_its_claim_and_leaves_the_new_one_alone(
+    tmp_path: Path, run: Run, where: str
+) -> None:
     owner, other = run(2)
     owner.ask(where)
     assert owner.ask("[claims.take('a'), claims.take('b')]") == [True, True]
@@ -579,7 +619,9 @@ def drop_root(*paths):
 
 
 def unprivileged(script: str, *arguments: object) -> str:
-    done = subprocess.run([sys.executable, "-c", UNPRIVILEGED + script, *arguments], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", UNPRIVILEGED + script, *arguments], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -694,10 +736,18 @@ with Claims(folder, heartbeat_s=0.02, dead_after_s=0.2) as claims:
     assert claims.take("c")
 """
     mount = f'mount -t tmpfs -o size=1m tmpfs "{tmp_path}" && exec "$0" "$@"'
-    done = subprocess.run(["unshare", "-rm", "sh", "-c", mount, sys.executable, "-c", script, tmp_path], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", mount, sys.executable, "-c", script, tmp_path],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     said = "RunError {}: cannot be written (No space left on device); make room, or choose a folder you may write with --out"
-    assert done.stdout.splitlines() == [*(said.format(tmp_path / f"{n}.claim") for n in "bc"), "['a.claim', 'b.claim', 'filler'] set()"]
+    assert done.stdout.splitlines() == [
+        *(said.format(tmp_path / f"{n}.claim") for n in "bc"),
+        "['a.claim', 'b.claim', 'filler'] set()",
+    ]
 
 
 def test_surprises_of_network_file_systems_are_no_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

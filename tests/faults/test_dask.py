@@ -145,7 +145,13 @@ def environment(helpers: Path, tmp_path: Path) -> dict[str, str]:
         (tmp_path / name).mkdir()
     path = os.pathsep.join([str(helpers), str(Path(errors.__file__).parents[1])])
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("DASK", "XDG"))}
-    return {**kept, "HOME": str(tmp_path / "home"), "TMPDIR": str(tmp_path / "tmp"), "PYTHONPATH": path, "NOTES": str(tmp_path)}
+    return {
+        **kept,
+        "HOME": str(tmp_path / "home"),
+        "TMPDIR": str(tmp_path / "tmp"),
+        "PYTHONPATH": path,
+        "NOTES": str(tmp_path),
+    }
 
 
 @pytest.fixture
@@ -159,7 +165,11 @@ def start(helpers: Path, environment: dict[str, str], tmp_path: Path) -> Iterato
         options = {"scratch": str(folder), **options}
         command = [sys.executable, str(helpers / "dask_client.py"), work, str(blocks), json.dumps(options)]
         with (tmp_path / f"stderr{len(started)}").open("w") as stderr:
-            started.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=stderr, text=True, start_new_session=True))
+            started.append(
+                subprocess.Popen(
+                    command, env=environment, stdout=subprocess.PIPE, stderr=stderr, text=True, start_new_session=True
+                )
+            )
         return started[-1]
 
     yield launch
@@ -203,8 +213,8 @@ def files_below(folder: Path) -> list[Path]:
 
 def test_one_worker_is_this_process(helper) -> None:
     assert [s[0] for s in map_blocks(helper.work, BLOCKS, helper.setup)] == list(BLOCKS)
-    tools = {"pid": -1, "number": -1}
-    assert {s[1] for s in map_blocks(helper.work, [3], helper.setup, workers=4, tools=tools)} == {-1}
+    context = {"pid": -1, "number": -1}
+    assert {s[1] for s in map_blocks(helper.work, [3], helper.setup, workers=4, context=context)} == {-1}
     assert not list(map_blocks(helper.work, [], helper.setup, workers=4))
     asked = iter([False, False, True])
     assert [s[0] for s in map_blocks(helper.work, BLOCKS, helper.setup, stopped=lambda: next(asked))] == [0, 1, 2]
@@ -261,7 +271,9 @@ def test_a_dead_worker_is_replaced(helper, tmp_path: Path, capfd: pytest.Capture
 
 
 def test_blocks_that_kill_every_worker_end_the_run(helper, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(RunError, match=r"^block 7: the worker died 4 times, .* finished parts are kept, run the same command again$"):
+    with pytest.raises(
+        RunError, match=r"^block 7: the worker died 4 times, .* finished parts are kept, run the same command again$"
+    ):
         list(map_blocks(helper.dies_always, BLOCKS, helper.setup, workers=2, scratch=tmp_path))
     assert not list(tmp_path.glob("dask-*"))
     assert not capfd.readouterr().err
@@ -274,7 +286,9 @@ def test_exceptions_of_workers(helper, tmp_path: Path) -> None:
         back.extend(map_blocks(helper.refuses, BLOCKS, helper.setup, workers=2, scratch=tmp_path, weight=lambda _: 32))
     assert "in refuses" in str(caught.value.__cause__)
     assert 6 in back  # of the same task as 7
-    with pytest.raises(RunError, match=r"^worker \d on \S+, block 7: LookupError: .* finished parts are kept") as caught:
+    with pytest.raises(
+        RunError, match=r"^worker \d on \S+, block 7: LookupError: .* finished parts are kept"
+    ) as caught:
         list(map_blocks(helper.stumbles, BLOCKS, helper.setup, workers=2, scratch=tmp_path))
     assert "in stumbles" in str(caught.value.__cause__)
 
@@ -284,7 +298,11 @@ def test_a_worker_that_cannot_begin(helper, tmp_path: Path) -> None:
         list(map_blocks(helper.work, BLOCKS, helper.setup_without_slide, workers=2, scratch=tmp_path))
 
 
-@pytest.mark.parametrize("kind", [e for e in vars(errors).values() if isinstance(e, type) and issubclass(e, WsisegError)], ids=lambda e: e.__name__)
+@pytest.mark.parametrize(
+    "kind",
+    [e for e in vars(errors).values() if isinstance(e, type) and issubclass(e, WsisegError)],
+    ids=lambda e: e.__name__,
+)
 def test_errors_survive_pickling(kind: type[WsisegError]) -> None:
     again = pickle.loads(pickle.dumps(kind("a.svs: something; do that")))
     assert type(again) is kind
@@ -332,7 +350,9 @@ class Cluster:
         self._folder, self._environment = folder, environment
         self._processes: list[subprocess.Popen[bytes]] = []
         file = folder / "scheduler.json"
-        self.scheduler = self._start("dask_scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard", "--scheduler-file", str(file))
+        self.scheduler = self._start(
+            "dask_scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard", "--scheduler-file", str(file)
+        )
         until(lambda: file.exists() and file.read_text())
         self.address: str = json.loads(file.read_text())["address"]
 
@@ -342,7 +362,9 @@ class Cluster:
     def _start(self, program: str, *options: str) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", f"distributed.cli.{program}", "--dashboard-address", "127.0.0.1:0", *options]
         with (self._folder / "cluster.log").open("ab") as log:
-            process = subprocess.Popen(command, env=self._environment, stdout=log, stderr=log, start_new_session=True, cwd=self._folder)
+            process = subprocess.Popen(
+                command, env=self._environment, stdout=log, stderr=log, start_new_session=True, cwd=self._folder
+            )
         self._processes.append(process)
         return process
 
@@ -361,7 +383,12 @@ def remote(environment: dict[str, str], tmp_path: Path) -> Iterator[Cluster]:
 
 
 def test_workers_of_a_scheduler(
-    remote: Cluster, helper, tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    remote: Cluster,
+    helper,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """None at first; then two, of which one has threads; they serve one run after another, and end when told to."""
     monkeypatch.setattr(monitor, "WARN_S", 0.1)
@@ -372,18 +399,32 @@ def test_workers_of_a_scheduler(
     late.start()
     back = list(run)
     late.join()
-    assert caplog.records[0].getMessage().startswith(f"--scheduler {remote.address}: no worker for 0 s; start some: `dask worker tcp://")
+    assert (
+        caplog.records[0]
+        .getMessage()
+        .startswith(f"--scheduler {remote.address}: no worker for 0 s; start some: `dask worker tcp://")
+    )
     assert sorted(s[0] for s in back) == list(BLOCKS)
     assert {s[2] for s in back} == {0, 1}
 
     begun: list[int] = []
-    for summary in map_blocks(helper.noted, range(200), helper.setup, scheduler=remote.address, stopped=lambda: len(begun) > 2, weight=lambda _: 8):
+    for summary in map_blocks(
+        helper.noted,
+        range(200),
+        helper.setup,
+        scheduler=remote.address,
+        stopped=lambda: len(begun) > 2,
+        weight=lambda _: 8,
+    ):
         begun.append(summary)  # noqa: PERF402
     assert sorted(begun) == sorted(int(p.stem) for p in tmp_path.glob("*.begun"))
 
     (tmp_path / "halt.py").write_text("import sys\nsys.modules['wsiseg'] = None\n")
     remote.add_worker("--name", "bare", "--preload", str(tmp_path / "halt.py"))
-    with pytest.raises(RunError, match=r"worker bare at tcp://.* cannot import wsiseg \(ModuleNotFoundError: .*; use the same environment"):
+    with pytest.raises(
+        RunError,
+        match=r"worker bare at tcp://.* cannot import wsiseg \(ModuleNotFoundError: .*; use the same environment",
+    ):
         list(map_blocks(helper.slow_work, range(200), helper.setup, scheduler=remote.address))
     assert not capfd.readouterr().err
 
@@ -413,9 +454,14 @@ def test_a_lost_client_and_a_lost_scheduler_end_the_run(remote: Cluster, start, 
 
 def test_nobody_answers(helper, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clusters, "CONNECT_S", 1.0)
-    with pytest.raises(RunError, match=r"^--scheduler tcp://127.0.0.1:9: nobody answers within 1 s; start `dask scheduler` there"):
+    with pytest.raises(
+        RunError, match=r"^--scheduler tcp://127.0.0.1:9: nobody answers within 1 s; start `dask scheduler` there"
+    ):
         list(map_blocks(helper.work, BLOCKS, helper.setup, scheduler="tcp://127.0.0.1:9"))
-    with pytest.raises(ConfigError, match=r"^--scheduler smoke://signal: is neither an address nor a batch system; pass tcp://host:port"):
+    with pytest.raises(
+        ConfigError,
+        match=r"^--scheduler smoke://signal: is neither an address nor a batch system; pass tcp://host:port",
+    ):
         list(map_blocks(helper.work, BLOCKS, helper.setup, scheduler="smoke://signal"))
 
 
@@ -462,17 +508,30 @@ def jobs(folder: Path) -> list[psutil.Process]:
     return found
 
 
-SETTINGS = ClusterConfig(cores=2, memory="1GB", queue="short", interface="lo", directives=("--gres=gpu:1",), prologue=("export SEEN=1",))
+SETTINGS = ClusterConfig(
+    cores=2, memory="1GB", queue="short", interface="lo", directives=("--gres=gpu:1",), prologue=("export SEEN=1",)
+)
 
 
 def test_jobs_of_slurm(helper, batch: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     scratch = tmp_path / "run"
     scratch.mkdir()
-    back = list(map_blocks(helper.slow_work, BLOCKS, helper.setup, workers=2, scheduler="slurm", cluster=SETTINGS, scratch=scratch))
+    back = list(
+        map_blocks(
+            helper.slow_work, BLOCKS, helper.setup, workers=2, scheduler="slurm", cluster=SETTINGS, scratch=scratch
+        )
+    )
     assert sorted(s[0] for s in back) == list(BLOCKS)
     assert {s[2] for s in back} == {0, 1}
     script = next(batch.glob("*.sh")).read_text()
-    for line in ("#SBATCH -p short", "#SBATCH --cpus-per-task=2", "#SBATCH --mem=954M", "#SBATCH --gres=gpu:1", "\nexport SEEN=1\n", str(scratch)):
+    for line in (
+        "#SBATCH -p short",
+        "#SBATCH --cpus-per-task=2",
+        "#SBATCH --mem=954M",
+        "#SBATCH --gres=gpu:1",
+        "\nexport SEEN=1\n",
+        str(scratch),
+    ):
         assert line in script
     assert "#SBATCH -t" not in script
     until(lambda: not jobs(batch))
@@ -502,7 +561,17 @@ def test_lost_jobs_are_submitted_again(helper, batch: Path, tmp_path: Path, monk
 @pytest.mark.parametrize(
     ("system", "command", "said"),
     [
-        ("pbs", "qsub", ["#PBS -q short", "#PBS -A us", "#PBS -l select=1:ncpus=2:mem=954MB", "#PBS -l walltime=01:00", "#PBS --gres=gpu:1"]),
+        (
+            "pbs",
+            "qsub",
+            [
+                "#PBS -q short",
+                "#PBS -A us",
+                "#PBS -l select=1:ncpus=2:mem=954MB",
+                "#PBS -l walltime=01:00",
+                "#PBS --gres=gpu:1",
+            ],
+        ),
         ("lsf", "bsub", ["#BSUB -q short", '#BSUB -P "us"', "#BSUB -n 2", "#BSUB -W 01:00", "#BSUB --gres=gpu:1"]),
         ("sge", "qsub", ["#$ -q short", "#$ -P us", "#$ -l h_rt=01:00", "#$ --gres=gpu:1"]),
     ],
@@ -527,26 +596,41 @@ def test_jobs_end_when_the_client_is_killed(start, batch: Path) -> None:
     until(lambda: not jobs(batch), 30)
 
 
-def test_what_is_wrong_with_a_batch_system(helper, batch: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_wrong_with_a_batch_system(
+    helper, batch: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     check_scheduler(None)
     check_scheduler("tcp://10.0.0.1:8786")
     check_scheduler("slurm", SETTINGS)
-    with pytest.raises(ConfigError, match=r"^--scheduler moab: is neither an address nor a batch system; .* slurm, pbs, lsf, sge$"):
+    with pytest.raises(
+        ConfigError, match=r"^--scheduler moab: is neither an address nor a batch system; .* slurm, pbs, lsf, sge$"
+    ):
         check_scheduler("moab")
-    with pytest.raises(ConfigError, match=r"^--scheduler pbs: the command qsub is not on PATH; run wsiseg where jobs are submitted"):
+    with pytest.raises(
+        ConfigError, match=r"^--scheduler pbs: the command qsub is not on PATH; run wsiseg where jobs are submitted"
+    ):
         check_scheduler("pbs")
     with pytest.raises(ConfigError, match=r"^cluster.memory is 'lots'; it must be a size such as 8GB$"):
         check_scheduler("slurm", ClusterConfig(memory="lots"))
     (batch / "sbatch").write_text("#!/bin/sh\necho 'sbatch: error: invalid partition specified: short' >&2\nexit 1\n")
-    with pytest.raises(RunError, match=r"^--scheduler slurm: sbatch refuses the job \(sbatch: error: invalid partition specified: short\); see"):
-        list(map_blocks(helper.work, BLOCKS, helper.setup, workers=2, scheduler="slurm", cluster=SETTINGS, scratch=tmp_path))
+    with pytest.raises(
+        RunError,
+        match=r"^--scheduler slurm: sbatch refuses the job \(sbatch: error: invalid partition specified: short\); see",
+    ):
+        list(
+            map_blocks(
+                helper.work, BLOCKS, helper.setup, workers=2, scheduler="slurm", cluster=SETTINGS, scratch=tmp_path
+            )
+        )
     monkeypatch.setitem(sys.modules, "dask_jobqueue", None)
     with pytest.raises(ConfigError, match=r'^--scheduler slurm: needs dask-jobqueue; pip install "wsiseg\[hpc\]"$'):
         check_scheduler("slurm")
 
 
 def test_where_the_work_is_done_does_not_change_the_run() -> None:
-    config = from_mapping({"scheduler": "slurm", "cluster": {"cores": 8, "queue": "gpu", "directives": ["--gres=gpu:1"]}}, "here")
+    config = from_mapping(
+        {"scheduler": "slurm", "cluster": {"cores": 8, "queue": "gpu", "directives": ["--gres=gpu:1"]}}, "here"
+    )
     assert config.cluster.directives == ("--gres=gpu:1",)
     assert config.hash() == RunConfig().hash()
     with pytest.raises(ConfigError, match=r"^here: cluster.cores is 0; it must lie between 1 and 1024$"):

@@ -56,7 +56,9 @@ def test_kill_9_at_random_moments(run: Run, undisturbed: tuple[dict[str, bytes],
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
-def test_a_signal_finishes_the_block_in_hand(run: Run, undisturbed: tuple[dict[str, bytes], dict, float], tmp_path: Path, number: int) -> None:
+def test_a_signal_finishes_the_block_in_hand(
+    run: Run, undisturbed: tuple[dict[str, bytes], dict, float], tmp_path: Path, number: int
+) -> None:
     process = run.start(tmp_path)
     wait_for(lambda: parts(run.folder(tmp_path)) or process.poll() is not None)
     assert process.poll() is None
@@ -103,12 +105,14 @@ def test_a_worker_is_killed(run: Run, undisturbed: tuple[dict[str, bytes], dict,
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
-def test_a_signal_to_all_processes(run: Run, undisturbed: tuple[dict[str, bytes], dict, float], tmp_path: Path, number: int) -> None:
+def test_a_signal_to_all_processes(
+    run: Run, undisturbed: tuple[dict[str, bytes], dict, float], tmp_path: Path, number: int
+) -> None:
     """Ctrl-C reaches every process of a terminal, a walltime's warning those of a job; the blocks in hand are finished all the same."""
     command = run.command(tmp_path, "--workers", 2)
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=run.environment, start_new_session=True
-    )  # fmt: skip
+    )
     wait_for(lambda: parts(run.folder(tmp_path)) or process.poll() is not None)
     assert process.poll() is None
     os.killpg(process.pid, number)
@@ -132,7 +136,9 @@ def test_twice_is_now(run: Run, tmp_path: Path) -> None:
     assert process.returncode == -signal.SIGTERM
 
 
-def test_seven_shards_in_any_order_and_a_merge(run: Run, undisturbed: tuple[dict[str, bytes], dict, float], tmp_path: Path) -> None:
+def test_seven_shards_in_any_order_and_a_merge(
+    run: Run, undisturbed: tuple[dict[str, bytes], dict, float], tmp_path: Path
+) -> None:
     """Two at a time, one of them killed and submitted again; the merge refuses until all is there, and can be repeated."""
     folder = run.folder(tmp_path)
     numbers = random.Random(1).sample(range(1, 8), 7)
@@ -179,7 +185,9 @@ def test_merge_with_what_is_there(run: Run, undisturbed: tuple[dict[str, bytes],
     assert files_of(folder) == undisturbed[0]
 
 
-def test_two_runs_on_one_folder_share_the_work(run: Run, undisturbed: tuple[dict[str, bytes], dict, float], tmp_path: Path) -> None:
+def test_two_runs_on_one_folder_share_the_work(
+    run: Run, undisturbed: tuple[dict[str, bytes], dict, float], tmp_path: Path
+) -> None:
     """The same command twice at once: no block is done twice, one writes, both end well."""
     both = [run.start(tmp_path, "--log-json", tmp_path / f"{k}.log") for k in range(2)]
     said = [p.communicate(timeout=200) for p in both]
@@ -192,7 +200,9 @@ def test_two_runs_on_one_folder_share_the_work(run: Run, undisturbed: tuple[dict
     assert sum(e["event"] == "slide" for mine in events for e in mine) == 1
 
 
-def test_the_second_run_goes_on_when_the_first_is_killed(run: Run, undisturbed: tuple[dict[str, bytes], dict, float], tmp_path: Path) -> None:
+def test_the_second_run_goes_on_when_the_first_is_killed(
+    run: Run, undisturbed: tuple[dict[str, bytes], dict, float], tmp_path: Path
+) -> None:
     first = run.start(tmp_path)
     wait_for(lambda: parts(run.folder(tmp_path)) or first.poll() is not None)
     second = run.start(tmp_path)
@@ -224,10 +234,26 @@ def test_nothing_is_written_elsewhere(run: Run, tmp_path: Path, more: tuple[str,
 def test_a_list_of_slides(run: Run, tmp_path: Path) -> None:
     """A bad row in the middle stops nothing; the same call repeats only that one."""
     (tmp_path / "bad.svs").write_bytes(b"no slide")
-    rows = ["path;seeds;name", f"{run.slide};{run.seeds};first", "bad.svs;;", f"{run.slide.resolve().parent / '.' / run.slide.name};;second"]
+    rows = [
+        "path;seeds;name",
+        f"{run.slide};{run.seeds};first",
+        "bad.svs;;",
+        f"{run.slide.resolve().parent / '.' / run.slide.name};;second",
+    ]
     listed = tmp_path / "list.csv"
     listed.write_text("\n".join(rows[:3]) + "\n")
-    start = [sys.executable, "-m", "wsiseg", "run", "--slides", str(listed), "--config", str(run.settings), "--out", str(tmp_path / "out")]
+    start = [
+        sys.executable,
+        "-m",
+        "wsiseg",
+        "run",
+        "--slides",
+        str(listed),
+        "--config",
+        str(run.settings),
+        "--out",
+        str(tmp_path / "out"),
+    ]
     done = subprocess.run(start, capture_output=True, text=True, check=False, env=run.environment)
     assert done.returncode == 3, done.stderr
     assert "1 of 2 slides complete" in done.stdout
@@ -251,10 +277,24 @@ def test_a_list_in_shards(run: Run, tmp_path: Path) -> None:
         if not (tmp_path / f"{name}.tiff").exists():
             (tmp_path / f"{name}.tiff").write_bytes(run.slide.read_bytes())
     (tmp_path / "list.csv").write_text("path\na.tiff\nb.tiff\nc.tiff\n")
-    start = [sys.executable, "-m", "wsiseg", "run", "--slides", str(tmp_path / "list.csv"), "--out", str(tmp_path / "out"), "--shard", "slurm"]
+    start = [
+        sys.executable,
+        "-m",
+        "wsiseg",
+        "run",
+        "--slides",
+        str(tmp_path / "list.csv"),
+        "--out",
+        str(tmp_path / "out"),
+        "--shard",
+        "slurm",
+    ]
     array = {"SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRAY_TASK_MAX": "2", "SLURM_ARRAY_TASK_COUNT": "2"}
     both = [
-        subprocess.Popen(start, stdout=subprocess.PIPE, text=True, env={**run.environment, **array, "SLURM_ARRAY_TASK_ID": str(k)}) for k in (1, 2)
+        subprocess.Popen(
+            start, stdout=subprocess.PIPE, text=True, env={**run.environment, **array, "SLURM_ARRAY_TASK_ID": str(k)}
+        )
+        for k in (1, 2)
     ]
     said = [p.communicate(timeout=200)[0] for p in both]
     assert [p.returncode for p in both] == [0, 0]

@@ -42,9 +42,14 @@ def in_a_small_file_system(script: str, run: Run, tmp_path: Path) -> subprocess.
     (tmp_path / "mnt").mkdir()
     command = " ".join(f"'{part}'" for part in run.command(Path("mnt/out")))
     return subprocess.run(
-        ["unshare", "-rm", "bash", "-c", f"RUN=({command})\n{script}"], cwd=tmp_path, check=False, capture_output=True, text=True,
-        env=run.environment, timeout=300,
-    )  # fmt: skip
+        ["unshare", "-rm", "bash", "-c", f"RUN=({command})\n{script}"],
+        cwd=tmp_path,
+        check=False,
+        capture_output=True,
+        text=True,
+        env=run.environment,
+        timeout=300,
+    )
 
 
 def test_a_disk_that_fills(run: Run, undisturbed: tuple[dict[str, bytes], dict, float], tmp_path: Path) -> None:
@@ -63,7 +68,9 @@ def test_a_disk_that_fills(run: Run, undisturbed: tuple[dict[str, bytes], dict, 
     assert {name: (tmp_path / "kept" / "ihc" / name).read_bytes() for name in undisturbed[0]} == undisturbed[0]
 
 
-def test_permission_lost_on_the_way(run: Run, undisturbed: tuple[dict[str, bytes], dict, float], tmp_path: Path) -> None:
+def test_permission_lost_on_the_way(
+    run: Run, undisturbed: tuple[dict[str, bytes], dict, float], tmp_path: Path
+) -> None:
     """The file system becomes read-only in the middle of the run."""
     script = """
     mount -t tmpfs -o size=50m none mnt || exit 9
@@ -88,11 +95,17 @@ def test_a_slide_that_ends_in_the_middle(cmu: Path, wsiseg: Callable[..., tuple[
     assert said.count("\n") == 1
     assert "cut.svs" in said
     roi = tmp_path / "roi.json"
-    roi.write_text(json.dumps({"type": "Polygon", "coordinates": [[[1000, 1000], [1200, 1000], [1200, 1200], [1000, 1200], [1000, 1000]]]}))
+    roi.write_text(
+        json.dumps(
+            {"type": "Polygon", "coordinates": [[[1000, 1000], [1200, 1000], [1200, 1200], [1000, 1200], [1000, 1000]]]}
+        )
+    )
     (tmp_path / "label.svs").write_bytes(whole[: int(len(whole) * 0.7)])
     shutil.copy(cmu, tmp_path / "whole.svs")
     for name in ("label", "whole"):
-        status, said = wsiseg("run", tmp_path / f"{name}.svs", "--out", tmp_path / "out", "--mpp", 0.5, "--roi", roi, "--tile-size", 128)
+        status, said = wsiseg(
+            "run", tmp_path / f"{name}.svs", "--out", tmp_path / "out", "--mpp", 0.5, "--roi", roi, "--tile-size", 128
+        )
         assert status == 0, said
     a, b = (read_geoparquet(tmp_path / "out" / name / "cells.parquet")[0] for name in ("label", "whole"))
     assert len(a) > 20
@@ -113,7 +126,9 @@ def write_image(path: Path, width: int, height: int, colour: tuple[int, int, int
     return path
 
 
-def test_a_reader_that_fails_for_some_tiles(demo: tuple[Path, Path], discs: type, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_reader_that_fails_for_some_tiles(
+    demo: tuple[Path, Path], discs: type, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """Once: tried again. Always: listed; repaired, only that block is repeated."""
     config = from_mapping(SMALL | {"tiling": {"tile_um": 64, "block_tiles": 1}}, "test")
     whole = segment_slide(demo[0], config, tmp_path / "whole")
@@ -162,7 +177,12 @@ class Cramped(DiscModel):
 
 
 @pytest.mark.parametrize(
-    "error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+    ],
 )
 def test_out_of_memory_halves_the_batch(
     demo: tuple[Path, Path], discs: type, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: Exception
@@ -179,12 +199,16 @@ def test_out_of_memory_halves_the_batch(
 
 def test_out_of_memory_to_the_end(demo: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(planning, "load_model", lambda *_: Cramped(0, 0, torch.OutOfMemoryError("CUDA out of memory")))
-    with pytest.raises(RunError, match="out of memory with one tile and 8 prompts at a time; pass a smaller --tile-size"):
+    with pytest.raises(
+        RunError, match="out of memory with one tile and 8 prompts at a time; pass a smaller --tile-size"
+    ):
         segment_slide(demo[0], from_mapping(SMALL, "test"), tmp_path)
     assert not list(tmp_path.rglob("*.claim"))
 
 
-def test_other_errors_of_the_network_are_not_taken_for_memory(demo: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_other_errors_of_the_network_are_not_taken_for_memory(
+    demo: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(planning, "load_model", lambda *_: Cramped(0, 0, RuntimeError("shapes do not match")))
     with pytest.raises(RuntimeError, match="shapes do not match"):
         segment_slide(demo[0], from_mapping(SMALL, "test"), tmp_path)
@@ -219,18 +243,26 @@ def test_no_tissue_and_no_cells(wsiseg: Callable[..., tuple[int, str]], tmp_path
 def test_a_cell_larger_than_the_halo(wsiseg: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
     """A dark disc of 100 um, tiles of 64 um: no outline of it pretends to be whole, and it is counted."""
     y, x = np.mgrid[:800, :800]
-    image = np.where(((x - 400) ** 2 + (y - 400) ** 2 < 100**2)[..., None], (70, 40, 120), (230, 190, 215)).astype(np.uint8)
+    image = np.where(((x - 400) ** 2 + (y - 400) ** 2 < 100**2)[..., None], (70, 40, 120), (230, 190, 215)).astype(
+        np.uint8
+    )
     Image.fromarray(image).save(tmp_path / "giant.png")
-    status, said = wsiseg("run", tmp_path / "giant.png", "--mpp", 0.5, "--tile-size", 64, "--no-tissue", "--out", tmp_path / "out")
+    status, said = wsiseg(
+        "run", tmp_path / "giant.png", "--mpp", 0.5, "--tile-size", 64, "--no-tissue", "--out", tmp_path / "out"
+    )
     assert status == 0, said
     cells, _, _ = read_geoparquet(tmp_path / "out/giant/cells.parquet")
     manifest = json.loads((tmp_path / "out/giant/manifest.json").read_text())
     bounds = np.array([p.bounds for p in cells.polygons]).reshape(-1, 4)
-    assert ((bounds[:, 2:] - bounds[:, :2]) * 0.5 <= 64 + 2 * 24 + 1).all(), "no outline reaches beyond a tile and its halo"
+    assert ((bounds[:, 2:] - bounds[:, :2]) * 0.5 <= 64 + 2 * 24 + 1).all(), (
+        "no outline reaches beyond a tile and its halo"
+    )
     assert manifest["counts"]["outlines"] >= len(cells)
 
 
-def test_a_hundred_thousand_cells_in_one_tile(demo: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_hundred_thousand_cells_in_one_tile(
+    demo: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """Cells of 3 um in a square of 1 mm, most in one block: they are all kept, and stitching does not choke on them."""
     Image.fromarray(np.full((1280, 1280, 3), 150, np.uint8)).save(tmp_path / "crowd.tif")
     monkeypatch.setattr(planning, "load_model", lambda *_: DiscModel(spacing_px=16, radius_px=7))
@@ -253,13 +285,17 @@ def test_a_hundred_thousand_outlines_on_top_of_each_other(tmp_path: Path) -> Non
     rng = np.random.default_rng(0)
     centres = np.repeat(rng.uniform(100, 9900, (2000, 2)), 50, axis=0) + rng.normal(0, 1, (100_000, 2))
     scores = rng.uniform(0.3, 1, 100_000).astype(np.float32)
-    cells = Cells(shapely.buffer(shapely.points(centres), 20, quad_segs=4), centres, scores, np.ones((100_000, 2), np.float16))
+    cells = Cells(
+        shapely.buffer(shapely.points(centres), 20, quad_segs=4), centres, scores, np.ones((100_000, 2), np.float16)
+    )
     settled, counts = stitch([cells], (10_000, 10_000), 10, StitchingConfig(cluster_size=1000), descriptor_size=2)
     assert counts.outlines == 100_000
     assert 1500 < len(settled) <= 2100
 
 
-def test_missing_seeds_are_found_before_it_starts(wsiseg: Callable[..., tuple[int, str]], demo: tuple[Path, Path], tmp_path: Path) -> None:
+def test_missing_seeds_are_found_before_it_starts(
+    wsiseg: Callable[..., tuple[int, str]], demo: tuple[Path, Path], tmp_path: Path
+) -> None:
     status, said = wsiseg("run", demo[0], "--seeds", tmp_path / "none.json", "--out", tmp_path / "out")
     assert status == 1
     assert "none.json" in said

@@ -22,7 +22,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import shapely
 
-from wsiseg.celltypes.plda import Hypothesis, carry_over, drift, infer_hypotheses, posterior, slide_space, smooth, squares
+from wsiseg.celltypes.plda import (
+    Hypothesis,
+    carry_over,
+    drift,
+    infer_hypotheses,
+    posterior,
+    slide_space,
+    smooth,
+    squares,
+)
 from wsiseg.records import UNASSIGNED, Typing, TypingNotes
 
 if TYPE_CHECKING:
@@ -38,7 +47,11 @@ _MANY = 0.1  #: share of the cells from which an unclicked kind is worth a warni
 
 
 def assign_types(
-    descriptors: NDArray[np.float16], xy_um: NDArray[np.float64], bank: Bank, space: TypeSpace | None, config: TypingConfig
+    descriptors: NDArray[np.float16],
+    xy_um: NDArray[np.float64],
+    bank: Bank,
+    space: TypeSpace | None,
+    config: TypingConfig,
 ) -> tuple[Typing, TypingNotes]:
     """Type every cell.
 
@@ -68,7 +81,9 @@ def assign_types(
     if not count:
         empty = np.empty(0, np.float32)
         return Typing(names, colors, np.empty(0, np.int32), empty, empty.copy(), np.empty(0, np.int32)), TypingNotes()
-    order = np.lexsort((*descriptors[:, :2].T, xy_um[:, 1], xy_um[:, 0]))  # sums of floats depend on their order; the verdicts must not
+    order = np.lexsort(
+        (*descriptors[:, :2].T, xy_um[:, 1], xy_um[:, 0])
+    )  # sums of floats depend on their order; the verdicts must not
     space = space or slide_space(descriptors[order])
     z = np.empty((count, space.transform.shape[1]), np.float32)
     for start in range(0, count, _ROWS):
@@ -106,15 +121,25 @@ def assign_types(
     prototypes = np.where(verdict, nearest, -1).astype(np.int32)
     typing = Typing(names, colors, codes[back], scores[back], margins[back], prototypes[back])
     kinds = tuple(
-        {name: round(sum(r.weight for r in hypotheses if r.kinds[t] == k), 3) for k, name in enumerate(space.kind_names)}
+        {
+            name: round(sum(r.weight for r in hypotheses if r.kinds[t] == k), 3)
+            for k, name in enumerate(space.kind_names)
+        }
         for t in range(len(bank.names))
     )
-    doubts = (*_unsure(kinds, bank.names), *_confusable(hypotheses[0], bank.names, config), *_unclicked(ranked[:, 0] - len(bank.names), space))
+    doubts = (
+        *_unsure(kinds, bank.names),
+        *_confusable(hypotheses[0], bank.names, config),
+        *_unclicked(ranked[:, 0] - len(bank.names), space),
+    )
     return typing, TypingNotes(kinds, doubts)
 
 
 def _against(
-    p: NDArray[np.float32], z: NDArray[np.float32], clicked: list[NDArray[np.float64]], negative: list[NDArray[np.float64]]
+    p: NDArray[np.float32],
+    z: NDArray[np.float32],
+    clicked: list[NDArray[np.float64]],
+    negative: list[NDArray[np.float64]],
 ) -> None:
     """A cell nearer to a negative click of type t than to every click of t is not t; the other types are not touched by it. In place."""
     for t, against in enumerate(negative):
@@ -130,7 +155,9 @@ def _gaps(z: NDArray[np.float32], anchors: NDArray[np.float64]) -> NDArray[np.fl
     return gaps
 
 
-def _nearest_click(z: NDArray[np.float32], clicked: list[NDArray[np.float64]], best: NDArray[np.intp]) -> NDArray[np.int32]:
+def _nearest_click(
+    z: NDArray[np.float32], clicked: list[NDArray[np.float64]], best: NDArray[np.intp]
+) -> NDArray[np.int32]:
     """Of the clicks of the cell's best type, the index of the most similar one, counted through all types -> (N,)."""
     first = np.cumsum([0, *(len(x) for x in clicked)])
     nearest = np.empty(len(z), np.int32)
@@ -156,10 +183,14 @@ def _with_local_share(p: NDArray[np.float32], xy_um: NDArray[np.float64], config
     for _ in range(config.share_rounds):
         out = p * share[here].astype(np.float32)
         out /= np.maximum(out.sum(1, keepdims=True), 1e-12)
-        count = np.stack([np.bincount(here, weights=out[:, t], minlength=height * width) for t in range(types)], 1).astype(np.float64)
+        count = np.stack(
+            [np.bincount(here, weights=out[:, t], minlength=height * width) for t in range(types)], 1
+        ).astype(np.float64)
         overall = count.sum(0) / max(count.sum(), 1e-12)
         around = smooth(count.reshape(height, width, types)).reshape(-1, types)
-        share = (around + config.neighbourhood_cells * overall) / np.maximum(around.sum(1, keepdims=True) + config.neighbourhood_cells, 1e-12)
+        share = (around + config.neighbourhood_cells * overall) / np.maximum(
+            around.sum(1, keepdims=True) + config.neighbourhood_cells, 1e-12
+        )
     return out
 
 
@@ -194,7 +225,9 @@ def _unclicked(kind: NDArray[np.intp], space: TypeSpace) -> list[str]:
     for k, name in enumerate(space.kind_names):
         share = float((kind == k).mean())
         if share >= _MANY:
-            warnings.append(f"{share:.0%} of the cells look {name}, a kind without a click, and stay {UNASSIGNED}; click one to have them typed")
+            warnings.append(
+                f"{share:.0%} of the cells look {name}, a kind without a click, and stay {UNASSIGNED}; click one to have them typed"
+            )
     return warnings
 
 
@@ -230,7 +263,9 @@ def enforce_click_labels(cells: CellIndex, typing: Typing, bank: Bank, reach_px0
             if row >= 0 and owner.setdefault(row, name) == name:
                 mine[k] = row
             elif row >= 0:
-                warnings.append(f"the click on {name} at [{x:g}, {y:g}] meets the cell that was clicked as {owner[row]}")
+                warnings.append(
+                    f"the click on {name} at [{x:g}, {y:g}] meets the cell that was clicked as {owner[row]}"
+                )
             else:
                 warnings.append(f"the click on {name} at [{x:g}, {y:g}] meets no cell of the result")
         rows.append(mine)
@@ -239,7 +274,12 @@ def enforce_click_labels(cells: CellIndex, typing: Typing, bank: Bank, reach_px0
 
 def set_click_labels(typing: Typing, rows: list[NDArray[np.intp]]) -> Typing:
     """``typing`` with the clicked cells' types as clicked: per type the rows of its clicks, in order; -1 where there is no cell."""
-    codes, scores, margins, prototypes = typing.codes.copy(), typing.scores.copy(), typing.margins.copy(), typing.prototypes.copy()
+    codes, scores, margins, prototypes = (
+        typing.codes.copy(),
+        typing.scores.copy(),
+        typing.margins.copy(),
+        typing.prototypes.copy(),
+    )
     number = 0
     for t, clicked in enumerate(rows):
         for row in clicked:
@@ -261,4 +301,8 @@ def typing_summary(typing: Typing, bank: Bank, notes: TypingNotes) -> dict[str, 
         }
         for t, name in enumerate(bank.names)
     }
-    return {"types": types, "warnings": list(notes.warnings), "unassigned": round(float(cells[0]) / max(len(typing.codes), 1), 4)}
+    return {
+        "types": types,
+        "warnings": list(notes.warnings),
+        "unassigned": round(float(cells[0]) / max(len(typing.codes), 1), 4),
+    }

@@ -33,13 +33,19 @@ if TYPE_CHECKING:
 
     from wsiseg.config import TypingConfig
 
-_CANDIDATES = 6  #: types that are tried for each known kind; more than that many clicked types of one kind is no use case
+_CANDIDATES = (
+    6  #: types that are tried for each known kind; more than that many clicked types of one kind is no use case
+)
 _HYPOTHESES = 16  #: readings that are kept; the rest weighs nothing
 _FEW = 5  #: cells of a type, around a place or on a slide, below which it says nothing about the shift
 _SAMPLE = 50_000  #: cells from which another slide's shift is estimated
 _DRIFT_SAMPLE = 200_000  #: cells from which the shifts of places are estimated; every k-th from left to right
 _ROUNDS, _DRIFT_ROUNDS = 10, 5
-_DIRECTIONS, _WITHIN, _SHIFT = 32, 0.25, 0.1  #: of a space that is found on the slide itself (benchmarks/results/slide_space.md)
+_DIRECTIONS, _WITHIN, _SHIFT = (
+    32,
+    0.25,
+    0.1,
+)  #: of a space that is found on the slide itself (benchmarks/results/slide_space.md)
 _LEAST = 0.01  #: of its variances: none is nothing
 
 
@@ -81,7 +87,9 @@ def infer_hypotheses(clicked: list[NDArray[np.float64]], space: TypeSpace, confi
     precision = (1 / variance).sum(1)
     pull = (residual / variance).sum(1)
     total = precision + 1 / space.shift
-    evidence = ((residual**2 / variance + np.log(variance)).sum((1, 2)) + (np.log(total * space.shift) - pull**2 / total).sum(1)) / -2
+    evidence = (
+        (residual**2 / variance + np.log(variance)).sum((1, 2)) + (np.log(total * space.shift) - pull**2 / total).sum(1)
+    ) / -2
     evidence += log_prior[kinds].sum(1)
     order = np.argsort(-evidence, kind="stable")[:_HYPOTHESES]
     weight = np.exp(evidence[order] - evidence[order[0]])
@@ -90,11 +98,17 @@ def infer_hypotheses(clicked: list[NDArray[np.float64]], space: TypeSpace, confi
         shift = pull[k] / total[k]
         gain = prior_variance[kinds[k]] / variance[k]
         means = prior_mean[kinds[k]] + gain * (residual[k] - shift)
-        hypotheses.append(Hypothesis(float(w), tuple(int(i) for i in kinds[k]), shift, means, 1 + prior_variance[kinds[k]] * (1 - gain)))
+        hypotheses.append(
+            Hypothesis(
+                float(w), tuple(int(i) for i in kinds[k]), shift, means, 1 + prior_variance[kinds[k]] * (1 - gain)
+            )
+        )
     return hypotheses
 
 
-def _enumerate_assignments(mean: NDArray[np.float64], n: NDArray[np.float64], space: TypeSpace, known: int) -> NDArray[np.intp]:
+def _enumerate_assignments(
+    mean: NDArray[np.float64], n: NDArray[np.float64], space: TypeSpace, known: int
+) -> NDArray[np.intp]:
     """All ways (M, T) to give each known kind to at most one of the types that are nearest to it; -1 for the rest."""
     variance = space.shift + space.kind_spread + 1 / n
     far = ((mean[:, None] - space.kinds) ** 2 / variance[:, None]).sum(2)  # (T, known)
@@ -111,7 +125,9 @@ def _enumerate_assignments(mean: NDArray[np.float64], n: NDArray[np.float64], sp
     return np.stack(rows)
 
 
-def carry_over(hypotheses: list[Hypothesis], z: NDArray[np.float32], space: TypeSpace, config: TypingConfig) -> list[Hypothesis]:
+def carry_over(
+    hypotheses: list[Hypothesis], z: NDArray[np.float32], space: TypeSpace, config: TypingConfig
+) -> list[Hypothesis]:
     """Readings of one slide's clicks for the cells of another, whose shift is found from the cells themselves.
 
     Parameters
@@ -134,7 +150,9 @@ def carry_over(hypotheses: list[Hypothesis], z: NDArray[np.float32], space: Type
         known = np.array(hypothesis.kinds) >= 0
         kinds = np.array(hypothesis.kinds)
         means = np.where(known[:, None], np.vstack([space.kinds, space.middle])[kinds], hypothesis.means)
-        spread = np.where(known[:, None], space.kind_spread, space.spread / 2)  # half: the first slide's clicks vouch for the type
+        spread = np.where(
+            known[:, None], space.kind_spread, space.spread / 2
+        )  # half: the first slide's clicks vouch for the type
         here = Hypothesis(hypothesis.weight, hypothesis.kinds, hypothesis.shift, means, 1 + spread)
         for _ in range(_ROUNDS):
             p = posterior(z, here, space, config)
@@ -149,7 +167,9 @@ def carry_over(hypotheses: list[Hypothesis], z: NDArray[np.float32], space: Type
     return carried
 
 
-def posterior(z: NDArray[np.float32], hypothesis: Hypothesis, space: TypeSpace, config: TypingConfig) -> NDArray[np.float32]:
+def posterior(
+    z: NDArray[np.float32], hypothesis: Hypothesis, space: TypeSpace, config: TypingConfig
+) -> NDArray[np.float32]:
     """p(. | z) under one reading: (N, T) for the clicked types, (N, K) for the kinds that nobody clicked (0 for the others), (N, 1) for the rest."""
     free = [k for k in range(len(space.kinds)) if k not in hypothesis.kinds]
     means = hypothesis.shift + np.vstack([hypothesis.means, space.kinds[free], space.middle])
@@ -157,7 +177,11 @@ def posterior(z: NDArray[np.float32], hypothesis: Hypothesis, space: TypeSpace, 
     weights = np.log(np.r_[np.ones(len(hypothesis.means)), np.full(len(free), config.rival_kind), config.rival_other])
     constant = weights - (np.log(variances) + means**2 / variances).sum(1) / 2
     # (z - m)^2 / v in two matrix products
-    log_p = (z**2) @ (-0.5 / variances).T.astype(np.float32) + z @ (means / variances).T.astype(np.float32) + constant.astype(np.float32)
+    log_p = (
+        (z**2) @ (-0.5 / variances).T.astype(np.float32)
+        + z @ (means / variances).T.astype(np.float32)
+        + constant.astype(np.float32)
+    )
     log_p -= log_p.max(1, keepdims=True)
     p: NDArray[np.float32] = np.exp(log_p)
     p /= p.sum(1, keepdims=True)
@@ -196,7 +220,9 @@ def drift(
             total[filled, a] = np.add.reduceat(p[:, a : a + 1] * seen, first, axis=0)
         n, total = (smooth(x.reshape(height, width, -1)).reshape(x.shape) for x in (n, total))
         weight = np.where(n >= _FEW, 1 / (space.kind_spread + 1 / np.maximum(n, 1)), 0)
-        shift = ((total / np.maximum(n, 1e-9) - anchors) * weight).sum(1) / (1 / (config.drift * space.shift) + weight.sum(1))
+        shift = ((total / np.maximum(n, 1e-9) - anchors) * weight).sum(1) / (
+            1 / (config.drift * space.shift) + weight.sum(1)
+        )
     return shift.astype(np.float32), here
 
 
@@ -218,9 +244,13 @@ def slide_space(descriptors: NDArray[np.float16] | NDArray[np.float32]) -> TypeS
     transform = direction[:, main] / np.sqrt(within)
     total = variance[main] / within
     return TypeSpace(
-        transform.astype(np.float32), x.mean(0) @ transform, np.maximum(total, _LEAST), np.empty((0, len(main))), np.ones(len(main)),
+        transform.astype(np.float32),
+        x.mean(0) @ transform,
+        np.maximum(total, _LEAST),
+        np.empty((0, len(main))),
+        np.ones(len(main)),
         np.maximum(_SHIFT * total, _LEAST),
-    )  # fmt: skip
+    )
 
 
 def squares(xy_um: NDArray[np.float64], side_um: float) -> tuple[NDArray[np.intp], int, int]:

@@ -56,14 +56,18 @@ class _Commands(click.Group):
         try:
             Path.cwd()
         except OSError as error:  # of which torch and others would end the process
-            raise click.ClickException(f"the current folder is gone ({error.strerror}); change to another one with cd") from error
+            raise click.ClickException(
+                f"the current folder is gone ({error.strerror}); change to another one with cd"
+            ) from error
         try:
             return super().invoke(ctx)
         except WsisegError as error:
             said = _Interrupted if isinstance(error, InterruptedRunError) else click.ClickException
             raise said(one_line(str(error))) from error
         except MemoryError as error:
-            raise click.ClickException("out of memory; pass --max-ram, a smaller --tile-size or fewer --workers") from error
+            raise click.ClickException(
+                "out of memory; pass --max-ram, a smaller --tile-size or fewer --workers"
+            ) from error
 
     def main(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         """Run a command; the exit status is that of its work, whatever becomes of the streams."""
@@ -72,7 +76,9 @@ class _Commands(click.Group):
             return super().main(*args, **kwargs)
         except SystemExit as end:
             if not end.code and (reason := OUTPUT.lost()):
-                click.echo(f"Error: standard output: cannot be written ({reason}); make room, or write it elsewhere", err=True)
+                click.echo(
+                    f"Error: standard output: cannot be written ({reason}); make room, or write it elsewhere", err=True
+                )
                 raise SystemExit(1) from None
             raise
 
@@ -94,8 +100,14 @@ def main() -> None:
 def mpp_options(command: click.decorators.FC) -> click.decorators.FC:
     """Add ``--mpp`` and ``--force-mpp`` to a command."""
     low, high = CELLULAR_MPP
-    force = click.option("--force-mpp", is_flag=True, help=f"Accept an --mpp at which no cell can be found (outside {low:g} to {high:g}).")
-    scale = click.option("--mpp", type=float, metavar="UM", help="Microns per level-0 pixel, when the slide does not say or says wrong.")
+    force = click.option(
+        "--force-mpp",
+        is_flag=True,
+        help=f"Accept an --mpp at which no cell can be found (outside {low:g} to {high:g}).",
+    )
+    scale = click.option(
+        "--mpp", type=float, metavar="UM", help="Microns per level-0 pixel, when the slide does not say or says wrong."
+    )
     return scale(force(command))
 
 

@@ -27,7 +27,9 @@ class Command(click.Command):
         ConfigError
             An argument is not text in the encoding of this system.
         """
-        given, _, _ = self.make_parser(ctx).parse_args(list(args))  # as typed: of an empty path `click.Path` makes the current folder
+        given, _, _ = self.make_parser(ctx).parse_args(
+            list(args)
+        )  # as typed: of an empty path `click.Path` makes the current folder
         for param in self.params:
             for text in _texts(given.get(param.name or "")):
                 if not text.strip():

@@ -16,33 +16,86 @@ if TYPE_CHECKING:
     from wsiseg.evaluation import Evaluation
 
 TITLES = {
-    "aji": "AJI", "aji_plus": "AJI+", "pq": "PQ", "dq": "DQ", "sq": "SQ", "msa": "mSA", "dice": "Dice", "detection_f1": "detection F1",
-    "detection_precision": "precision", "detection_recall": "recall", "macro_f1": "macro-F1", "type_accuracy": "type accuracy",
-    "unassigned": "unassigned", "point_precision": "point precision", "typed_point_precision": "typed point prec.",
-    "bpq": "bPQ", "mpq": "mPQ", "mpq_plus": "mPQ+",
-}  # fmt: skip
-OF_IMAGES = ("aji", "aji_plus", "pq", "msa", "dice", "detection_f1", "macro_f1", "type_accuracy", "point_precision")  # columns of the image table
+    "aji": "AJI",
+    "aji_plus": "AJI+",
+    "pq": "PQ",
+    "dq": "DQ",
+    "sq": "SQ",
+    "msa": "mSA",
+    "dice": "Dice",
+    "detection_f1": "detection F1",
+    "detection_precision": "precision",
+    "detection_recall": "recall",
+    "macro_f1": "macro-F1",
+    "type_accuracy": "type accuracy",
+    "unassigned": "unassigned",
+    "point_precision": "point precision",
+    "typed_point_precision": "typed point prec.",
+    "bpq": "bPQ",
+    "mpq": "mPQ",
+    "mpq_plus": "mPQ+",
+}
+OF_IMAGES = (
+    "aji",
+    "aji_plus",
+    "pq",
+    "msa",
+    "dice",
+    "detection_f1",
+    "macro_f1",
+    "type_accuracy",
+    "point_precision",
+)  # columns of the image table
 
 
 @click.command(cls=Command, short_help="Score outlines and types against a truth.")
 @click.argument("prediction", metavar="PRED", type=click.Path(path_type=Path))
 @click.argument("truth", metavar="TRUTH", type=click.Path(path_type=Path))
-@click.option("--pred-types", type=click.Path(path_type=Path), metavar="PATH", help="Image of type ids for a label image PRED, or a folder of them.")
-@click.option("--truth-types", type=click.Path(path_type=Path), metavar="PATH", help="The same for TRUTH.")
-@click.option("--classes", type=click.Path(path_type=Path), metavar="FILE", help='JSON with the names of type ids: {"1": "tumour"}.')
-@click.option("--mpp", type=float, metavar="UM", help="Microns per px, for types and points; cells.parquet says it itself.")
-@click.option("--radius", type=float, default=3.0, show_default=True, metavar="UM", help="Centroids this near are the same cell.")
-@click.option("--thresholds", default="0.5", show_default=True, metavar="LIST", help="IoU at which F1 is wanted, comma-separated.")
 @click.option(
-    "--baseline", type=click.Path(path_type=Path), metavar="PRED2", help="Another prediction; prints the share of its scores that PRED has."
+    "--pred-types",
+    type=click.Path(path_type=Path),
+    metavar="PATH",
+    help="Image of type ids for a label image PRED, or a folder of them.",
+)
+@click.option("--truth-types", type=click.Path(path_type=Path), metavar="PATH", help="The same for TRUTH.")
+@click.option(
+    "--classes",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help='JSON with the names of type ids: {"1": "tumour"}.',
+)
+@click.option(
+    "--mpp", type=float, metavar="UM", help="Microns per px, for types and points; cells.parquet says it itself."
+)
+@click.option(
+    "--radius", type=float, default=3.0, show_default=True, metavar="UM", help="Centroids this near are the same cell."
+)
+@click.option(
+    "--thresholds", default="0.5", show_default=True, metavar="LIST", help="IoU at which F1 is wanted, comma-separated."
+)
+@click.option(
+    "--baseline",
+    type=click.Path(path_type=Path),
+    metavar="PRED2",
+    help="Another prediction; prints the share of its scores that PRED has.",
 )
 @click.option("--json", "json_file", type=click.Path(path_type=Path), metavar="FILE", help="Write every number.")
 @click.option("--overwrite", is_flag=True, help="Replace the --json file.")
 @click.option("--summary", is_flag=True, help="Leave out the rows of the single images.")
 def command(
-    prediction: Path, truth: Path, pred_types: Path | None, truth_types: Path | None, classes: Path | None, mpp: float | None, radius: float,
-    thresholds: str, baseline: Path | None, json_file: Path | None, overwrite: bool, summary: bool,
-) -> None:  # fmt: skip
+    prediction: Path,
+    truth: Path,
+    pred_types: Path | None,
+    truth_types: Path | None,
+    classes: Path | None,
+    mpp: float | None,
+    radius: float,
+    thresholds: str,
+    baseline: Path | None,
+    json_file: Path | None,
+    overwrite: bool,
+    summary: bool,
+) -> None:
     """Compare PRED with TRUTH: two files, or two folders whose files are paired by name.
 
     Each is a label image (.png, .tif, .npy), outlines (.geojson, .parquet, the folder of a run) or points (.csv with x, y, type).
@@ -63,11 +116,20 @@ def command(
     try:
         levels = tuple(float(text) for text in thresholds.split(","))
     except ValueError as error:
-        raise ConfigError(f"--thresholds: {thresholds!r} is no list of numbers; give IoU values such as 0.5,0.75") from error
+        raise ConfigError(
+            f"--thresholds: {thresholds!r} is no list of numbers; give IoU values such as 0.5,0.75"
+        ) from error
     scores = evaluate(
-        prediction, truth, prediction_types=pred_types, truth_types=truth_types, classes=classes, mpp=mpp, radius_um=radius, thresholds=levels,
+        prediction,
+        truth,
+        prediction_types=pred_types,
+        truth_types=truth_types,
+        classes=classes,
+        mpp=mpp,
+        radius_um=radius,
+        thresholds=levels,
         baseline=baseline,
-    )  # fmt: skip
+    )
     OUTPUT.extra = json_file is not None
     for note in scores.notes:
         click.echo(f"Warning: {note}", err=True)
@@ -95,24 +157,39 @@ def _report(scores: Evaluation, *, images: bool) -> None:
         low_high = "" if interval is None or math.isnan(interval.low) else f"{interval.low:.3f} to {interval.high:.3f}"
         more = [_number(column.get(metric)) for column in kept.values()]
         mean = _number(None if interval is None else interval.mean)
-        rows.append([TITLES.get(metric, metric.replace("f1@", "F1@")), mean, low_high, _number(scores.pooled.get(metric)), *more])
+        rows.append(
+            [
+                TITLES.get(metric, metric.replace("f1@", "F1@")),
+                mean,
+                low_high,
+                _number(scores.pooled.get(metric)),
+                *more,
+            ]
+        )
     _table(rows)
     if scores.classes:
         click.echo()
-        _table([
-            ["type", "truth", "predicted", "F1", "PQ", "PQ+"],
-            *([c, str(s.truth), str(s.prediction), _number(s.f1), _number(s.pq), _number(s.pq_plus)] for c, s in scores.classes.items()),
-        ])  # fmt: skip
+        _table(
+            [
+                ["type", "truth", "predicted", "F1", "PQ", "PQ+"],
+                *(
+                    [c, str(s.truth), str(s.prediction), _number(s.f1), _number(s.pq), _number(s.pq_plus)]
+                    for c, s in scores.classes.items()
+                ),
+            ]
+        )
     if images and n > 1:
         columns = [m for m in OF_IMAGES if m in scores.means]
         click.echo()
-        _table([
-            ["image", "truth", "predicted", *(TITLES[m] for m in columns)],
-            *(
-                [image.name, *map(str, image.counts), *(_number(values.get(m)) for m in columns)]
-                for image, values in zip(scores.images, scores.values, strict=True)
-            ),
-        ])  # fmt: skip
+        _table(
+            [
+                ["image", "truth", "predicted", *(TITLES[m] for m in columns)],
+                *(
+                    [image.name, *map(str, image.counts), *(_number(values.get(m)) for m in columns)]
+                    for image, values in zip(scores.images, scores.values, strict=True)
+                ),
+            ]
+        )
 
 
 def _number(value: float | None) -> str:
@@ -123,4 +200,8 @@ def _table(rows: list[list[str]]) -> None:
     """The first column to the left, numbers to the right."""
     widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
     for row in rows:
-        click.echo("  ".join([f"{row[0]:<{widths[0]}}", *(f"{text:>{w}}" for text, w in zip(row[1:], widths[1:], strict=True))]).rstrip())
+        click.echo(
+            "  ".join(
+                [f"{row[0]:<{widths[0]}}", *(f"{text:>{w}}" for text, w in zip(row[1:], widths[1:], strict=True))]
+            ).rstrip()
+        )

@@ -15,8 +15,12 @@ from wsiseg.config import RunConfig, check_mpp
 @click.command(cls=Command, short_help="What is known of a slide before a run.")
 @click.argument("slide")
 @mpp_options
-@click.option("--reader", type=click.Choice(get_args(get_type_hints(RunConfig)["reader"])), default="auto", show_default=True)
-@click.option("--no-estimate", is_flag=True, help="Do not estimate microns per pixel from the nuclei, which takes some seconds.")
+@click.option(
+    "--reader", type=click.Choice(get_args(get_type_hints(RunConfig)["reader"])), default="auto", show_default=True
+)
+@click.option(
+    "--no-estimate", is_flag=True, help="Do not estimate microns per pixel from the nuclei, which takes some seconds."
+)
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
 def command(slide: str, mpp: float | None, force_mpp: bool, reader: str, no_estimate: bool, as_json: bool) -> None:
     """Print what is known of SLIDE: format, size, levels, microns per pixel and where they are from, bounds, tissue, tiles, and what looks doubtful.

@@ -39,7 +39,10 @@ def _once(path: Path, handler: logging.Handler) -> None:
     def complain(_: logging.LogRecord) -> None:
         if not said:
             said.append(True)
-            click.echo(f"Warning: --log-json {path}: cannot be written ({sys.exc_info()[1]}); the run goes on without it", err=True)
+            click.echo(
+                f"Warning: --log-json {path}: cannot be written ({sys.exc_info()[1]}); the run goes on without it",
+                err=True,
+            )
 
     handler.handleError = complain  # type: ignore[method-assign, assignment]
 
@@ -60,7 +63,9 @@ def log_json(path: Path) -> None:
         else:
             handler = logging.StreamHandler(sys.stderr)
     except OSError as error:
-        raise RunError(f"--log-json {path}: cannot be written ({error.strerror}); pass a file in a folder that you may write to") from error
+        raise RunError(
+            f"--log-json {path}: cannot be written ({error.strerror}); pass a file in a folder that you may write to"
+        ) from error
     handler.setFormatter(_Lines())
     handler.setLevel(logging.INFO)
     _once(path, handler)

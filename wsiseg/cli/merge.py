@@ -12,11 +12,17 @@ from wsiseg.cli.streams import one_line
 
 @click.command(cls=Working, short_help="Join the shards of a run.")
 @click.argument("runs", nargs=-1, required=True, metavar="RUN...", type=click.Path(path_type=Path))
-@click.option("--allow-missing", is_flag=True, help="Write what is there, although blocks are missing; the exit status is 3 then.")
-@click.option("--format", "formats", metavar="LIST", help="Files to write, comma-separated.  [default: those of the shards]")
+@click.option(
+    "--allow-missing", is_flag=True, help="Write what is there, although blocks are missing; the exit status is 3 then."
+)
+@click.option(
+    "--format", "formats", metavar="LIST", help="Files to write, comma-separated.  [default: those of the shards]"
+)
 @click.option("-q", "--quiet", is_flag=True, help="Say nothing but errors.")
 @click.pass_context
-def command(ctx: click.Context, /, runs: tuple[Path, ...], allow_missing: bool, formats: str | None, quiet: bool) -> None:
+def command(
+    ctx: click.Context, /, runs: tuple[Path, ...], allow_missing: bool, formats: str | None, quiet: bool
+) -> None:
     """Stitch, type and write what the shards of `wsiseg run --shard K/N` have left in the folder RUN.
 
     Neither slide nor GPU is needed. An incomplete run is refused, and what is missing is named. Merging again changes nothing.

@@ -68,19 +68,38 @@ def verify(ctx: click.Context, names: tuple[str, ...]) -> None:
 
 @command.command("import", cls=Working, short_help="Take in a checkpoint of the SAM family.")
 @click.argument("file", type=click.Path(path_type=Path))
-@click.option("--name", required=True, help="What --model will take: lower-case letters, digits, dots, hyphens, underscores.")
-@click.option("--decoder", type=click.Path(path_type=Path), metavar="FILE", help="The instance decoder, where it is in a file of its own.")
 @click.option(
-    "--mpp", type=float, default=0.25, show_default=True, metavar="UM",
+    "--name", required=True, help="What --model will take: lower-case letters, digits, dots, hyphens, underscores."
+)
+@click.option(
+    "--decoder",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="The instance decoder, where it is in a file of its own.",
+)
+@click.option(
+    "--mpp",
+    type=float,
+    default=0.25,
+    show_default=True,
+    metavar="UM",
     help=f"Microns per px of the images that the model takes ({MPP_RANGE[0]:g} to {MPP_RANGE[1]:g}).",
-)  # fmt: skip
-@click.option("--licence", default="unknown", show_default=True, metavar="TEXT", help="Licence of the weights, for the card.")
+)
+@click.option(
+    "--licence", default="unknown", show_default=True, metavar="TEXT", help="Licence of the weights, for the card."
+)
 @click.option("--source", default="", metavar="TEXT", help="Where the weights are from, for the card.")
-@click.option("--normalise", type=click.Choice(NORMALISE), default=NORMALISE[0], show_default=True, help="What is done to a tile first.")
+@click.option(
+    "--normalise",
+    type=click.Choice(NORMALISE),
+    default=NORMALISE[0],
+    show_default=True,
+    help="What is done to a tile first.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace a model of this name.")
 def import_(
     file: Path, name: str, decoder: Path | None, mpp: float, licence: str, source: str, normalise: str, overwrite: bool
-) -> None:  # fmt: skip
+) -> None:
     """Convert the checkpoint FILE and keep it, so that --model takes its name.
 
     FILE is a SAM with a ViT-B, ViT-L or ViT-H encoder: as published, fine-tuned (micro-sam, PathoSAM and others), or a training checkpoint
@@ -96,7 +115,15 @@ def import_(
 
     _report(
         import_model(
-            file, name, decoder=decoder, mpp=mpp, licence=licence, source=source or str(file), normalise=normalise, overwrite=overwrite, on_note=_note
+            file,
+            name,
+            decoder=decoder,
+            mpp=mpp,
+            licence=licence,
+            source=source or str(file),
+            normalise=normalise,
+            overwrite=overwrite,
+            on_note=_note,
         )
     )
 
@@ -115,12 +142,21 @@ def download(name: str, overwrite: bool) -> None:
     from wsiseg.models.store import download as fetch
 
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bars:
         task = bars.add_task(name, total=None)
         card = fetch(
-            name, overwrite=overwrite, on_note=_note, on_progress=lambda done, total: bars.update(task, completed=done, total=total or None)
-        )  # fmt: skip
+            name,
+            overwrite=overwrite,
+            on_note=_note,
+            on_progress=lambda done, total: bars.update(task, completed=done, total=total or None),
+        )
     _report(card)
 
 
@@ -130,8 +166,15 @@ def _note(text: str) -> None:
 
 def _report(card: ModelCard) -> None:
     rows = {
-        "name": card.name, "architecture": card.architecture, "instance decoder": "yes" if card.instance_decoder else "no", "mpp": f"{card.mpp:g}",
-        "normalise": card.normalise, "licence": card.licence, "source": card.source, "weights": card.weights, "sha256": card.sha256,
-    }  # fmt: skip
+        "name": card.name,
+        "architecture": card.architecture,
+        "instance decoder": "yes" if card.instance_decoder else "no",
+        "mpp": f"{card.mpp:g}",
+        "normalise": card.normalise,
+        "licence": card.licence,
+        "source": card.source,
+        "weights": card.weights,
+        "sha256": card.sha256,
+    }
     for key, value in rows.items():
         click.echo(f"{key}: {value}")

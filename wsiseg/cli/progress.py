@@ -19,9 +19,16 @@ class Progress:
     def __init__(self, title: str, *, hidden: bool, unit: str = "tiles") -> None:
         console = Console(stderr=True)
         self._bars = Bars(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit), TextColumn("{task.fields[detail]}"),
-            TimeRemainingColumn(), console=console, disable=hidden or not console.is_terminal, transient=True,
-        )  # fmt: skip
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn(unit),
+            TextColumn("{task.fields[detail]}"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=hidden or not console.is_terminal,
+            transient=True,
+        )
         self._task = self._bars.add_task(title, total=None, detail="planning")
         self._start: tuple[float, int] | None = None
         self._unit = unit
@@ -42,5 +49,7 @@ class Progress:
         self._bars.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._bars.stop()

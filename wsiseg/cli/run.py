@@ -30,30 +30,94 @@ def _choices(field: str) -> click.Choice[str]:
 
 @click.command(cls=Working, short_help="Segment and type slides.")
 @click.argument("slides", nargs=-1, metavar="SLIDE...")
-@click.option("--seeds", metavar="FILE", help="Clicks, one or more per cell type: seeds.json, or points exported from QuPath.")
+@click.option(
+    "--seeds", metavar="FILE", help="Clicks, one or more per cell type: seeds.json, or points exported from QuPath."
+)
 @click.option("--bank", metavar="FILE", help="bank.safetensors of another slide's run: its clicks type this one.")
-@click.option("--out", type=click.Path(path_type=Path), default=Path("wsiseg-out"), show_default=True, help="Folder of all runs.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=Path("wsiseg-out"), show_default=True, help="Folder of all runs."
+)
 @click.option("--method", type=_choices("method"), help=f"How prompts are found.  [default: {_DEFAULT.method}]")
 @click.option("--model", metavar="NAME|PATH", help=f"Model, or a .safetensors file of it.  [default: {_DEFAULT.model}]")
 @mpp_options
 @click.option("--reader", type=_choices("reader"), help=f"Slide library.  [default: {_DEFAULT.reader}]")
 @click.option("--roi", metavar="FILE", help="GeoJSON polygons (QuPath annotations): only cells inside.")
 @click.option("--no-tissue", is_flag=True, help="Look everywhere, not only on tissue.")
-@click.option("--tile-size", type=float, metavar="UM", help=f"Side of a tile's core, microns.  [default: {TILE_UM:g}, or what the model takes]")
-@click.option("--halo", type=float, metavar="UM", help=f"Read around each tile, microns.  [default: {HALO_UM:g}, or what the model needs]")
-@click.option("--format", "formats", metavar="LIST", help=f"Files to write, comma-separated.  [default: {','.join(_DEFAULT.formats)}]")
+@click.option(
+    "--tile-size",
+    type=float,
+    metavar="UM",
+    help=f"Side of a tile's core, microns.  [default: {TILE_UM:g}, or what the model takes]",
+)
+@click.option(
+    "--halo",
+    type=float,
+    metavar="UM",
+    help=f"Read around each tile, microns.  [default: {HALO_UM:g}, or what the model needs]",
+)
+@click.option(
+    "--format",
+    "formats",
+    metavar="LIST",
+    help=f"Files to write, comma-separated.  [default: {','.join(_DEFAULT.formats)}]",
+)
 @click.option("--device", metavar="NAME", help=f"auto, cpu, cuda or cuda:N.  [default: {_DEFAULT.device}]")
-@click.option("--precision", type=_choices("precision"), help=f"Of the encoder.  [default: {_DEFAULT.precision}: bf16 on a GPU, fp32 on the CPU]")
-@click.option("--batch-size", type=click.IntRange(1), metavar="N", help="Tiles encoded together.  [default: 1 on a CPU, as many as fit on a GPU]")
-@click.option("--max-ram", "max_ram_gb", type=float, metavar="GB", help="What a process may use; queues and batches are made to fit.")
+@click.option(
+    "--precision",
+    type=_choices("precision"),
+    help=f"Of the encoder.  [default: {_DEFAULT.precision}: bf16 on a GPU, fp32 on the CPU]",
+)
+@click.option(
+    "--batch-size",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Tiles encoded together.  [default: 1 on a CPU, as many as fit on a GPU]",
+)
+@click.option(
+    "--max-ram",
+    "max_ram_gb",
+    type=float,
+    metavar="GB",
+    help="What a process may use; queues and batches are made to fit.",
+)
 @click.option("--max-vram", "max_vram_gb", type=float, metavar="GB", help="The same for the GPU.")
-@click.option("--workers", type=click.IntRange(1, 1024), metavar="N", help=f"Processes here, or jobs to submit.  [default: {_DEFAULT.workers}]")
-@click.option("--scheduler", metavar="ADDRESS|NAME", help="tcp://host:port of a Dask scheduler; or slurm, pbs, lsf, sge: jobs are submitted.")
-@click.option("--shard", metavar="K/N", help="Do the K-th of N shares: blocks of one slide (then `wsiseg merge`), or slides of several. Or: slurm.")
-@click.option("--slides", "slide_list", type=click.Path(path_type=Path), metavar="CSV", help="List of slides: columns path, mpp, seeds, name.")
-@click.option("--config", "config_file", type=click.Path(path_type=Path), help="TOML or JSON file of settings, or the manifest.json of a run.")
+@click.option(
+    "--workers",
+    type=click.IntRange(1, 1024),
+    metavar="N",
+    help=f"Processes here, or jobs to submit.  [default: {_DEFAULT.workers}]",
+)
+@click.option(
+    "--scheduler",
+    metavar="ADDRESS|NAME",
+    help="tcp://host:port of a Dask scheduler; or slurm, pbs, lsf, sge: jobs are submitted.",
+)
+@click.option(
+    "--shard",
+    metavar="K/N",
+    help="Do the K-th of N shares: blocks of one slide (then `wsiseg merge`), or slides of several. Or: slurm.",
+)
+@click.option(
+    "--slides",
+    "slide_list",
+    type=click.Path(path_type=Path),
+    metavar="CSV",
+    help="List of slides: columns path, mpp, seeds, name.",
+)
+@click.option(
+    "--config",
+    "config_file",
+    type=click.Path(path_type=Path),
+    help="TOML or JSON file of settings, or the manifest.json of a run.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace a run with other settings in the same folder.")
-@click.option("--log-json", "log_file", type=click.Path(path_type=Path), metavar="FILE", help="Append what happens as JSON lines; - is stderr.")
+@click.option(
+    "--log-json",
+    "log_file",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Append what happens as JSON lines; - is stderr.",
+)
 @click.option("--no-progress", is_flag=True, help="No progress bar (there is none in a pipe anyway).")
 @click.option("-v", "--verbose", count=True, help="Say more; twice for debugging.")
 @click.option("-q", "--quiet", is_flag=True, help="Say nothing but errors.")
@@ -104,7 +168,11 @@ def command(
     with Stop() as stopped:
         from wsiseg.runs.slide_list import Entry, read_list
 
-        entries = read_list(slide_list, force_mpp=config.force_mpp) if slide_list is not None else [Entry(slide) for slide in slides]
+        entries = (
+            read_list(slide_list, force_mpp=config.force_mpp)
+            if slide_list is not None
+            else [Entry(slide) for slide in slides]
+        )
         hidden = no_progress or quiet
         if slide_list is not None or len(slides) > 1:
             status = _many(entries, config, out, stopped, shard=mine, overwrite=overwrite, hidden=hidden, quiet=quiet)
@@ -113,7 +181,17 @@ def command(
     ctx.exit(status)
 
 
-def _one(slide: str, config: RunConfig, out: Path, stopped: Stop, *, shard: Shard | None, overwrite: bool, hidden: bool, quiet: bool) -> int:
+def _one(
+    slide: str,
+    config: RunConfig,
+    out: Path,
+    stopped: Stop,
+    *,
+    shard: Shard | None,
+    overwrite: bool,
+    hidden: bool,
+    quiet: bool,
+) -> int:
     """One slide, or a shard of it; the exit status."""
     from wsiseg.cli.progress import Progress
     from wsiseg.runs.slide import segment_slide
@@ -121,15 +199,30 @@ def _one(slide: str, config: RunConfig, out: Path, stopped: Stop, *, shard: Shar
     with Progress(Path(slide).name, hidden=hidden) as progress:
         said = _Said(quiet=quiet)
         manifest = segment_slide(
-            slide, config, out, overwrite=overwrite, shard=shard, on_progress=progress.update, on_warning=said, stopped=stopped
-        )  # fmt: skip
+            slide,
+            config,
+            out,
+            overwrite=overwrite,
+            shard=shard,
+            on_progress=progress.update,
+            on_warning=said,
+            stopped=stopped,
+        )
     if not quiet:
         report(manifest, said.warnings)
     return 3 if manifest["failures"] else 0
 
 
 def _many(
-    entries: list[Entry], config: RunConfig, out: Path, stopped: Stop, *, shard: Shard | None, overwrite: bool, hidden: bool, quiet: bool
+    entries: list[Entry],
+    config: RunConfig,
+    out: Path,
+    stopped: Stop,
+    *,
+    shard: Shard | None,
+    overwrite: bool,
+    hidden: bool,
+    quiet: bool,
 ) -> int:
     """One slide after the other, and a table at the end; the exit status."""
     from wsiseg.cli.progress import Progress
@@ -143,7 +236,9 @@ def _many(
             said.begin(slide)
             return progress.update
 
-        for row in segment_slides(entries, config, out, overwrite=overwrite, shard=shard, progress=follow, on_warning=said, stopped=stopped):
+        for row in segment_slides(
+            entries, config, out, overwrite=overwrite, shard=shard, progress=follow, on_warning=said, stopped=stopped
+        ):
             rows.append(row)
             if row["manifest"] and not quiet:
                 report(row["manifest"], said.warnings)
@@ -164,8 +259,12 @@ def _many(
 
 def _as_settings(options: dict[str, Any]) -> dict[str, Any]:
     """Options as the nested mapping that a configuration file would hold; options not given are left out."""
-    tiling = {k: v for k, v in (("tile_um", options.pop("tile_size")), ("halo_um", options.pop("halo"))) if v is not None}
-    settings = {k: v for k, v in options.items() if v is not None and k in {f.name for f in dataclasses.fields(RunConfig)}}
+    tiling = {
+        k: v for k, v in (("tile_um", options.pop("tile_size")), ("halo_um", options.pop("halo"))) if v is not None
+    }
+    settings = {
+        k: v for k, v in options.items() if v is not None and k in {f.name for f in dataclasses.fields(RunConfig)}
+    }
     if tiling:
         settings["tiling"] = tiling
     if options["no_tissue"]:
@@ -202,13 +301,22 @@ def report(manifest: dict[str, Any], said: Collection[str] = ()) -> None:
     counts = manifest["counts"]
     if manifest["status"] == "shard":
         done = f"{counted(counts['blocks'], 'block')}, {counted(counts['outlines'], 'outline')} in {manifest['seconds']['total']:.1f} s"
-        click.echo(f"{manifest['folder']}: shard {manifest['shard']}: {done}; when all shards are done: wsiseg merge {manifest['folder']}")
+        click.echo(
+            f"{manifest['folder']}: shard {manifest['shard']}: {done}; when all shards are done: wsiseg merge {manifest['folder']}"
+        )
         return
     types = manifest["types"]
     typed = ", ".join(f"{name} {n}" for name, n in types.items() if len(types) > 1)
     when = "complete already" if manifest.get("already") else f"in {manifest['seconds']['total']:.1f} s"
     click.echo(f"{manifest['folder']}: {counted(counts['cells'], 'cell')}{f' ({typed})' if typed else ''}, {when}")
     if manifest["status"] != "complete":
-        again = "run those shards again, then merge" if counts["blocks_missing"] else "run the same command again to try them once more"
+        again = (
+            "run those shards again, then merge"
+            if counts["blocks_missing"]
+            else "run the same command again to try them once more"
+        )
         failed = counts["tiles_failed"]
-        click.echo(f"{failed} of {counted(counts['tiles'], 'tile')} {'is' if failed == 1 else 'are'} missing; {again}", err=True)
+        click.echo(
+            f"{failed} of {counted(counts['tiles'], 'tile')} {'is' if failed == 1 else 'are'} missing; {again}",
+            err=True,
+        )

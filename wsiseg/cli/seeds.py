@@ -64,7 +64,10 @@ def check(seeds: Path, slide: str | None, mpp: float | None, force_mpp: bool) ->
 @command.command(cls=Working, short_help="QuPath's points to seeds.json, or back.")
 @click.argument("source", metavar="IN", type=click.Path(path_type=Path))
 @click.argument("target", metavar="OUT", type=click.Path(path_type=Path))
-@click.option("--slide", help="Check the clicks against this slide, and count from where OUT needs it: the slide's corner, or QuPath's.")
+@click.option(
+    "--slide",
+    help="Check the clicks against this slide, and count from where OUT needs it: the slide's corner, or QuPath's.",
+)
 @mpp_options
 @click.option("--overwrite", is_flag=True, help="Replace OUT.")
 def convert(source: Path, target: Path, slide: str | None, mpp: float | None, force_mpp: bool, overwrite: bool) -> None:
@@ -105,7 +108,9 @@ def convert(source: Path, target: Path, slide: str | None, mpp: float | None, fo
 @click.option("--model", metavar="NAME|PATH", help=f"Model, or a .safetensors file of it.  [default: {_DEFAULT.model}]")
 @click.option("--device", metavar="NAME", help=f"auto, cpu, cuda or cuda:N.  [default: {_DEFAULT.device}]")
 @click.option(
-    "--reader", type=click.Choice(get_args(get_type_hints(RunConfig)["reader"])), help=f"Slide library.  [default: {_DEFAULT.reader}]"
+    "--reader",
+    type=click.Choice(get_args(get_type_hints(RunConfig)["reader"])),
+    help=f"Slide library.  [default: {_DEFAULT.reader}]",
 )
 @click.option("--overwrite", is_flag=True, help="Replace FILE.png.")
 def preview(seeds: Path, slide: str, out: Path, overwrite: bool, **options: str | float | bool | None) -> None:

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Self
 if TYPE_CHECKING:
     from types import FrameType
 
-SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))  # the last: a batch system's warning
+SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)
+)  # the last: a batch system's warning
 
 
 class Stop:
@@ -39,8 +41,14 @@ class Stop:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)  # what is half written is swept up by the next run
         self._asked = True
-        with contextlib.suppress(OSError):  # not through Python's streams: they may be in use, and who reads them may be gone
-            os.write(2, _new_line() + f"{name}: the block in hand is finished, then this stops; once more stops it now\n".encode())
+        with contextlib.suppress(
+            OSError
+        ):  # not through Python's streams: they may be in use, and who reads them may be gone
+            os.write(
+                2,
+                _new_line()
+                + f"{name}: the block in hand is finished, then this stops; once more stops it now\n".encode(),
+            )
 
 
 def _new_line() -> bytes:

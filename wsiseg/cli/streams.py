@@ -62,7 +62,12 @@ class _Output:
             elif isinstance(stream, io.TextIOWrapper) and stream is getattr(sys, f"__{name}__"):
                 lossy = _Lossy(cast("io.RawIOBase", getattr(stream.buffer, "raw", stream.buffer)))
                 buffered = io.BufferedWriter(lossy)
-                again = io.TextIOWrapper(buffered, stream.encoding, "backslashreplace", line_buffering=stream.line_buffering or name == "stderr")
+                again = io.TextIOWrapper(
+                    buffered,
+                    stream.encoding,
+                    "backslashreplace",
+                    line_buffering=stream.line_buffering or name == "stderr",
+                )
                 setattr(sys, name, again)
                 if name == "stdout":
                     self._raw = lossy

@@ -12,11 +12,28 @@ from wsiseg.cli.streams import one_line
 
 @click.command(cls=Working, short_help="Type a finished run again.")
 @click.argument("runs", nargs=-1, required=True, metavar="RUN...", type=click.Path(path_type=Path))
-@click.option("--seeds", type=click.Path(path_type=Path), metavar="FILE", help="Clicks on RUN's slide: seeds.json, or points exported from QuPath.")
-@click.option("--bank", type=click.Path(path_type=Path), metavar="FILE", help="bank.safetensors of another slide's run: its clicks type this one.")
+@click.option(
+    "--seeds",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Clicks on RUN's slide: seeds.json, or points exported from QuPath.",
+)
+@click.option(
+    "--bank",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="bank.safetensors of another slide's run: its clicks type this one.",
+)
 @click.option("--model", metavar="NAME|PATH", help="The model of RUN, when it is not the one in the package.")
-@click.option("--format", "formats", metavar="LIST", help="Files to write, comma-separated: parquet alone halves the time.  [default: those of RUN]")
-@click.option("--config", "config_file", type=click.Path(path_type=Path), help="TOML or JSON file; its table `typing` is used.")
+@click.option(
+    "--format",
+    "formats",
+    metavar="LIST",
+    help="Files to write, comma-separated: parquet alone halves the time.  [default: those of RUN]",
+)
+@click.option(
+    "--config", "config_file", type=click.Path(path_type=Path), help="TOML or JSON file; its table `typing` is used."
+)
 @click.pass_context
 def command(
     ctx: click.Context,

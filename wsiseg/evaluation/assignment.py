@@ -51,7 +51,9 @@ def assign(rows: NDArray[np.integer], columns: NDArray[np.integer], weights: NDA
     return np.flatnonzero(taken)
 
 
-def _leaders(order: NDArray[np.intp], ends: NDArray[np.integer], weights: NDArray[np.float64]) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
+def _leaders(
+    order: NDArray[np.intp], ends: NDArray[np.integer], weights: NDArray[np.float64]
+) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
     """Whether an edge is the first of its row, and what the second one of that row weighs (0: there is none)."""
     first, second = np.zeros(len(ends), bool), np.zeros(len(ends))
     end = ends[order]
@@ -71,11 +73,15 @@ def _solve(rows: NDArray[np.integer], columns: NDArray[np.integer], weights: NDA
     graph = sparse.coo_matrix((np.ones(len(r)), (r, n + c)), shape=(n + m, n + m))
     group = connected_components(graph, directed=False)[1][r]
     order = np.argsort(group, kind="stable")
-    chosen = [_solve_group(edges, r, c, weights) for edges in np.split(order, np.flatnonzero(np.diff(group[order])) + 1)]
+    chosen = [
+        _solve_group(edges, r, c, weights) for edges in np.split(order, np.flatnonzero(np.diff(group[order])) + 1)
+    ]
     return np.concatenate(chosen)
 
 
-def _solve_group(edges: NDArray[np.intp], r: NDArray[np.intp], c: NDArray[np.intp], weights: NDArray[np.float64]) -> NDArray[np.intp]:
+def _solve_group(
+    edges: NDArray[np.intp], r: NDArray[np.intp], c: NDArray[np.intp], weights: NDArray[np.float64]
+) -> NDArray[np.intp]:
     rows, i = np.unique(r[edges], return_inverse=True)
     columns, j = np.unique(c[edges], return_inverse=True)
     n, m = len(rows), len(columns)
@@ -87,7 +93,9 @@ def _solve_group(edges: NDArray[np.intp], r: NDArray[np.intp], c: NDArray[np.int
     # The sparse solver wants every row matched, at the least cost, and no cost of 0: each row gets a column of its own that gains nothing.
     top = float(weights[edges].max()) + 1
     cost = np.concatenate([top - weights[edges], np.full(n, top)])
-    table = sparse.csr_matrix((cost, (np.concatenate([i, np.arange(n)]), np.concatenate([j, m + np.arange(n)]))), shape=(n, m + n))
+    table = sparse.csr_matrix(
+        (cost, (np.concatenate([i, np.arange(n)]), np.concatenate([j, m + np.arange(n)]))), shape=(n, m + n)
+    )
     match_r, match_c = min_weight_full_bipartite_matching(table)
     which_edge = sparse.csr_matrix((edges + 1, (i, j)), shape=(n, m))
     real = match_c < m

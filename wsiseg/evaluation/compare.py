@@ -16,10 +16,28 @@ from wsiseg import __version__
 from wsiseg.errors import ConfigError, FormatError
 from wsiseg.evaluation.contingency import Overlaps, centroids, disjoint, instances, majority, outline_overlaps, overlaps
 from wsiseg.evaluation.detection import RADIUS_UM, detect, pool_detections
-from wsiseg.evaluation.inputs import Labels, Outlines, Points, Side, files_in, read_label, read_side, run_file, type_names
+from wsiseg.evaluation.inputs import (
+    Labels,
+    Outlines,
+    Points,
+    Side,
+    files_in,
+    read_label,
+    read_side,
+    run_file,
+    type_names,
+)
 from wsiseg.evaluation.metrics import class_quality, tally
 from wsiseg.evaluation.rasterize import rasterise
-from wsiseg.evaluation.scores import Evaluation, ImageScores, class_scores, has_types, image_values, means_of_truth, pooled_values
+from wsiseg.evaluation.scores import (
+    Evaluation,
+    ImageScores,
+    class_scores,
+    has_types,
+    image_values,
+    means_of_truth,
+    pooled_values,
+)
 from wsiseg.evaluation.summary import PointHits, mean_interval, retention
 from wsiseg.runtime.paths import kind_of
 from wsiseg.runtime.text import did_you_mean, parse_json, read_text
@@ -54,10 +72,17 @@ class _Options:
 
 
 def evaluate(
-    prediction: Source, truth: Source, *, prediction_types: Source | None = None, truth_types: Source | None = None,
-    classes: str | Path | Mapping[str, str] | None = None, mpp: float | None = None, radius_um: float = RADIUS_UM,
-    thresholds: Sequence[float] = THRESHOLDS_F1, baseline: Source | None = None,
-) -> Evaluation:  # fmt: skip
+    prediction: Source,
+    truth: Source,
+    *,
+    prediction_types: Source | None = None,
+    truth_types: Source | None = None,
+    classes: str | Path | Mapping[str, str] | None = None,
+    mpp: float | None = None,
+    radius_um: float = RADIUS_UM,
+    thresholds: Sequence[float] = THRESHOLDS_F1,
+    baseline: Source | None = None,
+) -> Evaluation:
     """Compare a prediction with the truth.
 
     Parameters
@@ -101,7 +126,9 @@ def evaluate(
     if typed and not predicted & set(detection.classes):
         theirs, ours = _format_names(sorted(predicted - {""})), _format_names(detection.classes)
         hint = next((hint for name in sorted(predicted - {""}) if (hint := did_you_mean(name, detection.classes))), "")
-        notes.append(f"no type in common: {theirs} predicted, {ours} in the truth; {hint}names must be alike, --classes names the ids")
+        notes.append(
+            f"no type in common: {theirs} predicted, {ours} in the truth; {hint}names must be alike, --classes names the ids"
+        )
     ratios: dict[str, float] = {}
     if baseline is not None:
         # The baseline's own types, if it has any, are in its files: an image of types belongs to one prediction only.
@@ -109,17 +136,37 @@ def evaluate(
         typed_too = has_types(other)
         ratios = retention(values, [image_values(image, typed=typed_too) for image in other])
     said: dict[str, object] = {
-        "prediction": _describe_source(prediction), "truth": _describe_source(truth), "baseline": _describe_source(baseline), "mpp": mpp, "radius_um": radius_um,
+        "prediction": _describe_source(prediction),
+        "truth": _describe_source(truth),
+        "baseline": _describe_source(baseline),
+        "mpp": mpp,
+        "radius_um": radius_um,
         "thresholds": list(thresholds),
         "versions": {
-            "wsiseg": __version__, "python": platform.python_version(), "numpy": np.__version__, "scipy": scipy.__version__,
+            "wsiseg": __version__,
+            "python": platform.python_version(),
+            "numpy": np.__version__,
+            "scipy": scipy.__version__,
             "shapely": shapely.__version__,
         },
-    }  # fmt: skip
-    means = {m: mean_interval([row.get(m, np.nan) for row in values]) for m in dict.fromkeys(m for row in values for m in row)}
+    }
+    means = {
+        m: mean_interval([row.get(m, np.nan) for row in values])
+        for m in dict.fromkeys(m for row in values for m in row)
+    }
     means |= means_of_truth(images)
     confusion = tuple((g, p, n) for (g, p), n in sorted(detection.pairs.items())) if typed else ()
-    return Evaluation(images, values, means, pooled_values(images), class_scores(images), confusion, ratios, tuple(dict.fromkeys(notes)), said)
+    return Evaluation(
+        images,
+        values,
+        means,
+        pooled_values(images),
+        class_scores(images),
+        confusion,
+        ratios,
+        tuple(dict.fromkeys(notes)),
+        said,
+    )
 
 
 def _check(options: _Options) -> None:
@@ -128,7 +175,9 @@ def _check(options: _Options) -> None:
             raise ConfigError(f"{name}: {value:g} is not allowed; a positive number of microns is needed")
     for threshold in options.thresholds:
         if not 0 < threshold <= 1:
-            raise ConfigError(f"--thresholds: {threshold:g} is no IoU; it must lie above 0 and at most at 1, for example 0.5,0.75")
+            raise ConfigError(
+                f"--thresholds: {threshold:g} is no IoU; it must lie above 0 and at most at 1, for example 0.5,0.75"
+            )
 
 
 def _class_names(classes: str | Path | Mapping[str, str] | None) -> dict[str, str]:
@@ -145,7 +194,9 @@ def _describe_source(source: Source | None) -> str | None:
     return None if source is None else "array" if isinstance(source, np.ndarray) else str(source)
 
 
-def _pairs(prediction: Source, truth: Source, prediction_types: Source | None, truth_types: Source | None, notes: list[str]) -> list[_Pair]:
+def _pairs(
+    prediction: Source, truth: Source, prediction_types: Source | None, truth_types: Source | None, notes: list[str]
+) -> list[_Pair]:
     """The images, each with its files; those of folders by stem."""
     sides = {"prediction": _located(prediction), "truth": _located(truth)}
     kinds = {"types of the prediction": prediction_types, "types of the truth": truth_types}
@@ -156,21 +207,31 @@ def _pairs(prediction: Source, truth: Source, prediction_types: Source | None, t
         name = g.name if isinstance(g, Path) else "image"
         return [_Pair(name, p, g, *t)]
     if not isinstance(p, dict) or not isinstance(g, dict):
-        raise FormatError(f"{_describe_source(prediction)} and {_describe_source(truth)}: one is a folder, the other a file; give two files or two folders")
+        raise FormatError(
+            f"{_describe_source(prediction)} and {_describe_source(truth)}: one is a folder, the other a file; give two files or two folders"
+        )
     missing = sorted(set(g) - set(p))
     if not set(g) & set(p):
         raise FormatError(
-            f"{prediction} and {truth}: no name in common ({_format_names(sorted(p))}; {_format_names(missing)}); files are paired by their name without suffix"
+            f"{prediction} and {truth}: no name in common ({_format_names(sorted(p))}; {_format_names(missing)}); "
+            "files are paired by their name without suffix"
         )
     if missing:
-        raise FormatError(f"{prediction}: nothing for {_format_names(missing)} of {truth}; every image of the truth needs a prediction of the same name")
+        raise FormatError(
+            f"{prediction}: nothing for {_format_names(missing)} of {truth}; every image of the truth needs a prediction of the same name"
+        )
     if set(p) - set(g):
         notes.append(f"{prediction}: {_format_names(sorted(set(p) - set(g)))} not in {truth}, left out")
     for what, other in others.items():
         if other is not None and (not isinstance(other, dict) or set(g) - set(other)):
             lacking = sorted(set(g) - set(other)) if isinstance(other, dict) else sorted(g)
-            raise FormatError(f"{what}: nothing for {_format_names(lacking)}; a folder with an image of each name is needed")
-    return [_Pair(name, p[name], g[name], *(o[name] if isinstance(o, dict) else None for o in others.values())) for name in sorted(g)]
+            raise FormatError(
+                f"{what}: nothing for {_format_names(lacking)}; a folder with an image of each name is needed"
+            )
+    return [
+        _Pair(name, p[name], g[name], *(o[name] if isinstance(o, dict) else None for o in others.values()))
+        for name in sorted(g)
+    ]
 
 
 def _located(source: Source) -> Path | NDArray[np.integer] | dict[str, Path]:
@@ -195,7 +256,11 @@ def _format_names(names: list[str]) -> str:
 def _compare(pair: _Pair, options: _Options, notes: list[str]) -> ImageScores:
     p, g = _side(pair.prediction, pair.prediction_types, options), _side(pair.truth, pair.truth_types, options)
     notes += [*p.notes, *g.notes]
-    where = pair.name if isinstance(pair.truth, np.ndarray) else f"{_describe_source(pair.prediction)} and {_describe_source(pair.truth)}"
+    where = (
+        pair.name
+        if isinstance(pair.truth, np.ndarray)
+        else f"{_describe_source(pair.prediction)} and {_describe_source(pair.truth)}"
+    )
     p, g = _in_one_frame(p, g, where, notes)
     if isinstance(p, Outlines) and isinstance(g, Labels):
         p = _within(p, g.ids.shape, where, notes)
@@ -207,11 +272,19 @@ def _compare(pair: _Pair, options: _Options, notes: list[str]) -> ImageScores:
     names_g = _names(g, None if o is None else len(o.truth_size))
     typed = p.types is not None and g.types is not None
     if mpp is None and (typed or o is None):
-        raise ConfigError(f"{where}: types and points are matched within {options.radius_um:g} um, and no file says microns per px; pass --mpp")
+        raise ConfigError(
+            f"{where}: types and points are matched within {options.radius_um:g} um, and no file says microns per px; pass --mpp"
+        )
     detection = None if mpp is None else detect(_xy(g), _xy(p), options.radius_um / mpp, g.types, p.types)
     hits = _inside(p, g) if isinstance(p, Points) and not isinstance(g, Points) else None
-    if len(names_p) and len(names_g) and not (len(o.shared) if o is not None else detection is not None and detection.pairs):
-        notes.append(f"{where}: nothing of the prediction meets anything of the truth; check that both have the same origin and scale")
+    if (
+        len(names_p)
+        and len(names_g)
+        and not (len(o.shared) if o is not None else detection is not None and detection.pairs)
+    ):
+        notes.append(
+            f"{where}: nothing of the prediction meets anything of the truth; check that both have the same origin and scale"
+        )
     notes += [
         f"{where}: one id for {parts} separate pieces in the {which}; is it a mask of the foreground? Every nucleus needs an id of its own"
         for which, side, names in (("prediction", p, names_p), ("truth", g, names_g))
@@ -223,13 +296,17 @@ def _compare(pair: _Pair, options: _Options, notes: list[str]) -> ImageScores:
 
 def _side(source: Path | NDArray[np.integer], types: Path | NDArray[np.integer] | None, options: _Options) -> Side:
     if isinstance(source, np.ndarray) and (source.ndim != 2 or source.dtype.kind not in "uib"):
-        raise FormatError(f"an array of {source.dtype} and shape {source.shape}; integers of shape (height, width) are needed")
+        raise FormatError(
+            f"an array of {source.dtype} and shape {source.shape}; integers of shape (height, width) are needed"
+        )
     side = Labels(source) if isinstance(source, np.ndarray) else read_side(source, options.names)
     notes = list(side.notes)
     if types is None:
         return side
     if not isinstance(side, Labels):
-        raise FormatError(f"{_describe_source(source)}: an image of types was given for it, but only label images need one; leave it out")
+        raise FormatError(
+            f"{_describe_source(source)}: an image of types was given for it, but only label images need one; leave it out"
+        )
     ids = majority(side.ids, types if isinstance(types, np.ndarray) else read_label(types, notes))
     return Labels(side.ids, type_names(options.names, [i or None for i in ids.tolist()]), tuple(notes))
 
@@ -241,14 +318,18 @@ def _in_one_frame(p: Side, g: Side, where: str, notes: list[str]) -> tuple[Side,
     origin = p.origin or g.origin
     if origin is None or origin == (0.0, 0.0):
         return p, g
-    notes.append(f"{where}: the GeoJSON was moved by ({origin[0]:g}, {origin[1]:g}) px, from QuPath's origin to that of the slide")
+    notes.append(
+        f"{where}: the GeoJSON was moved by ({origin[0]:g}, {origin[1]:g}) px, from QuPath's origin to that of the slide"
+    )
     return _moved(p, origin), _moved(g, origin)
 
 
 def _moved(side: Outlines, origin: tuple[float, float]) -> Outlines:
     if side.frame == "slide":
         return side
-    return Outlines(shapely.transform(side.polygons, lambda xy: xy + origin), side.types, side.mpp, "slide", origin, side.notes)
+    return Outlines(
+        shapely.transform(side.polygons, lambda xy: xy + origin), side.types, side.mpp, "slide", origin, side.notes
+    )
 
 
 def _within(side: Outlines, shape: tuple[int, ...], where: str, notes: list[str]) -> Outlines:
@@ -259,8 +340,12 @@ def _within(side: Outlines, shape: tuple[int, ...], where: str, notes: list[str]
         return side
     size = f"{shape[1]} x {shape[0]} px"
     if not kept.any():
-        raise FormatError(f"{where}: all {len(kept)} outlines lie outside the label image of {size}; both must have the same origin and scale")
-    notes.append(f"{where}: {int((~kept).sum())} of {len(kept)} outlines lie outside the label image of {size} and were left out")
+        raise FormatError(
+            f"{where}: all {len(kept)} outlines lie outside the label image of {size}; both must have the same origin and scale"
+        )
+    notes.append(
+        f"{where}: {int((~kept).sum())} of {len(kept)} outlines lie outside the label image of {size} and were left out"
+    )
     types = None if side.types is None else side.types[kept]
     return Outlines(side.polygons[kept], types, side.mpp, side.frame, side.origin, side.notes)
 
@@ -270,7 +355,9 @@ def _overlaps(p: Labels | Outlines, g: Labels | Outlines, where: str, notes: lis
         (outlines_g, cut_g), (outlines_p, cut_p) = disjoint(g.polygons), disjoint(p.polygons)
         for cut, n, which in ((cut_g, len(g.polygons), "truth"), (cut_p, len(p.polygons), "prediction")):
             if cut:
-                notes.append(f"{where}: {cut} of {n} outlines of the {which} lie partly beneath others; the later one was given the place")
+                notes.append(
+                    f"{where}: {cut} of {n} outlines of the {which} lie partly beneath others; the later one was given the place"
+                )
         return outline_overlaps(outlines_g, outlines_p)
     if isinstance(p, Labels) and isinstance(g, Labels) and p.ids.shape != g.ids.shape:
         raise FormatError(f"{where}: {_size(p.ids)} and {_size(g.ids)} px; two label images must be of one size")
@@ -295,7 +382,9 @@ def _mpp(p: Side, g: Side, options: _Options, where: str) -> float | None:
         return options.mpp
     found = [side.mpp for side in (p, g) if isinstance(side, Outlines) and side.mpp is not None]
     if len(found) == 2 and abs(found[0] - found[1]) > 0.01 * found[0]:
-        raise FormatError(f"{where}: {found[0]:g} and {found[1]:g} microns per px; both must be in px of the same slide; pass --mpp if they are")
+        raise FormatError(
+            f"{where}: {found[0]:g} and {found[1]:g} microns per px; both must be in px of the same slide; pass --mpp if they are"
+        )
     return found[0] if found else None
 
 
@@ -304,7 +393,13 @@ def _names(side: Side, count: int | None) -> NDArray[np.object_]:
     if side.types is not None:
         return side.types
     if count is None:
-        count = len(side.polygons) if isinstance(side, Outlines) else len(side.xy) if isinstance(side, Points) else len(instances(side.ids))
+        count = (
+            len(side.polygons)
+            if isinstance(side, Outlines)
+            else len(side.xy)
+            if isinstance(side, Points)
+            else len(instances(side.ids))
+        )
     return np.full(count, "", object)
 
 

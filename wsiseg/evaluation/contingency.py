@@ -56,7 +56,11 @@ class Overlaps:
 
 
 def overlaps(
-    truth: NDArray[np.integer], prediction: NDArray[np.integer], *, truth_count: int | None = None, prediction_count: int | None = None
+    truth: NDArray[np.integer],
+    prediction: NDArray[np.integer],
+    *,
+    truth_count: int | None = None,
+    prediction_count: int | None = None,
 ) -> Overlaps:
     """Count the shared px of two label images.
 
@@ -78,15 +82,21 @@ def overlaps(
         The shapes differ, or an id is negative.
     """
     if truth.shape != prediction.shape:
-        raise FormatError(f"label images differ in shape: truth {truth.shape}, prediction {prediction.shape}; both must show the same pixels")
+        raise FormatError(
+            f"label images differ in shape: truth {truth.shape}, prediction {prediction.shape}; both must show the same pixels"
+        )
     g, p, count = pair_counts(truth, prediction)
     ids_g, size_g = _sizes(g, count, truth_count)
     ids_p, size_p = _sizes(p, count, prediction_count)
     both = (g > 0) & (p > 0)
-    return Overlaps(np.searchsorted(ids_g, g[both]), np.searchsorted(ids_p, p[both]), count[both].astype(np.float64), size_g, size_p)
+    return Overlaps(
+        np.searchsorted(ids_g, g[both]), np.searchsorted(ids_p, p[both]), count[both].astype(np.float64), size_g, size_p
+    )
 
 
-def pair_counts(a: NDArray[np.integer], b: NDArray[np.integer]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+def pair_counts(
+    a: NDArray[np.integer], b: NDArray[np.integer]
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
     """Each pair of values that two images of one shape have at the same place, zeros included, and its px; in ascending order of the pair."""
     top_a, top_b = _top(a), _top(b)
     if (top_a + 1) * (top_b + 1) > np.iinfo(np.int64).max:  # ids that are hashes, say: number them anew
@@ -97,7 +107,9 @@ def pair_counts(a: NDArray[np.integer], b: NDArray[np.integer]) -> tuple[NDArray
     for band in _bands(a):
         x, y = a[band].ravel(), b[band].ravel()
         starts = np.flatnonzero(np.concatenate([[True], (x[1:] != x[:-1]) | (y[1:] != y[:-1])]))
-        code, count = _sums(x[starts].astype(np.int64) * (top_b + 1) + y[starts].astype(np.int64), np.diff(starts, append=x.size))
+        code, count = _sums(
+            x[starts].astype(np.int64) * (top_b + 1) + y[starts].astype(np.int64), np.diff(starts, append=x.size)
+        )
         codes.append(code)
         counts.append(count)
     code, count = _sums(np.concatenate(codes), np.concatenate(counts))
@@ -141,7 +153,9 @@ def majority(label: NDArray[np.integer], classes: NDArray[np.integer]) -> NDArra
         The shapes differ, or an id is negative.
     """
     if label.shape != classes.shape:
-        raise FormatError(f"the image of types has the shape {classes.shape}, its label image {label.shape}; both must show the same pixels")
+        raise FormatError(
+            f"the image of types has the shape {classes.shape}, its label image {label.shape}; both must show the same pixels"
+        )
     instance, kind, count = pair_counts(label, classes)
     ids = np.unique(instance[instance > 0])
     out = np.zeros(len(ids), np.int64)
@@ -170,7 +184,9 @@ def outline_overlaps(truth: NDArray[np.object_], prediction: NDArray[np.object_]
     order = np.lexsort((p, g))
     g, p = g[order], p[order]
     parts = [slice(k, k + PAIRS) for k in range(0, len(g), PAIRS)]
-    shared = np.concatenate([np.empty(0), *(shapely.area(shapely.intersection(truth[g[k]], prediction[p[k]])) for k in parts)])
+    shared = np.concatenate(
+        [np.empty(0), *(shapely.area(shapely.intersection(truth[g[k]], prediction[p[k]])) for k in parts)]
+    )
     some = shared > 0  # outlines that touch along a line share nothing
     return Overlaps(g[some], p[some], shared[some], shapely.area(truth), shapely.area(prediction))
 
@@ -194,7 +210,9 @@ def disjoint(polygons: NDArray[np.object_]) -> tuple[NDArray[np.object_], int]:
     return out, cut
 
 
-def _sizes(ids: NDArray[np.int64], count: NDArray[np.int64], wanted: int | None) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+def _sizes(
+    ids: NDArray[np.int64], count: NDArray[np.int64], wanted: int | None
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     found, size = _sums(ids[ids > 0], count[ids > 0])
     if wanted is None:
         return found, size.astype(np.float64)
@@ -220,5 +238,7 @@ def _bands(image: NDArray[np.integer]) -> Iterator[slice]:
 
 def _top(image: NDArray[np.integer]) -> int:
     if image.size and int(image.min()) < 0:
-        raise FormatError(f"a label image holds the id {int(image.min())}; ids are 0 for the background and positive for instances")
+        raise FormatError(
+            f"a label image holds the id {int(image.min())}; ids are 0 for the background and positive for instances"
+        )
     return int(image.max(initial=0))

@@ -95,13 +95,20 @@ class Detection:
     def values(self, *, typed: bool) -> dict[str, float]:
         """Every number by its short name."""
         found = {"detection_f1": self.f1, "detection_precision": self.precision, "detection_recall": self.recall}
-        return found | ({"macro_f1": self.macro_f1, "type_accuracy": self.type_accuracy, "unassigned": self.unassigned} if typed else {})
+        return found | (
+            {"macro_f1": self.macro_f1, "type_accuracy": self.type_accuracy, "unassigned": self.unassigned}
+            if typed
+            else {}
+        )
 
 
 def detect(
-    truth_xy: NDArray[np.float64], prediction_xy: NDArray[np.float64], radius_px: float,
-    truth_types: NDArray[np.object_] | None = None, prediction_types: NDArray[np.object_] | None = None,
-) -> Detection:  # fmt: skip
+    truth_xy: NDArray[np.float64],
+    prediction_xy: NDArray[np.float64],
+    radius_px: float,
+    truth_types: NDArray[np.object_] | None = None,
+    prediction_types: NDArray[np.object_] | None = None,
+) -> Detection:
     """Match cells as points and count them by type.
 
     Parameters
@@ -135,7 +142,9 @@ def pool_detections(parts: Iterable[Detection]) -> Detection:
     return Detection(pairs, missed, spurious)
 
 
-def match_points(a: NDArray[np.float64], b: NDArray[np.float64], radius: float) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+def match_points(
+    a: NDArray[np.float64], b: NDArray[np.float64], radius: float
+) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
     """One-to-one pairs within ``radius``, nearest first; of equal distances the one further left, then further up.
 
     Parameters

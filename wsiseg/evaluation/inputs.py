@@ -8,7 +8,7 @@
 
 Frame: px, x right, y down, origin at the outer corner of the first pixel. QuPath has its origin at the slide's OpenSlide bounds; `Outlines.frame`
 keeps the two apart.
-"""  # fmt: skip
+"""
 
 from __future__ import annotations
 
@@ -46,9 +46,21 @@ NOT_CELLS = ("classes.json", "manifest.json")  #: other documents that lie in su
 KINDS = "allowed are .png, .tif, .npy (labels), .geojson, .json, .gz, .zip, .parquet (outlines) and .csv (points)"
 # What decoders of other libraries raise on damaged files.
 UNREADABLE = (
-    OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ArithmeticError, SyntaxError, EOFError, AssertionError, MemoryError,
-    struct.error, tokenize.TokenError, zlib.error,
-)  # fmt: skip
+    OSError,
+    ValueError,
+    RuntimeError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    SyntaxError,
+    EOFError,
+    AssertionError,
+    MemoryError,
+    struct.error,
+    tokenize.TokenError,
+    zlib.error,
+)
 COLUMNS = ("x", "y", "type")  #: of points
 
 
@@ -122,7 +134,9 @@ def read_side(path: Path, names: Mapping[str, str]) -> Side:
     """
     suffix = suffix_of(path)
     if suffix is None or kind_of(path, FormatError) != "file":
-        raise FormatError(f"{path}: {path.suffix or 'a name without suffix'} is no kind of file that can be compared; {KINDS}")
+        raise FormatError(
+            f"{path}: {path.suffix or 'a name without suffix'} is no kind of file that can be compared; {KINDS}"
+        )
     if suffix in IMAGES:
         notes: list[str] = []
         return Labels(read_label(path, notes), notes=tuple(notes))
@@ -149,12 +163,18 @@ def files_in(folder: Path) -> dict[str, Path]:
         path = folder / name
         suffix = suffix_of(path)
         run = run_file(path)
-        if name.startswith(".") or name in NOT_CELLS or (run is None and (suffix is None or kind_of(path, FormatError) != "file")):
+        if (
+            name.startswith(".")
+            or name in NOT_CELLS
+            or (run is None and (suffix is None or kind_of(path, FormatError) != "file"))
+        ):
             continue
         require_text(path, FormatError)
         stem = normal(name if run or suffix is None else name[: -len(suffix)])
         if stem in found:
-            raise FormatError(f"{folder}: {found[stem].name} and {path.name} are both named {stem!r}; one per image is needed, remove the other")
+            raise FormatError(
+                f"{folder}: {found[stem].name} and {path.name} are both named {stem!r}; one per image is needed, remove the other"
+            )
         found[stem] = run or path
     if not found:
         raise FormatError(f"{folder}: nothing to compare in the folder; {KINDS}")
@@ -193,15 +213,23 @@ def read_label(path: Path, notes: list[str]) -> NDArray[np.integer]:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise FormatError(f"{path}: not a readable label image ({reason}); copy or export it again") from error
     if overheard.said:
-        notes.append(f"{path}: may be damaged, the decoder says: {' '.join(overheard.said[0].split())[:200]}; compare it with the original")
+        notes.append(
+            f"{path}: may be damaged, the decoder says: {' '.join(overheard.said[0].split())[:200]}; compare it with the original"
+        )
     if pixels.ndim > 2:
         pixels = np.squeeze(pixels)
     if pixels.ndim == 3:
-        raise FormatError(f"{path}: a colour image or a stack, shape {pixels.shape}; one channel of integer ids is needed, export it so")
+        raise FormatError(
+            f"{path}: a colour image or a stack, shape {pixels.shape}; one channel of integer ids is needed, export it so"
+        )
     if pixels.ndim != 2 or pixels.dtype.kind not in "uib":
-        raise FormatError(f"{path}: {pixels.dtype} of shape {pixels.shape}; integers of shape (height, width) are needed")
+        raise FormatError(
+            f"{path}: {pixels.dtype} of shape {pixels.shape}; integers of shape (height, width) are needed"
+        )
     if pixels.size and int(pixels.min()) < 0:
-        raise FormatError(f"{path}: the id {int(pixels.min())}; ids are 0 for the background and positive for instances")
+        raise FormatError(
+            f"{path}: the id {int(pixels.min())}; ids are 0 for the background and positive for instances"
+        )
     return pixels.astype(np.uint8) if pixels.dtype == bool else pixels
 
 
@@ -301,7 +329,9 @@ def _read_parquet(path: Path, names: Mapping[str, str]) -> Outlines:
         mpp, origin = _scale_and_origin(note)
     except (*UNREADABLE, pa.ArrowException, shapely.errors.GEOSException) as error:
         reason = str(error).split("\n", 1)[0]
-        raise FormatError(f"{path}: not a readable GeoParquet ({reason}); run the command that made it again") from error
+        raise FormatError(
+            f"{path}: not a readable GeoParquet ({reason}); run the command that made it again"
+        ) from error
     if geometries is None:
         raise FormatError(f"{path}: no column {column!r}; a GeoParquet of polygons is needed")
     polygons, kept, notes = _cleaned(geometries, path)
@@ -332,10 +362,16 @@ def _read_geojson(path: Path, names: Mapping[str, str]) -> Outlines:
     if count and not geometries:
         nothing = f"{path}: {counted(count, 'object')}, no polygon"
         raise FormatError(f"{nothing}; export the outlined cells from QuPath with File > Export objects as GeoJSON")
-    notes: tuple[str, ...] = (f"{path}: {opened} of {count} outlines were not closed; they were closed",) if opened else ()
-    if ("detection" in kinds or "cell" in kinds) and "annotation" in kinds:  # then the annotations are regions around the cells
+    notes: tuple[str, ...] = (
+        (f"{path}: {opened} of {count} outlines were not closed; they were closed",) if opened else ()
+    )
+    if (
+        "detection" in kinds or "cell" in kinds
+    ) and "annotation" in kinds:  # then the annotations are regions around the cells
         cells = [k for k, kind in enumerate(kinds) if kind != "annotation"]
-        notes += (f"{path}: {len(kinds) - len(cells)} annotations beside detections were taken for regions and left out",)
+        notes += (
+            f"{path}: {len(kinds) - len(cells)} annotations beside detections were taken for regions and left out",
+        )
         geometries, types = [geometries[k] for k in cells], [types[k] for k in cells]
     found = np.empty(len(geometries), object)
     found[:] = geometries
@@ -343,21 +379,31 @@ def _read_geojson(path: Path, names: Mapping[str, str]) -> Outlines:
     try:
         mpp, origin = _scale_and_origin(note)
     except UNREADABLE as error:
-        raise FormatError(f"{path}: 'wsiseg' in it has the wrong mpp or bounds ({show(note)}); take that member out") from error
+        raise FormatError(
+            f"{path}: 'wsiseg' in it has the wrong mpp or bounds ({show(note)}); take that member out"
+        ) from error
     return Outlines(polygons, type_names(names, _picked(types, kept)), mpp, "qupath", origin, notes + more)
 
 
-def _cleaned(geometries: NDArray[np.object_], path: Path) -> tuple[NDArray[np.object_], NDArray[np.bool_], tuple[str, ...]]:
+def _cleaned(
+    geometries: NDArray[np.object_], path: Path
+) -> tuple[NDArray[np.object_], NDArray[np.bool_], tuple[str, ...]]:
     """Valid polygons, which of the geometries they are, and what was done."""
-    area_like = np.isin(shapely.get_type_id(geometries), (shapely.GeometryType.POLYGON, shapely.GeometryType.MULTIPOLYGON))
+    area_like = np.isin(
+        shapely.get_type_id(geometries), (shapely.GeometryType.POLYGON, shapely.GeometryType.MULTIPOLYGON)
+    )
     if len(geometries) and not area_like.any():
         raise FormatError(f"{path}: {len(geometries)} geometries, no polygon; outlines of cells are needed")
     xy, owner = shapely.get_coordinates(geometries, return_index=True)
     if not np.isfinite(xy).all():
         first = int(owner[~np.isfinite(xy).all(axis=1)][0])
-        raise FormatError(f"{path}: outline {first} has a non-finite number among its coordinates; export the file again")
+        raise FormatError(
+            f"{path}: outline {first} has a non-finite number among its coordinates; export the file again"
+        )
     if len(xy) and np.abs(xy).max() > FARTHEST_PX:
-        raise FormatError(f"{path}: the coordinate {np.abs(xy).max():g} is farther than any slide reaches; px are needed; export the file again")
+        raise FormatError(
+            f"{path}: the coordinate {np.abs(xy).max():g} is farther than any slide reaches; px are needed; export the file again"
+        )
     broken = np.flatnonzero(area_like & ~shapely.is_valid(geometries))
     out = geometries.copy()
     for row in broken:
@@ -365,7 +411,9 @@ def _cleaned(geometries: NDArray[np.object_], path: Path) -> tuple[NDArray[np.ob
     kept = area_like & (shapely.area(out) > 0)
     notes = []
     if len(broken):
-        notes.append(f"{path}: {len(broken)} of {len(out)} outlines touch, cross or overlap themselves and were repaired")
+        notes.append(
+            f"{path}: {len(broken)} of {len(out)} outlines touch, cross or overlap themselves and were repaired"
+        )
     if not kept.all():
         notes.append(f"{path}: {int((~kept).sum())} of {len(out)} objects have no area and were left out")
     return out[kept], kept, tuple(notes)

@@ -53,7 +53,7 @@ __all__ = [
     "score",
     "sq",
     "tally",
-]  # fmt: skip
+]
 
 THRESHOLDS = np.arange(0.5, 1.0, 0.05)  #: of mSA
 _EPSILON = 1e-9  #: a quotient of px counts that equals a threshold may come out this much below it
@@ -169,7 +169,9 @@ def pool_quality(parts: Iterable[Quality]) -> Quality:
     return Quality(*map(sum, zip(*rows, strict=True))) if rows else Quality(0, 0, 0, 0.0)
 
 
-def class_quality(o: Overlaps, truth_types: NDArray[np.object_], prediction_types: NDArray[np.object_]) -> dict[str, Quality]:
+def class_quality(
+    o: Overlaps, truth_types: NDArray[np.object_], prediction_types: NDArray[np.object_]
+) -> dict[str, Quality]:
     """What PQ of each class is made of: only instances of that class on both sides count.
 
     Parameters
@@ -183,7 +185,12 @@ def class_quality(o: Overlaps, truth_types: NDArray[np.object_], prediction_type
     of_hit, iou = truth_types[o.truth[good]], o.iou[good]
     names = sorted({*truth_types, *prediction_types} - {""})
     return {
-        c: Quality(int((truth_types == c).sum()), int((prediction_types == c).sum()), int((of_hit == c).sum()), float(iou[of_hit == c].sum()))
+        c: Quality(
+            int((truth_types == c).sum()),
+            int((prediction_types == c).sum()),
+            int((of_hit == c).sum()),
+            float(iou[of_hit == c].sum()),
+        )
         for c in names
     }
 

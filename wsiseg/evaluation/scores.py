@@ -99,7 +99,10 @@ class Evaluation:
     def as_dict(self) -> dict[str, object]:
         """For JSON."""
         return {
-            "images": [{"name": i.name, "truth": i.counts[0], "prediction": i.counts[1], **v} for i, v in zip(self.images, self.values, strict=True)],
+            "images": [
+                {"name": i.name, "truth": i.counts[0], "prediction": i.counts[1], **v}
+                for i, v in zip(self.images, self.values, strict=True)
+            ],
             "mean": {m: vars(interval) for m, interval in self.means.items()},
             "pooled": self.pooled,
             "classes": {name: vars(scores) for name, scores in self.classes.items()},
@@ -166,6 +169,12 @@ def class_scores(images: Sequence[ImageScores]) -> dict[str, ClassScores]:
     per_image, pooled = mean_pq([i.quality for i in images])
     nan = float("nan")
     return {
-        c: ClassScores(detection.truth(c), detection.prediction(c), detection.class_f1(c), per_image.get(c, nan), pooled.get(c, nan))
+        c: ClassScores(
+            detection.truth(c),
+            detection.prediction(c),
+            detection.class_f1(c),
+            per_image.get(c, nan),
+            pooled.get(c, nan),
+        )
         for c in detection.classes
     }

@@ -17,10 +17,7 @@ if TYPE_CHECKING:
 
     from wsiseg.records import CellSource, Provenance, SlideInfo, Typing
 
-FORMATS = {
-    "geojson": "wsiseg.formats.geojson:write_geojson",
-    "parquet": "wsiseg.formats.geoparquet:write_geoparquet",
-}
+FORMATS = {"geojson": "wsiseg.formats.geojson:write_geojson", "parquet": "wsiseg.formats.geoparquet:write_geoparquet"}
 CHUNK = 5_000  #: cells that a writer asks for at once: 6 MB of polygons, and as much again in a source that reads ahead
 FILE_NAMES = {"geojson": "cells.geojson.gz", "parquet": "cells.parquet"}
 
@@ -28,7 +25,9 @@ FILE_NAMES = {"geojson": "cells.geojson.gz", "parquet": "cells.parquet"}
 class Writer(Protocol):
     """Writes the cells of one slide to one file; returns the path when it differs from the one asked for."""
 
-    def __call__(self, path: Path, cells: CellSource, typing: Typing, info: SlideInfo, provenance: Provenance) -> Path | None:
+    def __call__(
+        self, path: Path, cells: CellSource, typing: Typing, info: SlideInfo, provenance: Provenance
+    ) -> Path | None:
         """Write the file, whole or not at all."""
 
 

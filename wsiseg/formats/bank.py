@@ -7,7 +7,7 @@
     metadata   "wsiseg": JSON with version, names and colours of the types, slide, sha256 of the model's weights
 
 Plain tensors: nothing in the file is ever run. Specification: https://huggingface.co/docs/safetensors
-"""  # fmt: skip
+"""
 
 from __future__ import annotations
 
@@ -50,7 +50,14 @@ def write_bank(path: Path, bank: Bank, slide: str, weights: str) -> None:
     for name in ("clicked", "negative", "high", "low", "clicks"):
         for t, rows in enumerate(getattr(bank, name)):
             tensors[f"{name}.{t}"] = np.ascontiguousarray(rows)
-    note = {"version": VERSION, "names": bank.names, "colors": bank.colors, "slide": slide, "weights": weights, "foreign": bank.from_other_slide}
+    note = {
+        "version": VERSION,
+        "names": bank.names,
+        "colors": bank.colors,
+        "slide": slide,
+        "weights": weights,
+        "foreign": bank.from_other_slide,
+    }
     data = save(tensors, metadata={"wsiseg": json.dumps(note, sort_keys=True)})
     with atomic_path(path) as partial:
         partial.write_bytes(data)
@@ -99,7 +106,9 @@ def read_bank(path: Path) -> tuple[Bank, dict[str, Any]]:
             note: dict[str, Any] = json.loads((file.metadata() or {})["wsiseg"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
         if note["version"] != VERSION:
-            raise FormatError(f"{path}: a bank of version {note['version']}; this wsiseg reads version {VERSION}; make the bank again")
+            raise FormatError(
+                f"{path}: a bank of version {note['version']}; this wsiseg reads version {VERSION}; make the bank again"
+            )
         names = tuple(str(name) for name in note["names"])
         count = range(len(names))
         clicked = tuple(tensors[f"clicked.{t}"].astype(np.float32) for t in count)
@@ -124,8 +133,14 @@ def read_bank(path: Path) -> tuple[Bank, dict[str, Any]]:
         if isinstance(error, FormatError):
             raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise FormatError(f"{path}: not a bank of wsiseg ({reason}); give the bank.safetensors of a run with --seeds") from error
-    sound = all(rows.ndim == 2 and rows.shape[1] == size and np.isfinite(rows).all() for rows in (*clicked, *bank.negative))
+        raise FormatError(
+            f"{path}: not a bank of wsiseg ({reason}); give the bank.safetensors of a run with --seeds"
+        ) from error
+    sound = all(
+        rows.ndim == 2 and rows.shape[1] == size and np.isfinite(rows).all() for rows in (*clicked, *bank.negative)
+    )
     if UNASSIGNED in names or not sound or not all(len(rows) for rows in clicked):
-        raise FormatError(f"{path}: damaged: a type without clicked cells, or numbers that are not finite; make the bank again")
+        raise FormatError(
+            f"{path}: damaged: a type without clicked cells, or numbers that are not finite; make the bank again"
+        )
     return bank, note

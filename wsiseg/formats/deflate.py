@@ -43,7 +43,9 @@ def write_gzip(file: BinaryIO, texts: Iterable[bytes], level: int) -> None:
     file.write(struct.pack("<LL", stream.crc, stream.size & 0xFFFFFFFF))
 
 
-def write_entry(archive: zipfile.ZipFile, file: BinaryIO, entry: zipfile.ZipInfo, texts: Iterable[bytes], level: int) -> None:
+def write_entry(
+    archive: zipfile.ZipFile, file: BinaryIO, entry: zipfile.ZipInfo, texts: Iterable[bytes], level: int
+) -> None:
     """Write one more entry of a zip.
 
     Parameters
@@ -60,7 +62,11 @@ def write_entry(archive: zipfile.ZipFile, file: BinaryIO, entry: zipfile.ZipInfo
     with archive.open(entry, "w") as member:
         for piece in stream.pieces(texts):
             member.write(piece)
-    entry.compress_type, entry.CRC, entry.file_size = zipfile.ZIP_DEFLATED, stream.crc, stream.size  # goes into the directory at the end
+    entry.compress_type, entry.CRC, entry.file_size = (
+        zipfile.ZIP_DEFLATED,
+        stream.crc,
+        stream.size,
+    )  # goes into the directory at the end
     end = file.tell()
     file.seek(entry.header_offset)
     file.write(entry.FileHeader(zip64=False))

@@ -13,7 +13,7 @@ snaps to 0.01 px and aborts the whole import when that makes one polygon invalid
 never written: in most places it aborts the import. Above MAX_CELLS the file is a zip of such documents, which QuPath reads one by one.
 
 Specification: https://datatracker.ietf.org/doc/html/rfc7946; QuPath: https://qupath.readthedocs.io/en/stable/docs/advanced/exporting_annotations.html
-"""  # fmt: skip
+"""
 
 from __future__ import annotations
 
@@ -82,7 +82,9 @@ def write_geojson(path: Path, cells: CellSource, typing: Typing, info: SlideInfo
     RunError
         The file cannot be written.
     """
-    stem = next((path.name[: -len(s)] for s in (".geojson.gz", ".geojson.zip", ".geojson") if path.name.endswith(s)), None)
+    stem = next(
+        (path.name[: -len(s)] for s in (".geojson.gz", ".geojson.zip", ".geojson") if path.name.endswith(s)), None
+    )
     if stem is None:
         raise FormatError(f"{path}: QuPath does not read this name; allowed are .geojson.gz, .geojson and .geojson.zip")
     text = _FeatureText(cells, typing, info, provenance)
@@ -95,7 +97,9 @@ def write_geojson(path: Path, cells: CellSource, typing: Typing, info: SlideInfo
             written = _write_document(partial, text, packed=path.name.endswith(".gz"))
     if written < len(cells):
         left_out = len(cells) - written
-        logger.warning("%s: %d of %d cells vanish on the grid of %s px and were left out", path, left_out, len(cells), GRID_PX)
+        logger.warning(
+            "%s: %d of %d cells vanish on the grid of %s px and were left out", path, left_out, len(cells), GRID_PX
+        )
     return path
 
 
@@ -116,7 +120,11 @@ def _write_zip(partial: Path, stem: str, text: _FeatureText) -> int:
     written = 0
     with partial.open("wb") as file, zipfile.ZipFile(file, "w") as archive:
         for shard in range(shards):
-            document = _Document(batches, min(SHARD_CELLS, total - shard * SHARD_CELLS), text.note | {"shard": shard + 1, "shards": shards})
+            document = _Document(
+                batches,
+                min(SHARD_CELLS, total - shard * SHARD_CELLS),
+                text.note | {"shard": shard + 1, "shards": shards},
+            )
             entry = zipfile.ZipInfo(f"{stem}-{shard + 1:04d}-of-{shards:04d}.geojson", ZIP_TIME)
             entry.create_system, entry.external_attr = 3, 0o644 << 16  # the same bytes on every system
             write_entry(archive, file, entry, document.text(), GZIP_LEVEL)
@@ -167,7 +175,9 @@ class _FeatureText:
         ids, start, step = CellIds(self.slide), 0, min(BATCH, SHARD_CELLS)
         for chunk in self.cells.chunks(CHUNK):
             names = ids(chunk).tolist()
-            edges = sorted({0, *range(-start % step, len(chunk), step), len(chunk)})  # of the whole: a batch lies in one shard
+            edges = sorted(
+                {0, *range(-start % step, len(chunk), step), len(chunk)}
+            )  # of the whole: a batch lies in one shard
             for first, end in pairwise(edges):
                 yield self._batch(slice(start + first, start + end), chunk.take(slice(first, end)), names[first:end])
             start += len(chunk)
@@ -175,17 +185,23 @@ class _FeatureText:
     def _batch(self, rows: slice, cells: Cells, ids: list[bytes]) -> _Batch:
         codes = self.typing.codes[rows]
         typed = self.typed[codes]
-        areas = np.nan_to_num(np.round(shapely.area(cells.polygons) * self.um2_per_px, 3))  # a number in any case: the comma stands after it
+        areas = np.nan_to_num(
+            np.round(shapely.area(cells.polygons) * self.um2_per_px, 3)
+        )  # a number in any case: the comma stands after it
         columns: list[bytes | list[bytes]] = [
-            b',\n{"type":"Feature","id":"', ids,
-            b'","geometry":{"type":"Polygon","coordinates":[[', outlines := outline_texts(cells.polygons, self.origin),
-            b']]},"properties":{"objectType":"detection"', [self.classes[code] for code in codes.tolist()],
-            b',"measurements":{', [text[1:] for text in _measurements("Area µm^2", areas)],
+            b',\n{"type":"Feature","id":"',
+            ids,
+            b'","geometry":{"type":"Polygon","coordinates":[[',
+            outlines := outline_texts(cells.polygons, self.origin),
+            b']]},"properties":{"objectType":"detection"',
+            [self.classes[code] for code in codes.tolist()],
+            b',"measurements":{',
+            [text[1:] for text in _measurements("Area µm^2", areas)],
             _measurements("Detection probability", _round(cells.scores)),
             _measurements("Type score", np.where(typed, _round(self.typing.scores[rows]), np.nan)),
             _measurements("Type margin", np.where(typed, _round(self.typing.margins[rows]), np.nan)),
             b"}}}",
-        ]  # fmt: skip
+        ]
         if not all(outlines):
             columns = [column if isinstance(column, bytes) else list(compress(column, outlines)) for column in columns]
         lines = sum(map(bool, outlines))
@@ -215,15 +231,22 @@ def _classification(name: str, color: tuple[int, int, int]) -> bytes:
     if name == UNASSIGNED:
         return b""
     if not name.strip() or ":" in name or not name.isprintable():
-        raise FormatError(f"type {name!r}: QuPath cannot read this class name; use printable text without ':' in the seeds and run again")
+        raise FormatError(
+            f"type {name!r}: QuPath cannot read this class name; use printable text without ':' in the seeds and run again"
+        )
     return b',"classification":' + orjson.dumps({"name": name, "color": [int(value) for value in color]})
 
 
 def _provenance_note(info: SlideInfo, provenance: Provenance, cells: int) -> dict[str, object]:
     note: dict[str, object] = {
-        "tool": provenance.tool, "version": provenance.version, "slide": provenance.slide, "config_hash": provenance.config_hash,
-        "details": provenance.details, "mpp": info.mpp, "cells_of_slide": cells,
-    }  # fmt: skip
+        "tool": provenance.tool,
+        "version": provenance.version,
+        "slide": provenance.slide,
+        "config_hash": provenance.config_hash,
+        "details": provenance.details,
+        "mpp": info.mpp,
+        "cells_of_slide": cells,
+    }
     if info.bounds is None:
         note["frame"] = "level-0 px of the slide: x right, y down, origin at the outer corner of pixel (0, 0)"
     else:

@@ -103,7 +103,9 @@ def polygonal(geometry: shapely.Geometry) -> shapely.Geometry:
 
 def kind_of(geometry: object) -> str:
     """The type of a geometry, for messages."""
-    return str(geometry["type"]) if isinstance(geometry, dict) and isinstance(geometry.get("type"), str) else "no geometry"
+    return (
+        str(geometry["type"]) if isinstance(geometry, dict) and isinstance(geometry.get("type"), str) else "no geometry"
+    )
 
 
 def _simple(geometry: object, place: str, error: type[WsisegError], depth: int = 0) -> Iterator[tuple[str, list[Any]]]:
@@ -139,10 +141,16 @@ def _position(value: object, place: str, error: type[WsisegError]) -> tuple[floa
 def finite(value: object, place: str, error: type[WsisegError]) -> float:
     """A coordinate as a number that can be a place on a slide, or a sentence."""
     if not isinstance(value, int | float) or isinstance(value, bool):
-        raise error(f"{place}: {show(value)} is not a number; coordinates are finite numbers, in level-0 px, without quotes")
+        raise error(
+            f"{place}: {show(value)} is not a number; coordinates are finite numbers, in level-0 px, without quotes"
+        )
     if not -FARTHEST_PX <= value <= FARTHEST_PX:
-        why = "is farther than any slide reaches" if abs(value) < float("inf") else "is not finite"  # (NaN is not below infinity)
-        raise error(f"{place}: {value if isinstance(value, float) else show(value)} {why}; coordinates are finite numbers, in level-0 px")
+        why = (
+            "is farther than any slide reaches" if abs(value) < float("inf") else "is not finite"
+        )  # (NaN is not below infinity)
+        raise error(
+            f"{place}: {value if isinstance(value, float) else show(value)} {why}; coordinates are finite numbers, in level-0 px"
+        )
     return float(value)
 
 
@@ -162,7 +170,9 @@ def _ring(ring: object, place: str, error: type[WsisegError]) -> tuple[NDArray[n
     if xy.dtype.kind not in "iuf" or not np.isfinite(xy).all():
         raise error(f"{place}: null, text or a non-finite number among the coordinates; {AGAIN}")
     if np.abs(xy).max() > FARTHEST_PX:
-        raise error(f"{place}: the coordinate {np.abs(xy).max():g} is farther than any slide reaches; coordinates are level-0 px; {AGAIN}")
+        raise error(
+            f"{place}: the coordinate {np.abs(xy).max():g} is farther than any slide reaches; coordinates are level-0 px; {AGAIN}"
+        )
     if len(xy) < 3:
         raise error(f"{place}: a ring has {len(xy)} positions; 3 at least are needed; draw it again")
     opened = bool((xy[0] != xy[-1]).any())

@@ -16,7 +16,7 @@
       "wsiseg"   provenance, frame, mpp, bounds, and the names and colours of the types
 
 Specification: https://geoparquet.org/releases/v1.1.0/
-"""  # fmt: skip
+"""
 
 from __future__ import annotations
 
@@ -51,7 +51,14 @@ ROW_GROUP = 20_000  #: rows; about 20 groups at 400,000 cells: a viewer's window
 FRAME = "absolute level-0 px of the slide: x right, y down, origin at the outer corner of pixel (0, 0)"
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
 TYPE_COLUMNS = ("type", "type_score", "type_margin", "prototype")
-IN_MEMORY = (*TYPE_COLUMNS, "score", "prompt_x", "prompt_y", "bbox", "descriptor")  #: of a table that is typed again: 2 D + 68 B per cell
+IN_MEMORY = (
+    *TYPE_COLUMNS,
+    "score",
+    "prompt_x",
+    "prompt_y",
+    "bbox",
+    "descriptor",
+)  #: of a table that is typed again: 2 D + 68 B per cell
 
 
 def write_geoparquet(path: Path, cells: CellSource, typing: Typing, info: SlideInfo, provenance: Provenance) -> None:
@@ -86,7 +93,9 @@ def write_geoparquet(path: Path, cells: CellSource, typing: Typing, info: SlideI
     with atomic_path(path) as partial, _writer(partial, schema) as writer:
 
         def write(table: pa.Table) -> None:
-            writer.write_table(table.combine_chunks(), row_group_size=ROW_GROUP)  # whole, so that the pages do not depend on the chunks
+            writer.write_table(
+                table.combine_chunks(), row_group_size=ROW_GROUP
+            )  # whole, so that the pages do not depend on the chunks
 
         encoded_chunks = prefetch_map(encode, _numbered(cells))  # one thread each: ids and row groups come in order
         for _ in prefetch_map(write, _cut(encoded_chunks, ROW_GROUP)):
@@ -95,7 +104,9 @@ def write_geoparquet(path: Path, cells: CellSource, typing: Typing, info: SlideI
 
 def _writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
     """With the statistics by which readers skip row groups; those of ids, outlines and descriptors help nobody and take time."""
-    leaves = [name for name in schema.names if name not in ("id", "bbox", "geometry", "descriptor")] + [f"bbox.{corner}" for corner in CORNERS]
+    leaves = [name for name in schema.names if name not in ("id", "bbox", "geometry", "descriptor")] + [
+        f"bbox.{corner}" for corner in CORNERS
+    ]
     place = path.absolute()  # a colon in a relative one makes it an address
     return pq.ParquetWriter(place, schema, compression="zstd", use_dictionary=["type"], write_statistics=leaves)
 
@@ -194,7 +205,11 @@ class CellTable:
             groups = np.searchsorted(starts, rows, side="right") - 1
             for group in np.unique(groups).tolist():
                 mine = groups == group
-                wkb[mine] = file.read_row_group(group, columns=["geometry"])["geometry"].take(rows[mine] - starts[group]).to_numpy()
+                wkb[mine] = (
+                    file.read_row_group(group, columns=["geometry"])["geometry"]
+                    .take(rows[mine] - starts[group])
+                    .to_numpy()
+                )
         return self._cells(self.table.take(rows), pa.chunked_array([pa.array(wkb, pa.binary())]))
 
     def check(self) -> None:
@@ -223,7 +238,14 @@ class CellTable:
             names = tuple(str(kind["name"]) for kind in self.note["types"])
             colors = tuple((int(r), int(g), int(b)) for r, g, b in (kind["color"] for kind in self.note["types"]))
             scores, margins = (self.table[name].to_numpy().astype(np.float32) for name in ("type_score", "type_margin"))
-            return Typing(names, colors, _codes(self.table["type"], names), scores, margins, self.table["prototype"].to_numpy().astype(np.int32))
+            return Typing(
+                names,
+                colors,
+                _codes(self.table["type"], names),
+                scores,
+                margins,
+                self.table["prototype"].to_numpy().astype(np.int32),
+            )
 
 
 def read_table(path: Path) -> CellTable:
@@ -237,10 +259,13 @@ def read_table(path: Path) -> CellTable:
     with _as_format_error(path):
         schema = pq.read_schema(path)
         note: dict[str, Any] = json.loads((schema.metadata or {})[b"wsiseg"])
-        columns = IN_MEMORY if note.get("descriptor_size") else tuple(name for name in IN_MEMORY if name != "descriptor")
+        columns = (
+            IN_MEMORY if note.get("descriptor_size") else tuple(name for name in IN_MEMORY if name != "descriptor")
+        )
         missing = [
-            *(k for k in ("types", "descriptor_size", "slide") if k not in note), *(k for k in (*columns, "geometry") if k not in schema.names),
-        ]  # fmt: skip
+            *(k for k in ("types", "descriptor_size", "slide") if k not in note),
+            *(k for k in (*columns, "geometry") if k not in schema.names),
+        ]
         if missing:
             raise KeyError(missing[0])
         return CellTable(path, schema, note, pq.read_table(path, columns=list(columns), partitioning=None))
@@ -272,10 +297,14 @@ def _as_format_error(path: Path) -> Iterator[None]:
     try:
         yield
     except KeyError as error:
-        raise FormatError(f"{path}: no {error} in it, so not a cells.parquet of wsiseg; give the file that `wsiseg run` wrote") from error
+        raise FormatError(
+            f"{path}: no {error} in it, so not a cells.parquet of wsiseg; give the file that `wsiseg run` wrote"
+        ) from error
     except (*UNREADABLE, shapely.errors.GEOSException) as error:
         reason = str(error).split("\n", 1)[0]
-        raise FormatError(f"{path}: not a readable cells.parquet ({reason}); run the command that made it again") from error
+        raise FormatError(
+            f"{path}: not a readable cells.parquet ({reason}); run the command that made it again"
+        ) from error
 
 
 def write_retyped(path: Path, source: CellTable, typing: Typing, provenance: Provenance) -> None:
@@ -293,10 +322,17 @@ def write_retyped(path: Path, source: CellTable, typing: Typing, provenance: Pro
         Version, hash and details of the new types.
     """
     note = source.note | {
-        "tool": provenance.tool, "version": provenance.version, "config_hash": provenance.config_hash, "details": provenance.details,
-        "types": [{"name": name, "color": list(color)} for name, color in zip(typing.names, typing.colors, strict=True)],
-    }  # fmt: skip
-    schema = source.schema.with_metadata({**source.schema.metadata, b"wsiseg": json.dumps(note, sort_keys=True, default=str).encode()})
+        "tool": provenance.tool,
+        "version": provenance.version,
+        "config_hash": provenance.config_hash,
+        "details": provenance.details,
+        "types": [
+            {"name": name, "color": list(color)} for name, color in zip(typing.names, typing.colors, strict=True)
+        ],
+    }
+    schema = source.schema.with_metadata(
+        {**source.schema.metadata, b"wsiseg": json.dumps(note, sort_keys=True, default=str).encode()}
+    )
     kept = [name for name in schema.names if name not in TYPE_COLUMNS]
     start = 0
     with atomic_path(path) as partial, _writer(partial, schema) as writer:
@@ -327,27 +363,42 @@ def _schema(cells: CellSource, typing: Typing, info: SlideInfo, provenance: Prov
     if size:
         fields.append(("descriptor", pa.list_(pa.field("element", pa.float16(), nullable=False), size)))
     note = {
-        "tool": provenance.tool, "version": provenance.version, "slide": provenance.slide, "config_hash": provenance.config_hash,
-        "details": provenance.details, "frame": FRAME, "mpp": info.mpp, "mpp_source": info.mpp_source,
-        "bounds": None if info.bounds is None else list(info.bounds), "size_px0": list(info.size_px0), "cells": len(cells),
+        "tool": provenance.tool,
+        "version": provenance.version,
+        "slide": provenance.slide,
+        "config_hash": provenance.config_hash,
+        "details": provenance.details,
+        "frame": FRAME,
+        "mpp": info.mpp,
+        "mpp_source": info.mpp_source,
+        "bounds": None if info.bounds is None else list(info.bounds),
+        "size_px0": list(info.size_px0),
+        "cells": len(cells),
         "descriptor_size": size,
-        "types": [{"name": name, "color": list(color)} for name, color in zip(typing.names, typing.colors, strict=True)],
-    }  # fmt: skip
+        "types": [
+            {"name": name, "color": list(color)} for name, color in zip(typing.names, typing.colors, strict=True)
+        ],
+    }
     metadata = {"geo": json.dumps(_geo(cells), sort_keys=True), "wsiseg": json.dumps(note, sort_keys=True, default=str)}
     return pa.schema([pa.field(name, kind, nullable=False) for name, kind in fields], metadata=metadata)
 
 
 def _geo(cells: CellSource) -> dict[str, object]:
     column: dict[str, object] = {
-        "encoding": "WKB", "geometry_types": ["Polygon"], "crs": None, "edges": "planar",
+        "encoding": "WKB",
+        "geometry_types": ["Polygon"],
+        "crs": None,
+        "edges": "planar",
         "covering": {"bbox": {corner: ["bbox", corner] for corner in CORNERS}},
-    }  # fmt: skip
+    }
     if (bounds := cells.total_bounds) is not None:
         column["bbox"] = list(bounds)
     return {"version": "1.1.0", "primary_column": "geometry", "columns": {"geometry": column}}
 
 
-def _columns(cells: Cells, typing: Typing, info: SlideInfo, ids: NDArray[np.bytes_], rows: slice) -> Mapping[str, object]:
+def _columns(
+    cells: Cells, typing: Typing, info: SlideInfo, ids: NDArray[np.bytes_], rows: slice
+) -> Mapping[str, object]:
     """The columns of ``cells``, which are ``rows`` of the file."""
     polygons = cells.polygons
     bounds = shapely.bounds(polygons)

@@ -21,7 +21,15 @@ if TYPE_CHECKING:
 #: What the standard library raises on damaged archives.
 DAMAGED = (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError, struct.error, zipfile.BadZipFile)
 DOCUMENT_SUFFIXES = (".geojson", ".json", ".tsv", ".csv", ".txt")
-GEOMETRY_TYPES = ("Point", "MultiPoint", "LineString", "MultiLineString", "Polygon", "MultiPolygon", "GeometryCollection")
+GEOMETRY_TYPES = (
+    "Point",
+    "MultiPoint",
+    "LineString",
+    "MultiLineString",
+    "Polygon",
+    "MultiPolygon",
+    "GeometryCollection",
+)
 QUPATH_TYPES = frozenset({"FeatureCollection", "Feature", *GEOMETRY_TYPES})
 
 
@@ -77,7 +85,9 @@ def iter_features(document: object, place: str, error: type[WsisegError]) -> Ite
     elif isinstance(kind, str) and kind in GEOMETRY_TYPES:
         levels = [iter([(kind, {"type": "Feature", "geometry": document})])]
     else:
-        raise error(f"{place}: not GeoJSON; a FeatureCollection with 'features', an array of Features or one Feature is needed")
+        raise error(
+            f"{place}: not GeoJSON; a FeatureCollection with 'features', an array of Features or one Feature is needed"
+        )
     while levels:  # a stack instead of recursion: children may be nested deeper than Python calls may
         inside, item = next(levels[-1], (None, None))
         if inside is None:
@@ -106,7 +116,9 @@ def class_name(value: object, place: str, error: type[WsisegError]) -> str:
         names = value.get("names")
         found = names if isinstance(names, list) else [value.get("name")]
         if not all(part is None or isinstance(part, str | int | float) for part in found):
-            raise error(f"{place}.properties.classification: {show(value)} has a name that is not text; export the file again")
+            raise error(
+                f"{place}.properties.classification: {show(value)} has a name that is not text; export the file again"
+            )
         parts.insert(0, ": ".join("" if part is None else str(part) for part in found))
         value = value.get("parentClass")
     if isinstance(value, str):
@@ -125,14 +137,18 @@ def _feature(item: object, where: str, error: type[WsisegError]) -> dict[str, An
         found = f"an object of type {show(item.get('type'))}" if isinstance(item, dict) else show(item)
         raise error(f"{where}: {found} is not a GeoJSON Feature; export the file again")
     if not isinstance(item.get("properties"), dict | None):
-        raise error(f"{where}.properties: found {show(item['properties'])}; an object is needed, or null; export the file again")
+        raise error(
+            f"{where}.properties: found {show(item['properties'])}; an object is needed, or null; export the file again"
+        )
     return item
 
 
 def _zip_texts(path: Path, content: bytes, error: type[WsisegError], *, utf8_only: bool) -> Iterator[tuple[str, str]]:
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            names = [n for n in archive.namelist() if n.lower().endswith(DOCUMENT_SUFFIXES) and not n.startswith("__MACOSX/")]
+            names = [
+                n for n in archive.namelist() if n.lower().endswith(DOCUMENT_SUFFIXES) and not n.startswith("__MACOSX/")
+            ]
             if "xl/workbook.xml" in archive.namelist():
                 raise error(f"{path}: this is an Excel workbook, not text; save the sheet as CSV UTF-8")
             if not names:

@@ -9,7 +9,7 @@
 
 The footer is at the end of the file and the file arrives by rename, so a footer that can be read means a part that is complete.
 Format: https://parquet.apache.org/docs/file-format/
-"""  # fmt: skip
+"""
 
 from __future__ import annotations
 
@@ -104,10 +104,17 @@ class Part:
 
     def cells(self) -> Cells:
         """All of it."""
-        return Cells(self.polygons(), self.points_xy, self.scores, descriptors_from(self.table, int(self.note["descriptor_size"])))
+        return Cells(
+            self.polygons(),
+            self.points_xy,
+            self.scores,
+            descriptors_from(self.table, int(self.note["descriptor_size"])),
+        )
 
 
-def write_part(path: Path, cells: Cells, config_hash: str, counts: dict[str, int], failures: Sequence[str] = ()) -> None:
+def write_part(
+    path: Path, cells: Cells, config_hash: str, counts: dict[str, int], failures: Sequence[str] = ()
+) -> None:
     """Write one part, atomically; same input, same bytes.
 
     Parameters
@@ -124,9 +131,13 @@ def write_part(path: Path, cells: Cells, config_hash: str, counts: dict[str, int
         A sentence per tile that could not be read.
     """
     note = {
-        "format": FORMAT, "config_hash": config_hash, "counts": {name: int(count) for name, count in counts.items()}, "failures": list(failures),
-        "cells": len(cells), "descriptor_size": cells.descriptor_size,
-    }  # fmt: skip
+        "format": FORMAT,
+        "config_hash": config_hash,
+        "counts": {name: int(count) for name, count in counts.items()},
+        "failures": list(failures),
+        "cells": len(cells),
+        "descriptor_size": cells.descriptor_size,
+    }
     table = _table(cells).replace_schema_metadata({KEY: json.dumps(note, sort_keys=True)})
     with atomic_path(path) as partial:
         place = partial.absolute()  # a colon in a relative one makes it an address
@@ -134,13 +145,15 @@ def write_part(path: Path, cells: Cells, config_hash: str, counts: dict[str, int
 
 
 def _table(cells: Cells) -> pa.Table:
-    return pa.table({
-        "geometry": pa.array(shapely.to_wkb(cells.polygons), pa.binary()),
-        "prompt_x": np.ascontiguousarray(cells.points_xy[:, 0], np.float64),
-        "prompt_y": np.ascontiguousarray(cells.points_xy[:, 1], np.float64),
-        "score": np.asarray(cells.scores, np.float32),
-        **descriptor_column(cells.descriptors),
-    })  # fmt: skip
+    return pa.table(
+        {
+            "geometry": pa.array(shapely.to_wkb(cells.polygons), pa.binary()),
+            "prompt_x": np.ascontiguousarray(cells.points_xy[:, 0], np.float64),
+            "prompt_y": np.ascontiguousarray(cells.points_xy[:, 1], np.float64),
+            "score": np.asarray(cells.scores, np.float32),
+            **descriptor_column(cells.descriptors),
+        }
+    )
 
 
 def open_part(path: Path, columns: tuple[str, ...] | None = None) -> Part:
@@ -161,7 +174,13 @@ def open_part(path: Path, columns: tuple[str, ...] | None = None) -> Part:
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             note = json.loads(file.schema_arrow.metadata[KEY])
-            known = {"geometry", "prompt_x", "prompt_y", "score", *(["descriptor"] if int(note["descriptor_size"]) else [])}
+            known = {
+                "geometry",
+                "prompt_x",
+                "prompt_y",
+                "score",
+                *(["descriptor"] if int(note["descriptor_size"]) else []),
+            }
             missing = known - set(file.schema_arrow.names)
             if missing:
                 raise KeyError(min(missing))
@@ -201,7 +220,9 @@ def part_is_current(path: Path, config_hash: str) -> bool:
     try:
         footer = pq.read_metadata(path)
         note = json.loads(footer.metadata[KEY])
-        return bool(note["format"] == FORMAT and note["config_hash"] == config_hash and note["cells"] == footer.num_rows)
+        return bool(
+            note["format"] == FORMAT and note["config_hash"] == config_hash and note["cells"] == footer.num_rows
+        )
     except UNREADABLE:
         return False
 

@@ -4,7 +4,7 @@
 
 Coordinates are those of QuPath: relative to the slide's OpenSlide bounds when it has them.
 Specification: https://datatracker.ietf.org/doc/html/rfc7946
-"""  # fmt: skip
+"""
 
 from __future__ import annotations
 
@@ -76,7 +76,9 @@ def read_regions(path: Path, info: SlideInfo) -> tuple[shapely.MultiPolygon | sh
         raise FormatError(f"{path}: {counted(points, 'point')}, and no polygon; did you mean --seeds?")
     if not drawn:
         found = f"{counted(len(empty), 'polygon')} without an area" if empty else "no polygon"
-        raise FormatError(f"{path}: {counted(count, 'object')}, {found}; draw regions in QuPath and use File > Export objects as GeoJSON")
+        raise FormatError(
+            f"{path}: {counted(count, 'object')}, {found}; draw regions in QuPath and use File > Export objects as GeoJSON"
+        )
     notes = [
         f"{path}: {len(found)} of {count} objects {what}; the first is {found[0]}"
         for found, what in (

@@ -21,8 +21,15 @@ MAX_NAME = 100
 
 #: Colours of types that state none: Okabe and Ito (2008), "Color Universal Design", those that show best on pink and violet first.
 PALETTE: tuple[Color, ...] = (
-    (213, 94, 0), (0, 114, 178), (0, 158, 115), (240, 228, 66), (86, 180, 233), (230, 159, 0), (204, 121, 167), (0, 0, 0),
-)  # fmt: skip
+    (213, 94, 0),
+    (0, 114, 178),
+    (0, 158, 115),
+    (240, 228, 66),
+    (86, 180, 233),
+    (230, 159, 0),
+    (204, 121, 167),
+    (0, 0, 0),
+)
 
 
 @dataclass(frozen=True)
@@ -48,7 +55,9 @@ def check_names(names: list[str], places: list[str]) -> None:
         if name != name.strip():
             raise SeedsError(f"{where}: {show(name)} has blanks at its ends; remove them")
         if ":" in name:
-            raise SeedsError(f"{where}: {show(name)} has a ':', where QuPath splits class names; use a plain name without ':'")
+            raise SeedsError(
+                f"{where}: {show(name)} has a ':', where QuPath splits class names; use a plain name without ':'"
+            )
         if not name.isprintable():
             raise SeedsError(f"{where}: {show(name)} has a line break or a control character; use printable text")
         if len(name) > MAX_NAME:
@@ -57,7 +66,9 @@ def check_names(names: list[str], places: list[str]) -> None:
         if key == UNASSIGNED:
             raise SeedsError(f"{where}: {show(name)} is reserved for cells without a type; choose another name")
         if key in first:
-            raise SeedsError(f"{where}: {show(name)} is there twice (as {show(first[key])}, case does not count); join or rename one")
+            raise SeedsError(
+                f"{where}: {show(name)} is there twice (as {show(first[key])}, case does not count); join or rename one"
+            )
         first[key] = name
 
 
@@ -75,7 +86,9 @@ def check_clicks(kinds: tuple[SeedType, ...], places: list[str]) -> None:
         for index, point in enumerate(kind.negative):
             if point in kind.points:
                 click = f"({point[0]:g}, {point[1]:g})"
-                raise SeedsError(f"{place}.negative[{index}]: the click {click} is for and against {kind.name!r}; remove one of the two")
+                raise SeedsError(
+                    f"{place}.negative[{index}]: the click {click} is for and against {kind.name!r}; remove one of the two"
+                )
 
 
 def coordinate(value: object, place: str) -> float:

@@ -8,7 +8,7 @@
 that they are relative to the slide's OpenSlide bounds instead, as QuPath's points are; it keeps a converted file right.
 
 QuPath's points (points.py) stay as they are in :func:`read_seeds`; :func:`check_seeds`, which knows the slide, makes them absolute.
-"""  # fmt: skip
+"""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from wsiseg.formats.seed_rules import (
     file_name,
     is_number,
     short,
-)  # fmt: skip
+)
 from wsiseg.records import Seeds, SeedType, SlideInfo
 from wsiseg.runtime.atomic import atomic_path, require_free
 from wsiseg.runtime.paths import normal, readable
@@ -82,7 +82,9 @@ def _read(path: Path) -> tuple[Seeds, bool]:
             clicks.add_document(document, place)
             continue
         if number:
-            raise SeedsError(f"{place}: a second seeds document; one seeds.json, or QuPath exports only, are allowed in a zip")
+            raise SeedsError(
+                f"{place}: a second seeds document; one seeds.json, or QuPath exports only, are allowed in a zip"
+            )
         return _parse(parse_json(text, place, SeedsError, unique_keys=True), place, str(path)), False
     return clicks.seeds(), True
 
@@ -120,11 +122,17 @@ def check_seeds(seeds: Seeds, info: SlideInfo) -> tuple[Seeds, list[str]]:
         warnings.append(f"{seeds.source}: QuPath's points moved by the slide's bounds, ({shift[0]}, {shift[1]}) px")
     types = []
     for number, kind in enumerate(seeds.types):
-        place = f"{seeds.source}: types[{number}]" if not isinstance(seeds, QuPathSeeds) else f"{seeds.source}: class {kind.name!r}"
+        place = (
+            f"{seeds.source}: types[{number}]"
+            if not isinstance(seeds, QuPathSeeds)
+            else f"{seeds.source}: class {kind.name!r}"
+        )
         points = _placed(kind.points, shift, f"{place}.points", info, warnings)
         negative = _placed(kind.negative, shift, f"{place}.negative", info, warnings)
         if kind.name.endswith("*"):
-            warnings.append(f"{place}: QuPath ignores classes that end in '*' ({kind.name!r}); choose another name to count them there")
+            warnings.append(
+                f"{place}: QuPath ignores classes that end in '*' ({kind.name!r}); choose another name to count them there"
+            )
         types.append(SeedType(kind.name, kind.color, points, negative))
     return Seeds(tuple(types), seeds.source, seeds.slide), warnings
 
@@ -157,7 +165,9 @@ def write_seeds(path: Path, seeds: Seeds) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
-def convert_seeds(source: Path, target: Path, info: SlideInfo | None = None, *, overwrite: bool = False) -> tuple[Seeds, list[str]]:
+def convert_seeds(
+    source: Path, target: Path, info: SlideInfo | None = None, *, overwrite: bool = False
+) -> tuple[Seeds, list[str]]:
     """Make a seeds.json of QuPath's points, or points for QuPath of a seeds.json; what ``source`` holds decides.
 
     Parameters
@@ -189,21 +199,31 @@ def convert_seeds(source: Path, target: Path, info: SlideInfo | None = None, *, 
     with readable(target, SeedsError):
         itself = target.exists() and target.samefile(source)
     if itself:
-        raise SeedsError(f"{target}: this is also the file that is read; the clicks would be lost if writing failed; give the new file another name")
+        raise SeedsError(
+            f"{target}: this is also the file that is read; the clicks would be lost if writing failed; give the new file another name"
+        )
     suffixes = (".json",) if from_qupath else POINT_SUFFIXES
     if not target.name.lower().endswith(suffixes):
         found, made = ("QuPath's points", "a seeds.json") if from_qupath else ("a seeds.json", "points for QuPath")
-        raise SeedsError(f"{target}: {source} holds {found}, so {made} would be written here; a name in {' or '.join(suffixes)} is needed")
+        raise SeedsError(
+            f"{target}: {source} holds {found}, so {made} would be written here; a name in {' or '.join(suffixes)} is needed"
+        )
     warnings = list(seeds.notes)
     if info is not None:
         seeds, warnings = check_seeds(seeds, info)
         left, top = (0, 0) if info.bounds is None or from_qupath else info.bounds[:2]
-        kinds = tuple(SeedType(k.name, k.color, _moved(k.points, left, top), _moved(k.negative, left, top)) for k in seeds.types)
+        kinds = tuple(
+            SeedType(k.name, k.color, _moved(k.points, left, top), _moved(k.negative, left, top)) for k in seeds.types
+        )
         seeds = (Seeds if from_qupath else QuPathSeeds)(kinds, seeds.source, file_name(info.path))
         if left or top:
-            warnings.append(f"{target}: written relative to the slide's bounds, ({left}, {top}) px, where QuPath counts from")
+            warnings.append(
+                f"{target}: written relative to the slide's bounds, ({left}, {top}) px, where QuPath counts from"
+            )
     elif not from_qupath and not isinstance(seeds, QuPathSeeds):
-        warnings.append(f"{target}: written without a look at the slide; if it has bounds (MRXS and some others), QuPath needs --slide here")
+        warnings.append(
+            f"{target}: written without a look at the slide; if it has bounds (MRXS and some others), QuPath needs --slide here"
+        )
     if from_qupath:
         write_seeds(target, seeds)
     else:
@@ -226,7 +246,9 @@ def _parse(document: object, place: str, source: str) -> Seeds:
     if "version" not in members:
         raise SeedsError(f"{place}: no 'version'; add \"version\": {VERSION}")
     if isinstance(version, bool) or version != VERSION:
-        raise SeedsError(f"{place}: version is {show(version)}; this wsiseg reads version {VERSION}; convert the file or update wsiseg")
+        raise SeedsError(
+            f"{place}: version is {show(version)}; this wsiseg reads version {VERSION}; convert the file or update wsiseg"
+        )
     slide = members.get("slide")
     if "slide" in members and (not isinstance(slide, str) or not slide.strip()):
         raise SeedsError(f"{place}: slide is {show(slide)}; it must be the slide's file name, or be left out")
@@ -237,7 +259,9 @@ def _parse(document: object, place: str, source: str) -> Seeds:
     types = members.get("types")
     if not isinstance(types, list) or not types:
         found = "missing" if types is None else "empty" if types == [] else show(types)
-        raise SeedsError(f"{place}: types is {found}; at least one type with one point is needed; click a cell of each type")
+        raise SeedsError(
+            f"{place}: types is {found}; at least one type with one point is needed; click a cell of each type"
+        )
     parsed = [_parse_type(value, number, place, absolute=frame == "slide") for number, value in enumerate(types)]
     colors = default_colors([color for _, color in parsed])
     kinds = tuple(SeedType(k.name, c, k.points, k.negative) for (k, _), c in zip(parsed, colors, strict=True))
@@ -258,7 +282,9 @@ def _parse_type(value: object, number: int, file_place: str, *, absolute: bool) 
         raise SeedsError(f"{place}.name: {show(name)} is not text; write the name of a cell type in quotes")
     points = _points(members["points"], f"{place}.points", absolute=absolute)
     if not points:
-        raise SeedsError(f"{place}.points: type {name!r} has no points; click at least one cell of it, or remove the type")
+        raise SeedsError(
+            f"{place}.points: type {name!r} has no points; click at least one cell of it, or remove the type"
+        )
     negative = _points(members.get("negative", []), f"{place}.negative", absolute=absolute)
     color = _parse_color(members["color"], f"{place}.color") if "color" in members else None
     return SeedType(name, color or (0, 0, 0), points, negative), color
@@ -295,19 +321,25 @@ def _object(value: object, place: str, needed: str) -> dict[str, Any]:
 def _check_keys(members: dict[str, Any], allowed: tuple[str, ...], place: str) -> None:
     for key in members:
         if key not in allowed:
-            raise SeedsError(f"{place}: unknown key {key[:40]!r}; {did_you_mean(key, allowed)}allowed are {', '.join(allowed)}; rename or remove it")
+            raise SeedsError(
+                f"{place}: unknown key {key[:40]!r}; {did_you_mean(key, allowed)}allowed are {', '.join(allowed)}; rename or remove it"
+            )
 
 
 # --- what holds for both kinds ----------------------------------------------------------------------------------------------------
 
 
-def _placed(points: tuple[Point, ...], shift: tuple[int, int], place: str, info: SlideInfo, warnings: list[str]) -> tuple[Point, ...]:
+def _placed(
+    points: tuple[Point, ...], shift: tuple[int, int], place: str, info: SlideInfo, warnings: list[str]
+) -> tuple[Point, ...]:
     width, height = info.size_px0
     placed: dict[Point, int] = {}
     for number, (x, y) in enumerate(points):
         point = (x + shift[0], y + shift[1])
         if not (0 <= point[0] < width and 0 <= point[1] < height):
-            found = f"({point[0]:g}, {point[1]:g})" + (f", with the bounds ({shift[0]}, {shift[1]}) added," if shift != (0, 0) else "")
+            found = f"({point[0]:g}, {point[1]:g})" + (
+                f", with the bounds ({shift[0]}, {shift[1]}) added," if shift != (0, 0) else ""
+            )
             raise SeedsError(
                 f"{place}[{number}]: the click {found} is outside {file_name(info.path)}, which has {width} x {height} px; "
                 "clicks are level-0 px, not microns or px of another level; check that the file belongs to this slide"

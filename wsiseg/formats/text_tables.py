@@ -49,7 +49,9 @@ class TextTable:
         return float(cell) if _NUMBER.fullmatch(cell) else None
 
 
-def read_table(text: str, place: str, error: type[WsisegError], *, known: Iterable[str], numbers: Iterable[str] = ()) -> TextTable:
+def read_table(
+    text: str, place: str, error: type[WsisegError], *, known: Iterable[str], numbers: Iterable[str] = ()
+) -> TextTable:
     """Read a table whose first line names the columns.
 
     Parameters
@@ -70,7 +72,9 @@ def read_table(text: str, place: str, error: type[WsisegError], *, known: Iterab
     columns = tuple(names)
     for name in known:
         if columns.count(name) > 1:
-            raise error(f"{place}: line {first_line + 1}: the column {name!r} is there {columns.count(name)} times; each once")
+            raise error(
+                f"{place}: line {first_line + 1}: the column {name!r} is there {columns.count(name)} times; each once"
+            )
     rows: list[tuple[int, dict[str, str]]] = []
     points = commas = False
     try:
@@ -90,7 +94,9 @@ def read_table(text: str, place: str, error: type[WsisegError], *, known: Iterab
             points = points or any("." in found.get(name, "") for name in numbers)
             commas = commas or any("," in found.get(name, "") for name in numbers)
     except csv.Error as problem:
-        raise error(f"{place}: not a CSV file ({problem}); a first line that names the columns and one line per row are needed") from problem
+        raise error(
+            f"{place}: not a CSV file ({problem}); a first line that names the columns and one line per row are needed"
+        ) from problem
     return TextTable(place, columns, tuple(rows), commas and not points and delimiter != ",")
 
 

@@ -41,4 +41,6 @@ def wkb_column(polygons: NDArray[np.object_]) -> pa.BinaryArray:
     pieces[::2] = [headers[count] for count in counts.tolist()]
     pieces[1::2] = [vertices[a:b] for a, b in pairwise((ends * _VERTEX_BYTES).tolist())]
     offsets = (ends * _VERTEX_BYTES + np.arange(len(ends)) * _HEADER.size).astype(np.int32)
-    return pa.Array.from_buffers(pa.binary(), len(polygons), [None, pa.py_buffer(offsets), pa.py_buffer(b"".join(pieces))])
+    return pa.Array.from_buffers(
+        pa.binary(), len(polygons), [None, pa.py_buffer(offsets), pa.py_buffer(b"".join(pieces))]
+    )

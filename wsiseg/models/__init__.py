@@ -57,10 +57,14 @@ def find_weights(model: str) -> tuple[ModelCard, Path]:
         return card_of_file(path), path
     if found == "file":
         how = f"wsiseg models import {path} --name NAME --mpp UM"
-        raise WeightsError(f"--model {model}: not a .safetensors file; a checkpoint is converted once, without running anything in it: {how}")
+        raise WeightsError(
+            f"--model {model}: not a .safetensors file; a checkpoint is converted once, without running anything in it: {how}"
+        )
     card = find_card(model)
     if card is None:
-        raise WeightsError(f"--model {model}: {absence(model, 'no such model and no such file')}; see `wsiseg models list`")
+        raise WeightsError(
+            f"--model {model}: {absence(model, 'no such model and no such file')}; see `wsiseg models list`"
+        )
     return card, card.weights
 
 
@@ -83,9 +87,13 @@ def pick_device(device: str) -> torch.device:
     if chosen.type not in ("cpu", "cuda"):
         raise ConfigError(f"--device {device}: not supported; use auto, cpu, cuda or cuda:N")
     if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"--device {device}: no usable CUDA device (torch {torch.__version__}); use --device cpu, or see `wsiseg doctor`")
+        raise ConfigError(
+            f"--device {device}: no usable CUDA device (torch {torch.__version__}); use --device cpu, or see `wsiseg doctor`"
+        )
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"--device {device}: this machine has {torch.cuda.device_count()} CUDA device(s), counted from 0")
+        raise ConfigError(
+            f"--device {device}: this machine has {torch.cuda.device_count()} CUDA device(s), counted from 0"
+        )
     return chosen
 
 
@@ -109,12 +117,16 @@ def load_model(model: str, device: str = "auto", precision: str = "auto") -> Pro
     card, path = find_weights(model)
     tensors = _read_tensors(path)
     if path.parent == WEIGHTS_FOLDER and file_hash(path) != card.sha256:
-        raise WeightsError(f"{path}: sha256 differs from the model card of {card.name}; the file is damaged: install wsiseg again")
+        raise WeightsError(
+            f"{path}: sha256 differs from the model card of {card.name}; the file is damaged: install wsiseg again"
+        )
     module, _, name = card.network.partition(":")
     network = getattr(importlib.import_module(module), name).of(card, tensors)
     _fill(network, tensors, path)
     chosen = pick_device(device)
-    loaded: PromptableModel = network.ready(chosen, bf16=precision == "bf16" or (precision == "auto" and chosen.type == "cuda"))
+    loaded: PromptableModel = network.ready(
+        chosen, bf16=precision == "bf16" or (precision == "auto" and chosen.type == "cuda")
+    )
     return loaded
 
 
@@ -134,7 +146,9 @@ def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
     except FileNotFoundError as error:
         raise WeightsError(f"{path}: the weight file is missing; install wsiseg again or pass --model PATH") from error
     except (SafetensorError, OSError, ValueError) as error:
-        raise WeightsError(f"{path}: not a readable safetensors file ({_first_line(error)}); pass an undamaged weight file") from error
+        raise WeightsError(
+            f"{path}: not a readable safetensors file ({_first_line(error)}); pass an undamaged weight file"
+        ) from error
 
 
 def _fill(network: Any, tensors: dict[str, torch.Tensor], path: Path) -> None:  # noqa: ANN401
@@ -142,10 +156,14 @@ def _fill(network: Any, tensors: dict[str, torch.Tensor], path: Path) -> None:  
     import torch
 
     wanted = network.state_dict()
-    require_same({k: v.shape for k, v in wanted.items()}, {k: v.shape for k, v in tensors.items()}, type(network).__name__, path)
+    require_same(
+        {k: v.shape for k, v in wanted.items()}, {k: v.shape for k, v in tensors.items()}, type(network).__name__, path
+    )
     broken = [k for k, v in tensors.items() if v.is_floating_point() and not torch.isfinite(v).all()]
     if broken:
-        raise WeightsError(f"{path}: {len(broken)} tensors hold NaN or infinity (first: {min(broken)}); the file is damaged: get it again")
+        raise WeightsError(
+            f"{path}: {len(broken)} tensors hold NaN or infinity (first: {min(broken)}); the file is damaged: get it again"
+        )
     network.load_state_dict({k: v.to(wanted[k].dtype) for k, v in tensors.items()}, assign=True)
 
 

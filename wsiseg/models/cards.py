@@ -64,7 +64,9 @@ def _digest(path: Path, size: int, changed: int) -> str:  # noqa: ARG001
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def require_same(wanted: Mapping[str, Sequence[int]], found: Mapping[str, Sequence[int]], network: str, path: Path) -> None:
+def require_same(
+    wanted: Mapping[str, Sequence[int]], found: Mapping[str, Sequence[int]], network: str, path: Path
+) -> None:
     """Refuse a file whose tensors (name -> shape) are not those of a network.
 
     Raises
@@ -73,7 +75,13 @@ def require_same(wanted: Mapping[str, Sequence[int]], found: Mapping[str, Sequen
         How many are missing, unexpected or misshapen, and the first of each.
     """
     shapes = [k for k in wanted.keys() & found.keys() if tuple(wanted[k]) != tuple(found[k])]
-    wrong = ((wanted.keys() - found.keys(), "missing"), (found.keys() - wanted.keys(), "unexpected"), (shapes, "misshapen"))
+    wrong = (
+        (wanted.keys() - found.keys(), "missing"),
+        (found.keys() - wanted.keys(), "unexpected"),
+        (shapes, "misshapen"),
+    )
     parts = [f"{len(names)} {what} (first: {min(names)})" for names, what in wrong if names]
     if parts:
-        raise WeightsError(f"{path}: not weights of {network}: {', '.join(parts)} tensors; pass a file made for this network")
+        raise WeightsError(
+            f"{path}: not weights of {network}: {', '.join(parts)} tensors; pass a file made for this network"
+        )

@@ -66,7 +66,14 @@ class PromptableModel(Protocol):
         ...
 
     def decode(
-        self, embeddings: Embeddings, batch_index: Tensor, points_xy: Tensor, *, extras: PromptExtras | None = None, multimask: bool = False, full_tile: bool = False
+        self,
+        embeddings: Embeddings,
+        batch_index: Tensor,
+        points_xy: Tensor,
+        *,
+        extras: PromptExtras | None = None,
+        multimask: bool = False,
+        full_tile: bool = False,
     ) -> WindowMasks:
         """One mask per point, of at least one: ``batch_index`` int64 (N,), ``points_xy`` float32 (N, 2) model px of the tile -> masks on windows.
 

@@ -43,7 +43,14 @@ def measure(hard: Tensor, density: Tensor, cell_um: float) -> tuple[Tensor, Tens
     ring = F.max_pool2d(hard[:, None], 2 * reach + 1, 1, reach) - hard[:, None]
     around = (density * ring).sum((2, 3)) / ring.sum((2, 3)).clamp_min(1)
     measured = torch.cat(
-        [torch.log(area * cell_um**2)[:, None], _axis_ratio(hard, area)[:, None], mean, variance.clamp_min(1e-6).sqrt(), around], 1
+        [
+            torch.log(area * cell_um**2)[:, None],
+            _axis_ratio(hard, area)[:, None],
+            mean,
+            variance.clamp_min(1e-6).sqrt(),
+            around,
+        ],
+        1,
     )
     return measured, ring
 

@@ -44,7 +44,11 @@ HEAD_WIDTH = 16
 LEARNED = 64  #: length of the descriptor's learned half
 MEASURED_SHARE = 0.3  #: weight of the measurements in the cosine of two descriptors; the learned half has the rest
 DESCRIPTOR_SIZE = LEARNED + MEASUREMENTS
-KINDS = ("lymphocyte", "tumour or epithelial", "stromal")  #: kinds of cell whose place among the descriptors is part of the weights
+KINDS = (
+    "lymphocyte",
+    "tumour or epithelial",
+    "stromal",
+)  #: kinds of cell whose place among the descriptors is part of the weights
 
 # The three generated 1x1 convolutions: (inputs + relative x, y) -> HEAD_WIDTH -> HEAD_WIDTH -> 1.
 _HEAD_SHAPES = ((HEAD_WIDTH, MASK_FEATURES + 2), (HEAD_WIDTH, HEAD_WIDTH), (1, HEAD_WIDTH))
@@ -127,7 +131,9 @@ class NucleiCompact(nn.Module):
         self.mask_features = nn.Conv2d(32, MASK_FEATURES, 1)
         self.high = nn.Conv2d(64, 32, 1)
         self.low = nn.Conv2d(96, 64, 1)
-        self.controller = nn.Sequential(nn.Linear(_POINT_WIDTH, 192), nn.ReLU(inplace=True), nn.Linear(192, _HEAD_PARAMETERS))
+        self.controller = nn.Sequential(
+            nn.Linear(_POINT_WIDTH, 192), nn.ReLU(inplace=True), nn.Linear(192, _HEAD_PARAMETERS)
+        )
         self.alternatives = nn.Linear(192, (MASKS - 1) * (HEAD_WIDTH + 1))
         self.point_hint = _silent(_POINT_WIDTH + 3, 128, bias=False)
         self.box_hint = _silent(4, 64, bias=True)
@@ -137,8 +143,11 @@ class NucleiCompact(nn.Module):
             nn.Linear(128, 1),
         )
         self.describe = nn.Sequential(
-            nn.LayerNorm(64 + MEASUREMENTS), nn.Linear(64 + MEASUREMENTS, 128), nn.ReLU(inplace=True), nn.Linear(128, LEARNED)
-        )  # fmt: skip
+            nn.LayerNorm(64 + MEASUREMENTS),
+            nn.Linear(64 + MEASUREMENTS, 128),
+            nn.ReLU(inplace=True),
+            nn.Linear(128, LEARNED),
+        )
         self.standardise = nn.BatchNorm1d(MEASUREMENTS, affine=False)
         self.pixel_mean: Tensor
         self.pixel_sd: Tensor
@@ -176,7 +185,9 @@ class NucleiCompact(nn.Module):
     @property
     def types(self) -> TypeSpace:
         """How types lie in the descriptors."""
-        part = {k.removeprefix("type_"): v.cpu().double().numpy() for k, v in self.named_buffers() if k.startswith("type_")}
+        part = {
+            k.removeprefix("type_"): v.cpu().double().numpy() for k, v in self.named_buffers() if k.startswith("type_")
+        }
         return TypeSpace(part.pop("transform").astype(np.float32), **part, kind_names=KINDS)
 
     def encode(self, images: Tensor) -> Embeddings:
@@ -211,7 +222,14 @@ class NucleiCompact(nn.Module):
         )
 
     def decode(
-        self, embeddings: Embeddings, batch_index: Tensor, points_xy: Tensor, *, extras: PromptExtras | None = None, multimask: bool = False, full_tile: bool = False  # noqa: ARG002
+        self,
+        embeddings: Embeddings,
+        batch_index: Tensor,
+        points_xy: Tensor,
+        *,
+        extras: PromptExtras | None = None,
+        multimask: bool = False,
+        full_tile: bool = False,  # noqa: ARG002
     ) -> WindowMasks:
         """Masks of N prompts.
 
@@ -287,9 +305,13 @@ class NucleiCompact(nn.Module):
         """Contribution of further points and boxes to the controller's hidden layer (N, 192): a sum over points, so their order does not matter."""
         n, k = extras.labels.shape
         relative = (extras.points_xy - points_xy[:, None]) / _DISTANCE_PX
-        at = _at_points(extra, batch_index.repeat_interleave(k), extras.points_xy.reshape(-1, 2)).view(n, k, _POINT_WIDTH)
+        at = _at_points(extra, batch_index.repeat_interleave(k), extras.points_xy.reshape(-1, 2)).view(
+            n, k, _POINT_WIDTH
+        )
         given = (extras.labels >= 0)[..., None]  # -1 is padding
-        sign = torch.where(given, 2 * extras.labels[..., None] - 1, 0)  # the weights were trained with 1 inside and -1 outside
+        sign = torch.where(
+            given, 2 * extras.labels[..., None] - 1, 0
+        )  # the weights were trained with 1 inside and -1 outside
         said = self.point_hint(torch.cat([at, relative, sign], 2)) * given
         has_box = extras.boxes.isfinite().all(1, keepdim=True)
         box = torch.where(has_box, (extras.boxes - points_xy.repeat(1, 2)) / _DISTANCE_PX, 0)

@@ -50,9 +50,17 @@ NORMALISE = ("none", "tile-minmax")
 MPP_RANGE = (0.05, 2.0)
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 _CARD_KEYS = {
-    "name": str, "network": str, "weights": str, "sha256": str, "licence": str, "source": str, "mpp": float, "normalise": str, "architecture": str,
+    "name": str,
+    "network": str,
+    "weights": str,
+    "sha256": str,
+    "licence": str,
+    "source": str,
+    "mpp": float,
+    "normalise": str,
+    "architecture": str,
     "instance_decoder": bool,
-}  # fmt: skip
+}
 _CHUNK = 1 << 20  # bytes
 _PATIENCE = 30  # seconds without an answer
 _DAY = 86_400  # seconds
@@ -71,9 +79,15 @@ class Download:
 
 _SAM = "https://dl.fbaipublicfiles.com/segment_anything"
 DOWNLOADS = {
-    "sam-vit-b": Download(f"{_SAM}/sam_vit_b_01ec64.pth", "ec2df62732614e57411cdcf32a23ffdf28910380d03139ee0f4fcbe91eb8c912", "ViT-B"),
-    "sam-vit-l": Download(f"{_SAM}/sam_vit_l_0b3195.pth", "3adcc4315b642a4d2101128f611684e8734c41232a17c648ed1693702a49a622", "ViT-L"),
-    "sam-vit-h": Download(f"{_SAM}/sam_vit_h_4b8939.pth", "a7bf3b02f3ebf1267aba913ff637d9a2d5c33d3173bb679e46d9f338c26f262e", "ViT-H"),
+    "sam-vit-b": Download(
+        f"{_SAM}/sam_vit_b_01ec64.pth", "ec2df62732614e57411cdcf32a23ffdf28910380d03139ee0f4fcbe91eb8c912", "ViT-B"
+    ),
+    "sam-vit-l": Download(
+        f"{_SAM}/sam_vit_l_0b3195.pth", "3adcc4315b642a4d2101128f611684e8734c41232a17c648ed1693702a49a622", "ViT-L"
+    ),
+    "sam-vit-h": Download(
+        f"{_SAM}/sam_vit_h_4b8939.pth", "a7bf3b02f3ebf1267aba913ff637d9a2d5c33d3173bb679e46d9f338c26f262e", "ViT-H"
+    ),
 }
 # PathoSAM: model and instance decoder, as the authors' program fetches them (micro-sam, micro_sam/util.py). No sha256 is published, and whoever owns
 # such an address can change what is behind it: the user gets them by hand. Trained on tiles of 512 px, enlarged to 1024.
@@ -143,14 +157,27 @@ def find_card(name: str, folder: Path | None = None) -> ModelCard | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:
-        raise WeightsError(f"{path}: the card cannot be read ({error}); import or download the model again with --overwrite") from error
-    sound = isinstance(content, dict) and content.keys() == _CARD_KEYS.keys() and all(isinstance(content[k], t) for k, t in _CARD_KEYS.items())
+        raise WeightsError(
+            f"{path}: the card cannot be read ({error}); import or download the model again with --overwrite"
+        ) from error
+    sound = (
+        isinstance(content, dict)
+        and content.keys() == _CARD_KEYS.keys()
+        and all(isinstance(content[k], t) for k, t in _CARD_KEYS.items())
+    )
     # Paths and network are code and files of ours, never of a card's choice.
-    if not sound or content["name"] != name or content["weights"] != f"{name}.safetensors" or content["network"] != SAM_NETWORK:
+    if (
+        not sound
+        or content["name"] != name
+        or content["weights"] != f"{name}.safetensors"
+        or content["network"] != SAM_NETWORK
+    ):
         raise WeightsError(f"{path}: not a card that wsiseg wrote; import or download the model again with --overwrite")
     card = ModelCard(**{**content, "weights": path.parent / content["weights"]})
     if kind_of(card.weights, WeightsError) != "file":
-        raise WeightsError(f"{card.weights}: the weights of {name} are missing; import or download the model again with --overwrite")
+        raise WeightsError(
+            f"{card.weights}: the weights of {name} are missing; import or download the model again with --overwrite"
+        )
     return card
 
 
@@ -180,13 +207,19 @@ def card_of_file(path: Path) -> ModelCard:
             metadata, keys = file.metadata() or {}, list(file.keys())
     except (SafetensorError, OSError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise WeightsError(f"{path}: not a readable safetensors file ({reason}); pass an undamaged weight file") from error
+        raise WeightsError(
+            f"{path}: not a readable safetensors file ({reason}); pass an undamaged weight file"
+        ) from error
     if "wsiseg" in metadata:
         mpp, normalise = _stated(metadata["wsiseg"], path)
         decoder = any(key.startswith("decoder.") for key in keys)
-        return ModelCard(path.stem, SAM_NETWORK, path, "", "unknown", str(path), mpp, normalise, instance_decoder=decoder)
+        return ModelCard(
+            path.stem, SAM_NETWORK, path, "", "unknown", str(path), mpp, normalise, instance_decoder=decoder
+        )
     if any("image_encoder." in key for key in keys):
-        raise WeightsError(f"{path}: a SAM checkpoint that does not say its scale; convert it: wsiseg models import {path} --name NAME --mpp UM")
+        raise WeightsError(
+            f"{path}: a SAM checkpoint that does not say its scale; convert it: wsiseg models import {path} --name NAME --mpp UM"
+        )
     return replace(MODELS["nuclei-compact"], weights=path, sha256="", licence="unknown", source=str(path))
 
 
@@ -198,7 +231,9 @@ def _stated(text: str, path: Path) -> tuple[float, str]:
     except (ValueError, TypeError, KeyError):
         network, mpp, normalise = "", math.nan, ""
     if network != "sam" or not MPP_RANGE[0] <= mpp <= MPP_RANGE[1] or normalise not in NORMALISE:
-        raise WeightsError(f"{path}: its metadata (wsiseg: {' '.join(text.split())[:80]}) are not of this version; import the checkpoint again")
+        raise WeightsError(
+            f"{path}: its metadata (wsiseg: {' '.join(text.split())[:80]}) are not of this version; import the checkpoint again"
+        )
     return mpp, normalise
 
 
@@ -241,9 +276,13 @@ def verify(card: ModelCard) -> None:
     try:
         found = file_hash(card.weights)
     except OSError as error:
-        raise WeightsError(f"{card.weights}: cannot be read ({error.strerror or error}); import or download {card.name} again") from error
+        raise WeightsError(
+            f"{card.weights}: cannot be read ({error.strerror or error}); import or download {card.name} again"
+        ) from error
     if found != card.sha256:
-        raise WeightsError(f"{card.weights}: sha256 differs from the card of {card.name}; the file is damaged: import or download it again")
+        raise WeightsError(
+            f"{card.weights}: sha256 differs from the card of {card.name}; the file is damaged: import or download it again"
+        )
 
 
 def verify_all(names: tuple[str, ...] = (), folder: Path | None = None) -> dict[str, str]:
@@ -282,8 +321,16 @@ def catalogue(folder: Path | None = None) -> list[Listing]:
     here = {card.name for card in stored}
     rows = [Listing(c.name, c.architecture, c.mpp, c.licence, "in the package") for c in MODELS.values()]
     rows += [Listing(c.name, c.architecture, c.mpp, c.licence, "imported") for c in stored]
-    rows += [Listing(name, d.architecture, d.mpp, d.licence, "to download") for name, d in DOWNLOADS.items() if name not in here]
-    rows += [Listing(name, f"ViT-{name[4].upper()}", _BY_HAND_MPP, "see its authors", "to get by hand") for name in BY_HAND if name not in here]
+    rows += [
+        Listing(name, d.architecture, d.mpp, d.licence, "to download")
+        for name, d in DOWNLOADS.items()
+        if name not in here
+    ]
+    rows += [
+        Listing(name, f"ViT-{name[4].upper()}", _BY_HAND_MPP, "see its authors", "to get by hand")
+        for name in BY_HAND
+        if name not in here
+    ]
     return rows
 
 
@@ -341,25 +388,49 @@ def import_model(
     folder = folder or models_folder()
     _require_free(name, folder, overwrite=overwrite)
     if not math.isfinite(mpp) or not MPP_RANGE[0] <= mpp <= MPP_RANGE[1]:
-        raise ConfigError(f"mpp {mpp:g}: must lie between {MPP_RANGE[0]:g} and {MPP_RANGE[1]:g}, in microns per pixel; 40x is about 0.25")
+        raise ConfigError(
+            f"mpp {mpp:g}: must lie between {MPP_RANGE[0]:g} and {MPP_RANGE[1]:g}, in microns per pixel; 40x is about 0.25"
+        )
     if normalise not in NORMALISE:
-        raise ConfigError(f"normalise {normalise}: unknown; {did_you_mean(normalise, NORMALISE)}choose from {', '.join(NORMALISE)}")
+        raise ConfigError(
+            f"normalise {normalise}: unknown; {did_you_mean(normalise, NORMALISE)}choose from {', '.join(NORMALISE)}"
+        )
 
     from wsiseg.models.sam.checkpoints import read_checkpoint, recognise
     from wsiseg.models.sam.model import SamModel
 
     checkpoint = read_checkpoint(file, decoder)
-    found = {f"sam.{k}": v.shape for k, v in checkpoint.sam.items()} | {f"decoder.{k}": v.shape for k, v in checkpoint.decoder.items()}
-    require_same(SamModel.tensors_of(checkpoint.sam, checkpoint.decoder), found, "SAM" + " with an instance decoder" * bool(checkpoint.decoder), file)
+    found = {f"sam.{k}": v.shape for k, v in checkpoint.sam.items()} | {
+        f"decoder.{k}": v.shape for k, v in checkpoint.decoder.items()
+    }
+    require_same(
+        SamModel.tensors_of(checkpoint.sam, checkpoint.decoder),
+        found,
+        "SAM" + " with an instance decoder" * bool(checkpoint.decoder),
+        file,
+    )
     if on_note:
         for note in checkpoint.notes:
             on_note(note)
-    tensors = {f"sam.{key}": value for key, value in checkpoint.sam.items()} | {f"decoder.{key}": value for key, value in checkpoint.decoder.items()}
+    tensors = {f"sam.{key}": value for key, value in checkpoint.sam.items()} | {
+        f"decoder.{key}": value for key, value in checkpoint.decoder.items()
+    }
     weights, card_path = folder / f"{name}.safetensors", folder / f"{name}.json"
     with _temporary(weights) as partial:
         _save(tensors, partial, {"network": "sam", "mpp": mpp, "normalise": normalise})
         architecture, hashed = recognise(checkpoint.sam).name, file_hash(partial)
-        card = ModelCard(name, SAM_NETWORK, weights, hashed, licence, source, float(mpp), normalise, architecture, bool(checkpoint.decoder))
+        card = ModelCard(
+            name,
+            SAM_NETWORK,
+            weights,
+            hashed,
+            licence,
+            source,
+            float(mpp),
+            normalise,
+            architecture,
+            bool(checkpoint.decoder),
+        )
         card_path.unlink(missing_ok=True)  # an old card never stands beside new weights
     with _temporary(card_path) as partial:
         content = {key: getattr(card, key) for key in _CARD_KEYS} | {"weights": weights.name}
@@ -371,11 +442,15 @@ def _require_free(name: str, folder: Path, *, overwrite: bool) -> None:
     from wsiseg.models import MODELS
 
     if not _NAME.fullmatch(name):
-        raise ConfigError(f"name {name!r}: not allowed; use a-z, 0-9, dots, hyphens and underscores, and begin with a letter or digit")
+        raise ConfigError(
+            f"name {name!r}: not allowed; use a-z, 0-9, dots, hyphens and underscores, and begin with a letter or digit"
+        )
     if name in MODELS:
         raise ConfigError(f"name {name}: belongs to a model of the package; choose another")
     if kind_of(folder / f"{name}.json", WeightsError) != "nothing" and not overwrite:
-        raise WeightsError(f"{name}: there is a model of this name already; it is replaced only on request; choose another name, or pass --overwrite")
+        raise WeightsError(
+            f"{name}: there is a model of this name already; it is replaced only on request; choose another name, or pass --overwrite"
+        )
 
 
 def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, Any]) -> None:
@@ -384,7 +459,10 @@ def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, Any]) -> N
     from safetensors.torch import save_file
 
     # copies: tensors of a checkpoint may share their numbers
-    plain = {key: value.to(torch.float32 if value.is_floating_point() else value.dtype, copy=True).contiguous() for key, value in tensors.items()}
+    plain = {
+        key: value.to(torch.float32 if value.is_floating_point() else value.dtype, copy=True).contiguous()
+        for key, value in tensors.items()
+    }
     path.touch()
     mode = path.stat().st_mode  # safetensors writes for the owner only
     try:
@@ -416,7 +494,9 @@ def _temporary(path: Path) -> Iterator[Path]:
 
 def _unwritable(path: Path, error: OSError) -> WeightsError:
     reason = " ".join((error.strerror or str(error)).split())
-    return WeightsError(f"{path}: cannot be written ({reason}); make room, or name a folder you may write in the environment variable WSISEG_MODELS")
+    return WeightsError(
+        f"{path}: cannot be written ({reason}); make room, or name a folder you may write in the environment variable WSISEG_MODELS"
+    )
 
 
 # Downloading
@@ -471,12 +551,21 @@ def download(
         _fetch(entry.address, part, on_progress)
         if file_hash(part) != entry.sha256:
             part.unlink()
-            raise WeightsError(f"{entry.address}: what came has another sha256 than is published, and was removed; run the command again")
+            raise WeightsError(
+                f"{entry.address}: what came has another sha256 than is published, and was removed; run the command again"
+            )
     except OSError as error:
         raise _unwritable(part, error) from error
     card = import_model(
-        part, name, mpp=entry.mpp, licence=entry.licence, source=entry.address, overwrite=overwrite, folder=folder, on_note=on_note
-    )  # fmt: skip
+        part,
+        name,
+        mpp=entry.mpp,
+        licence=entry.licence,
+        source=entry.address,
+        overwrite=overwrite,
+        folder=folder,
+        on_note=on_note,
+    )
     with contextlib.suppress(OSError):
         part.unlink()
     return card
@@ -491,13 +580,16 @@ def _entry(name: str) -> Download:
             f"`wsiseg models import MODEL --decoder DECODER --name {name} --mpp {_BY_HAND_MPP}`"
         )
     there = ", ".join(DOWNLOADS)
-    raise WeightsError(f"{name}: nothing to download under this name; there are {there}; get others by hand, then `wsiseg models import`")
+    raise WeightsError(
+        f"{name}: nothing to download under this name; there are {there}; get others by hand, then `wsiseg models import`"
+    )
 
 
 def _fetch(address: str, part: Path, on_progress: Callable[[int, int], None] | None) -> None:
     """Fetch what ``part`` does not have yet."""
     done = part.stat().st_size if part.exists() else 0
-    request = urllib.request.Request(address, headers={"User-Agent": "wsiseg"} | ({"Range": f"bytes={done}-"} if done else {}))  # noqa: S310
+    headers = {"User-Agent": "wsiseg"} | ({"Range": f"bytes={done}-"} if done else {})
+    request = urllib.request.Request(address, headers=headers)  # noqa: S310 - addresses are ours, and https
     total = 0
     try:
         with urllib.request.urlopen(request, timeout=_PATIENCE) as answer:  # noqa: S310 - addresses are ours, and https
@@ -520,7 +612,9 @@ def _fetch(address: str, part: Path, on_progress: Callable[[int, int], None] | N
         reason = " ".join(str(getattr(error, "reason", "") or error).split()) or type(error).__name__
         raise WeightsError(f"{address}: cannot be reached ({reason}); {_BY_ANOTHER_WAY}") from error
     if done < total:
-        raise WeightsError(f"{address}: the connection ended after {done} of {total} bytes; run the command again, it goes on from there")
+        raise WeightsError(
+            f"{address}: the connection ended after {done} of {total} bytes; run the command again, it goes on from there"
+        )
 
 
 _BY_ANOTHER_WAY = "try again later, or get the file on another machine and use `wsiseg models import`"

@@ -56,7 +56,9 @@ class AisConfig:
     min_size: int = 0
 
 
-def ais_labels(f: NDArray[np.floating], c: NDArray[np.floating], b: NDArray[np.floating], *, config: AisConfig | None = None) -> NDArray[np.int32]:
+def ais_labels(
+    f: NDArray[np.floating], c: NDArray[np.floating], b: NDArray[np.floating], *, config: AisConfig | None = None
+) -> NDArray[np.int32]:
     """Labels from instance maps.
 
     Parameters
@@ -74,7 +76,9 @@ def ais_labels(f: NDArray[np.floating], c: NDArray[np.floating], b: NDArray[np.f
     """
     config = config or AisConfig()
     sigmas = (config.foreground_sigma, config.distance_sigma, config.distance_sigma)
-    f, c, b = (ndimage.gaussian_filter(x, sigma, mode="mirror", truncate=3) for x, sigma in zip((f, c, b), sigmas, strict=True))  # U1
+    f, c, b = (
+        ndimage.gaussian_filter(x, sigma, mode="mirror", truncate=3) for x, sigma in zip((f, c, b), sigmas, strict=True)
+    )  # U1
     inside = f > config.foreground
     markers, _ = ndimage.label((c < config.centre) & (b < config.boundary) & inside, np.ones((3, 3)))  # U2
     labels: NDArray[np.int32] = watershed(b, markers, mask=inside)

@@ -147,7 +147,9 @@ def prompts_v1(
     return points
 
 
-def stability_v1(logits: NDArray[np.floating], threshold: float = ApgV1.mask_threshold, offset: float = 1.0) -> NDArray[np.float64]:
+def stability_v1(
+    logits: NDArray[np.floating], threshold: float = ApgV1.mask_threshold, offset: float = 1.0
+) -> NDArray[np.float64]:
     """How little a mask changes with its threshold.
 
     Parameters
@@ -195,7 +197,9 @@ def cut_out(masks: NDArray[np.bool_]) -> list[Cutout]:
     return found
 
 
-def grown_boxes(masks: Sequence[Cutout], shape: tuple[int, int], extension: float = ApgV1.box_extension) -> NDArray[np.float64]:
+def grown_boxes(
+    masks: Sequence[Cutout], shape: tuple[int, int], extension: float = ApgV1.box_extension
+) -> NDArray[np.float64]:
     """Box prompts of masks.
 
     Parameters
@@ -267,7 +271,9 @@ def filter_and_nms_v1(
     return np.array(kept, np.intp)
 
 
-def _overlap(shared: NDArray[np.int64], areas: NDArray[np.int64], area: np.int64, over_min: bool) -> NDArray[np.float64]:
+def _overlap(
+    shared: NDArray[np.int64], areas: NDArray[np.int64], area: np.int64, over_min: bool
+) -> NDArray[np.float64]:
     """IoU, or intersection over the smaller area, of masks (n,) with one mask, from the pixels that they share with it."""
     return np.asarray(shared / (np.minimum(areas, area) if over_min else areas + area - shared))
 
@@ -282,7 +288,9 @@ def _shared(one: Cutout, two: Cutout) -> int:
     return int(np.count_nonzero(np.logical_and(*parts)))
 
 
-def paint_v1(masks: NDArray[np.bool_] | Sequence[Cutout], shape: tuple[int, int], *, min_size: int = ApgV1.min_size) -> NDArray[np.int32]:
+def paint_v1(
+    masks: NDArray[np.bool_] | Sequence[Cutout], shape: tuple[int, int], *, min_size: int = ApgV1.min_size
+) -> NDArray[np.int32]:
     """Masks into one label image, the largest first (step 7).
 
     Parameters
@@ -358,7 +366,14 @@ def segment_v1(
         again, iou_pred[found], stability[found] = decode_all(decode_boxes, boxes, shape, config)
         for k, mask in zip(found, again, strict=True):
             masks[k] = mask
-    kept = filter_and_nms_v1(masks, iou_pred, stability, min_size=config.min_size, nms=config.nms, intersection_over_min=config.intersection_over_min)
+    kept = filter_and_nms_v1(
+        masks,
+        iou_pred,
+        stability,
+        min_size=config.min_size,
+        nms=config.nms,
+        intersection_over_min=config.intersection_over_min,
+    )
     return paint_v1([masks[k] for k in kept], shape, min_size=config.min_size)
 
 
@@ -389,7 +404,9 @@ def decode_all(
         part = slice(start, start + config.batch)
         logits, iou_pred[part] = decode(prompts[part])
         if logits.shape[1:] != shape:
-            raise ValueError(f"logits of shape {logits.shape[1:]}: the maps' shape is {shape}; upsample the logits to it")
+            raise ValueError(
+                f"logits of shape {logits.shape[1:]}: the maps' shape is {shape}; upsample the logits to it"
+            )
         stability[part] = stability_v1(logits, config.mask_threshold)
         masks += cut_out(logits > config.mask_threshold)
     return masks, iou_pred, stability

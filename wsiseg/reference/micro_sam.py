@@ -83,9 +83,13 @@ class _Seen:
 
     def __init__(self, image: NDArray[np.uint8], model: PromptableModel) -> None:
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-            raise ConfigError(f"image: {image.dtype} of shape {image.shape}; it must be uint8 RGB of shape (height, width, 3)")
+            raise ConfigError(
+                f"image: {image.dtype} of shape {image.shape}; it must be uint8 RGB of shape (height, width, 3)"
+            )
         if not isinstance(model, SamModel) or model.decoder is None:
-            raise ConfigError("image: the model has no instance decoder; use one of micro-sam or PathoSAM, with its decoder")
+            raise ConfigError(
+                "image: the model has no instance decoder; use one of micro-sam or PathoSAM, with its decoder"
+            )
         self.model, self.decoder = model, model.decoder
         self.size: tuple[int, int] = (image.shape[0], image.shape[1])
         scale = model.input_px / max(self.size)

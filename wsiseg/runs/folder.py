@@ -32,7 +32,18 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 FINAL_FILES = ("bank.safetensors", "cells.parquet", "cells.geojson.gz", "cells.geojson.zip")
-_LIBRARIES = ("torch", "numpy", "scipy", "shapely", "scikit-image", "openslide-python", "tiffslide", "pyarrow", "geopandas", "distributed")
+_LIBRARIES = (
+    "torch",
+    "numpy",
+    "scipy",
+    "shapely",
+    "scikit-image",
+    "openslide-python",
+    "tiffslide",
+    "pyarrow",
+    "geopandas",
+    "distributed",
+)
 
 
 @dataclass(frozen=True)
@@ -80,7 +91,11 @@ class RunFolder:
         if not manifest or manifest["run_hash"] != run_hash or manifest.get("status") != "complete":
             return False
         files = [str(name) for name in manifest.get("files", [])]
-        made = {known for known, name in FILE_NAMES.items() if any(file.split(".")[:2] == name.split(".")[:2] for file in files)}
+        made = {
+            known
+            for known, name in FILE_NAMES.items()
+            if any(file.split(".")[:2] == name.split(".")[:2] for file in files)
+        }
         return made == set(formats) and all((self.path / name).is_file() for name in files)
 
     def drop_old_files(self, files: list[str]) -> None:
@@ -135,7 +150,9 @@ def check_folder(folder: RunFolder, run_hash: str, *, overwrite: bool, retype: s
         if overwrite:
             return
         if manifest is None and found == "folder" and not _only_beginnings(folder):
-            raise RunError(f"{folder.path}: holds files but no manifest.json of wsiseg; pass another --out, or --overwrite to use it all the same")
+            raise RunError(
+                f"{folder.path}: holds files but no manifest.json of wsiseg; pass another --out, or --overwrite to use it all the same"
+            )
         if manifest and manifest["run_hash"] != run_hash:
             made, config = manifest.get("seeds") or "none", manifest["config"]
             if manifest.get("retyped"):
@@ -153,7 +170,9 @@ def check_folder(folder: RunFolder, run_hash: str, *, overwrite: bool, retype: s
         raise error if isinstance(error, RunError) else _unwritable(folder.path, error) from error
 
 
-def claim_folder(out: Path, slide: str, manifest: dict[str, Any], *, name: str | None = None, overwrite: bool) -> RunFolder:
+def claim_folder(
+    out: Path, slide: str, manifest: dict[str, Any], *, name: str | None = None, overwrite: bool
+) -> RunFolder:
     """Make the slide's folder this run's: two slides of one name that start at the same moment get two folders.
 
     Parameters
@@ -193,7 +212,9 @@ def claim_folder(out: Path, slide: str, manifest: dict[str, Any], *, name: str |
                 _remove(folder.path / old)
         return folder
     if name:
-        raise RunError(f"{out / name}: holds the run of another slide; give another name in the list, or pass another --out")
+        raise RunError(
+            f"{out / name}: holds the run of another slide; give another name in the list, or pass another --out"
+        )
     raise RunError(f"{out}: two other slides hold the name of {slide}; pass another --out")
 
 
@@ -235,7 +256,9 @@ def _candidates(out: Path, slide: str, called: str | None) -> tuple[RunFolder, R
     for ending in (".ome.tiff", ".ome.tif"):
         name = name[: -len(ending)] if name.lower().endswith(ending) else name
     stem = (Path(name).stem if name == normal(Path(slide).name) else name) or "slide"
-    return RunFolder(out / stem), RunFolder(out / f"{stem}-{hashlib.sha256(os.fsencode(target(slide))).hexdigest()[:6]}")
+    return RunFolder(out / stem), RunFolder(
+        out / f"{stem}-{hashlib.sha256(os.fsencode(target(slide))).hexdigest()[:6]}"
+    )
 
 
 def _is_of(manifest: dict[str, Any], slide: str) -> bool:

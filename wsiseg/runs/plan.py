@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from wsiseg.config import TILE_UM, CopConfig, RunConfig, StitchingConfig, TypingConfig, check
 from wsiseg.errors import ConfigError, RunError, SlideError, counted
 from wsiseg.formats import load_writer
@@ -30,16 +28,15 @@ from wsiseg.runtime.claims import Claims
 from wsiseg.runtime.paths import readable, require_text, target
 from wsiseg.seeds.bank import build_bank
 from wsiseg.segmentation.nuclear_scale import contradiction, estimate_scale, require_scale
+from wsiseg.segmentation.worker import RunSpec, WorkerContext
 from wsiseg.slide import open_slide, require_cellular, thumbnail
 from wsiseg.slide.tiling import plan_blocks
 from wsiseg.slide.tissue import SearchArea, find_tissue
 from wsiseg.workers import check_scheduler
 
 if TYPE_CHECKING:
-    from wsiseg.models.contract import PromptableModel
     from wsiseg.records import Bank, Block, SlideInfo
     from wsiseg.runs.folder import RunFolder
-    from wsiseg.slide import SlideReader
 
 logger = logging.getLogger(__name__)
 
@@ -47,60 +44,33 @@ NATIVE_MPP = 0.25  #: scale of the default model; `survey` counts tiles without 
 
 
 @dataclass(frozen=True)
-class RunSpec:
-    """What every worker is told: picklable. ``config`` is resolved: no ``auto`` in its method and precision."""
+class PreparedRun:
+    """A run that has passed every check.
 
-    slide: str
-    config: RunConfig
-    lattice: Lattice
-    area: SearchArea
-    bank: Bank | None
-    parts: Path
-    parts_hash: str
+    Attributes
+    ----------
+    plan
+        What stitching and writing need, as `plan_file` keeps it.
+    blocks
+        The units of work.
+    context
+        Slide and model as they were opened for the checks, for the first worker.
+    """
 
-
-@dataclass(frozen=True)
-class WorkerContext:
-    """What every worker process opens once. ``claims``: on the blocks that it works on."""
-
-    job: RunSpec
-    reader: SlideReader
-    model: PromptableModel
-    claims: Claims
-
-    def close(self) -> None:
-        """Close the slide and give up all claims."""
-        self.reader.close()
-        self.claims.__exit__()
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A run that has passed every check. ``sheet`` is what its end needs."""
-
-    job: RunSpec
-    tools: WorkerContext
+    plan: RunPlan
     blocks: list[Block]
-    sheet: RunPlan
+    context: WorkerContext
 
-    def at(self, parts: Path) -> Plan:
-        """The plan with the folder of parts that was claimed for it."""
-        job = dataclasses.replace(self.job, parts=parts)
-        return dataclasses.replace(self, job=job, tools=dataclasses.replace(self.tools, job=job, claims=Claims(parts)))
-
-
-def open_worker_context(job: RunSpec, number: int = 0) -> WorkerContext:
-    """The slide and model of worker ``number``; where there are several GPUs, each worker has its own."""
-    config = job.config
-    reader = open_slide(job.slide, mpp=config.mpp, force_mpp=config.force_mpp, reader=config.reader)
-    device = config.device
-    if device in ("auto", "cuda") and torch.cuda.device_count() > 1:
-        device = f"cuda:{number % torch.cuda.device_count()}"
-    return WorkerContext(job, reader, load_model(config.model, device, config.precision), Claims(job.parts).__enter__())
+    def at(self, parts: Path) -> PreparedRun:
+        """The run with the folder of parts that was claimed for it."""
+        spec = dataclasses.replace(self.context.spec, parts=parts)
+        return dataclasses.replace(self, context=dataclasses.replace(self.context, spec=spec, claims=Claims(parts)))
 
 
-def plan_run(slide: str, config: RunConfig, out: Path, *, name: str | None = None, overwrite: bool = False) -> Plan | RunFolder:
-    """Check a run and lay it out; writes nothing. The caller closes ``tools.reader``.
+def plan_run(
+    slide: str, config: RunConfig, out: Path, *, name: str | None = None, overwrite: bool = False
+) -> PreparedRun | RunFolder:
+    """Check a run and lay it out; writes nothing. The caller closes ``context.reader``.
 
     Parameters
     ----------
@@ -137,7 +107,7 @@ def plan_run(slide: str, config: RunConfig, out: Path, *, name: str | None = Non
     with contextlib.ExitStack() as stack:
         reader = stack.enter_context(
             open_slide(slide, mpp=config.mpp, force_mpp=config.force_mpp, reader=config.reader, require_mpp=False)
-        )  # fmt: skip
+        )
         require_scale(reader)
         info = reader.info
         warnings = list(info.warnings)
@@ -149,10 +119,16 @@ def plan_run(slide: str, config: RunConfig, out: Path, *, name: str | None = Non
             roi, more = read_regions(Path(config.roi), info)
             warnings += more
         resolved = resolve(
-            config, card.name, maps=card.instance_decoder, clicked=seeds is not None or bank is not None, chains=bank is None or bool(bank.high)
+            config,
+            card.name,
+            maps=card.instance_decoder,
+            clicked=seeds is not None or bank is not None,
+            chains=bank is None or bool(bank.high),
         )
         if resolved.method == "cop" and bank is not None and not bank.high:
-            raise ConfigError(f"--bank {config.bank}: has no prototypes for --method cop; leave --method out, or make it by a run with --method cop")
+            raise ConfigError(
+                f"--bank {config.bank}: has no prototypes for --method cop; leave --method out, or make it by a run with --method cop"
+            )
         run_hash, parts_hash = _digests(slide, resolved, info, weights)
         folder = find_folder(out, slide_path(slide), name)
         check_folder(folder, run_hash, overwrite=overwrite, retype=_retype(folder, resolved, parts_hash))
@@ -175,25 +151,43 @@ def plan_run(slide: str, config: RunConfig, out: Path, *, name: str | None = Non
             bank = build_bank(reader, model, seeds, lattice, resolved, chains=resolved.method == "cop")
             bank = dataclasses.replace(bank, cells=bank.cells.take(area.holds(bank.cells.points_xy)))
         blocks = plan_blocks(
-            info.size_px0, lattice, config.tiling, stride_px=model.stride_px, reach_px=model.reach_px,
-            input_px=model.input_px, wanted=area.wanted,
-        )  # fmt: skip
-        job = RunSpec(slide, resolved, lattice, area, bank, folder.parts, parts_hash)
-        sheet = RunPlan(
-            dataclasses.replace(info, path=slide_path(slide)), resolved, bank, {b.name: len(b.tiles) for b in blocks}, run_hash, parts_hash,
-            file_hash(weights), model.descriptor_size, area.size_um2(info) / 1e6, tuple(warnings), target(slide),
-        )  # fmt: skip
-        plan = Plan(job, WorkerContext(job, reader, model, Claims(folder.parts)), blocks, sheet)
+            info.size_px0,
+            lattice,
+            config.tiling,
+            stride_px=model.stride_px,
+            reach_px=model.reach_px,
+            input_px=model.input_px,
+            wanted=area.wanted,
+        )
+        spec = RunSpec(slide, resolved, lattice, area, bank, folder.parts, parts_hash)
+        plan = RunPlan(
+            dataclasses.replace(info, path=slide_path(slide)),
+            resolved,
+            bank,
+            {b.name: len(b.tiles) for b in blocks},
+            run_hash,
+            parts_hash,
+            file_hash(weights),
+            model.descriptor_size,
+            area.size_um2(info) / 1e6,
+            tuple(warnings),
+            target(slide),
+        )
+        prepared = PreparedRun(plan, blocks, WorkerContext(spec, reader, model, Claims(folder.parts)))
         stack.pop_all()
-    return plan
+    return prepared
 
 
 def _digests(slide: str, config: RunConfig, info: SlideInfo, weights: Path) -> tuple[str, str]:
     """Digests of everything that decides the result, and of what decides the parts; ``config`` is resolved."""
     facts: dict[str, object] = {
-        "slide": _slide_key(slide), "levels": info.level_sizes, "reader": info.reader, "mpp": info.mpp,
-        "weights": file_hash(weights), "roi": _content_hash(config.roi),
-    }  # fmt: skip
+        "slide": _slide_key(slide),
+        "levels": info.level_sizes,
+        "reader": info.reader,
+        "mpp": info.mpp,
+        "weights": file_hash(weights),
+        "roi": _content_hash(config.roi),
+    }
     clicks = _content_hash(config.bank if config.seeds is None else config.seeds)
     # What is settled after the parts does not make them stale: types, overlaps, and under APG the seeds.
     segmenting = dataclasses.replace(config, typing=TypingConfig(), stitching=StitchingConfig())
@@ -206,9 +200,15 @@ def _retype(folder: RunFolder, config: RunConfig, parts_hash: str) -> str:
     """The command that does what a run would, when the folder holds the same cells and only the clicks are others; else nothing."""
     manifest = folder.read_manifest() or {}
     same = {"stitching": dataclasses.asdict(config.stitching), "typing": dataclasses.asdict(config.typing)}
-    if manifest.get("parts_hash") != parts_hash or any(manifest["config"].get(key) != value for key, value in same.items()):
+    if manifest.get("parts_hash") != parts_hash or any(
+        manifest["config"].get(key) != value for key, value in same.items()
+    ):
         return ""
-    if manifest.get("status") not in ("complete", "incomplete") or config.method == "cop" or (config.seeds is None and config.bank is None):
+    if (
+        manifest.get("status") not in ("complete", "incomplete")
+        or config.method == "cop"
+        or (config.seeds is None and config.bank is None)
+    ):
         return ""
     clicks = ("--seeds", config.seeds) if config.seeds is not None else ("--bank", str(config.bank))
     return shlex.join(["wsiseg", "type", str(folder.path), *clicks])
@@ -236,7 +236,9 @@ def refuse_own_bank(folder: RunFolder, bank: Path) -> None:
         The bank lies in the folder.
     """
     if target(str(bank)) == target(str(folder.bank)):
-        raise ConfigError(f"--bank {bank}: is the bank of {folder.path} itself, which would be lost; leave that run out, or pass another --out")
+        raise ConfigError(
+            f"--bank {bank}: is the bank of {folder.path} itself, which would be lost; leave that run out, or pass another --out"
+        )
 
 
 def load_bank(path: Path, weights: Path) -> Bank:
@@ -249,7 +251,9 @@ def load_bank(path: Path, weights: Path) -> Bank:
     """
     bank, note = read_bank(path)
     if note["weights"] != file_hash(weights):
-        raise ConfigError(f"--bank {path}: was made with other weights than {weights.name}; pass --model with those, or make the bank again")
+        raise ConfigError(
+            f"--bank {path}: was made with other weights than {weights.name}; pass --model with those, or make the bank again"
+        )
     return bank
 
 
@@ -269,9 +273,13 @@ def resolve(config: RunConfig, model: str, *, maps: bool, clicked: bool, chains:
     if method == "auto":
         method = "apg" if maps else "cop" if clicked and chains else "amg"
     if method == "cop" and not clicked:
-        raise ConfigError(f"--method cop: needs clicks; pass --seeds FILE or --bank FILE, or use --method {'apg' if maps else 'amg'}")
+        raise ConfigError(
+            f"--method cop: needs clicks; pass --seeds FILE or --bank FILE, or use --method {'apg' if maps else 'amg'}"
+        )
     if method == "apg" and not maps:
-        raise ConfigError(f"--method apg: {model} has no instance decoder; use --method cop with --seeds, or --method amg, or another model")
+        raise ConfigError(
+            f"--method apg: {model} has no instance decoder; use --method cop with --seeds, or --method amg, or another model"
+        )
     if precision == "auto":
         precision = "bf16" if pick_device(config.device).type == "cuda" else "fp32"
     return dataclasses.replace(config, method=method, precision=precision)
@@ -297,32 +305,38 @@ def _content_hash(path: str | None) -> str:
         return file_hash(Path(path))
 
 
-def describe(sheet: RunPlan) -> dict[str, Any]:
+def describe(plan: RunPlan) -> dict[str, Any]:
     """The manifest's account of what goes in."""
-    info, config = sheet.info, sheet.config
+    info, config = plan.info, plan.config
     return {
         "slide": {
             "path": info.path,
-            "target": sheet.target or info.path,
+            "target": plan.target or info.path,
             "reader": info.reader,
             "format": info.format,
             "size_px0": list(info.size_px0),
             "mpp": info.mpp,
             "mpp_source": info.mpp_source,
             "bounds": list(info.bounds) if info.bounds else None,
-            "searched_mm2": round(sheet.tissue_mm2, 4),
+            "searched_mm2": round(plan.tissue_mm2, 4),
         },
         "config": dataclasses.asdict(config),
         "seeds": config.seeds or config.bank,
-        "model": {"name": config.model, "sha256": sheet.weights},
-        "run_hash": sheet.run_hash,
-        "parts_hash": sheet.parts_hash,
+        "model": {"name": config.model, "sha256": plan.weights},
+        "run_hash": plan.run_hash,
+        "parts_hash": plan.parts_hash,
         "frame": "slide level-0 px, x right, y down, origin at the outer corner of pixel (0, 0)",
     }
 
 
 def survey(
-    slide: str, *, mpp: float | None = None, force_mpp: bool = False, reader: str = "auto", estimate: bool = True, config: RunConfig | None = None
+    slide: str,
+    *,
+    mpp: float | None = None,
+    force_mpp: bool = False,
+    reader: str = "auto",
+    estimate: bool = True,
+    config: RunConfig | None = None,
 ) -> dict[str, Any]:
     """What `wsiseg info` prints: facts of a slide, the scale that its nuclei suggest, its tissue and the tiles of a default run.
 
@@ -343,13 +357,17 @@ def survey(
     config = config or RunConfig()
     with open_slide(slide, mpp=mpp, force_mpp=force_mpp, reader=reader, require_mpp=False) as opened:
         info = opened.info
-        sizes = [f"{w} x {h} px, downsample {d:g}" for (w, h), d in zip(info.level_sizes, info.downsamples, strict=True)]
+        sizes = [
+            f"{w} x {h} px, downsample {d:g}" for (w, h), d in zip(info.level_sizes, info.downsamples, strict=True)
+        ]
         facts: dict[str, Any] = {
             "slide": slide,
             "format": f"{info.format} (read by {info.reader})",
             "size": f"{info.size_px0[0]} x {info.size_px0[1]} px",
             "levels": sizes,
-            "mpp": f"{info.mpp:g} um ({info.mpp_source})" if info.mpp_source != "none" else "none in the file; runs need --mpp",
+            "mpp": f"{info.mpp:g} um ({info.mpp_source})"
+            if info.mpp_source != "none"
+            else "none in the file; runs need --mpp",
             "bounds": None if info.bounds is None else "x {} y {} width {} height {} px".format(*info.bounds),
         }
         warnings = list(info.warnings)
@@ -361,11 +379,18 @@ def survey(
         if info.mpp_source != "none":
             tissue = find_tissue(*thumbnail(opened, config.tissue.overview_mpp), config.tissue, mpp=info.mpp)
             blocks = plan_blocks(
-                info.size_px0, Lattice(info.mpp, NATIVE_MPP), config.tiling, stride_px=1, reach_px=0, wanted=SearchArea(tissue, None).wanted
+                info.size_px0,
+                Lattice(info.mpp, NATIVE_MPP),
+                config.tiling,
+                stride_px=1,
+                reach_px=0,
+                wanted=SearchArea(tissue, None).wanted,
             )
             warnings += tissue.warnings
             facts["tissue"] = f"{tissue.area_um2(info.mpp) / 1e6:.2f} mm2, margin included"
-            facts["tiles"] = f"{sum(len(b.tiles) for b in blocks)} of {config.tiling.tile_um or TILE_UM:g} um, in {counted(len(blocks), 'block')}"
+            facts["tiles"] = (
+                f"{sum(len(b.tiles) for b in blocks)} of {config.tiling.tile_um or TILE_UM:g} um, in {counted(len(blocks), 'block')}"
+            )
             try:
                 require_cellular(info)
             except SlideError as error:

@@ -5,7 +5,7 @@
     clicks.cells        the clicked cells (formats/parts.py)
 
 plan.json is written last: where it is, the others are. Private to a run.
-"""  # fmt: skip
+"""
 
 from __future__ import annotations
 
@@ -72,15 +72,20 @@ class RunPlan:
     target: str = ""
 
 
-def write_plan(folder: Path, sheet: RunPlan) -> None:
+def write_plan(folder: Path, plan: RunPlan) -> None:
     """Write the files into the folder of the parts."""
-    if sheet.bank is not None:
-        write_bank(folder / "clicks.safetensors", sheet.bank, sheet.info.path, sheet.weights)
-        write_part(folder / "clicks.cells", sheet.bank.cells, sheet.run_hash, {})
-    note = {k: v for k, v in vars(sheet).items() if k != "bank"}
-    note |= {"clicks_sha256": _digest(folder) if sheet.bank is not None else ""}
-    note |= {"version": VERSION, "info": dataclasses.asdict(sheet.info), "config": dataclasses.asdict(sheet.config), "clicks": sheet.bank is not None}
-    note["tiles"] = list(sheet.tiles.items())  # in order
+    if plan.bank is not None:
+        write_bank(folder / "clicks.safetensors", plan.bank, plan.info.path, plan.weights)
+        write_part(folder / "clicks.cells", plan.bank.cells, plan.run_hash, {})
+    note = {k: v for k, v in vars(plan).items() if k != "bank"}
+    note |= {"clicks_sha256": _digest(folder) if plan.bank is not None else ""}
+    note |= {
+        "version": VERSION,
+        "info": dataclasses.asdict(plan.info),
+        "config": dataclasses.asdict(plan.config),
+        "clicks": plan.bank is not None,
+    }
+    note["tiles"] = list(plan.tiles.items())  # in order
     write_json(folder / "plan.json", note)
 
 
@@ -101,11 +106,15 @@ def read_plan(folder: Path, run_hash: str | None = None) -> RunPlan | None:
         if note["clicks"]:
             if _digest(folder) != note["clicks_sha256"]:  # another run was begun over this one, and stopped
                 return None
-            bank = dataclasses.replace(restore_bank(folder / "clicks.safetensors"), cells=read_part(folder / "clicks.cells")[0])
+            bank = dataclasses.replace(
+                restore_bank(folder / "clicks.safetensors"), cells=read_part(folder / "clicks.cells")[0]
+            )
         known = {f.name for f in dataclasses.fields(RunPlan)}
         rest = {k: v for k, v in note.items() if k in known}
         rest |= {"tiles": {str(name): int(count) for name, count in note["tiles"]}, "warnings": tuple(note["warnings"])}
-        return RunPlan(**rest | {"info": _info(note["info"]), "config": from_mapping(note["config"], str(path)), "bank": bank})
+        return RunPlan(
+            **rest | {"info": _info(note["info"]), "config": from_mapping(note["config"], str(path)), "bank": bank}
+        )
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -113,15 +122,24 @@ def read_plan(folder: Path, run_hash: str | None = None) -> RunPlan | None:
             raise
         if isinstance(error, OSError):
             raise FormatError(f"{path}: {refusal(error)}") from error
-        raise FormatError(f"{path}: damaged ({error!r}); delete it and run the slide's command again: finished parts are used") from error
+        raise FormatError(
+            f"{path}: damaged ({error!r}); delete it and run the slide's command again: finished parts are used"
+        ) from error
 
 
 def _digest(folder: Path) -> str:
-    return hashlib.sha256((folder / "clicks.safetensors").read_bytes() + (folder / "clicks.cells").read_bytes()).hexdigest()
+    return hashlib.sha256(
+        (folder / "clicks.safetensors").read_bytes() + (folder / "clicks.cells").read_bytes()
+    ).hexdigest()
 
 
 def _info(note: dict[str, Any]) -> SlideInfo:
     sizes = tuple((int(w), int(h)) for w, h in note["level_sizes"])
     bounds = tuple(int(n) for n in note["bounds"]) if note["bounds"] else None
-    lists = {"level_sizes": sizes, "downsamples": tuple(note["downsamples"]), "bounds": bounds, "warnings": tuple(note["warnings"])}
+    lists = {
+        "level_sizes": sizes,
+        "downsamples": tuple(note["downsamples"]),
+        "bounds": bounds,
+        "warnings": tuple(note["warnings"]),
+    }
     return SlideInfo(**note | lists)

@@ -17,14 +17,20 @@ if TYPE_CHECKING:
     from wsiseg.runs.plan_file import RunPlan
 
 NUCLEUS_UM2 = 28.0  #: median nucleus of all labelled fields: between TNBC's 21 and NuInsSeG's 33
-MEDIAN_UM2 = (9.0, 100.0)  #: median area of a run's nuclei: the 1st and 99th percentile of the labelled fields, rounded outwards
-DENSITY_MM2 = (95.0, 40_000.0)  #: cells per mm2 searched: the emptiest labelled field; a slide that is mostly fat may have fewer, and is told so ..
+MEDIAN_UM2 = (
+    9.0,
+    100.0,
+)  #: median area of a run's nuclei: the 1st and 99th percentile of the labelled fields, rounded outwards
+DENSITY_MM2 = (
+    95.0,
+    40_000.0,
+)  #: cells per mm2 searched: the emptiest labelled field; a slide that is mostly fat may have fewer, and is told so ..
 #: .. and half as much again as in the fullest
 FEW = 50  #: of fewer cells the median says little, and of so few nobody needs a density that is too high
 SMALL_MM2 = 0.1  #: in less tissue than this, a few cells are a low density; a biopsy has ten times as much
 
 
-def implausible(areas_px0: NDArray[np.float64], sheet: RunPlan) -> tuple[str, ...]:
+def implausible(areas_px0: NDArray[np.float64], plan: RunPlan) -> tuple[str, ...]:
     """Doubts about the cells of a whole run.
 
     Parameters
@@ -39,15 +45,19 @@ def implausible(areas_px0: NDArray[np.float64], sheet: RunPlan) -> tuple[str, ..
     tuple[str, ...]
         A sentence per doubt, with the likely reasons; empty for what tissue looks like.
     """
-    mpp, searched = sheet.info.mpp, sheet.tissue_mm2
-    scale = f"the scale is wrong ({mpp:.4g} microns per pixel, {sheet.info.mpp_source})"
-    if not sheet.tiles:
-        if sheet.config.roi:
-            return (f"nothing was searched: no tissue in the region of {sheet.config.roi}; check the region, or pass --no-tissue",)
+    mpp, searched = plan.info.mpp, plan.tissue_mm2
+    scale = f"the scale is wrong ({mpp:.4g} microns per pixel, {plan.info.mpp_source})"
+    if not plan.tiles:
+        if plan.config.roi:
+            return (
+                f"nothing was searched: no tissue in the region of {plan.config.roi}; check the region, or pass --no-tissue",
+            )
         reasons = "the slide is blank, pale or transparent, not brightfield, or its pieces are smaller than tissue.min_area_um2"
-        return (f"no tissue was found: {reasons} ({sheet.config.tissue.min_area_um2:g} um2); pass --no-tissue to search everywhere",)
+        return (
+            f"no tissue was found: {reasons} ({plan.config.tissue.min_area_um2:g} um2); pass --no-tissue to search everywhere",
+        )
     if not len(areas_px0):
-        reasons = f"{scale}, the slide is blank, not H&E or transparent, or masks.min_score ({sheet.config.masks.min_score:g}) is too strict"
+        reasons = f"{scale}, the slide is blank, not H&E or transparent, or masks.min_score ({plan.config.masks.min_score:g}) is too strict"
         return (f"no cell was found in {_mm2(searched)} searched: {reasons}",)
     doubts = []
     median = float(np.median(areas_px0)) * mpp**2

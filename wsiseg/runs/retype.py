@@ -78,7 +78,9 @@ def type_run(
         raise ConfigError("types come from --seeds FILE or from --bank FILE; pass one of the two")
     folder, manifest = _finished_run(run)
     config = from_mapping(manifest["config"], str(folder.manifest))
-    config = dataclasses.replace(config, seeds=_named(seeds), bank=_named(bank), model=config.model if model is None else model)
+    config = dataclasses.replace(
+        config, seeds=_named(seeds), bank=_named(bank), model=config.model if model is None else model
+    )
     if settings is not None:
         config = dataclasses.replace(config, typing=read_config(settings, config).typing)
     if formats:
@@ -87,13 +89,17 @@ def type_run(
         load_writer(known)
     check(config, str(folder.manifest))
     if config.method == "cop":
-        raise RunError(f"{run}: has only cells that looked like its own clicks (--method cop); run the slide with --method apg or amg")
+        raise RunError(
+            f"{run}: has only cells that looked like its own clicks (--method cop); run the slide with --method apg or amg"
+        )
     if bank is not None:
         refuse_own_bank(folder, bank)
     name = config.model
     weights = find_weights(name)[1]
     if file_hash(weights) != manifest["model"]["sha256"]:
-        raise ConfigError(f"{run}: was made with other weights than {weights.name} of this wsiseg; pass them with --model, or run the slide again")
+        raise ConfigError(
+            f"{run}: was made with other weights than {weights.name} of this wsiseg; pass them with --model, or run the slide again"
+        )
     table = read_table(folder.path / FILE_NAMES["parquet"])
     info = _slide_info(manifest, table)
     warnings: list[str] = []
@@ -109,15 +115,20 @@ def type_run(
 
     # Not the hash of `run` with these clicks: there a clicked cell also takes part in the segmentation.
     clicked = file_hash(seeds or bank or Path())
-    digest = hashlib.sha256(json.dumps(["type", manifest["parts_hash"], clicked, dataclasses.asdict(config.typing)]).encode()).hexdigest()[:16]
-    provenance = Provenance("wsiseg", __version__, table.note["slide"], digest, {"model": config.model, "method": config.method})
+    digest = hashlib.sha256(
+        json.dumps(["type", manifest["parts_hash"], clicked, dataclasses.asdict(config.typing)]).encode()
+    ).hexdigest()[:16]
+    provenance = Provenance(
+        "wsiseg", __version__, table.note["slide"], digest, {"model": config.model, "method": config.method}
+    )
     table.check()  # damage is found before anything is written
     folder.write_manifest(manifest | {"status": RETYPING, "status_before": manifest["status"]})
     files = _write(folder, table, config.formats, result, clicks, info, provenance, file_hash(weights))
     manifest |= {
         "config": dataclasses.asdict(config),
         "seeds": config.seeds or config.bank,
-        "warnings": [w for w in manifest["warnings"] if w not in manifest.get("typing", {}).get("warnings", [])] + list(notes.warnings),
+        "warnings": [w for w in manifest["warnings"] if w not in manifest.get("typing", {}).get("warnings", [])]
+        + list(notes.warnings),
         "retyped": True,
         "run_hash": provenance.config_hash,
         "types": result.count(),
@@ -138,21 +149,36 @@ def _finished_run(run: Path) -> tuple[RunFolder, dict[str, Any]]:
     folder = RunFolder(run)
     manifest = folder.read_manifest()
     if manifest is None:
-        raise RunError(f"{run}: no manifest.json of wsiseg in it; pass the folder of one slide's run, for example wsiseg-out/slide")
-    if manifest.get("status") == RETYPING:  # an earlier `type` was stopped between two files; this one writes all of them
+        raise RunError(
+            f"{run}: no manifest.json of wsiseg in it; pass the folder of one slide's run, for example wsiseg-out/slide"
+        )
+    if (
+        manifest.get("status") == RETYPING
+    ):  # an earlier `type` was stopped between two files; this one writes all of them
         manifest["status"] = manifest.pop("status_before", "complete")
     if manifest.get("status") not in ("complete", "incomplete"):
         raise RunError(f"{run}: the run is not finished (status {manifest.get('status')}); run its command again first")
     missing = [key for key in ("parts_hash", "model", "warnings", "seconds") if key not in manifest]
     if missing or "sha256" not in manifest["model"]:
-        raise RunError(f"{folder.manifest}: damaged (no {(missing or ['sha256'])[0]!r} in it); run the slide again: its parts are used")
+        raise RunError(
+            f"{folder.manifest}: damaged (no {(missing or ['sha256'])[0]!r} in it); run the slide again: its parts are used"
+        )
     if kind_of(folder.path / FILE_NAMES["parquet"], RunError) == "nothing":
-        raise RunError(f"{run}: no cells.parquet in it; run the slide again with --format geojson,parquet, its finished parts are used again")
+        raise RunError(
+            f"{run}: no cells.parquet in it; run the slide again with --format geojson,parquet, its finished parts are used again"
+        )
     return folder, manifest
 
 
 def _write(
-    folder: RunFolder, table: CellTable, formats: tuple[str, ...], typing: Typing, clicks: Bank, info: SlideInfo, provenance: Provenance, weights: str
+    folder: RunFolder,
+    table: CellTable,
+    formats: tuple[str, ...],
+    typing: Typing,
+    clicks: Bank,
+    info: SlideInfo,
+    provenance: Provenance,
+    weights: str,
 ) -> list[str]:
     """The run's files with the new types; names of those written."""
     write_retyped(folder.path / FILE_NAMES["parquet"], table, typing, provenance)
@@ -198,7 +224,9 @@ def bank_of_table(table: CellTable, seeds: Seeds, config: RunConfig, mpp: float)
             if name != kind.name:
                 raise SeedsError(same_cell(f"{place}.points[{i}]", other))
         rows.append(np.array(mine, np.intp))
-        negative.append(np.array([find(f"{place}.negative[{i}]", point) for i, point in enumerate(kind.negative)], np.intp))
+        negative.append(
+            np.array([find(f"{place}.negative[{i}]", point) for i, point in enumerate(kind.negative)], np.intp)
+        )
     z = table.descriptors
     bank = Bank(
         names=tuple(t.name for t in seeds.types),
@@ -229,18 +257,26 @@ class _Finder:
         if not len(self.bounds):
             raise SeedsError(f"{where}: the run found no cells at all")
         rows = self.rows[point]
-        gaps = shapely.distance([self.polygons[row] for row in rows.tolist()], shapely.Point(point)) if len(rows) else np.empty(0)
+        gaps = (
+            shapely.distance([self.polygons[row] for row in rows.tolist()], shapely.Point(point))
+            if len(rows)
+            else np.empty(0)
+        )
         if not len(rows) or gaps.min() > self.reach:
             centres = (self.bounds[:, :2] + self.bounds[:, 2:]) / 2
             near = np.atleast_1d(cKDTree(centres).query(point, k=min(8, len(centres)))[1])
             gaps = shapely.distance(self.table.take(near).polygons, shapely.Point(point))
             gap, (x, y) = gaps.min(), centres[near[gaps.argmin()]]
-            raise SeedsError(f"{where}; the nearest is at [{x:.0f}, {y:.0f}], {gap * self.mpp:.0f} um away; move the click onto a nucleus")
+            raise SeedsError(
+                f"{where}; the nearest is at [{x:.0f}, {y:.0f}], {gap * self.mpp:.0f} um away; move the click onto a nucleus"
+            )
         return int(rows[gaps.argmin()])
 
     def _near(self, xy: NDArray[np.float64]) -> NDArray[np.intp]:
         """Rows of the cells whose box is within reach."""
-        return np.flatnonzero(((self.bounds[:, :2] - self.reach <= xy) & (self.bounds[:, 2:] + self.reach >= xy)).all(1))
+        return np.flatnonzero(
+            ((self.bounds[:, :2] - self.reach <= xy) & (self.bounds[:, 2:] + self.reach >= xy)).all(1)
+        )
 
 
 def _slide_info(manifest: dict[str, Any], table: CellTable) -> SlideInfo:
@@ -249,8 +285,14 @@ def _slide_info(manifest: dict[str, Any], table: CellTable) -> SlideInfo:
         slide = manifest["slide"]
         size, bounds = slide["size_px0"], slide["bounds"]
         return SlideInfo(
-            slide["path"], slide["reader"], slide["format"], ((int(size[0]), int(size[1])),), (1.0,), float(slide["mpp"]), slide["mpp_source"],
+            slide["path"],
+            slide["reader"],
+            slide["format"],
+            ((int(size[0]), int(size[1])),),
+            (1.0,),
+            float(slide["mpp"]),
+            slide["mpp_source"],
             tuple(bounds) if bounds else None,
-        )  # fmt: skip
+        )
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise FormatError(f"{table.path.parent / 'manifest.json'}: damaged ({error!r}); run the slide again") from error

@@ -20,13 +20,14 @@ from wsiseg.formats import FILE_NAMES, load_writer
 from wsiseg.formats.bank import write_bank
 from wsiseg.records import Provenance, Typing, TypingNotes
 from wsiseg.runs import folder as runs
-from wsiseg.runs.plan import describe, open_worker_context, plan_run, slide_path
+from wsiseg.runs.plan import describe, plan_run, slide_path
 from wsiseg.runs.plan_file import read_plan, write_plan
 from wsiseg.runs.plausibility import implausible
 from wsiseg.runs.statistics import RunStatistics, interrupt_shard
 from wsiseg.runtime.atomic import partial_name
 from wsiseg.runtime.profiling import trim_memory
 from wsiseg.segmentation.blocks import finished_block, segment_blocks
+from wsiseg.segmentation.worker import open_worker_context
 from wsiseg.stitching.outline_store import CACHE_BYTES
 from wsiseg.stitching.stitch import stitch
 from wsiseg.workers import map_blocks
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from wsiseg.config import RunConfig
     from wsiseg.records import Block, Cells, TypeSpace
     from wsiseg.runs.folder import RunFolder
-    from wsiseg.runs.plan import Plan
+    from wsiseg.runs.plan import PreparedRun
     from wsiseg.runs.plan_file import RunPlan
     from wsiseg.runtime.claims import Claims
     from wsiseg.runtime.profiling import Clock
@@ -102,31 +103,39 @@ def segment_slide(
         raise RunError("the folder of all runs is empty; give a path")
     tally = RunStatistics(str(slide))
     with tally.clock("plan"):
-        plan = plan_run(str(slide), config, Path(out), name=name, overwrite=overwrite)
-    if isinstance(plan, runs.RunFolder):
-        return (plan.read_manifest() or {}) | {"already": True}
-    for doubt in plan.sheet.warnings:
+        prepared = plan_run(str(slide), config, Path(out), name=name, overwrite=overwrite)
+    if isinstance(prepared, runs.RunFolder):
+        return (prepared.read_manifest() or {}) | {"already": True}
+    for doubt in prepared.plan.warnings:
         on_warning(doubt)
-    with plan.tools.reader:
-        begun = describe(plan.sheet) | {"wsiseg": __version__, "versions": runs.versions(), "status": "running"}
+    with prepared.context.reader:
+        begun = describe(prepared.plan) | {"wsiseg": __version__, "versions": runs.versions(), "status": "running"}
         folder = runs.claim_folder(Path(out), slide_path(str(slide)), begun, name=name, overwrite=overwrite)
-        plan = plan.at(folder.parts)
-        runs.drop_stale_files(folder, set(plan.sheet.tiles))
-        if read_plan(folder.parts, plan.sheet.run_hash) is None:
-            write_plan(folder.parts, plan.sheet)
-        with plan.tools.claims as claims, _settled(folder, plan.sheet, claims, shard):
-            tally.begin(plan.tools.model.device, folder, plan.sheet, shard)
-            _segment(plan, shard.of(plan.blocks) if shard else plan.blocks, claims, tally, on_progress, stopped)
+        prepared = prepared.at(folder.parts)
+        runs.drop_stale_files(folder, set(prepared.plan.tiles))
+        if read_plan(folder.parts, prepared.plan.run_hash) is None:
+            write_plan(folder.parts, prepared.plan)
+        with prepared.context.claims as claims, _settled(folder, prepared.plan, claims, shard):
+            tally.begin(prepared.context.model.device, folder, prepared.plan, shard)
+            _segment(
+                prepared, shard.of(prepared.blocks) if shard else prepared.blocks, claims, tally, on_progress, stopped
+            )
             if shard:
                 return tally.end_shard(folder, shard)
             with _exclusive(claims, stopped, tally):
-                if not overwrite and folder.is_complete(plan.sheet.run_hash, config.formats):  # another process was quicker
+                if not overwrite and folder.is_complete(
+                    prepared.plan.run_hash, config.formats
+                ):  # another process was quicker
                     return (folder.read_manifest() or {}) | {"already": True}
-                return finish(folder, plan.sheet, tally, plan.tools.model.types, stopped)
+                return finish(folder, prepared.plan, tally, prepared.context.model.types, stopped)
 
 
 def merge_run(
-    run: Path, *, allow_missing: bool = False, formats: tuple[str, ...] | None = None, stopped: Callable[[], bool] = lambda: False
+    run: Path,
+    *,
+    allow_missing: bool = False,
+    formats: tuple[str, ...] | None = None,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
     """Join the parts that shards have made: stitch, type, write. Needs neither slide nor GPU; doing it again changes nothing.
 
@@ -156,80 +165,116 @@ def merge_run(
     from wsiseg.runtime.claims import Claims
 
     folder = runs.RunFolder(run)
-    sheet = read_plan(folder.parts)
-    if sheet is None:
-        raise RunError(f"{run}: no parts/plan.json of wsiseg in it; pass the folder of one slide's run, for example wsiseg-out/slide")
+    plan = read_plan(folder.parts)
+    if plan is None:
+        raise RunError(
+            f"{run}: no parts/plan.json of wsiseg in it; pass the folder of one slide's run, for example wsiseg-out/slide"
+        )
     manifest = folder.read_manifest() or {}
     if manifest.get("retyped") or manifest.get("status") == "retyping":
-        raise RunError(f"{run}: was typed again with `wsiseg type`, which a merge would undo; use that for other clicks")
-    if manifest.get("run_hash", sheet.run_hash) != sheet.run_hash:
-        raise RunError(f"{run}: another run was begun over the shards; run it to its end, or the shards again with --overwrite")
-    if sheet.bank is not None and file_hash(find_weights(sheet.config.model)[1]) != sheet.weights:
-        raise RunError(f"{run}: was made with other weights than {sheet.config.model} has here; merge it with the wsiseg that ran the shards")
+        raise RunError(
+            f"{run}: was typed again with `wsiseg type`, which a merge would undo; use that for other clicks"
+        )
+    if manifest.get("run_hash", plan.run_hash) != plan.run_hash:
+        raise RunError(
+            f"{run}: another run was begun over the shards; run it to its end, or the shards again with --overwrite"
+        )
+    if plan.bank is not None and file_hash(find_weights(plan.config.model)[1]) != plan.weights:
+        raise RunError(
+            f"{run}: was made with other weights than {plan.config.model} has here; merge it with the wsiseg that ran the shards"
+        )
     if formats:
-        sheet = dataclasses.replace(sheet, config=dataclasses.replace(sheet.config, formats=formats))
-    for known in sheet.config.formats:
+        plan = dataclasses.replace(plan, config=dataclasses.replace(plan.config, formats=formats))
+    for known in plan.config.formats:
         load_writer(known)
-    tally = RunStatistics(sheet.info.path)
-    with Claims(folder.parts) as claims, _settled(folder, sheet, claims):
-        missing = tally.collect(folder, sheet)
+    tally = RunStatistics(plan.info.path)
+    with Claims(folder.parts) as claims, _settled(folder, plan, claims):
+        missing = tally.collect(folder, plan)
         if missing and not allow_missing:
-            raise RunError(f"{run}: {tally.describe_missing(folder, missing, sheet, claims)}; run those shards again, or pass --allow-missing")
+            raise RunError(
+                f"{run}: {tally.describe_missing(folder, missing, plan, claims)}; run those shards again, or pass --allow-missing"
+            )
         with _exclusive(claims, stopped, tally):
-            return finish(folder, sheet, tally, load_types(sheet.config.model) if sheet.bank else None, stopped)
+            return finish(folder, plan, tally, load_types(plan.config.model) if plan.bank else None, stopped)
 
 
-def finish(folder: RunFolder, sheet: RunPlan, tally: RunStatistics, types: TypeSpace | None, stopped: Callable[[], bool]) -> dict[str, Any]:
+def finish(
+    folder: RunFolder, plan: RunPlan, tally: RunStatistics, types: TypeSpace | None, stopped: Callable[[], bool]
+) -> dict[str, Any]:
     """Parts -> stitched, typed cells -> files -> manifest, which is returned."""
-    config, clock = sheet.config, tally.clock
+    config, clock = plan.config, tally.clock
     trim_memory()
-    parts = [folder.parts / f"{name}.parquet" for name in sheet.tiles if name in tally.blocks]
-    tally.require_current(parts, sheet.parts_hash)
+    parts = [folder.parts / f"{name}.parquet" for name in plan.tiles if name in tally.blocks]
+    tally.require_current(parts, plan.parts_hash)
     cache = min(CACHE_BYTES, int(config.max_ram_gb * 2**26)) if config.max_ram_gb else CACHE_BYTES
-    cells, typing, notes, counts = stitch_and_type(parts, sheet, types, clock, cache_bytes=cache)
-    provenance = Provenance("wsiseg", __version__, Path(sheet.info.path).name, sheet.run_hash, {"model": config.model, "method": config.method})
+    cells, typing, notes, counts = stitch_and_type(parts, plan, types, clock, cache_bytes=cache)
+    provenance = Provenance(
+        "wsiseg",
+        __version__,
+        Path(plan.info.path).name,
+        plan.run_hash,
+        {"model": config.model, "method": config.method},
+    )
     files = []
     for known in config.formats:
         if stopped():
             raise tally.interrupted()
         with clock("write"):
             path = folder.path / FILE_NAMES[known]
-            files.append((load_writer(known)(path, cells, typing, sheet.info, provenance) or path).name)
-    if sheet.bank is not None and not sheet.bank.from_other_slide:
-        write_bank(folder.bank, sheet.bank, provenance.slide, sheet.weights)
+            files.append((load_writer(known)(path, cells, typing, plan.info, provenance) or path).name)
+    if plan.bank is not None and not plan.bank.from_other_slide:
+        write_bank(folder.bank, plan.bank, provenance.slide, plan.weights)
         files.append(folder.bank.name)
     folder.drop_old_files(files)
-    outcome = tally.account(sheet)
-    doubts = implausible(cells.areas, sheet) if outcome["status"] == "complete" else ()
-    manifest = describe(sheet) | outcome | {
-        "wsiseg": __version__,
-        "versions": runs.versions(),
-        "folder": str(folder.path),
-        "files": files,
-        "warnings": [*sheet.warnings, *notes.warnings, *doubts],
-        "types": typing.count(),
-        "typing": typing_summary(typing, sheet.bank, notes) if sheet.bank else {},
-    }  # fmt: skip
+    outcome = tally.account(plan)
+    doubts = implausible(cells.areas, plan) if outcome["status"] == "complete" else ()
+    manifest = (
+        describe(plan)
+        | outcome
+        | {
+            "wsiseg": __version__,
+            "versions": runs.versions(),
+            "folder": str(folder.path),
+            "files": files,
+            "warnings": [*plan.warnings, *notes.warnings, *doubts],
+            "types": typing.count(),
+            "typing": typing_summary(typing, plan.bank, notes) if plan.bank else {},
+        }
+    )
     manifest["counts"] |= {"cells": len(cells)} | counts
     manifest["model"] |= {"device": tally.device}
     folder.write_manifest(manifest)
-    logger.info("%s: %d cells", folder.path, len(cells), extra={"event": "slide", "facts": {"folder": str(folder.path), **manifest["counts"]}})
+    logger.info(
+        "%s: %d cells",
+        folder.path,
+        len(cells),
+        extra={"event": "slide", "facts": {"folder": str(folder.path), **manifest["counts"]}},
+    )
     return manifest
 
 
 def stitch_and_type(
-    sources: Sequence[Path | Cells], sheet: RunPlan, types: TypeSpace | None, clock: Clock, *, cache_bytes: int = CACHE_BYTES
+    sources: Sequence[Path | Cells],
+    plan: RunPlan,
+    types: TypeSpace | None,
+    clock: Clock,
+    *,
+    cache_bytes: int = CACHE_BYTES,
 ) -> tuple[StitchedCells, Typing, TypingNotes, dict[str, int]]:
     """Outlines of all tiles, any order -> stitched cells, their types with notes, and counts.
 
     The clicked cells compete with the rest, so that a cell that somebody clicked is in the result even if no automatic prompt found it.
     """
-    info, config, bank, notes = sheet.info, sheet.config, sheet.bank, TypingNotes()
+    info, config, bank, notes = plan.info, plan.config, plan.bank, TypingNotes()
     with clock("stitch"):
         cells, counts = stitch(
-            [*sources, bank.cells] if bank is not None else sources, info.size_px0, config.masks.min_area_um2 / info.mpp**2, config.stitching,
-            descriptor_size=sheet.descriptor_size, cache_bytes=cache_bytes,
-        )  # fmt: skip
+            [*sources, bank.cells] if bank is not None else sources,
+            info.size_px0,
+            config.masks.min_area_um2 / info.mpp**2,
+            config.stitching,
+            descriptor_size=plan.descriptor_size,
+            cache_bytes=cache_bytes,
+        )
     typing = Typing.untyped(len(cells))
     if bank is not None:
         with clock("type"):
@@ -240,7 +285,7 @@ def stitch_and_type(
 
 
 def _segment(
-    plan: Plan,
+    prepared: PreparedRun,
     blocks: list[Block],
     claims: Claims,
     tally: RunStatistics,
@@ -248,7 +293,7 @@ def _segment(
     stopped: Callable[[], bool],
 ) -> None:
     """Work through blocks until each is done, here or by another process on the same folder."""
-    config, total = plan.job.config, sum(len(b.tiles) for b in blocks)
+    config, total = prepared.context.spec.config, sum(len(b.tiles) for b in blocks)
 
     def add(report: BlockReport) -> None:
         tally.add(report)
@@ -260,7 +305,11 @@ def _segment(
     with tally.clock("tiles"):
         while True:
             for block in blocks:
-                known = None if block.name in tally.blocks else finished_block(plan.job, block, failed=block.name in tried)
+                known = (
+                    None
+                    if block.name in tally.blocks
+                    else finished_block(prepared.context.spec, block, failed=block.name in tried)
+                )
                 if known:
                     add(known)
             todo = [b for b in blocks if b.name not in tally.blocks]
@@ -274,31 +323,40 @@ def _segment(
                 continue
             if idle > _IDLE_ROUNDS:  # whoever claims them dies of them, here or elsewhere
                 names = ", ".join(b.name for b in todo[:8])
-                raise RunError(f"{tally.slide}: {len(todo)} blocks are claimed again and again, never finished ({names}); see the logs of workers")
+                raise RunError(
+                    f"{tally.slide}: {len(todo)} blocks are claimed again and again, never finished ({names}); see the logs of workers"
+                )
             claims.drop_stale()
             done = len(tally.blocks)
             for report in map_blocks(
-                segment_blocks, [b for b in todo if b.name not in busy], partial(open_worker_context, plan.job), workers=config.workers,
-                scheduler=config.scheduler, cluster=config.cluster, tools=plan.tools, scratch=plan.job.parts / partial_name("dask"),
-                weight=lambda block: len(block.tiles), stopped=stopped,
-            ):  # fmt: skip
+                segment_blocks,
+                [b for b in todo if b.name not in busy],
+                partial(open_worker_context, prepared.context.spec),
+                workers=config.workers,
+                scheduler=config.scheduler,
+                cluster=config.cluster,
+                context=prepared.context,
+                scratch=prepared.context.spec.parts / partial_name("dask"),
+                weight=lambda block: len(block.tiles),
+                stopped=stopped,
+            ):
                 add(report)
             tried |= {b.name for b in todo}
             idle = idle + 1 if len(tally.blocks) == done else 0
 
 
 @contextlib.contextmanager
-def _settled(folder: RunFolder, sheet: RunPlan, claims: Claims, shard: Shard | None = None) -> Iterator[None]:
+def _settled(folder: RunFolder, plan: RunPlan, claims: Claims, shard: Shard | None = None) -> Iterator[None]:
     """After an orderly stop the manifest says ``interrupted``, and no longer ``running``, unless another process is at work on the folder."""
     try:
         yield
     except InterruptedRunError:
         with contextlib.suppress(RunError):  # that the run was stopped is what there is to say
             if shard:
-                interrupt_shard(folder, shard, sheet.run_hash)
-            if not claims.busy(sheet.tiles) and claims.take(_END):
+                interrupt_shard(folder, shard, plan.run_hash)
+            if not claims.busy(plan.tiles) and claims.take(_END):
                 try:
-                    folder.interrupt(sheet.run_hash)
+                    folder.interrupt(plan.run_hash)
                 finally:
                     claims.release(_END)
         raise

@@ -5,7 +5,7 @@
     scans/b.tif,0.25,,patient-7
 
 Relative paths start at the folder of the list. ``name`` is the folder of the slide's run; without, it is called as the slide.
-"""  # fmt: skip
+"""
 
 from __future__ import annotations
 
@@ -65,7 +65,9 @@ def read_list(path: Path, *, force_mpp: bool = False) -> list[Entry]:
     wrong = unknown_columns(table.columns, COLUMNS)
     if wrong or "path" not in table.columns:
         found = wrong or f"columns {', '.join(filter(None, table.columns))[:200]}; "
-        raise ConfigError(f"{place}: line 1: {found}it must name columns out of {', '.join(COLUMNS)}, each once, with path among them")
+        raise ConfigError(
+            f"{place}: line 1: {found}it must name columns out of {', '.join(COLUMNS)}, each once, with path among them"
+        )
     entries = [_entry(row, table, path, line, force_mpp=force_mpp) for line, row in table.rows]
     for what in ("path", "name"):
         given = [value for value in (getattr(e, what) for e in entries) if value]
@@ -87,7 +89,9 @@ def _text(path: Path) -> str:
 def _entry(row: dict[str, str], table: TextTable, path: Path, number: int, *, force_mpp: bool) -> Entry:
     place = f"--slides {path}: line {number}"
     if row.get(""):
-        raise ConfigError(f"{place}: {row[''][:40]!r} is in a column without a name; name all columns in the first line")
+        raise ConfigError(
+            f"{place}: {row[''][:40]!r} is in a column without a name; name all columns in the first line"
+        )
     if not row.get("path"):
         raise ConfigError(f"{place}: no path; give the path of a slide")
     name = row.get("name") or None
@@ -97,9 +101,13 @@ def _entry(row: dict[str, str], table: TextTable, path: Path, number: int, *, fo
     if row.get("mpp"):
         mpp = table.number(row["mpp"])
         if mpp is None:
-            raise ConfigError(f"{place}: mpp {row['mpp'][:40]!r} is not a number; give microns per pixel, for example 0.25, or nothing")
+            raise ConfigError(
+                f"{place}: mpp {row['mpp'][:40]!r} is not a number; give microns per pixel, for example 0.25, or nothing"
+            )
         check_mpp(mpp, force=force_mpp, where=f"{place}: mpp")
-    return Entry(_from(path.parent, row["path"]), mpp, _from(path.parent, row["seeds"]) if row.get("seeds") else None, name)
+    return Entry(
+        _from(path.parent, row["path"]), mpp, _from(path.parent, row["seeds"]) if row.get("seeds") else None, name
+    )
 
 
 def _from(folder: Path, path: str) -> str:
@@ -138,22 +146,41 @@ def segment_slides(
     """
     rows = []
     for entry in shard.of(entries) if shard else entries:
-        mine = dataclasses.replace(config, mpp=entry.mpp or config.mpp, seeds=entry.seeds or config.seeds, bank=None if entry.seeds else config.bank)
+        mine = dataclasses.replace(
+            config,
+            mpp=entry.mpp or config.mpp,
+            seeds=entry.seeds or config.seeds,
+            bank=None if entry.seeds else config.bank,
+        )
         row: dict[str, Any] = dict.fromkeys(SUMMARY, "") | {"slide": entry.path, "manifest": None}
         try:
             manifest = segment_slide(
-                entry.path, mine, out, name=entry.name, overwrite=overwrite, stopped=stopped, on_warning=on_warning,
+                entry.path,
+                mine,
+                out,
+                name=entry.name,
+                overwrite=overwrite,
+                stopped=stopped,
+                on_warning=on_warning,
                 on_progress=progress(entry.path) if progress else None,
-            )  # fmt: skip
+            )
             row |= {key: manifest["counts"][key] for key in ("cells", "tiles", "tiles_failed")}
-            row |= {"status": manifest["status"], "folder": manifest["folder"], "seconds": manifest["seconds"]["total"], "manifest": manifest}
+            row |= {
+                "status": manifest["status"],
+                "folder": manifest["folder"],
+                "seconds": manifest["seconds"]["total"],
+                "manifest": manifest,
+            }
             row["message"] = manifest["failures"][0] if manifest["failures"] else ""
         except InterruptedRunError:
             raise
         except WsisegError as error:
             row |= {"status": "failed", "message": " ".join(str(error).split())}
         except Exception as error:
-            row |= {"status": "failed", "message": f"{entry.path}: internal error, {type(error).__name__}: {' '.join(str(error).split())}"}
+            row |= {
+                "status": "failed",
+                "message": f"{entry.path}: internal error, {type(error).__name__}: {' '.join(str(error).split())}",
+            }
             logger.exception("%s: internal error", entry.path)
         facts = {k: row[k] for k in SUMMARY[:-1]} | {"reason": row["message"]}
         logger.info("%s: %s", entry.path, row["status"], extra={"event": "listed", "facts": facts})
@@ -163,7 +190,10 @@ def segment_slides(
 
 
 def _write_summary(path: Path, rows: list[dict[str, Any]]) -> None:
-    with atomic_path(path) as partial, partial.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
+    with (
+        atomic_path(path) as partial,
+        partial.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file,
+    ):
         writer = csv.DictWriter(file, SUMMARY, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)

@@ -71,15 +71,18 @@ class RunStatistics:
         """Of the finished blocks."""
         return sum(c["outlines"] for c in self.blocks.values())
 
-    def begin(self, device: torch.device, folder: RunFolder, sheet: RunPlan, shard: Shard | None) -> None:
+    def begin(self, device: torch.device, folder: RunFolder, plan: RunPlan, shard: Shard | None) -> None:
         """The first block is about to be worked on."""
-        self.device, self._run_hash = str(device), sheet.run_hash
+        self.device, self._run_hash = str(device), plan.run_hash
         facts = {"slide": self.slide, "device": self.device, "folder": str(folder.path)}
         if shard:
             facts["shard"] = str(shard)
-            self._earlier = _read_record(_record(folder, shard), sheet.run_hash)
+            self._earlier = _read_record(_record(folder, shard), plan.run_hash)
             if self._earlier.get("status") != "shard":
-                write_json(_record(folder, shard), {"status": "running", "shard": str(shard), "host": machine.host(), "run_hash": sheet.run_hash})
+                write_json(
+                    _record(folder, shard),
+                    {"status": "running", "shard": str(shard), "host": machine.host(), "run_hash": plan.run_hash},
+                )
         logger.info("%s: begins", self.slide, extra={"event": "begin", "facts": facts})
 
     def add(self, report: BlockReport) -> None:
@@ -88,11 +91,26 @@ class RunStatistics:
         self.clock.add(report.seconds)
         self._resumed += report.resumed
         self._processes |= {report.process} - {""}
-        self._peak, self._device_peak = max(self._peak, report.peak_bytes), max(self._device_peak, report.peak_device_bytes)
+        self._peak, self._device_peak = (
+            max(self._peak, report.peak_bytes),
+            max(self._device_peak, report.peak_device_bytes),
+        )
         if not report.resumed:
             seconds = {k: round(v, 4) for k, v in report.seconds.items()}
-            facts = {"slide": self.slide, "block": report.name, **report.counts, "seconds": seconds, "failures": report.failures}
-            logger.info("%s: block %s, %d outlines", self.slide, report.name, report.counts["outlines"], extra={"event": "block", "facts": facts})
+            facts = {
+                "slide": self.slide,
+                "block": report.name,
+                **report.counts,
+                "seconds": seconds,
+                "failures": report.failures,
+            }
+            logger.info(
+                "%s: block %s, %d outlines",
+                self.slide,
+                report.name,
+                report.counts["outlines"],
+                extra={"event": "block", "facts": facts},
+            )
 
     def _count(self, name: str, counts: dict[str, int], failures: list[str]) -> None:
         self.blocks[name] = counts
@@ -102,28 +120,46 @@ class RunStatistics:
 
     def interrupted(self, blocks: int | None = None) -> InterruptedRunError:
         """What to raise when the run was asked to stop; ``blocks`` is how many there are, before they are all done."""
-        where = "while its files were written" if blocks is None else f"with {len(self.blocks)} of {counted(blocks, 'block')} finished"
-        logger.info("%s: stopped", self.slide, extra={"event": "stopped", "facts": {"slide": self.slide, "blocks": len(self.blocks)}})
-        return InterruptedRunError(f"{self.slide}: stopped {where}; nothing is lost: run the same command again to go on")
+        where = (
+            "while its files were written"
+            if blocks is None
+            else f"with {len(self.blocks)} of {counted(blocks, 'block')} finished"
+        )
+        logger.info(
+            "%s: stopped",
+            self.slide,
+            extra={"event": "stopped", "facts": {"slide": self.slide, "blocks": len(self.blocks)}},
+        )
+        return InterruptedRunError(
+            f"{self.slide}: stopped {where}; nothing is lost: run the same command again to go on"
+        )
 
     def end_shard(self, folder: RunFolder, shard: Shard) -> dict[str, Any]:
         """The shard's blocks are done: writes what it cost beside the parts, for the merge, and returns it."""
         record = self._cost() | {
-            "status": "shard", "shard": str(shard), "host": machine.host(), "device": self.device, "folder": str(folder.path),
+            "status": "shard",
+            "shard": str(shard),
+            "host": machine.host(),
+            "device": self.device,
+            "folder": str(folder.path),
             "run_hash": self._run_hash,
-            "counts": self._sums() | {"blocks": len(self.blocks), "blocks_resumed": self._resumed}, "failures": self._failure_sentences(), "warnings": [],
-        }  # fmt: skip
-        if self._earlier.get("status") != "shard" or self._processes:  # else nothing was done, and what it cost then stays
+            "counts": self._sums() | {"blocks": len(self.blocks), "blocks_resumed": self._resumed},
+            "failures": self._failure_sentences(),
+            "warnings": [],
+        }
+        if (
+            self._earlier.get("status") != "shard" or self._processes
+        ):  # else nothing was done, and what it cost then stays
             write_json(_record(folder, shard), record)
         return record
 
-    def collect(self, folder: RunFolder, sheet: RunPlan) -> list[str]:
+    def collect(self, folder: RunFolder, plan: RunPlan) -> list[str]:
         """Add up the parts and what the shards say they cost; returns the blocks that are missing or have tiles that could not be read."""
         missing = []
-        for name in sheet.tiles:
+        for name in plan.tiles:
             path = folder.parts / f"{name}.parquet"
             try:
-                part = open_part(path) if part_is_current(path, sheet.parts_hash) else None
+                part = open_part(path) if part_is_current(path, plan.parts_hash) else None
             except FormatError:
                 part = None
             if part is not None:
@@ -131,7 +167,7 @@ class RunStatistics:
             if part is None or part.counts["tiles_failed"]:
                 missing.append(name)
         self._resumed = len(self.blocks)
-        records = [_read_record(path, sheet.run_hash) for path in sorted(folder.parts.glob("shard-*.json"))]
+        records = [_read_record(path, plan.run_hash) for path in sorted(folder.parts.glob("shard-*.json"))]
         records = [r for r in records if r.get("status") == "shard"]
         for record in records:
             self.clock.add({k: float(v) for k, v in record["seconds"].items() if k not in ("total", "plan")})
@@ -142,19 +178,23 @@ class RunStatistics:
         self._model_share = sum(r["model_share"] * r["seconds"].get("tiles", 0) for r in records) / max(tiles, 1e-9)
         return missing
 
-    def describe_missing(self, folder: RunFolder, missing: list[str], sheet: RunPlan, claims: Claims) -> str:
+    def describe_missing(self, folder: RunFolder, missing: list[str], plan: RunPlan, claims: Claims) -> str:
         """Which blocks are missing, of which shards, who works on them, and which have tiles that could not be read."""
         said = []
         absent = [name for name in missing if name not in self.blocks]
         if absent:
-            records = [_read_record(path, sheet.run_hash) for path in folder.parts.glob("shard-*-of-*.json")]
+            records = [_read_record(path, plan.run_hash) for path in folder.parts.glob("shard-*-of-*.json")]
             counts = {int(r["shard"].rpartition("/")[2]) for r in records if r}
             names = ", ".join(absent[:_NAMED]) + (", ..." if len(absent) > _NAMED else "")
-            said.append(f"{len(absent)} of {counted(len(sheet.tiles), 'block')} {'is' if len(absent) == 1 else 'are'} missing ({names})")
+            said.append(
+                f"{len(absent)} of {counted(len(plan.tiles), 'block')} {'is' if len(absent) == 1 else 'are'} missing ({names})"
+            )
             if len(counts) == 1:
                 shard = Shard(1, counts.pop())
-                owners = sorted({shard.owner(place) for place, name in enumerate(sheet.tiles) if name in absent})
-                said.append(f"they belong to shard{'s' * (len(owners) > 1)} {', '.join(f'{k}/{shard.count}' for k in owners)}")
+                owners = sorted({shard.owner(place) for place, name in enumerate(plan.tiles) if name in absent})
+                said.append(
+                    f"they belong to shard{'s' * (len(owners) > 1)} {', '.join(f'{k}/{shard.count}' for k in owners)}"
+                )
             busy = claims.busy(absent)
             if busy:
                 said.append(f"{len(busy)} of them are being worked on ({claims.holder(busy[0])})")
@@ -173,12 +213,17 @@ class RunStatistics:
         """
         for path in parts:
             if not part_is_current(path, parts_hash):
-                raise RunError(f"{path}: was changed by another run while this one went on; run the command again, one run per folder")
+                raise RunError(
+                    f"{path}: was changed by another run while this one went on; run the command again, one run per folder"
+                )
 
-    def account(self, sheet: RunPlan) -> dict[str, Any]:
+    def account(self, plan: RunPlan) -> dict[str, Any]:
         """The manifest's account of what came of the blocks and what it cost."""
-        absent = {name: tiles for name, tiles in sheet.tiles.items() if name not in self.blocks}
-        failures = [*self._failure_sentences(), *(f"block {name}: none of its tiles was worked on ({tiles})" for name, tiles in absent.items())]
+        absent = {name: tiles for name, tiles in plan.tiles.items() if name not in self.blocks}
+        failures = [
+            *self._failure_sentences(),
+            *(f"block {name}: none of its tiles was worked on ({tiles})" for name, tiles in absent.items()),
+        ]
         counts = self._sums()
         counts["tiles"] += sum(absent.values())
         counts["tiles_failed"] += sum(absent.values())
@@ -186,8 +231,9 @@ class RunStatistics:
         return cost | {
             "status": "incomplete" if failures else "complete",
             "failures": failures,
-            "counts": {"blocks": len(sheet.tiles), "blocks_missing": len(absent), "blocks_resumed": self._resumed} | counts,
-            "seconds_per_mm2": round(cost["seconds"]["total"] / max(sheet.tissue_mm2, 1e-9), 3),
+            "counts": {"blocks": len(plan.tiles), "blocks_missing": len(absent), "blocks_resumed": self._resumed}
+            | counts,
+            "seconds_per_mm2": round(cost["seconds"]["total"] / max(plan.tissue_mm2, 1e-9), 3),
         }
 
     def _sums(self) -> dict[str, int]:
@@ -201,7 +247,8 @@ class RunStatistics:
         model = sum(seconds.get(stage, 0) for stage in ("encode", "decode")) / max(len(self._processes), 1)
         share = min(model / max(seconds.get("tiles", 0), 1e-9), 1) if self._model_share is None else self._model_share
         return {
-            "seconds": {k: round(v, 3) for k, v in seconds.items()} | {"total": round(time.perf_counter() - self._started, 3)},
+            "seconds": {k: round(v, 3) for k, v in seconds.items()}
+            | {"total": round(time.perf_counter() - self._started, 3)},
             "model_share": round(share, 4),
             "peak_ram_mb": round(max(self._peak, peak_bytes()) / 2**20, 1),
             "peak_vram_mb": round(self._device_peak / 2**20, 1),

@@ -22,9 +22,20 @@ if TYPE_CHECKING:
 
 # What the user can repair; anything else keeps its own exception.
 REPAIRABLE = {
-    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR,
-    errno.ENAMETOOLONG, errno.ELOOP, errno.EIO, errno.ENOTCONN, errno.ESTALE,
-}  # fmt: skip
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+    errno.EIO,
+    errno.ENOTCONN,
+    errno.ESTALE,
+}
 
 
 PARTIAL_PATTERN = ".*.partial"  #: temporary names, wherever a process was killed while writing
@@ -92,7 +103,9 @@ def translate_os_errors(path: Path) -> Iterator[None]:
         if isinstance(error, WsisegError) or error.errno not in REPAIRABLE:
             raise
         reason = error.strerror or str(error)
-        raise RunError(f"{path}: cannot be written ({reason}); make room, or choose a folder you may write with --out") from error
+        raise RunError(
+            f"{path}: cannot be written ({reason}); make room, or choose a folder you may write with --out"
+        ) from error
 
 
 def require_free(path: Path, error: type[WsisegError], *, overwrite: bool) -> None:
@@ -113,7 +126,9 @@ def require_free(path: Path, error: type[WsisegError], *, overwrite: bool) -> No
     if found == "special":  # which a new file would replace
         raise error(f"{path}: {_NO_FILE}")
     if found == "file" and not overwrite:
-        raise error(f"{path}: there is a file of this name already; it is replaced only on request; give another name, or pass --overwrite")
+        raise error(
+            f"{path}: there is a file of this name already; it is replaced only on request; give another name, or pass --overwrite"
+        )
 
 
 def is_abandoned(partial: Path) -> bool:

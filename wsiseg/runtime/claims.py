@@ -91,7 +91,9 @@ class Claims:
         self._heartbeat_s, self._dead_after_s = heartbeat_s, dead_after_s
         self._held: dict[str, _Held] = {}
         self._seen: dict[Path, tuple[_State, float]] = {}
-        self._lock = threading.Lock()  # of the clock and of _held against the thread; never kept while the file system is asked
+        self._lock = (
+            threading.Lock()
+        )  # of the clock and of _held against the thread; never kept while the file system is asked
         self._heartbeats, self._awake_s, self._last = 0, 0.0, time.monotonic()
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -171,7 +173,11 @@ class Claims:
                 there = set(os.listdir(self.folder))  # noqa: PTH208 -- names are all that is needed of thousands
             except FileNotFoundError:
                 return []
-            return [name for name in names if name + _ENDING in there and name not in self._held and self._is_alive(self._path(name))]
+            return [
+                name
+                for name in names
+                if name + _ENDING in there and name not in self._held and self._is_alive(self._path(name))
+            ]
 
     def drop_stale(self) -> None:
         """Remove the claims of dead owners and what interrupted takeovers left, as far as the file system lets us.
@@ -182,7 +188,9 @@ class Claims:
             name = path.name.removesuffix(_ENDING)
             with contextlib.suppress(OSError):
                 if name not in self._held and self._is_dead(path, self._look(path)) and self.take(name):
-                    self.release(name)  # taken first: a late observer must not remove what another process has just taken
+                    self.release(
+                        name
+                    )  # taken first: a late observer must not remove what another process has just taken
         for path in list(self.folder.glob(f".*{_ENDING}{_TAKING}")):
             with contextlib.suppress(OSError):
                 if self._is_dead(path, self._look(path)):
@@ -217,7 +225,9 @@ class Claims:
                 taking.replace(path)
                 moved = True
         except OSError as error:
-            if error.errno not in _VANISHED | {errno.EIO}:  # of a rename that took effect all the same, or of a file that another removed
+            if error.errno not in _VANISHED | {
+                errno.EIO
+            }:  # of a rename that took effect all the same, or of a file that another removed
                 raise
         finally:
             if not moved:
@@ -304,7 +314,9 @@ class Claims:
             for name, held in list(self._held.items()):
                 self._renew(name, held)
             with contextlib.suppress(OSError):
-                os.close(os.open(self.folder, os.O_RDONLY))  # waits as long as the server is away, and our clock with it
+                os.close(
+                    os.open(self.folder, os.O_RDONLY)
+                )  # waits as long as the server is away, and our clock with it
             self._clock()
 
     def _renew(self, name: str, held: _Held) -> None:

@@ -32,7 +32,9 @@ def space() -> str:
     does not tell, every process gets a space of its own: nothing is compared then.
     """
     try:
-        if sys.platform != "linux":  # no such namespaces; without the boot, a pid that lives again merely counts as alive
+        if (
+            sys.platform != "linux"
+        ):  # no such namespaces; without the boot, a pid that lives again merely counts as alive
             return f"{host()}/{uuid.getnode():012x}"
         namespaces = _PROC / "self" / "ns"
         clock = namespaces / "time"  # start times are counted from its boot; before Linux 5.6 there is only one
@@ -76,7 +78,9 @@ def is_gone(pid: int, start: int | None) -> bool:
     if found is None:
         return False
     state, began = found
-    return state in "ZX" or (start is not None and began != start)  # a zombie runs no more, whenever its parent asks for it
+    return state in "ZX" or (
+        start is not None and began != start
+    )  # a zombie runs no more, whenever its parent asks for it
 
 
 def _state(pid: int) -> tuple[str, int] | None:

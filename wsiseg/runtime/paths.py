@@ -21,7 +21,12 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 Kind = Literal["nothing", "file", "folder", "special"]
-_SPECIAL = ((stat.S_ISFIFO, "a pipe"), (stat.S_ISSOCK, "a socket"), (stat.S_ISCHR, "a device"), (stat.S_ISBLK, "a device"))
+_SPECIAL = (
+    (stat.S_ISFIFO, "a pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
 
 
 def kind_of(path: Path, error: type[WsisegError]) -> Kind:

@@ -14,7 +14,9 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def prefetch_map(function: Callable[[Item], Result], items: Iterable[Item], *, threads: int = 1, limit: int = 2) -> Generator[Result, None, None]:
+def prefetch_map(
+    function: Callable[[Item], Result], items: Iterable[Item], *, threads: int = 1, limit: int = 2
+) -> Generator[Result, None, None]:
     """``map(function, items)``, worked on ahead of who asks.
 
     Parameters

@@ -54,7 +54,9 @@ def read_shard(text: str, environment: Mapping[str, str]) -> Shard:
         return _of_slurm(environment)
     match = re.fullmatch(r"(\d+)/(\d+)", text.strip())
     if not match or not 1 <= int(match[1]) <= int(match[2]):
-        raise ConfigError(f"--shard {text}: not a shard; pass K/N with K from 1 to N, for example 2/7, or slurm inside a SLURM job array")
+        raise ConfigError(
+            f"--shard {text}: not a shard; pass K/N with K from 1 to N, for example 2/7, or slurm inside a SLURM job array"
+        )
     return Shard(int(match[1]), int(match[2]))
 
 
@@ -62,7 +64,9 @@ def _of_slurm(environment: Mapping[str, str]) -> Shard:
     try:
         task, first, last, count = (int(environment[name]) for name in _SLURM)
     except (KeyError, ValueError) as error:
-        raise ConfigError("--shard slurm: this is no task of a SLURM job array; submit with sbatch --array=1-N, or pass --shard K/N") from error
+        raise ConfigError(
+            "--shard slurm: this is no task of a SLURM job array; submit with sbatch --array=1-N, or pass --shard K/N"
+        ) from error
     if first not in (0, 1) or last - first + 1 != count:
         raise ConfigError(
             f"--shard slurm: the array has {count} tasks from {first} to {last}, so it does not say how many shards there are; "

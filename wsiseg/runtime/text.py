@@ -61,7 +61,9 @@ def read_content(path: Path, error: type[WsisegError]) -> bytes:
             _refuse_kinds(stream.peek(512), str(path), error)  # a slide given by mistake is not read whole
             content = stream.read(MAX_BYTES + 1)
     except OSError as problem:
-        raise error(f"{path}: cannot be read ({problem.strerror or problem}); check the path and its permissions") from problem
+        raise error(
+            f"{path}: cannot be read ({problem.strerror or problem}); check the path and its permissions"
+        ) from problem
     if len(content) > MAX_BYTES:
         raise error(f"{path}: more than {MAX_BYTES >> 30} GiB; split the file")
     return content
@@ -87,7 +89,9 @@ def decode(content: bytes, place: str, error: type[WsisegError], *, utf8_only: b
     except UnicodeDecodeError as problem:
         raise error(f"{place}: not {encoding.upper()} text (byte {problem.start}); save it as UTF-8") from problem
     if "\0" in text:
-        raise error(f"{place}: NUL characters in it, the first is number {text.index(chr(0)) + 1}; save it as UTF-8 text")
+        raise error(
+            f"{place}: NUL characters in it, the first is number {text.index(chr(0)) + 1}; save it as UTF-8 text"
+        )
     if not text.strip():
         raise error(f"{place}: the file is empty; write or export it again")
     return text.replace("\r\n", "\n").replace("\r", "\n")
@@ -122,18 +126,26 @@ def parse_json(text: str, place: str, error: type[WsisegError], *, unique_keys: 
         where = f"line {problem.lineno}, column {problem.colno}"
         raise error(f"{place}: not JSON at {where} ({problem.msg}); repair it there or export it again") from problem
     except UnicodeEncodeError as problem:
-        raise error(f"{place}: half a character ({show(problem.object[problem.start])}) in a text; write the whole character") from problem
+        raise error(
+            f"{place}: half a character ({show(problem.object[problem.start])}) in a text; write the whole character"
+        ) from problem
     except (RecursionError, ValueError) as problem:
         if isinstance(problem, error):
             raise
-        raise error(f"{place}: not JSON that can be read (nested too deep, or a number too long); export it again") from problem
+        raise error(
+            f"{place}: not JSON that can be read (nested too deep, or a number too long); export it again"
+        ) from problem
     return document
 
 
 def did_you_mean(word: object, allowed: Iterable[str]) -> str:
     """``"did you mean 'cop'? "`` where a word is nearly an allowed one, else nothing."""
     by_case = {name.casefold(): name for name in allowed}
-    near = difflib.get_close_matches(str(word)[:100].strip().casefold(), by_case, n=1, cutoff=0.6) if isinstance(word, str) else []
+    near = (
+        difflib.get_close_matches(str(word)[:100].strip().casefold(), by_case, n=1, cutoff=0.6)
+        if isinstance(word, str)
+        else []
+    )
     return f"did you mean {by_case[near[0]]!r}? " if near else ""
 
 

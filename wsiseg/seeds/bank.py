@@ -78,8 +78,8 @@ def build_bank(
     config
         ``cop`` and ``masks``.
     chains
-        Also run Chain-of-Prompts from every click and fill ``high``, ``low`` and ``similarity_thresholds``; they stay empty otherwise. Memory does not grow with
-        the number of clicks.
+        Also run Chain-of-Prompts from every click and fill ``high``, ``low`` and ``similarity_thresholds``; they stay empty
+        otherwise. Memory does not grow with the number of clicks.
 
     Raises
     ------
@@ -93,11 +93,18 @@ def build_bank(
     ]
     _refuse_shared_cells(clicked)
     negative = [
-        [_find_cell(desk, f"{seeds.source}: types[{t}].negative[{i}]", point).descriptor for i, point in enumerate(kind.negative)]
+        [
+            _find_cell(desk, f"{seeds.source}: types[{t}].negative[{i}]", point).descriptor
+            for i, point in enumerate(kind.negative)
+        ]
         for t, kind in enumerate(seeds.types)
     ]
     descriptors = tuple(np.stack([c.descriptor for c in kind]) for kind in clicked)
-    banks = [_reliable(desk, kind, [d for k, d in enumerate(descriptors) if k != t]) for t, kind in enumerate(clicked)] if chains else []
+    banks = (
+        [_reliable(desk, kind, [d for k, d in enumerate(descriptors) if k != t]) for t, kind in enumerate(clicked)]
+        if chains
+        else []
+    )
     return Bank(
         names=tuple(t.name for t in seeds.types),
         colors=tuple(t.color for t in seeds.types),
@@ -112,7 +119,12 @@ def build_bank(
 
 
 def find_clicked(
-    reader: SlideReader, model: PromptableModel, point: tuple[float, float], lattice: Lattice, config: RunConfig, place: str
+    reader: SlideReader,
+    model: PromptableModel,
+    point: tuple[float, float],
+    lattice: Lattice,
+    config: RunConfig,
+    place: str,
 ) -> Cells:
     """The cell that one click means, as :func:`build_bank` finds it.
 
@@ -148,9 +160,13 @@ def _find_cell(desk: _ClickContext, place: str, point: tuple[float, float]) -> _
     centre = desk.lattice.to_model(np.array(point))
     box, embeddings = desk.encode(centre)
     corner = np.array([box.x0, box.y0])
-    prompts = (centre - corner)[None].astype(np.float32)  # the click first: on a large or hollow nucleus it may be far from the automatic prompt
+    prompts = (centre - corner)[None].astype(
+        np.float32
+    )  # the click first: on a large or hollow nucleus it may be far from the automatic prompt
     if embeddings.maps is not None:
-        automatic = apg_points(embeddings.maps[0].float().cpu().numpy(), box.width // embeddings.maps.shape[-1], model.mpp, config.apg)
+        automatic = apg_points(
+            embeddings.maps[0].float().cpu().numpy(), box.width // embeddings.maps.shape[-1], model.mpp, config.apg
+        )
         order = np.argsort(np.hypot(*(automatic - prompts[0]).T), kind="stable")[:_CANDIDATES]
         prompts = np.vstack([prompts, automatic[order]])
     settings = dataclasses.replace(config.masks, min_score=config.cop.click_min_score)
@@ -158,14 +174,20 @@ def _find_cell(desk: _ClickContext, place: str, point: tuple[float, float]) -> _
     cells = Cells.concatenate(found, model.descriptor_size)
     where = f"{place} = [{point[0]:g}, {point[1]:g}]: no cell there"
     if not len(cells):
-        raise SeedsError(f"{where}, nor within {box.width * model.mpp / 2:g} um (glass or empty tissue?); click on a nucleus")
+        raise SeedsError(
+            f"{where}, nor within {box.width * model.mpp / 2:g} um (glass or empty tissue?); click on a nucleus"
+        )
     gaps = shapely.distance(cells.polygons, shapely.Point(point)) * desk.lattice.slide_mpp
     near = np.flatnonzero(gaps <= config.cop.click_reach_um)
     if not len(near):
         hit = cells.polygons[gaps.argmin()].centroid
-        raise SeedsError(f"{where}; the nearest is at [{hit.x:.0f}, {hit.y:.0f}], {gaps.min():.0f} um away; move the click onto a nucleus")
+        raise SeedsError(
+            f"{where}; the nearest is at [{hit.x:.0f}, {hit.y:.0f}], {gaps.min():.0f} um away; move the click onto a nucleus"
+        )
     own = (np.abs(cells.points_xy[near] - point) * desk.lattice.slide_mpp < _SAME_UM).all(1)
-    cell = cells.take(near[:1] if not own.any() else near[own][:1])  # masks that a model was asked for again come last, the click's own too
+    cell = cells.take(
+        near[:1] if not own.any() else near[own][:1]
+    )  # masks that a model was asked for again come last, the click's own too
     return _ClickedCell(place, desk.lattice.to_model(cell.points_xy[0]), cell.descriptors[0].astype(np.float32), cell)
 
 
@@ -211,7 +233,9 @@ def _reliable(
         f_high, f_low = (x[0].float().cpu().numpy() for x in (embeddings.high, embeddings.low))
         stride_px = box.width / f_high.shape[2]
         own = click.prompt - corner
-        chain = farthest_point_recursion((own[0] / stride_px, own[1] / stride_px), f_high, f_low, stride_px * model.mpp, config.cop)
+        chain = farthest_point_recursion(
+            (own[0] / stride_px, own[1] / stride_px), f_high, f_low, stride_px * model.mpp, config.cop
+        )
         found = [own[None]]
         for masks in decode(model, embeddings, 0, (chain.points * stride_px).astype(np.float32), config.masks):
             z = masks.descriptors.float().numpy()
@@ -249,7 +273,9 @@ def _spread(rows: NDArray[np.float32], count: int, keep: int) -> NDArray[np.intp
     return np.array(chosen)
 
 
-def _floor(high: NDArray[np.float32], low: NDArray[np.float32], prototypes: NDArray[np.intp], percentile: float) -> float:
+def _floor(
+    high: NDArray[np.float32], low: NDArray[np.float32], prototypes: NDArray[np.intp], percentile: float
+) -> float:
     """Similarity to the prototypes that ``percentile`` % of the reliable places stay below; no place vouches for itself."""
     if len(high) < 3:
         return 0.5  # a lone click: half of a perfect match

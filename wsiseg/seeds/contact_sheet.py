@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 Color = tuple[int, int, int]
 
 MANY = 96  #: panels from which on they are drawn smaller
-SIDES = (192, 128)  #: px of a panel's side: few, many; both show a nucleus with its neighbours, the smaller 500 of them on one sheet
+SIDES = (
+    192,
+    128,
+)  #: px of a panel's side: few, many; both show a nucleus with its neighbours, the smaller 500 of them on one sheet
 COLUMNS = (8, 16)  #: at most in a row: few, many; the sheet is 1600 or 2200 px wide at most
 MIN_COLUMNS = 4  #: room for the heading
 
@@ -103,7 +106,10 @@ def draw_sheet(panels: Sequence[Panel], types: Sequence[SeedType], title: str, u
     rows = [(t, group[k : k + columns]) for t, group in enumerate(by_type) for k in range(0, len(group), columns)]
     pen = _Pen(side, _font(10 if many else 12), _font(14))
     width = _GAP + columns * (side + _GAP)
-    intro = [*_wrap(title, pen.large, width - 2 * _GAP, 3), *_wrap(_LEGEND, pen.small, width - 2 * _GAP - pen.bar(um_per_px), 3)]
+    intro = [
+        *_wrap(title, pen.large, width - 2 * _GAP, 3),
+        *_wrap(_LEGEND, pen.small, width - 2 * _GAP - pen.bar(um_per_px), 3),
+    ]
     heights = [pen.row_height(row) for _, row in rows]
     first_rows = {t: k for k, (t, _) in reversed(list(enumerate(rows)))}
     top = 2 * _GAP + len(intro) * pen.step(pen.large)
@@ -158,7 +164,9 @@ class _Pen:
         bottom = _GAP + len(lines) * self.step(self.large)
         draw.rectangle((right - length, bottom - 5, right, bottom - 2), _INK)
         text = f"{_BAR_UM} um"
-        draw.text((right - draw.textlength(text, self.small), bottom - 8 - self.step(self.small)), text, _INK, self.small)
+        draw.text(
+            (right - draw.textlength(text, self.small), bottom - 8 - self.step(self.small)), text, _INK, self.small
+        )
 
     def write_heading(self, draw: ImageDraw.ImageDraw, top: int, number: int, kind: SeedType, drawn: int) -> None:
         size = self.step(self.large)
@@ -169,7 +177,9 @@ class _Pen:
         text += f" ({drawn} drawn)" if drawn < total else ""
         draw.text((2 * _GAP + size, top), text, _INK, self.large)
 
-    def place(self, sheet: Image.Image, draw: ImageDraw.ImageDraw, corner: tuple[int, int], panel: Panel, kind: SeedType) -> None:
+    def place(
+        self, sheet: Image.Image, draw: ImageDraw.ImageDraw, corner: tuple[int, int], panel: Panel, kind: SeedType
+    ) -> None:
         """Draw a panel with its caption."""
         x, y = corner
         if panel.fault:

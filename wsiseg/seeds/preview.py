@@ -112,7 +112,9 @@ def preview_seeds(
         raise RunError(f"{out}: the sheet is written as PNG; give it a name that ends in .png")
     require_free(out, RunError, overwrite=overwrite)
     found = read_seeds(seeds)
-    with open_slide(slide, mpp=config.mpp, force_mpp=config.force_mpp, reader=config.reader, require_mpp=False) as reader:
+    with open_slide(
+        slide, mpp=config.mpp, force_mpp=config.force_mpp, reader=config.reader, require_mpp=False
+    ) as reader:
         require_scale(reader)
         info = reader.info
         found, warnings = check_seeds(found, info)
@@ -158,12 +160,16 @@ def _marked(clicks: list[_Click]) -> tuple[list[_Click], tuple[str, ...]]:
     """The clicks with every fault, and what a run would say, in its order: no cell, two types on one cell, no cell under a negative click."""
     marked = list(clicks)
     found = [(k, c.cell.polygons[0]) for k, c in enumerate(clicks) if c.cell is not None and not c.negative]
-    shared = on_one_cell([clicks[k].kind for k, _ in found], np.fromiter((polygon for _, polygon in found), object, len(found)))
+    shared = on_one_cell(
+        [clicks[k].kind for k, _ in found], np.fromiter((polygon for _, polygon in found), object, len(found))
+    )
     pairs = [(found[i][0], found[j][0]) for i, j in shared]
     for i, j in pairs:
         for this, that in ((i, j), (j, i)):
             if not marked[this].fault:
-                marked[this] = dataclasses.replace(marked[this], fault=same_cell(clicks[this].place, clicks[that].place))
+                marked[this] = dataclasses.replace(
+                    marked[this], fault=same_cell(clicks[this].place, clicks[that].place)
+                )
     positive, negative = ([c.fault for c in clicks if c.fault and c.negative is against] for against in (False, True))
     return marked, (*positive, *(same_cell(clicks[j].place, clicks[i].place) for i, j in pairs), *negative)
 

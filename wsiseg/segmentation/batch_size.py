@@ -17,7 +17,9 @@ logger = logging.getLogger(__name__)
 
 MOST_TILES = 32  #: beyond, an encoder is not faster on any device, and its memory goes on growing
 FEWEST_PROMPTS = 8  #: below, decoding is nothing but calls; memory is then the tile's
-READ_BYTES = 64 << 20  #: tiles read ahead: 18 of 1072 px, some seconds of work on a CPU; a GPU gets four times as many, two full batches
+READ_BYTES = (
+    64 << 20
+)  #: tiles read ahead: 18 of 1072 px, some seconds of work on a CPU; a GPU gets four times as many, two full batches
 GB = 1 << 30
 
 
@@ -69,8 +71,15 @@ class Batch:
             logger.info("batches of %d tiles", self.tiles, extra={"event": "batch", "facts": {"tiles": self.tiles}})
         if self.max_ram and peak_bytes_lately() > self.max_ram and not self._warned and not self._smaller():
             self._warned = True
-            logger.warning("--max-ram %g: more is needed with tiles of this size; pass a smaller --tile-size", self.max_ram / GB)
-        if self.max_vram and self._device.type == "cuda" and torch.cuda.max_memory_allocated(self._device) > self.max_vram and self._smaller():
+            logger.warning(
+                "--max-ram %g: more is needed with tiles of this size; pass a smaller --tile-size", self.max_ram / GB
+            )
+        if (
+            self.max_vram
+            and self._device.type == "cuda"
+            and torch.cuda.max_memory_allocated(self._device) > self.max_vram
+            and self._smaller()
+        ):
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self._device)
 
@@ -86,7 +95,9 @@ class Batch:
             raise RunError(
                 f"{place}: out of memory with one tile and {self.prompts} prompts at a time; pass a smaller --tile-size, or --device cpu"
             ) from error
-        logger.warning("%s: out of memory; going on with tiles by %d and prompts by %d", place, self.tiles, self.prompts)
+        logger.warning(
+            "%s: out of memory; going on with tiles by %d and prompts by %d", place, self.tiles, self.prompts
+        )
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -105,4 +116,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that memory ran out, on a GPU or here."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in ("DefaultCPUAllocator", "out of memory", "alloc_cpu"))
+    return isinstance(error, RuntimeError) and any(
+        sign in str(error) for sign in ("DefaultCPUAllocator", "out of memory", "alloc_cpu")
+    )

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from wsiseg.records import Embeddings, Tile, WindowMasks
-    from wsiseg.runs.plan import RunSpec, WorkerContext
+    from wsiseg.segmentation.worker import RunSpec, WorkerContext
 
 logger = logging.getLogger(__name__)
 
@@ -127,11 +127,11 @@ class _TracedTile:
     failure: str = ""
 
 
-def finished_block(job: RunSpec, block: Block, *, failed: bool = False) -> BlockReport | None:
+def finished_block(spec: RunSpec, block: Block, *, failed: bool = False) -> BlockReport | None:
     """The report of a block whose part is there and whole; one with tiles that could not be read only if ``failed``."""
-    path = job.parts / f"{block.name}.parquet"
+    path = spec.parts / f"{block.name}.parquet"
     try:
-        part = open_part(path) if part_is_current(path, job.parts_hash) else None
+        part = open_part(path) if part_is_current(path, spec.parts_hash) else None
     except FormatError:  # a good footer over damaged pages
         part = None
     if part is None or (part.counts["tiles_failed"] and not failed):
@@ -139,7 +139,9 @@ def finished_block(job: RunSpec, block: Block, *, failed: bool = False) -> Block
     return BlockReport(block.name, part.counts, part.failures, {}, resumed=True)
 
 
-def segment_blocks(tools: WorkerContext, blocks: Sequence[Block], stopped: Callable[[], bool]) -> Iterator[BlockReport]:
+def segment_blocks(
+    context: WorkerContext, blocks: Sequence[Block], stopped: Callable[[], bool]
+) -> Iterator[BlockReport]:
     """Work through blocks.
 
     Parameters
@@ -156,32 +158,36 @@ def segment_blocks(tools: WorkerContext, blocks: Sequence[Block], stopped: Calla
     BlockReport
         As soon as a block's part is on disk, or one block later.
     """
-    line = _TilePipeline(tools, stopped)
+    line = _TilePipeline(context, stopped)
     try:
         with closing(prefetch_map(line.write, line.finished(blocks), threads=1, limit=2)) as reports:
             yield from reports
     finally:
         for name in line.taken:
-            tools.claims.release(name)
+            context.claims.release(name)
 
 
-def segment_tile(tile: Tile, pixels: NDArray[np.uint8], tools: WorkerContext, clock: Clock) -> tuple[Cells, dict[str, int]]:
+def segment_tile(
+    tile: Tile, pixels: NDArray[np.uint8], context: WorkerContext, clock: Clock
+) -> tuple[Cells, dict[str, int]]:
     """One tile, start to finish: pixels (H, W, 3) of ``tile.outer`` -> the outlines that ``tile.core`` owns, level-0 px."""
-    batch = Batch(tools.job.config, tools.model.device)
-    (encoded,) = _encode(tools, [_TilePixels(_TileTask(dataclasses.replace(_NO_BLOCK, tiles=(tile,)), 0), pixels)], batch, clock)
-    traced = _trace(tools, _decode(tools, encoded, _points(tools, encoded), batch, clock))
+    batch = Batch(context.spec.config, context.model.device)
+    (encoded,) = _encode(
+        context, [_TilePixels(_TileTask(dataclasses.replace(_NO_BLOCK, tiles=(tile,)), 0), pixels)], batch, clock
+    )
+    traced = _trace(context, _decode(context, encoded, _points(context, encoded), batch, clock))
     return traced.cells, traced.counts
 
 
 class _TilePipeline:
     """The stages of one process, each fed by the one before."""
 
-    def __init__(self, tools: WorkerContext, stopped: Callable[[], bool]) -> None:
-        self.tools, self.stopped = tools, stopped
+    def __init__(self, context: WorkerContext, stopped: Callable[[], bool]) -> None:
+        self.context, self.stopped = context, stopped
         self.taken: set[str] = set()
         self.readers = min(READERS, machine.cores())
         self.clock = Clock()
-        self.batch = Batch(tools.job.config, tools.model.device)
+        self.batch = Batch(context.spec.config, context.model.device)
         self.resumed: list[BlockReport] = []
 
     def finished(self, blocks: Sequence[Block]) -> Iterator[BlockReport | list[_TracedTile]]:
@@ -192,7 +198,10 @@ class _TilePipeline:
         limit = self.batch.read_ahead(outer.width * outer.height * 3) + self.readers
         read = prefetch_map(self.read, self.tasks(blocks), threads=self.readers, limit=limit)
         done: dict[str, list[_TracedTile]] = {}
-        with closing(read), closing(prefetch_map(self.trace, self.answers(read), threads=1, limit=3)) as traced:  # before the slide is
+        with (
+            closing(read),
+            closing(prefetch_map(self.trace, self.answers(read), threads=1, limit=3)) as traced,
+        ):  # before the slide is
             for tile in traced:
                 mine = done.setdefault(tile.task.block.name, [])
                 mine.append(tile)
@@ -207,12 +216,12 @@ class _TilePipeline:
         for block in blocks:
             if self.stopped():
                 return
-            report = finished_block(self.tools.job, block)
+            report = finished_block(self.context.spec, block)
             if report:
                 self.resumed.append(report)
-            elif self.tools.claims.take(block.name):
+            elif self.context.claims.take(block.name):
                 self.taken.add(block.name)
-                report = finished_block(self.tools.job, block)
+                report = finished_block(self.context.spec, block)
                 if report:  # by who had it until now
                     self.resumed.append(report)
                     continue
@@ -220,11 +229,11 @@ class _TilePipeline:
 
     def read(self, task: _TileTask) -> _TilePixels:
         """Pixels of a tile; a tile that cannot be read is tried twice."""
-        reader, job = self.tools.reader, self.tools.job
+        reader, spec = self.context.reader, self.context.spec
         with self.clock("read"):
             for last in (False, True):
                 try:
-                    return _TilePixels(task, read_region(reader, task.tile.outer, job.lattice))
+                    return _TilePixels(task, read_region(reader, task.tile.outer, spec.lattice))
                 except SlideError as error:
                     failure = str(error)
                     if last:
@@ -233,9 +242,11 @@ class _TilePipeline:
 
     def answers(self, read: Iterator[_TilePixels]) -> Iterator[_DecodedTile]:
         """Masks of the tiles: one batch's prompts are looked for while the next one is encoded."""
-        with closing(prefetch_map(self.prompts, self.encoded(read), threads=self.readers, limit=self.batch.tiles + 1)) as prompted:
+        with closing(
+            prefetch_map(self.prompts, self.encoded(read), threads=self.readers, limit=self.batch.tiles + 1)
+        ) as prompted:
             for tile, points in prompted:
-                yield _decode(self.tools, tile, points, self.batch, self.clock)
+                yield _decode(self.context, tile, points, self.batch, self.clock)
 
     def encoded(self, read: Iterator[_TilePixels]) -> Iterator[_EncodedTile]:
         """Tiles, encoded in batches; those without pixels pass by."""
@@ -250,69 +261,79 @@ class _TilePipeline:
                 continue
             group.append(got)
             if len(group) >= self.batch.tiles:
-                yield from _encode(self.tools, group, self.batch, self.clock)
+                yield from _encode(self.context, group, self.batch, self.clock)
                 group = []
-        yield from _encode(self.tools, group, self.batch, self.clock)
+        yield from _encode(self.context, group, self.batch, self.clock)
 
     def prompts(self, tile: _EncodedTile) -> tuple[_EncodedTile, NDArray[np.float32]]:
         """Prompts of a tile."""
         with self.clock("prompt"):
-            return tile, _points(self.tools, tile)
+            return tile, _points(self.context, tile)
 
     def trace(self, answer: _DecodedTile) -> _TracedTile:
         """Outlines of a tile."""
         with self.clock("vectorise"):
-            return _trace(self.tools, answer)
+            return _trace(self.context, answer)
 
     def write(self, block: BlockReport | list[_TracedTile]) -> BlockReport:
         """A block's part, and its report."""
         if isinstance(block, BlockReport):
             return block
         block = sorted(block, key=lambda tile: tile.task.number)
-        name, job = block[0].task.block.name, self.tools.job
+        name, spec = block[0].task.block.name, self.context.spec
         failures = [tile.failure for tile in block if tile.failure]
-        cells = Cells.concatenate([tile.cells for tile in block], self.tools.model.descriptor_size)
+        cells = Cells.concatenate([tile.cells for tile in block], self.context.model.descriptor_size)
         counts = {key: sum(tile.counts.get(key, 0) for tile in block) for key in BLOCK_COUNTS}
         counts |= {"tiles": len(block), "tiles_failed": len(failures), "outlines": len(cells)}
         with self.clock("write"):
-            write_part(job.parts / f"{name}.parquet", cells, job.parts_hash, counts, failures)
-            self.tools.claims.release(name)
+            write_part(spec.parts / f"{name}.parquet", cells, spec.parts_hash, counts, failures)
+            self.context.claims.release(name)
             self.taken.discard(name)
-        device = self.tools.model.device
+        device = self.context.model.device
         on_device = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
-        return BlockReport(name, counts, failures, self.clock.take(), peak_bytes(), on_device, process=f"{machine.label()}-{os.getpid()}")
+        return BlockReport(
+            name,
+            counts,
+            failures,
+            self.clock.take(),
+            peak_bytes(),
+            on_device,
+            process=f"{machine.label()}-{os.getpid()}",
+        )
 
 
-def _encode(tools: WorkerContext, group: list[_TilePixels], batch: Batch, clock: Clock) -> list[_EncodedTile]:
+def _encode(context: WorkerContext, group: list[_TilePixels], batch: Batch, clock: Clock) -> list[_EncodedTile]:
     """Encode tiles together; in two halves when memory does not do."""
     if not group:
         return []
     try:
         with clock("encode"), torch.inference_mode():
             pixels = torch.from_numpy(np.stack([read.pixels for read in group if read.pixels is not None]))
-            embeddings = tools.model.encode(pixels.permute(0, 3, 1, 2).to(tools.model.device))
+            embeddings = context.model.encode(pixels.permute(0, 3, 1, 2).to(context.model.device))
         return [_EncodedTile(read, embeddings, k) for k, read in enumerate(group)]
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         if len(group) <= batch.tiles:  # else it was put together before the batch became smaller
-            batch.halve(tools.job.slide, error)
+            batch.halve(context.spec.slide, error)
     half = max(len(group) // 2, 1)
-    return [tile for part in (group[:half], group[half:]) for tile in _encode(tools, part, batch, clock)]
+    return [tile for part in (group[:half], group[half:]) for tile in _encode(context, part, batch, clock)]
 
 
-def _decode(tools: WorkerContext, tile: _EncodedTile, points: NDArray[np.float32], batch: Batch, clock: Clock) -> _DecodedTile:
+def _decode(
+    context: WorkerContext, tile: _EncodedTile, points: NDArray[np.float32], batch: Batch, clock: Clock
+) -> _DecodedTile:
     """Masks of a tile's prompts, on the CPU; fewer prompts at a time when memory does not do."""
     if tile.embeddings is None:
         return _DecodedTile(tile.read.task, [], 0, tile.read.failure)
     while True:
         try:
             with clock("decode"), torch.inference_mode():
-                masks = _masks(tools, tile, tile.embeddings, points, batch.prompts)
+                masks = _masks(context, tile, tile.embeddings, points, batch.prompts)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            batch.halve(tools.job.slide, error)
+            batch.halve(context.spec.slide, error)
         else:
             batch.learn()
             return _DecodedTile(tile.read.task, masks, len(points))
@@ -321,29 +342,35 @@ def _decode(tools: WorkerContext, tile: _EncodedTile, points: NDArray[np.float32
 def _one(embeddings: Embeddings, k: int) -> Embeddings:
     """One tile of a batch, for prompting."""
     maps = None if embeddings.maps is None else embeddings.maps[k : k + 1]
-    return dataclasses.replace(embeddings, high=embeddings.high[k : k + 1], low=embeddings.low[k : k + 1], maps=maps, extra={})
+    return dataclasses.replace(
+        embeddings, high=embeddings.high[k : k + 1], low=embeddings.low[k : k + 1], maps=maps, extra={}
+    )
 
 
 @torch.inference_mode()
-def _points(tools: WorkerContext, encoded: _EncodedTile) -> NDArray[np.float32]:
+def _points(context: WorkerContext, encoded: _EncodedTile) -> NDArray[np.float32]:
     """Prompts (N, 2) that the tile owns, model px of the tile."""
-    job, model, tile = tools.job, tools.model, encoded.read.task.tile
+    spec, model, tile = context.spec, context.model, encoded.read.task.tile
     if encoded.embeddings is None:
         return np.empty((0, 2), np.float32)
     corner = np.array([tile.outer.x0, tile.outer.y0], float)
-    if job.config.method == "amg":
-        points = (grid_points(tile.core, job.config.grid.spacing_um / model.mpp) - corner).astype(np.float32)
+    if spec.config.method == "amg":
+        points = (grid_points(tile.core, spec.config.grid.spacing_um / model.mpp) - corner).astype(np.float32)
     else:
-        points = find_points(_one(encoded.embeddings, encoded.place), tile.outer.width, model.mpp, job.config, job.bank)
+        points = find_points(
+            _one(encoded.embeddings, encoded.place), tile.outer.width, model.mpp, spec.config, spec.bank
+        )
     on_slide = points + corner
-    mine: NDArray[np.bool_] = tile.core.contains(on_slide) & job.area.holds(job.lattice.to_level0(on_slide))
+    mine: NDArray[np.bool_] = tile.core.contains(on_slide) & spec.area.holds(spec.lattice.to_level0(on_slide))
     owned: NDArray[np.float32] = points[mine]
     return owned
 
 
-def _masks(tools: WorkerContext, encoded: _EncodedTile, embeddings: Embeddings, points: NDArray[np.float32], prompts: int) -> list[WindowMasks]:
+def _masks(
+    context: WorkerContext, encoded: _EncodedTile, embeddings: Embeddings, points: NDArray[np.float32], prompts: int
+) -> list[WindowMasks]:
     """Masks of the prompts of a tile, on the CPU."""
-    config, model, tile, k = tools.job.config, tools.model, encoded.read.task.tile, encoded.place
+    config, model, tile, k = context.spec.config, context.model, encoded.read.task.tile, encoded.place
     masks = dataclasses.replace(config.masks, prompts_per_batch=prompts)
     batches = list(decode(model, embeddings, k, points, masks, grid=config.grid if config.method == "amg" else None))
     if config.second_round.enabled:
@@ -351,9 +378,9 @@ def _masks(tools: WorkerContext, encoded: _EncodedTile, embeddings: Embeddings, 
     return batches
 
 
-def _trace(tools: WorkerContext, answer: _DecodedTile) -> _TracedTile:
-    job = tools.job
-    traced = [trace(masks, answer.task.tile.outer, job.lattice, job.config.masks) for masks in answer.masks]
-    cells = Cells.concatenate([cells for cells, _ in traced], tools.model.descriptor_size)
+def _trace(context: WorkerContext, answer: _DecodedTile) -> _TracedTile:
+    spec = context.spec
+    traced = [trace(masks, answer.task.tile.outer, spec.lattice, spec.config.masks) for masks in answer.masks]
+    cells = Cells.concatenate([cells for cells, _ in traced], context.model.descriptor_size)
     counts = {"prompts": answer.prompts, "larger_than_window": sum(touching for _, touching in traced)}
     return _TracedTile(answer.task, cells, counts, answer.failure)

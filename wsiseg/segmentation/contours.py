@@ -116,7 +116,9 @@ def zero_rings(images: NDArray[np.float32]) -> Rings:
     z0, z1 = flat[start].astype(np.float64), flat[start + step].astype(np.float64)
     along = z0 / (z0 - z1)
     pixel = start % (height * width)
-    xy = np.stack([pixel % width + np.where(is_across, along, 0), pixel // width + np.where(is_across, 0, along)], 1)[order]
+    xy = np.stack([pixel % width + np.where(is_across, along, 0), pixel // width + np.where(is_across, 0, along)], 1)[
+        order
+    ]
     first = np.flatnonzero(np.diff(label[order], prepend=-1))
     # A ring's label is its first "across" crossing, and these are in order of the images: so are the rings.
     rings = Rings(xy, first, start[order[first]] // (height * width), np.empty(0))

@@ -40,15 +40,22 @@ WINDOWS = 4  #: a second each on one core
 DIAMETER_UM = 5.8  #: of the median nucleus that the network outlines, as a disc: at it, TNBC is estimated as much too coarse as BRCA-M2C too fine
 NUCLEUS_UM2 = math.pi / 4 * DIAMETER_UM**2
 CHANCE = 0.35  #: score of outlines that are found in texture at any scale; what is above it counts
-TRUSTED = 0.2  #: how far, as a natural logarithm, the size seen on a rung may be from that before the rung counts for little
+TRUSTED = (
+    0.2  #: how far, as a natural logarithm, the size seen on a rung may be from that before the rung counts for little
+)
 MARGIN = 1.2  #: nearer to the ends of the ladder than this there is no estimate
 LEAST_WEIGHT = 10.0  #: of all rungs, about that of 30 nuclei; of fewer the median says nothing
 SPREAD = (0.8, 1.6)  #: nine of ten labelled samples have their true scale within these factors of the estimate
-CONTRADICTION = 1.7  #: how far a stated scale may be from the estimate before it is doubted: 20x and 40x are a factor of 2
+CONTRADICTION = (
+    1.7  #: how far a stated scale may be from the estimate before it is doubted: 20x and 40x are a factor of 2
+)
 
 OVERVIEW_PX = 1_000_000  #: of the overview on which the windows are chosen: levels that small are read in no time
 CELL_PX0 = 256  #: level-0 px; places are squares of at least this side, and at most 64 x 64 of them
-LEAST, DARKEST = 0.01, 1.0  #: optical density of red, which haematoxylin absorbs and eosin does not: mean of a square with some nuclei; ink
+LEAST, DARKEST = (
+    0.01,
+    1.0,
+)  #: optical density of red, which haematoxylin absorbs and eosin does not: mean of a square with some nuclei; ink
 RICH = 0.3  #: squares with this share of the richest one's are candidates: the very richest may be a lymph follicle, or ink
 
 
@@ -122,12 +129,17 @@ def _look(windows: Sequence[NDArray[np.uint8]], mpp: float, model: PromptableMod
     config, areas, scores = RunConfig(), [np.empty(0)], [np.empty(0)]
     lattice = Lattice(mpp, model.mpp)
     for window in windows:
-        x, y = (int((n / 2 * mpp / model.mpp - WINDOW_PX / 2) // model.stride_px) * model.stride_px for n in (window.shape[1], window.shape[0]))
+        x, y = (
+            int((n / 2 * mpp / model.mpp - WINDOW_PX / 2) // model.stride_px) * model.stride_px
+            for n in (window.shape[1], window.shape[0])
+        )
         pixels = read_region(ArrayReader(window, mpp), Box(x, y, x + WINDOW_PX, y + WINDOW_PX), lattice)
         embeddings = model.encode(torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].to(model.device))
         if embeddings.maps is None:
             continue
-        points = apg_points(embeddings.maps[0].float().cpu().numpy(), WINDOW_PX // embeddings.maps.shape[-1], model.mpp, config.apg)
+        points = apg_points(
+            embeddings.maps[0].float().cpu().numpy(), WINDOW_PX // embeddings.maps.shape[-1], model.mpp, config.apg
+        )
         for masks in decode(model, embeddings, 0, points, MaskConfig()):
             areas.append((masks.logits > 0).sum((1, 2)).numpy() * (masks.mask_stride_px * model.mpp) ** 2)
             scores.append((masks.predicted_iou * masks.stability).numpy())
@@ -196,8 +208,12 @@ def require_scale(reader: SlideReader) -> None:
     missing = f"{info.path}: no microns per pixel in the file{notes}"
     found = estimate_scale(reader)
     if found is None:
-        raise SlideError(f"{missing}, and too few nuclei to estimate it; pass --mpp (by the objective of the scan: 40x is about 0.25, 20x about 0.5)")
-    raise SlideError(f"{missing}; its nuclei suggest {found}; pass --mpp {found.mpp:.2g} if that is right, or the scale of the scan's objective")
+        raise SlideError(
+            f"{missing}, and too few nuclei to estimate it; pass --mpp (by the objective of the scan: 40x is about 0.25, 20x about 0.5)"
+        )
+    raise SlideError(
+        f"{missing}; its nuclei suggest {found}; pass --mpp {found.mpp:.2g} if that is right, or the scale of the scan's objective"
+    )
 
 
 def contradiction(mpp: float, estimate: ScaleEstimate) -> tuple[str, ...]:
@@ -205,4 +221,6 @@ def contradiction(mpp: float, estimate: ScaleEstimate) -> tuple[str, ...]:
     factor = max(mpp / estimate.mpp, estimate.mpp / mpp)
     if factor < CONTRADICTION:
         return ()
-    return (f"{mpp:.4g} microns per pixel contradicts the nuclei, which suggest {estimate}: is the scale wrong by about {factor:.2g}x?",)
+    return (
+        f"{mpp:.4g} microns per pixel contradicts the nuclei, which suggest {estimate}: is the scale wrong by about {factor:.2g}x?",
+    )

@@ -148,11 +148,18 @@ def _decode(
     more = -len(rows) % model.prompts_multiple
     extras = PromptExtras(*(_padded(x.float(), more).to(model.device) for x in (negative, labels, boxes)))
     which = torch.full((len(rows) + more,), number, dtype=torch.long, device=model.device)
-    found = model.decode(embeddings, which, _padded(points, more).to(model.device), extras=extras).take(torch.arange(len(rows)))
+    found = model.decode(embeddings, which, _padded(points, more).to(model.device), extras=extras).take(
+        torch.arange(len(rows))
+    )
     return replace(
-        found, logits=found.logits.float().cpu(), origin_xy=found.origin_xy.cpu(), predicted_iou=found.predicted_iou.float().cpu(),
-        stability=found.stability.float().cpu(), descriptors=found.descriptors.half().cpu(), points_xy=found.points_xy.cpu(),
-    )  # fmt: skip
+        found,
+        logits=found.logits.float().cpu(),
+        origin_xy=found.origin_xy.cpu(),
+        predicted_iou=found.predicted_iou.float().cpu(),
+        stability=found.stability.float().cpu(),
+        descriptors=found.descriptors.half().cpu(),
+        points_xy=found.points_xy.cpu(),
+    )
 
 
 def _padded(x: torch.Tensor, more: int) -> torch.Tensor:
@@ -169,5 +176,9 @@ def _put(masks: WindowMasks, rows: NDArray[np.intp], found: WindowMasks) -> Wind
         return value
 
     return replace(
-        masks, logits=changed("logits"), predicted_iou=changed("predicted_iou"), stability=changed("stability"), descriptors=changed("descriptors")
+        masks,
+        logits=changed("logits"),
+        predicted_iou=changed("predicted_iou"),
+        stability=changed("stability"),
+        descriptors=changed("descriptors"),
     )

@@ -76,10 +76,19 @@ class SlideReader(Protocol):
 
     def __enter__(self) -> Self: ...
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None: ...
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
 
 
-def open_slide(path: str | Path, *, mpp: float | None = None, force_mpp: bool = False, reader: str = "auto", require_mpp: bool = True) -> SlideReader:
+def open_slide(
+    path: str | Path,
+    *,
+    mpp: float | None = None,
+    force_mpp: bool = False,
+    reader: str = "auto",
+    require_mpp: bool = True,
+) -> SlideReader:
     """Open a slide with the first reader that can.
 
     Parameters
@@ -208,7 +217,9 @@ def _checked_file(address: str) -> Path:
     if found == "nothing":
         raise SlideError(f"{path}: no such file; check the path")
     if found == "folder":
-        raise SlideError(f"{path}: is a folder, not a slide; give the file (for MRXS the .mrxs beside the folder, for DICOM one .dcm)")
+        raise SlideError(
+            f"{path}: is a folder, not a slide; give the file (for MRXS the .mrxs beside the folder, for DICOM one .dcm)"
+        )
     with readable(path, SlideError):
         require_regular(path)
         with path.open("rb") as file:

@@ -27,7 +27,9 @@ class ArrayReader:
 
     def __init__(self, image: NDArray[np.uint8], mpp: float, name: str = "image") -> None:
         if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
-            raise SlideError(f"{name}: an array of shape {image.shape} and type {image.dtype}; a uint8 RGB array of shape (H, W, 3) is needed")
+            raise SlideError(
+                f"{name}: an array of shape {image.shape} and type {image.dtype}; a uint8 RGB array of shape (H, W, 3) is needed"
+            )
         self._image = image
         size = (image.shape[1], image.shape[0])
         self.info = SlideInfo(name, "image", "array", (size,), (1.0,), mpp, "given with the array")

@@ -128,7 +128,9 @@ def plan_rgb(sample: NDArray[Any], colours: Colours | None = None) -> tuple[ToRg
     samples = sample.shape[2]
     count = samples - (colours.opacity_at is not None) if colours.count is None else min(colours.count, samples)
     if colours.model not in ("channels", "rgb") and sample.dtype.kind != "u":
-        raise SlideError(f"its colours are {NAMES[colours.model]} in {sample.dtype} values; unsigned integers are supported")
+        raise SlideError(
+            f"its colours are {NAMES[colours.model]} in {sample.dtype} values; unsigned integers are supported"
+        )
     if colours.model == "lab" and sample.dtype != np.uint8:
         raise SlideError(f"its colours are {NAMES[colours.model]} in {sample.dtype} values; 8 bits are supported")
     notes = []
@@ -145,7 +147,9 @@ def plan_rgb(sample: NDArray[Any], colours: Colours | None = None) -> tuple[ToRg
     elif count == 1:
         notes.append("greyscale, shown as grey RGB; models trained on H&E expect colour")
     elif count != 3:
-        notes.append(f"{count} channels; the first {min(count, 3)} are shown as red, green{', blue' if count > 2 else ''}")
+        notes.append(
+            f"{count} channels; the first {min(count, 3)} are shown as red, green{', blue' if count > 2 else ''}"
+        )
     unknown = samples - count - (colours.opacity_at is not None)
     if unknown > 0 and not faults:
         notes.append(f"{unknown} more sample{'s' * (unknown > 1)} per pixel without a stated meaning: left out")

@@ -12,7 +12,9 @@ if TYPE_CHECKING:
     from wsiseg.geometry import Box
     from wsiseg.records import SlideInfo
 
-_UNSUPPORTED = re.compile(r"not supported|unsupported|can ?not handle|not implemented|requires the .* package", re.IGNORECASE)
+_UNSUPPORTED = re.compile(
+    r"not supported|unsupported|can ?not handle|not implemented|requires the .* package", re.IGNORECASE
+)
 _asking = threading.local()  # a reader that is asked for a second opinion must not ask for one itself
 
 

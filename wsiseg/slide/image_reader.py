@@ -44,7 +44,9 @@ class TiffReader:
         except SlideError:
             raise
         except FOREIGN_ERRORS as error:
-            raise SlideError(f"damaged, cut short, or of an unknown kind ({' '.join(str(error).split())[:120]})") from error
+            raise SlideError(
+                f"damaged, cut short, or of an unknown kind ({' '.join(str(error).split())[:120]})"
+            ) from error
         self._closed = False
 
     def _describe(self, path: str, mpp: float | None) -> SlideInfo:
@@ -85,7 +87,9 @@ class TiffReader:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
 
@@ -95,7 +99,9 @@ class ImageReader:
     def __init__(self, path: str, mpp: float | None) -> None:
         loaded = _load(path)
         self._pixels: NDArray[np.uint8] | None = loaded.pixels
-        value, source, notes = choose_mpp(None, mpp, None)  # the dpi of PNG and JPEG are print resolutions: never an mpp
+        value, source, notes = choose_mpp(
+            None, mpp, None
+        )  # the dpi of PNG and JPEG are print resolutions: never an mpp
         height, width = loaded.pixels.shape[:2]
         self.info = SlideInfo(
             path=path,
@@ -122,7 +128,9 @@ class ImageReader:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
 
@@ -144,7 +152,9 @@ class _Loaded:
 
 def _check_size(width: int, height: int) -> None:
     if width * height > MAX_IMAGE_PX:
-        raise SlideError(f"{width} x {height} px is too large for a plain image (at most {MAX_IMAGE_PX / 1e6:.0f} megapixels): {ADVICE}")
+        raise SlideError(
+            f"{width} x {height} px is too large for a plain image (at most {MAX_IMAGE_PX / 1e6:.0f} megapixels): {ADVICE}"
+        )
 
 
 def _load(path: str) -> _Loaded:
@@ -163,7 +173,9 @@ def _load(path: str) -> _Loaded:
                 pixels, alpha = np.asarray(image), image.mode == "RGBA"
                 orientation = int(file.getexif().get(ORIENTATION, 1))
     except Image.DecompressionBombError as error:
-        raise SlideError(f"too large for a plain image (at most {MAX_IMAGE_PX / 1e6:.0f} megapixels): {ADVICE}") from error
+        raise SlideError(
+            f"too large for a plain image (at most {MAX_IMAGE_PX / 1e6:.0f} megapixels): {ADVICE}"
+        ) from error
     except UnidentifiedImageError as error:
         raise SlideError("not an image it knows") from error
     except SlideError:

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 
 NO_SOURCE = "none"
 OVERRIDE = "--mpp"
-PRINT_MPP = 10.0  # 2540 dpi: resolution tags this coarse (72, 96, 300, 600, 1200 dpi) are software defaults, not microscopes
+PRINT_MPP = (
+    10.0  # 2540 dpi: resolution tags this coarse (72, 96, 300, 600, 1200 dpi) are software defaults, not microscopes
+)
 ANISOTROPY_NOTE, ANISOTROPY_LIMIT = 0.01, 0.10
 CONTRADICTION = 0.05  # relative difference between --mpp and the file
 OBJECTIVE_TOLERANCE = 1.7  # scanners of one power differ: 20x is 0.5 (Aperio) to 0.44 (3DHISTECH), 40x 0.25 to 0.17
@@ -102,7 +104,9 @@ def from_ome_xml(text: str | None, size_px0: tuple[int, int]) -> PixelSize | Non
     return None
 
 
-def from_tiff_tags(tags: Mapping[str, Any], imagej: Mapping[str, Any] | None = None) -> tuple[PixelSize | None, tuple[str, ...]]:
+def from_tiff_tags(
+    tags: Mapping[str, Any], imagej: Mapping[str, Any] | None = None
+) -> tuple[PixelSize | None, tuple[str, ...]]:
     """The size in a TIFF's resolution tags.
 
     Parameters
@@ -140,7 +144,9 @@ def believe_resolution(size: PixelSize) -> tuple[PixelSize | None, tuple[str, ..
     return None, (f"its resolution tag, {25400 / size.mean:.0f} dpi, is a print resolution and was ignored",)
 
 
-def choose_mpp(found: PixelSize | None, override: float | None, objective: float | None) -> tuple[float, str, tuple[str, ...]]:
+def choose_mpp(
+    found: PixelSize | None, override: float | None, objective: float | None
+) -> tuple[float, str, tuple[str, ...]]:
     """Choose the microns per pixel to use.
 
     Parameters
@@ -168,7 +174,9 @@ def choose_mpp(found: PixelSize | None, override: float | None, objective: float
         return math.nan, NO_SOURCE, ()
     low, high = CELLULAR_MPP
     if not low <= mpp <= high:
-        notes.append(f"{mpp:.4g} microns per pixel ({source}) is too {'fine' if mpp < low else 'coarse'} for cells ({low} to {high})")
+        notes.append(
+            f"{mpp:.4g} microns per pixel ({source}) is too {'fine' if mpp < low else 'coarse'} for cells ({low} to {high})"
+        )
     if found and found.anisotropy > ANISOTROPY_NOTE:
         sides = f"{found.x:.4g} x {found.y:.4g} microns ({found.source})"
         if found.anisotropy > ANISOTROPY_LIMIT and override is None:
@@ -176,7 +184,9 @@ def choose_mpp(found: PixelSize | None, override: float | None, objective: float
         else:
             notes.append(f"pixels are not square: {sides}; {mpp:.4g} is used for both sides")
     if objective and not 1 / OBJECTIVE_TOLERANCE < mpp * objective / 10 < OBJECTIVE_TOLERANCE:
-        notes.append(f"{mpp:.4g} microns per pixel ({source}) contradicts the {objective:g}x objective (about {10 / objective:.3g})")
+        notes.append(
+            f"{mpp:.4g} microns per pixel ({source}) contradicts the {objective:g}x objective (about {10 / objective:.3g})"
+        )
     return mpp, source, tuple(notes)
 
 
@@ -205,4 +215,6 @@ def require_cellular(info: SlideInfo) -> None:
         )
     for note in info.warnings:
         if note.startswith(STRETCHED):
-            raise SlideError(f"{info.path}: {note}; save the slide with square pixels, or pass --mpp to treat them as square")
+            raise SlideError(
+                f"{info.path}: {note}; save the slide with square pixels, or pass --mpp to treat them as square"
+            )

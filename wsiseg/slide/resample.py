@@ -30,7 +30,17 @@ MAX_SOURCE_PX = 16e6  # level px read at once (48 MB); larger reads go in pieces
 MAX_THUMBNAIL_PX = 64e6  # thumbnail px (192 MB)
 
 FOREIGN_ERRORS = (
-    *(OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, AssertionError, ArithmeticError, SyntaxError),
+    *(
+        OSError,
+        RuntimeError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        AssertionError,
+        ArithmeticError,
+        SyntaxError,
+    ),
     *(EOFError, MemoryError, struct.error),
 )  #: what decoders of other libraries raise on damaged files, by observation; readers turn them into SlideError
 
@@ -135,11 +145,15 @@ def thumbnail(reader: SlideReader, mpp: float) -> tuple[NDArray[np.uint8], float
 
 def best_level(downsamples: tuple[float, ...], scale: float) -> int:
     """The coarsest level that is not coarser than ``scale`` level-0 px per px (within 1 %), else level 0; ties go to the first."""
-    fine = [(-downsample, level) for level, downsample in enumerate(downsamples) if downsample <= scale * LEVEL_TOLERANCE]
+    fine = [
+        (-downsample, level) for level, downsample in enumerate(downsamples) if downsample <= scale * LEVEL_TOLERANCE
+    ]
     return min(fine)[1] if fine else 0
 
 
-def whole_downsamples(level_sizes: tuple[tuple[int, int], ...], stated: tuple[float, ...] | None = None) -> tuple[float, ...]:
+def whole_downsamples(
+    level_sizes: tuple[tuple[int, int], ...], stated: tuple[float, ...] | None = None
+) -> tuple[float, ...]:
     """Level-0 px per px of each level.
 
     Dividing the sizes of levels gives 2.0005 where a scanner halved 4443 px and dropped the odd one: half a pixel of drift over a
@@ -157,7 +171,11 @@ def whole_downsamples(level_sizes: tuple[tuple[int, int], ...], stated: tuple[fl
     for level, (width, height) in enumerate(level_sizes):
         ratio = stated[level] if stated else math.sqrt((width0 / width) * (height0 / height))
         whole = [2.0 ** round(math.log2(ratio)), float(max(round(ratio), 1))]
-        fits = [k for k in whole if abs(width0 / k - width) <= 1 and abs(height0 / k - height) <= 1 and abs(k / ratio - 1) < 0.1]
+        fits = [
+            k
+            for k in whole
+            if abs(width0 / k - width) <= 1 and abs(height0 / k - height) <= 1 and abs(k / ratio - 1) < 0.1
+        ]
         factors.append(fits[0] if fits else ratio)
     return tuple(factors)
 
@@ -169,7 +187,9 @@ def uneven_levels(level_sizes: tuple[tuple[int, int], ...]) -> tuple[str, ...]:
     for level, (width, height) in enumerate(level_sizes):
         x, y = width0 / width, height0 / height
         if abs(x / y - 1) > 0.02 and abs(width - width0 / y) > 2 and abs(height - height0 / x) > 2:
-            notes.append(f"level {level} ({width} x {height} px) is not a uniform reduction of level 0 ({width0} x {height0} px)")
+            notes.append(
+                f"level {level} ({width} x {height} px) is not a uniform reduction of level 0 ({width0} x {height0} px)"
+            )
     return tuple(notes)
 
 

@@ -32,8 +32,13 @@ if TYPE_CHECKING:
 ADVICE = "convert it to a tiled pyramid, for example: vips tiffsave IN OUT.tif --tile --pyramid --compression jpeg"
 CACHE_BYTES = 128e6  # decoded tiles kept: neighbouring boxes share the tiles on their border
 MAX_CHUNK_BYTES = 512e6  # decoded size of the largest strip or tile that is read for one box
-SAMPLE_CHUNKS, SAMPLE_BYTES = 64, 256e6  # at most these of a level decide the scaling of deep pixels and the use of opacity
-LOOKED_AT = 64  # directories of a generic TIFF that are looked at before OpenSlide may read it; a stack shows in the first few
+SAMPLE_CHUNKS, SAMPLE_BYTES = (
+    64,
+    256e6,
+)  # at most these of a level decide the scaling of deep pixels and the use of opacity
+LOOKED_AT = (
+    64  # directories of a generic TIFF that are looked at before OpenSlide may read it; a stack shows in the first few
+)
 WHITE = 255
 
 JPEG = (6, 7)
@@ -121,7 +126,9 @@ class TiffPixels:
                 encoded = self._encoded(level, number, at)
                 if encoded is None:
                     return None
-                tile, _, shape = level.page.decode(encoded, at, jpegtables=page.jpegtables, jpegheader=level.page.jpegheader)
+                tile, _, shape = level.page.decode(
+                    encoded, at, jpegtables=page.jpegtables, jpegheader=level.page.jpegheader
+                )
                 planes.append(tile[0, : shape[1], : shape[2]])
         return np.ascontiguousarray(planes[0]) if len(planes) == 1 else np.concatenate(planes, axis=2)
 
@@ -217,15 +224,21 @@ def _first_plane(level: tifffile.TiffPageSeries) -> tuple[tuple[Any, ...], tuple
     if inner not in ("YX", "YXS", "SYX") or not axes.endswith(inner):
         raise SlideError(f"its axes are {axes} ({inner} in one page), which is not supported: {ADVICE}")
     outer, counts = axes[: -len(inner)], shape[: len(shape) - len(inner)]
-    left_out = [f"{axis} 1 of {count}" for axis, count in zip(outer, counts, strict=True) if axis not in "CS" and count > 1]
+    left_out = [
+        f"{axis} 1 of {count}" for axis, count in zip(outer, counts, strict=True) if axis not in "CS" and count > 1
+    ]
     channels = [count if axis in "CS" and inner == "YX" else 1 for axis, count in zip(outer, counts, strict=True)]
     if any(axis in "CS" and inner != "YX" and count > 1 for axis, count in zip(outer, counts, strict=True)):
-        left_out += [f"{axis} 1 of {count}" for axis, count in zip(outer, counts, strict=True) if axis in "CS" and count > 1]
+        left_out += [
+            f"{axis} 1 of {count}" for axis, count in zip(outer, counts, strict=True) if axis in "CS" and count > 1
+        ]
     index = [np.arange(count) for count in channels]
     picked = np.ravel_multi_index(np.meshgrid(*index, indexing="ij"), counts).ravel().tolist() if outer else [0]
     pages = [level.pages[at] if at < len(level.pages) else None for at in picked]
     if any(page is None for page in pages):
-        raise SlideError(f"its channels ({axes}, {' x '.join(map(str, shape))}) are not stored as pages, which is not supported: {ADVICE}")
+        raise SlideError(
+            f"its channels ({axes}, {' x '.join(map(str, shape))}) are not stored as pages, which is not supported: {ADVICE}"
+        )
     notes = (f"a stack, of which only the first plane is used ({', '.join(left_out)})",) if left_out else ()
     return tuple(pages), notes
 
@@ -239,16 +252,24 @@ def _level(page: Any, pages: tuple[Any, ...]) -> _Level:  # noqa: ANN401
         high, wide = min(int(page.rowsperstrip), int(page.imagelength)), int(page.imagewidth)
     planes = int(page.samplesperpixel) if page.planarconfig == 2 and page.samplesperpixel > 1 else 1
     if page.dtype is None or page.dtype.kind not in "buif":
-        raise SlideError(f"its numbers, {page.bitspersample} bits of sample format {page.sampleformat}, are not supported")
+        raise SlideError(
+            f"its numbers, {page.bitspersample} bits of sample format {page.sampleformat}, are not supported"
+        )
     _require_decoder(page)
     size = high * wide * int(page.samplesperpixel) * int(np.dtype(page.dtype).itemsize)
     if size > MAX_CHUNK_BYTES:
         raise SlideError(f"one tile or strip of it holds {size / 1e6:.0f} MB of pixels: {ADVICE}")
     level = _Level(
-        page=page, pages=pages, planes=planes, wide=wide, high=high, width=int(page.imagewidth), height=int(page.imagelength),
+        page=page,
+        pages=pages,
+        planes=planes,
+        wide=wide,
+        high=high,
+        width=int(page.imagewidth),
+        height=int(page.imagelength),
         offsets=tuple(np.asarray(p.dataoffsets, np.int64) for p in pages),
         lengths=tuple(np.asarray(p.databytecounts, np.int64) for p in pages),
-    )  # fmt: skip
+    )
     wanted = level.columns * level.rows * planes
     listed = min(min(len(offsets), len(lengths)) for offsets, lengths in zip(level.offsets, level.lengths, strict=True))
     if listed < wanted:
@@ -268,7 +289,9 @@ def _require_decoder(page: Any) -> None:  # noqa: ANN401
         decode(b"", 0)
     except (ValueError, NotImplementedError) as error:
         compression = getattr(page.compression, "name", page.compression)
-        raise SlideError(f"its pixels ({compression} compression) are stored in a way that is not supported: {error}") from error
+        raise SlideError(
+            f"its pixels ({compression} compression) are stored in a way that is not supported: {error}"
+        ) from error
 
 
 def _colours_of(page: Any, channels: int) -> Colours:  # noqa: ANN401
@@ -276,21 +299,27 @@ def _colours_of(page: Any, channels: int) -> Colours:  # noqa: ANN401
     kind, extras = int(page.photometric), [int(extra) for extra in page.extrasamples]
     name = getattr(page.photometric, "name", str(kind))
     samples = int(page.samplesperpixel)
-    opacity = next((samples - len(extras) + n for n, extra in enumerate(extras) if extra in (PREMULTIPLIED, STRAIGHT)), None)
+    opacity = next(
+        (samples - len(extras) + n for n, extra in enumerate(extras) if extra in (PREMULTIPLIED, STRAIGHT)), None
+    )
     premultiplied = opacity is not None and extras[opacity - samples + len(extras)] == PREMULTIPLIED
     bits = int(page.bitspersample)
     shallow = bits if page.dtype.kind == "u" and bits not in (8, 16, 32, 64) else None
     if kind in (GREY, INVERTED_GREY):
         # Several channels are stored as grey with extra samples; with an opacity among them the rest cannot be told from it by place.
         count = None if channels > 1 or opacity in (None, samples - 1) else 1
-        return Colours(count=count, opacity_at=opacity, premultiplied=premultiplied, inverted=kind == INVERTED_GREY, bits=shallow)
+        return Colours(
+            count=count, opacity_at=opacity, premultiplied=premultiplied, inverted=kind == INVERTED_GREY, bits=shallow
+        )
     if kind == RGB or (kind == YCBCR and page.compression in TO_RGB and page.planarconfig == 1):
         count = samples - len(extras) if extras else None
         return Colours(model="rgb", count=count, opacity_at=opacity, premultiplied=premultiplied, bits=shallow)
     if kind == PALETTE and page.colormap is not None:
         table = np.asarray(page.colormap).T.astype(np.uint32)
         table = table if table.max(initial=0) < 256 else (table + 128) // 257  # some writers leave it at 8 bits
-        return Colours(model="palette", count=1, opacity_at=opacity, premultiplied=premultiplied, palette=table.astype(np.uint8))
+        return Colours(
+            model="palette", count=1, opacity_at=opacity, premultiplied=premultiplied, palette=table.astype(np.uint8)
+        )
     if kind == SEPARATED and samples - len(extras) == 4 and page.tags.valueof(INK_SET, 1) == 1:
         return Colours(model="cmyk", count=4, opacity_at=opacity, premultiplied=premultiplied, bits=shallow)
     if kind == YCBCR and page.compression not in JPEG_2000 and samples - len(extras) == 3:
@@ -300,13 +329,20 @@ def _colours_of(page: Any, channels: int) -> Colours:  # noqa: ANN401
         if bits > 8 and max(reference) > 255:
             reference = tuple(value * scale for value in reference)
         return Colours(
-            model="ycbcr", count=3, opacity_at=opacity, premultiplied=premultiplied, bits=shallow,
-            luma=cast("tuple[float, float, float]", luma), reference=reference,
-        )  # fmt: skip
+            model="ycbcr",
+            count=3,
+            opacity_at=opacity,
+            premultiplied=premultiplied,
+            bits=shallow,
+            luma=cast("tuple[float, float, float]", luma),
+            reference=reference,
+        )
     if kind == LAB and samples - len(extras) == 3:
         return Colours(model="lab", count=3, opacity_at=opacity, premultiplied=premultiplied, bits=shallow)
     compression = getattr(page.compression, "name", page.compression)
-    raise SlideError(f"its colours are stored as {name} ({samples} samples, {compression} compression), which is not supported")
+    raise SlideError(
+        f"its colours are stored as {name} ({samples} samples, {compression} compression), which is not supported"
+    )
 
 
 def _rationals(value: Any, default: tuple[float, ...]) -> tuple[float, ...]:  # noqa: ANN401
@@ -327,7 +363,9 @@ def _orientation_note(page: Any) -> tuple[str, ...]:  # noqa: ANN401
     orientation = page.tags.valueof(ORIENTATION, 1)
     if orientation in (0, 1):
         return ()
-    return (f"its orientation tag ({orientation}) is ignored: pixels are used as they are stored, and coordinates refer to these",)
+    return (
+        f"its orientation tag ({orientation}) is ignored: pixels are used as they are stored, and coordinates refer to these",
+    )
 
 
 def misread_by_openslide(path: str, vendor: str) -> str | None:

@@ -55,7 +55,9 @@ class TiffSlideReader:
         except FileNotFoundError as error:
             raise SlideError("nothing there") from error
         except tifffile.TiffFileError as error:
-            raise SlideError("not a TIFF" if "not a TIFF" in str(error) else " ".join(str(error).split())[:120]) from error
+            raise SlideError(
+                "not a TIFF" if "not a TIFF" in str(error) else " ".join(str(error).split())[:120]
+            ) from error
         except (*FOREIGN_ERRORS, ImportError) as error:
             raise SlideError(" ".join(f"{type(error).__name__}: {error}".split())[:160]) from error
 
@@ -69,7 +71,9 @@ class TiffSlideReader:
         if not properties.get("tiffslide.series-composition"):
             self._pixels = TiffPixels(slide.ts_tifffile, series)
         elif page.dtype != np.uint8 or page.samplesperpixel != 3:
-            raise SlideError(f"its parts hold {page.samplesperpixel} samples of {page.dtype} per pixel, which is not supported")
+            raise SlideError(
+                f"its parts hold {page.samplesperpixel} samples of {page.dtype} per pixel, which is not supported"
+            )
         sizes = tuple((int(width), int(height)) for width, height in slide.level_dimensions)
         found, doubts = _pixel_size(slide, sizes[0], page)
         objective = pixel_size(properties.get("tiffslide.objective-power"), None, "")
@@ -99,7 +103,9 @@ class TiffSlideReader:
         if self._pixels:
             return self._pixels.read(level, box)
         with self._lock:  # TiffSlide's zarr stores are shared
-            rgb: NDArray[np.uint8] = np.asarray(self._slide.read_region((box.x0, box.y0), level, (box.width, box.height), as_array=True))
+            rgb: NDArray[np.uint8] = np.asarray(
+                self._slide.read_region((box.x0, box.y0), level, (box.width, box.height), as_array=True)
+            )
             return rgb
 
     def close(self) -> None:
@@ -111,7 +117,9 @@ class TiffSlideReader:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
 
@@ -132,7 +140,9 @@ class _LevelSlide(TiffSlide):
         return location
 
 
-def _pixel_size(slide: TiffSlide, size_px0: tuple[int, int], page: tifffile.TiffPage) -> tuple[PixelSize | None, tuple[str, ...]]:
+def _pixel_size(
+    slide: TiffSlide, size_px0: tuple[int, int], page: tifffile.TiffPage
+) -> tuple[PixelSize | None, tuple[str, ...]]:
     tiff, properties = slide.ts_tifffile, slide.properties
     ome = from_ome_xml(tiff.ome_metadata, size_px0)
     if ome:

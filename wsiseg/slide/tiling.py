@@ -93,5 +93,7 @@ def _sizes(mpp: float, config: TilingConfig, stride_px: int, reach_px: int, inpu
     tile += (input_px - tile) // stride_px % 2 * stride_px  # an even rest, in strides, makes two halos
     if tile < stride_px or tile + 2 * halo > input_px:
         room = f"{input_px * mpp:g} um with a halo of {halo * mpp:g} um or more on each side"
-        raise ConfigError(f"--tile-size, --halo: the model takes tiles of {room}; leave --tile-size out, or make it smaller")
+        raise ConfigError(
+            f"--tile-size, --halo: the model takes tiles of {room}; leave --tile-size out, or make it smaller"
+        )
     return tile, (input_px - tile) // 2

@@ -28,17 +28,27 @@ if TYPE_CHECKING:
     from wsiseg.config import TissueConfig
     from wsiseg.records import SlideInfo
 
-DARK_MEDIAN = 60  # grey level of the overview's median below which the background is dark: glass is above 180, dense H&E above 90
-DARK_GLASS_SHARE, GLASS = 0.05, 180  # more than this share of bright px means glass: a brightfield slide padded with black
+DARK_MEDIAN = (
+    60  # grey level of the overview's median below which the background is dark: glass is above 180, dense H&E above 90
+)
+DARK_GLASS_SHARE, GLASS = (
+    0.05,
+    180,
+)  # more than this share of bright px means glass: a brightfield slide padded with black
 WHITE_POINT = 99.5  # percentile of each channel that is glass
 WHITE_RANGE = (190, 255)  # and where glass can lie: a crop full of tissue has none
 WHITE_TINT = 15  # grey levels between the channels of glass; more is tissue taken for glass
-GREY_WEIGHT = 0.5  # of mean absorption against colour: dirt and uneven light have no colour, uneven light is up to 10 % (0.046)
+GREY_WEIGHT = (
+    0.5  # of mean absorption against colour: dirt and uneven light have no colour, uneven light is up to 10 % (0.046)
+)
 STAIN_FLOOR = 0.03  # JPEG noise and uneven light reach 0.025 on blank glass; walls of fat cells, 8 um px, 0.03 to 0.06
 STAIN_CEILING = 0.05  # pale stroma begins at 0.08; Otsu between dense tumour and stroma would lie above it
 PADDING = 12  # brightest channel of px that were never scanned; ink and pigment are lighter at 8 um per px
 GLOW_BACKGROUND = 5  # percentile of brightness that is background when the background is dark
-GLOW_FLOOR, GLOW_PART = 4, 0.25  # grey levels above it, and part of the way to Otsu's threshold: stroma with few nuclei is dim
+GLOW_FLOOR, GLOW_PART = (
+    4,
+    0.25,
+)  # grey levels above it, and part of the way to Otsu's threshold: stroma with few nuclei is dim
 SMALL_IMAGE_UM2 = 1e6  # a field of view has its subject everywhere; leaving parts of it out saves a few tiles at most
 
 
@@ -72,19 +82,31 @@ class TissueMask:
 
     def __reduce__(self) -> tuple[object, ...]:
         """Travels packed: 10 MB of a large slide are some 10 kB."""
-        return _unpack, (zlib.compress(np.packbits(self.mask).tobytes()), self.mask.shape, self.scale, self.brightfield, self.warnings)
+        return _unpack, (
+            zlib.compress(np.packbits(self.mask).tobytes()),
+            self.mask.shape,
+            self.scale,
+            self.brightfield,
+            self.warnings,
+        )
 
     def area_um2(self, mpp: float) -> float:
         """Area of the mask, its margin included; ``mpp`` is microns per level-0 px."""
         return float(np.count_nonzero(self.mask)) * (self.scale * mpp) ** 2
 
 
-def _unpack(packed: bytes, shape: tuple[int, int], scale: float, brightfield: bool, warnings: tuple[str, ...]) -> TissueMask:
+def _unpack(
+    packed: bytes, shape: tuple[int, int], scale: float, brightfield: bool, warnings: tuple[str, ...]
+) -> TissueMask:
     bits = np.frombuffer(zlib.decompress(packed), np.uint8)
-    return TissueMask(np.unpackbits(bits, count=shape[0] * shape[1]).reshape(shape).astype(bool), scale, brightfield, warnings)
+    return TissueMask(
+        np.unpackbits(bits, count=shape[0] * shape[1]).reshape(shape).astype(bool), scale, brightfield, warnings
+    )
 
 
-def find_tissue(thumbnail: NDArray[np.uint8], scale: float, config: TissueConfig, *, mpp: float | None = None) -> TissueMask:
+def find_tissue(
+    thumbnail: NDArray[np.uint8], scale: float, config: TissueConfig, *, mpp: float | None = None
+) -> TissueMask:
     """Find the tissue of a slide.
 
     Parameters
@@ -124,7 +146,9 @@ def _background(thumbnail: NDArray[np.uint8]) -> tuple[bool, tuple[str, ...]]:
     median = float(np.median(thumbnail.mean(axis=2)))
     if median >= DARK_MEDIAN or (darkest > GLASS).mean() > DARK_GLASS_SHARE:
         return True, ()
-    return False, (f"does not look like brightfield H&E: the background is dark (median grey level {median:.0f} of 255)",)
+    return False, (
+        f"does not look like brightfield H&E: the background is dark (median grey level {median:.0f} of 255)",
+    )
 
 
 def is_brightfield(thumbnail: NDArray[np.uint8]) -> bool:

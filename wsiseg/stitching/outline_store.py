@@ -70,7 +70,13 @@ class OutlineStore:
         How much of the parts stays in memory.
     """
 
-    def __init__(self, sources: Sequence[Path | Cells], size_px0: tuple[int, int], descriptor_size: int, cache_bytes: int = CACHE_BYTES) -> None:
+    def __init__(
+        self,
+        sources: Sequence[Path | Cells],
+        size_px0: tuple[int, int],
+        descriptor_size: int,
+        cache_bytes: int = CACHE_BYTES,
+    ) -> None:
         self.sources = list(sources)
         self.descriptor_size = descriptor_size
         self._size = size_px0
@@ -87,7 +93,9 @@ class OutlineStore:
         def read(k: int) -> OutlineTable:
             part = self._part(k, _OUTLINE)
             polygons = self._cut(part.polygons(None))
-            numbers = OutlineTable(part.points_xy, part.scores, shapely.bounds(polygons).reshape(-1, 4), shapely.area(polygons))
+            numbers = OutlineTable(
+                part.points_xy, part.scores, shapely.bounds(polygons).reshape(-1, 4), shapely.area(polygons)
+            )
             visit(k, polygons, numbers)
             return numbers
 
@@ -112,7 +120,9 @@ class OutlineStore:
             out[where] = part.descriptors(inside)
         return out
 
-    def _by_part(self, rows: NDArray[np.intp], columns: tuple[str, ...]) -> Iterator[tuple[NDArray[np.intp], Part, NDArray[np.intp]]]:
+    def _by_part(
+        self, rows: NDArray[np.intp], columns: tuple[str, ...]
+    ) -> Iterator[tuple[NDArray[np.intp], Part, NDArray[np.intp]]]:
         """For each part that holds some of ``rows``: their positions among them, the part, and their places in it."""
         owner = np.searchsorted(self.starts, rows, side="right") - 1
         order = np.argsort(owner, kind="stable")
@@ -139,7 +149,9 @@ class OutlineStore:
         now = path.stat()
         state = now.st_ino, now.st_size, now.st_mtime_ns
         if self._states.setdefault(k, state) != state:
-            raise RunError(f"{path}: was changed by another run while this one went on; run the command again, one run per folder")
+            raise RunError(
+                f"{path}: was changed by another run while this one went on; run the command again, one run per folder"
+            )
         return part
 
     def _cut(self, polygons: NDArray[np.object_]) -> NDArray[np.object_]:
@@ -149,5 +161,7 @@ class OutlineStore:
         out = (bounds[:, 0] < 0) | (bounds[:, 1] < 0) | (bounds[:, 2] > width) | (bounds[:, 3] > height)
         if out.any():
             polygons = polygons.copy()
-            polygons[out] = [largest_part(g) for g in shapely.intersection(polygons[out], shapely.box(0, 0, width, height))]
+            polygons[out] = [
+                largest_part(g) for g in shapely.intersection(polygons[out], shapely.box(0, 0, width, height))
+            ]
         return polygons

@@ -76,7 +76,9 @@ class Pairs:
         """All groups in order."""
         none = np.empty(0, np.intp)
         everything = [Pairs(none, none, np.empty(0), np.empty(0, bool)), *groups]
-        return Pairs(*(np.concatenate([getattr(p, name) for p in everything]) for name in ("low", "high", "shared", "exact")))
+        return Pairs(
+            *(np.concatenate([getattr(p, name) for p in everything]) for name in ("low", "high", "shared", "exact"))
+        )
 
 
 @dataclass(frozen=True)
@@ -148,7 +150,9 @@ class StitchedCells:
 
     def chunks(self, rows: int) -> Iterator[Cells]:
         """All cells in order, ``rows`` at a time; the next ones are read meanwhile."""
-        return prefetch_map(self.take, (slice(start, start + rows) for start in range(0, len(self), rows)), threads=1, limit=2)
+        return prefetch_map(
+            self.take, (slice(start, start + rows) for start in range(0, len(self), rows)), threads=1, limit=2
+        )
 
 
 def stitch(
@@ -188,7 +192,9 @@ def stitch(
     pairs = find_pairs(outlines, config)
     numbers = outlines.numbers
     kept, clusters = resolve_overlaps(numbers.areas, pairs, config)
-    cut_rows, cut_wkb, cut_bounds, cut_areas = _cut(outlines, pairs.take(kept[pairs.low] & kept[pairs.high] & (pairs.shared > _LEAST_CUT)))
+    cut_rows, cut_wkb, cut_bounds, cut_areas = _cut(
+        outlines, pairs.take(kept[pairs.low] & kept[pairs.high] & (pairs.shared > _LEAST_CUT))
+    )
     areas, bounds = numbers.areas.copy(), numbers.bounds.copy()
     areas[cut_rows], bounds[cut_rows] = cut_areas, cut_bounds
     big = kept & (areas >= min_area_px0) & (areas > 0)
@@ -211,7 +217,9 @@ def find_pairs(outlines: OutlineStore, config: StitchingConfig) -> Pairs:
     outlines.survey(within)
     starts = outlines.starts
     found = [replace(p, low=p.low + starts[k], high=p.high + starts[k]) for k, p in sorted(inside.items())]
-    found += prefetch_map(partial(_between, outlines, config), _neighbours(outlines), threads=THREADS, limit=2 * THREADS)
+    found += prefetch_map(
+        partial(_between, outlines, config), _neighbours(outlines), threads=THREADS, limit=2 * THREADS
+    )
     pairs = Pairs.concatenate(found)
     rank = _rank(outlines.numbers)
     pairs = pairs.take(np.lexsort((rank[pairs.high], rank[pairs.low])))
@@ -233,7 +241,9 @@ def _neighbours(outlines: OutlineStore) -> list[tuple[NDArray[np.intp], NDArray[
     if not len(filled):
         return []
     firsts = starts[filled]
-    boxes = np.hstack([np.fmin.reduceat(bounds[:, :2], firsts), np.fmax.reduceat(bounds[:, 2:], firsts)])  # NaN: nothing of it is on the slide
+    boxes = np.hstack(
+        [np.fmin.reduceat(bounds[:, :2], firsts), np.fmax.reduceat(bounds[:, 2:], firsts)]
+    )  # NaN: nothing of it is on the slide
     left, right = shapely.STRtree(shapely.box(*boxes.T)).query(shapely.box(*boxes.T))
     found = []
     for k in range(len(filled)):
@@ -264,7 +274,11 @@ def _between(outlines: OutlineStore, config: StitchingConfig, rows: tuple[NDArra
 
 
 def _measured(
-    polygons: NDArray[np.object_], numbers: OutlineTable, left: NDArray[np.intp], right: NDArray[np.intp], config: StitchingConfig
+    polygons: NDArray[np.object_],
+    numbers: OutlineTable,
+    left: NDArray[np.intp],
+    right: NDArray[np.intp],
+    config: StitchingConfig,
 ) -> Pairs:
     """Those that touch, of pairs whose boxes do; what the boxes share stands in for the area."""
     rank, box, area = _rank(numbers), numbers.bounds, numbers.areas
@@ -278,7 +292,9 @@ def _measured(
     return Pairs(low, high, shared, np.zeros(len(low), bool)).take(touch & (shared > 0))
 
 
-def _decides(numbers: OutlineTable, low: NDArray[np.intp], high: NDArray[np.intp], config: StitchingConfig) -> NDArray[np.bool_]:
+def _decides(
+    numbers: OutlineTable, low: NDArray[np.intp], high: NDArray[np.intp], config: StitchingConfig
+) -> NDArray[np.bool_]:
     """Pairs whose worse outline certainly goes if the better stays: |A and B| = |A| + |B| - |A or B|, and the union lies in its box."""
     box, area = numbers.bounds, numbers.areas
     union = (np.maximum(box[low, 2:], box[high, 2:]) - np.minimum(box[low, :2], box[high, :2])).prod(1)
@@ -305,7 +321,9 @@ def _refine_areas(outlines: OutlineStore, pairs: Pairs, config: StitchingConfig)
     def sharpen(here: NDArray[np.intp]) -> None:
         shared[here] = shapely.area(shapely.intersection(outlines.polygons(low[here]), outlines.polygons(high[here])))
 
-    for _ in prefetch_map(sharpen, [blurred[a:b] for a, b in itertools.pairwise(edges) if b > a], threads=THREADS, limit=2 * THREADS):
+    for _ in prefetch_map(
+        sharpen, [blurred[a:b] for a, b in itertools.pairwise(edges) if b > a], threads=THREADS, limit=2 * THREADS
+    ):
         pass
     return replace(pairs, shared=shared, exact=needed).take(shared > 0)
 
@@ -347,7 +365,9 @@ def resolve_overlaps(area: NDArray[np.float64], pairs: Pairs, config: StitchingC
     return kept, int(cluster.sum())
 
 
-def _decide(kept: NDArray[np.bool_], area: NDArray[np.float64], pairs: Pairs, nested: NDArray[np.bool_], config: StitchingConfig) -> None:
+def _decide(
+    kept: NDArray[np.bool_], area: NDArray[np.float64], pairs: Pairs, nested: NDArray[np.bool_], config: StitchingConfig
+) -> None:
     """Drop those of ``pairs.low`` that too much is claimed of, or that nest with a better one; all of ``pairs.high`` are decided. In place."""
     rows, where = np.unique(pairs.low, return_inverse=True)
     better = kept[pairs.high]
@@ -356,7 +376,9 @@ def _decide(kept: NDArray[np.bool_], area: NDArray[np.float64], pairs: Pairs, ne
     kept[rows] = (claimed <= config.max_overlap * area[rows]) & ~inside
 
 
-def _cut(outlines: OutlineStore, pairs: Pairs) -> tuple[NDArray[np.intp], pa.Array, NDArray[np.float64], NDArray[np.float64]]:
+def _cut(
+    outlines: OutlineStore, pairs: Pairs
+) -> tuple[NDArray[np.intp], pa.Array, NDArray[np.float64], NDArray[np.float64]]:
     """Cut from each worse outline of ``pairs`` what the better ones hold: rows (sorted), WKB, bounds and areas of what is left."""
     order = np.argsort(pairs.low, kind="stable")  # by row, so by part; within a row by rank
     edges = np.searchsorted(pairs.low[order], outlines.starts)
@@ -374,7 +396,12 @@ def _cut(outlines: OutlineStore, pairs: Pairs) -> tuple[NDArray[np.intp], pa.Arr
         left[odd] = [largest_part(g) for g in left[odd]]
         smaller = shapely.area(left) < shapely.area(whole) - _LEAST_CUT  # the others only touch
         rows, left = rows[smaller], left[smaller]
-        return rows, pa.array(shapely.to_wkb(left), pa.binary()), shapely.bounds(left).reshape(-1, 4), shapely.area(left)
+        return (
+            rows,
+            pa.array(shapely.to_wkb(left), pa.binary()),
+            shapely.bounds(left).reshape(-1, 4),
+            shapely.area(left),
+        )
 
     done = list(prefetch_map(cut, spans, threads=THREADS, limit=2 * THREADS))
     if not done:

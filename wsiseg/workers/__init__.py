@@ -33,7 +33,7 @@ def map_blocks(
     cluster: ClusterConfig | None = None,
     scratch: Path | None = None,
     weight: Callable[[Item], int] | None = None,
-    tools: Worker | None = None,
+    context: Worker | None = None,
     stopped: Callable[[], bool] = lambda: False,
 ) -> Iterator[Summary]:
     """Yield the summaries of all blocks, as they are finished.
@@ -76,7 +76,7 @@ def map_blocks(
     workers = min(workers, len(blocks))
     if scheduler is None and workers <= 1:
         if blocks:
-            yield from work(setup(0) if tools is None else tools, blocks, stopped)
+            yield from work(setup(0) if context is None else context, blocks, stopped)
     elif blocks:
         with (
             quiet(),

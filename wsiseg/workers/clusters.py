@@ -47,7 +47,15 @@ _SETTINGS = {
     "distributed.admin.tick.interval": "500ms",  # 20 ms, Dask's own, costs every process 2 % of a core
 }
 #: Loggers of Dask and below it: what matters of theirs is said here, in sentences.
-_NOISY = ("distributed", "distributed.client", "distributed.core", "distributed.gc", "tornado", "tornado.application", "asyncio")
+_NOISY = (
+    "distributed",
+    "distributed.client",
+    "distributed.core",
+    "distributed.gc",
+    "tornado",
+    "tornado.application",
+    "asyncio",
+)
 
 
 def is_batch(scheduler: str | None) -> bool:
@@ -67,7 +75,9 @@ def check_scheduler(scheduler: str | None, cluster: ClusterConfig | None = None)
         return
     if scheduler not in _BATCH:
         allowed = f"pass tcp://host:port, or one of {', '.join(_BATCH)}"
-        raise ConfigError(f"--scheduler {scheduler}: is neither an address nor a batch system; {did_you_mean(scheduler, _BATCH)}{allowed}")
+        raise ConfigError(
+            f"--scheduler {scheduler}: is neither an address nor a batch system; {did_you_mean(scheduler, _BATCH)}{allowed}"
+        )
     command = _BATCH[scheduler][1]
     if shutil.which(command) is None:
         remedy = "run wsiseg where jobs are submitted, or pass --workers alone"
@@ -124,29 +134,44 @@ def _processes(workers: int, before_spawn: dict[str, str]) -> Iterator[Pool]:
     import distributed
 
     with ExitStack() as stack:
-        stack.enter_context(_environment("PYTHONHASHSEED", *before_spawn))  # Dask's nannies set them in this process, too
+        stack.enter_context(
+            _environment("PYTHONHASHSEED", *before_spawn)
+        )  # Dask's nannies set them in this process, too
         try:
-            with _environment(PYTHONWARNINGS="ignore:resource_tracker"):  # of what it clears away when this process is killed
+            with _environment(
+                PYTHONWARNINGS="ignore:resource_tracker"
+            ):  # of what it clears away when this process is killed
                 before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
                 resource_tracker.ensure_running()  # before the others are held back, since it lets them through
                 signal.pthread_sigmask(signal.SIG_SETMASK, before)
             with _signals_held_back(), _without_warnings():
                 cluster = distributed.LocalCluster(
-                    n_workers=workers, threads_per_worker=1, memory_limit=0, silence_logs=False, scheduler_kwargs={"dashboard": False},
+                    n_workers=workers,
+                    threads_per_worker=1,
+                    memory_limit=0,
+                    silence_logs=False,
+                    scheduler_kwargs={"dashboard": False},
                     # without an address, Dask takes port 8787, and an older one listens to the world
-                    dashboard_address="127.0.0.1:0", worker_dashboard_address="127.0.0.1:0",
-                )  # fmt: skip
+                    dashboard_address="127.0.0.1:0",
+                    worker_dashboard_address="127.0.0.1:0",
+                )
                 stack.callback(_close, cluster)
                 client = distributed.Client(cluster, set_as_default=False)
                 stack.callback(_close, client)
         except (OSError, RuntimeError) as error:
             remedy = "in a script of yours, call wsiseg below `if __name__ == '__main__':`; or pass --workers 1"
-            raise RunError(f"--workers {workers}: the processes cannot be started ({describe(error)}); {remedy}") from error
+            raise RunError(
+                f"--workers {workers}: the processes cannot be started ({describe(error)}); {remedy}"
+            ) from error
         yield Pool(
-            client, f"--workers {workers}", max(machine.cores() // workers, 1), workers,
-            "they are started again and again; run with -vv to see why they end", "pass fewer --workers or a smaller --tile-size",
+            client,
+            f"--workers {workers}",
+            max(machine.cores() // workers, 1),
+            workers,
+            "they are started again and again; run with -vv to see why they end",
+            "pass fewer --workers or a smaller --tile-size",
             partial(cluster.scale, workers),
-        )  # fmt: skip
+        )
 
 
 @contextmanager
@@ -166,9 +191,13 @@ def _connection(address: str) -> Iterator[Pool]:
             remedy = "pass tcp://host:port of a scheduler of the same Dask"
             raise RunError(f"--scheduler {address}: cannot be used ({describe(error)}); {remedy}") from error
         yield Pool(
-            client, f"--scheduler {address}", None, 0,
-            f"start some: `dask worker {address} --nthreads 1`", "give the workers more memory, or pass a smaller --tile-size",
-        )  # fmt: skip
+            client,
+            f"--scheduler {address}",
+            None,
+            0,
+            f"start some: `dask worker {address} --nthreads 1`",
+            "give the workers more memory, or pass a smaller --tile-size",
+        )
 
 
 @contextmanager
@@ -179,28 +208,41 @@ def _jobs(workers: int, system: str, settings: ClusterConfig, scratch: Path) -> 
 
     jobqueue = _import_jobqueue(system)
     kind, command, payer = _BATCH[system]
-    dask.config.update_defaults({"jobqueue": {system: {"walltime": None}}})  # the queue's own, not half an hour; a site's file still counts
+    dask.config.update_defaults(
+        {"jobqueue": {system: {"walltime": None}}}
+    )  # the queue's own, not half an hour; a site's file still counts
     # Batch systems want folders without spaces; otherwise the logs are where the system puts them.
     logs = str(scratch) if re.fullmatch(r"[\w./+,:=@-]+", str(scratch)) else None
     seen = f"the logs of the jobs are in {logs}" if logs else "see the logs of the jobs"
-    exports = [f"export DASK_{key.upper().replace('.', '__').replace('-', '_')}={value}" for key, value in _SETTINGS.items()]
+    exports = [
+        f"export DASK_{key.upper().replace('.', '__').replace('-', '_')}={value}" for key, value in _SETTINGS.items()
+    ]
     with ExitStack() as stack:
         try:
             with _without_warnings():
                 cluster = getattr(jobqueue, kind)(
-                    cores=settings.cores, memory=settings.memory, processes=1, queue=settings.queue, walltime=settings.walltime,
-                    interface=settings.interface, log_directory=logs, local_directory=shlex.quote(str(scratch)),
-                    job_extra_directives=list(settings.directives), job_script_prologue=[*exports, *settings.prologue],
+                    cores=settings.cores,
+                    memory=settings.memory,
+                    processes=1,
+                    queue=settings.queue,
+                    walltime=settings.walltime,
+                    interface=settings.interface,
+                    log_directory=logs,
+                    local_directory=shlex.quote(str(scratch)),
+                    job_extra_directives=list(settings.directives),
+                    job_script_prologue=[*exports, *settings.prologue],
                     # one task at a time, with all cores; and it is for the batch system to watch the memory
                     worker_extra_args=["--nthreads", "1", "--memory-limit", "0", "--no-dashboard"],
                     scheduler_options={"dashboard": False, "dashboard_address": "127.0.0.1:0", "port": 0},
                     **{payer: settings.account},
-                )  # fmt: skip
+                )
                 stack.callback(_close, cluster)
                 client = distributed.Client(cluster, set_as_default=False)
                 stack.callback(_close, client)
         except (OSError, RuntimeError, ValueError) as error:
-            raise RunError(f"--scheduler {system}: cannot be prepared ({describe(error)}); see the section cluster of the configuration") from error
+            raise RunError(
+                f"--scheduler {system}: cannot be prepared ({describe(error)}); see the section cluster of the configuration"
+            ) from error
         try:
             cluster.sync(_submit, cluster, workers)
         except RuntimeError as error:
@@ -211,12 +253,19 @@ def _jobs(workers: int, system: str, settings: ClusterConfig, scratch: Path) -> 
             try:
                 cluster.sync(_submit, cluster, workers)
             except RuntimeError as error:
-                logger.warning("--scheduler %s: %s does not replace lost jobs (%s)", system, command, _last_words(error))
+                logger.warning(
+                    "--scheduler %s: %s does not replace lost jobs (%s)", system, command, _last_words(error)
+                )
 
         yield Pool(
-            client, f"--scheduler {system}", settings.cores, workers,
-            f"the jobs wait in the queue, or cannot start: {seen}", f"raise cluster.memory, {seen}", replace_lost_workers,
-        )  # fmt: skip
+            client,
+            f"--scheduler {system}",
+            settings.cores,
+            workers,
+            f"the jobs wait in the queue, or cannot start: {seen}",
+            f"raise cluster.memory, {seen}",
+            replace_lost_workers,
+        )
 
 
 async def _submit(cluster: Any, jobs: int) -> None:  # noqa: ANN401
@@ -238,7 +287,10 @@ def _last_words(error: RuntimeError) -> str:
 def _import_jobqueue(system: str) -> Any:  # noqa: ANN401
     import dask
 
-    before, dask.config.PATH = dask.config.PATH, __file__  # it would leave a file of settings in a folder of this name, but this is none
+    before, dask.config.PATH = (
+        dask.config.PATH,
+        __file__,
+    )  # it would leave a file of settings in a folder of this name, but this is none
     try:
         import dask_jobqueue
     except ImportError as error:

@@ -40,18 +40,24 @@ class Dispatcher:
         self._pool = pool
         self._setup = WorkerSetup(f"wsiseg-{uuid.uuid4().hex}", work, setup, pool.threads)
         self._monitor = WorkerMonitor(pool, getattr(work, "__module__", "wsiseg"))
-        self._sent: dict[str, tuple[Any, Sequence[Any]]] = {}  # by key, in the order of sending: the future, and the blocks
+        self._sent: dict[
+            str, tuple[Any, Sequence[Any]]
+        ] = {}  # by key, in the order of sending: the future, and the blocks
         self._back: queue.SimpleQueue[Any] = queue.SimpleQueue()  # futures that are done
         self._sent_setup: Any = None
 
-    def summaries(self, blocks: Sequence[Any], weight: Callable[[Any], int] | None, stopped: Callable[[], bool]) -> Iterator[Any]:
+    def summaries(
+        self, blocks: Sequence[Any], weight: Callable[[Any], int] | None, stopped: Callable[[], bool]
+    ) -> Iterator[Any]:
         """Of every block, as tasks are done; of those in hand only, once ``stopped`` is true."""
         waiting: deque[list[Any]] | None = None
         stopping, next_end = False, 0.0
         try:
             while waiting is None or waiting or self._sent:
                 stopping = stopping or stopped()
-                if stopping and time.monotonic() > next_end:  # again and again: a worker that was born just now does not know
+                if (
+                    stopping and time.monotonic() > next_end
+                ):  # again and again: a worker that was born just now does not know
                     waiting, next_end = deque(), time.monotonic() + 1
                     self._end()
                 self._monitor.look()
@@ -64,7 +70,9 @@ class Dispatcher:
                 if stopping and not self._monitor.numbers:
                     return  # who had blocks in hand is gone
         finally:
-            if self._pool.workers == 0 and self._pool.client.status == "running":  # these workers stay, but need not go on
+            if (
+                self._pool.workers == 0 and self._pool.client.status == "running"
+            ):  # these workers stay, but need not go on
                 with suppress(RunError):  # whatever ended the run is what the caller should hear of
                     self._end()
 
@@ -89,10 +97,14 @@ class Dispatcher:
             future.add_done_callback(self._back.put)
             return
         except KilledWorker as error:
-            time.sleep(POLL_S)  # a task that waited on the same workers fails with it: the one that was in hand was sent before
+            time.sleep(
+                POLL_S
+            )  # a task that waited on the same workers fails with it: the one that was in hand was sent before
             blocks = next(blocks for sent, blocks in self._sent.values() if sent.status == "error")
             what = f"{names(blocks)}: the worker died {error.allowed_failures + 1} times, most often for lack of memory"
-            raise RunError(f"{what}; {self._pool.when_dead}; finished parts are kept, run the same command again") from error
+            raise RunError(
+                f"{what}; {self._pool.when_dead}; finished parts are kept, run the same command again"
+            ) from error
         except (CancelledError, OSError) as error:
             raise self._pool.lost() from error
         except Exception as error:

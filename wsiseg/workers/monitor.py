@@ -61,7 +61,9 @@ class Pool:
 
     def lost(self) -> RunError:
         """The error that the scheduler is gone."""
-        return RunError(f"{self.name}: the scheduler was lost; start it again and run the same command again, finished parts are kept")
+        return RunError(
+            f"{self.name}: the scheduler was lost; start it again and run the same command again, finished parts are kept"
+        )
 
 
 class WorkerMonitor:

@@ -84,7 +84,9 @@ def work_through(recipe: WorkerSetup, numbers: Mapping[str, int], blocks: Sequen
             if recipe.run not in _tools:
                 if torch := sys.modules.get("torch"):
                     torch.set_num_threads(recipe.threads or worker.state.nthreads)
-                for old in list(_tools)[:-1]:  # two runs may take turns; of those before them nobody said that they are over
+                for old in list(_tools)[
+                    :-1
+                ]:  # two runs may take turns; of those before them nobody said that they are over
                     _drop(old)
                 _tools[recipe.run] = recipe.setup(numbers.get(name, len(numbers)))
         except Exception as error:  # noqa: BLE001 - any of them ends the run, in the client

@@ -44,7 +44,11 @@ def outline_texts(polygons: NDArray[np.object_], origin: tuple[float, float]) ->
     xy, starts = _snapped(polygons[rows])
     stars = _are_stars(xy, starts)
     if not stars.all():
-        xy, starts, rows = xy[:, np.repeat(stars, np.diff(starts))], np.concatenate([[0], np.cumsum(np.diff(starts)[stars])]), rows[stars]
+        xy, starts, rows = (
+            xy[:, np.repeat(stars, np.diff(starts))],
+            np.concatenate([[0], np.cumsum(np.diff(starts)[stars])]),
+            rows[stars],
+        )
     for row, text in zip(rows.tolist(), _ring_texts(xy, starts, np.arange(len(starts)), origin), strict=True):
         texts[row] = text
     if len(rows) < len(polygons):
@@ -72,7 +76,11 @@ def snap_polygons(polygons: NDArray[np.object_]) -> NDArray[np.object_]:
     # Rounding each vertex is all that set_precision does, at six times the cost, unless it makes the ring touch itself.
     with np.errstate(invalid="ignore"):  # NaN among the coordinates: _repair drops the polygon
         snapped = np.asarray(shapely.set_precision(polygons, GRID_PX, mode="pointwise"), dtype=object)
-        fine = shapely.is_valid(snapped) & (shapely.get_type_id(snapped) == shapely.GeometryType.POLYGON) & ~shapely.is_empty(snapped)
+        fine = (
+            shapely.is_valid(snapped)
+            & (shapely.get_type_id(snapped) == shapely.GeometryType.POLYGON)
+            & ~shapely.is_empty(snapped)
+        )
     for index in np.flatnonzero(~fine):
         snapped[index] = _repair(polygons[index])
     return snapped
@@ -93,8 +101,12 @@ def _single_rings(polygons: NDArray[np.object_]) -> NDArray[np.intp]:
     """Rows of the polygons of one ring that are not too large to count exactly."""
     bounds = shapely.bounds(polygons).reshape(-1, 4)
     with np.errstate(invalid="ignore"):
-        exact = (np.abs(bounds) < _FARTHEST).all(1) & (bounds[:, 2:] - bounds[:, :2] < _LARGEST).all(1)  # no bounds (NaN): not exact
-    plain = (shapely.get_type_id(polygons) == shapely.GeometryType.POLYGON) & (shapely.get_num_interior_rings(polygons) == 0)
+        exact = (np.abs(bounds) < _FARTHEST).all(1) & (bounds[:, 2:] - bounds[:, :2] < _LARGEST).all(
+            1
+        )  # no bounds (NaN): not exact
+    plain = (shapely.get_type_id(polygons) == shapely.GeometryType.POLYGON) & (
+        shapely.get_num_interior_rings(polygons) == 0
+    )
     return np.flatnonzero(exact & plain)
 
 
@@ -147,7 +159,10 @@ def _polygon_texts(polygons: NDArray[np.object_], origin: tuple[float, float]) -
 
 
 def _ring_texts(
-    xy: NDArray[np.float64], ring_starts: NDArray[np.intp], polygon_starts: NDArray[np.intp], origin: tuple[float, float]
+    xy: NDArray[np.float64],
+    ring_starts: NDArray[np.intp],
+    polygon_starts: NDArray[np.intp],
+    origin: tuple[float, float],
 ) -> list[bytes]:
     """``[x,y],[x,y],...`` of each polygon; ``],[`` between its rings.
 
@@ -171,14 +186,21 @@ def _ring_texts(
     text[ring_starts[polygon_starts[:-1]], 0] = _NEXT_POLYGON
     for axis in (0, 1):
         for field, table, places in ((1, _THOUSANDS, thousands), (2, _UNITS, whole), (3, _QUARTERS[axis], quarters)):
-            text[:, 3 * axis + field] = table.take(places[axis], mode="clip")  # all are inside; "clip" does not look for that
+            text[:, 3 * axis + field] = table.take(
+                places[axis], mode="clip"
+            )  # all are inside; "clip" does not look for that
     return text.tobytes().translate(None, b"\0").split(b"\n")[1:]
 
 
-def _long_texts(xy: NDArray[np.float64], ring_starts: NDArray[np.intp], polygon_starts: NDArray[np.intp]) -> list[bytes]:
+def _long_texts(
+    xy: NDArray[np.float64], ring_starts: NDArray[np.intp], polygon_starts: NDArray[np.intp]
+) -> list[bytes]:
     """The same for numbers of any size."""
     rows = np.ascontiguousarray(xy.T)
-    rings = [orjson.dumps(rows[a:b], option=orjson.OPT_SERIALIZE_NUMPY)[1:-1].replace(b".0", b"") for a, b in pairwise(ring_starts.tolist())]
+    rings = [
+        orjson.dumps(rows[a:b], option=orjson.OPT_SERIALIZE_NUMPY)[1:-1].replace(b".0", b"")
+        for a, b in pairwise(ring_starts.tolist())
+    ]
     return [b"],[".join(rings[a:b]) for a, b in pairwise(polygon_starts.tolist())]
 
 

@@ -12,7 +12,7 @@ shows names beside points, lets people edit them, and keeps them in both kinds o
 aborts QuPath's import.
 
 Specification: https://datatracker.ietf.org/doc/html/rfc7946; QuPath: https://qupath.readthedocs.io/en/stable/docs/advanced/exporting_annotations.html
-"""  # fmt: skip
+"""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from wsiseg.formats.seed_rules import (
     default_colors,
     is_number,
     short,
-)  # fmt: skip
+)
 from wsiseg.formats.text_tables import columns_of, read_table
 from wsiseg.records import Seeds, SeedType
 from wsiseg.runtime.atomic import atomic_path
@@ -107,9 +107,13 @@ class QuPathClicks:
 
     def seeds(self) -> QuPathSeeds:
         """Everything gathered, checked."""
-        remedy = "in QuPath select the points, choose a class in the Annotations tab, press 'Set selected', and export again"
+        remedy = (
+            "in QuPath select the points, choose a class in the Annotations tab, press 'Set selected', and export again"
+        )
         if not self.points and self.unclassified:
-            raise SeedsError(f"{self.source}: {self.unclassified[0]}: the points have no class, so their cell type is unknown; {remedy}")
+            raise SeedsError(
+                f"{self.source}: {self.unclassified[0]}: the points have no class, so their cell type is unknown; {remedy}"
+            )
         if not self.points:
             found = f"{counted(self.features, 'object')}, but no points" if self.features else "no objects"
             if self.regions:
@@ -123,7 +127,8 @@ class QuPathClicks:
         names = list(self.points)
         colors = default_colors(self.colors[name] for name in names)
         kinds = tuple(
-            SeedType(name, color, tuple(self.points[name]), tuple(self.negative[name])) for name, color in zip(names, colors, strict=True)
+            SeedType(name, color, tuple(self.points[name]), tuple(self.negative[name]))
+            for name, color in zip(names, colors, strict=True)
         )
         places = [f"{self.source}: class {name!r}" for name in names]
         check_names(names, [f"{self.source}: class"] * len(names))
@@ -135,10 +140,14 @@ class QuPathClicks:
         check_clicks(kinds, places)
         notes = []
         if self.unclassified:
-            notes.append(f"{self.source}: {len(self.unclassified)} point annotations without a class were skipped; {remedy}")
+            notes.append(
+                f"{self.source}: {len(self.unclassified)} point annotations without a class were skipped; {remedy}"
+            )
         if self.passed_over:
             first = self.passed_over[0]
-            notes.append(f"{self.source}: {counted(len(self.passed_over), 'object')} other than points skipped, the first is {first}")
+            notes.append(
+                f"{self.source}: {counted(len(self.passed_over), 'object')} other than points skipped, the first is {first}"
+            )
         return QuPathSeeds(kinds, self.source, None, tuple(notes))
 
 
@@ -161,13 +170,19 @@ def write_qupath_points(path: Path, seeds: Seeds) -> None:
         The file cannot be written.
     """
     if not path.name.lower().endswith(POINT_SUFFIXES):
-        raise SeedsError(f"{path}: points for QuPath are written as .geojson or .geojson.gz; give the new file such a name")
+        raise SeedsError(
+            f"{path}: points for QuPath are written as .geojson or .geojson.gz; give the new file such a name"
+        )
     names = [kind.name for kind in seeds.types]
     check_names(names, [f"{path}: types[{number}]" for number in range(len(names))])
     check_clicks(seeds.types, [f"{path}: types[{number}]" for number in range(len(names))])
-    features = ",\n".join(json.dumps(feature, ensure_ascii=False, separators=(",", ":")) for feature in _features(seeds))
+    features = ",\n".join(
+        json.dumps(feature, ensure_ascii=False, separators=(",", ":")) for feature in _features(seeds)
+    )
     frame = "relative to the slide's OpenSlide bounds" if isinstance(seeds, QuPathSeeds) else "absolute"
-    note = {"tool": "wsiseg", "version": __version__, "frame": f"level-0 px, {frame}"} | ({"slide": seeds.slide} if seeds.slide else {})
+    note = {"tool": "wsiseg", "version": __version__, "frame": f"level-0 px, {frame}"} | (
+        {"slide": seeds.slide} if seeds.slide else {}
+    )
     text = f'{{"type":"FeatureCollection","features":[\n{features}\n],"wsiseg":{json.dumps(note, ensure_ascii=False)}}}\n'.encode()
     with atomic_path(path) as partial:
         partial.write_bytes(gzip.compress(text, mtime=0) if path.name.lower().endswith(".gz") else text)
@@ -179,7 +194,10 @@ def _features(seeds: Seeds) -> list[dict[str, Any]]:
         clicks = [(point, "points", number) for number, point in enumerate(kind.points)]
         clicks += [(point, "negative", number) for number, point in enumerate(kind.negative)]
         for point, key, number in clicks:
-            properties: dict[str, Any] = {"objectType": "annotation", "classification": {"name": kind.name, "color": list(kind.color)}}
+            properties: dict[str, Any] = {
+                "objectType": "annotation",
+                "classification": {"name": kind.name, "color": list(kind.color)},
+            }
             if key == "negative":
                 properties["name"] = NEGATIVE_NAME
             # The same click has the same id, so that QuPath asks before it imports it a second time.

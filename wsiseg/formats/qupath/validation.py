@@ -28,7 +28,14 @@ if TYPE_CHECKING:
 
 QUPATH_SUFFIXES = (".geojson", ".json", ".geojson.gz", ".json.gz", ".zip")
 OBJECT_TYPES = ("detection", "cell", "annotation", "tile")
-NESTING = {"Point": 0, "MultiPoint": 1, "LineString": 1, "MultiLineString": 2, "Polygon": 2, "MultiPolygon": 3}  #: of positions
+NESTING = {
+    "Point": 0,
+    "MultiPoint": 1,
+    "LineString": 1,
+    "MultiLineString": 2,
+    "Polygon": 2,
+    "MultiPolygon": 3,
+}  #: of positions
 MAX_PROBLEMS = 100
 
 
@@ -223,7 +230,9 @@ def _check_id(feature: dict[str, Any], seen: set[str]) -> None:
     try:
         key = str(uuid.UUID(feature["id"]))
     except (ValueError, AttributeError, TypeError) as error:
-        raise _Rule(f"{feature['id']!r} is no UUID, so QuPath replaces it by a random one; write a UUID or leave it out") from error
+        raise _Rule(
+            f"{feature['id']!r} is no UUID, so QuPath replaces it by a random one; write a UUID or leave it out"
+        ) from error
     if key in seen:
         raise _Rule(f"{key} stands twice; ids must be unique")
     seen.add(key)
@@ -254,12 +263,18 @@ def _check_classification(value: Any) -> None:  # noqa: ANN401
         _check_class_name(name)
     if "color" not in value and "colorRGB" in value:
         if any(":" in name for name in names):
-            raise _Rule("'colorRGB' with ':' in the name makes a class that only looks like the derived one; write 'color': [r, g, b]")
+            raise _Rule(
+                "'colorRGB' with ':' in the name makes a class that only looks like the derived one; write 'color': [r, g, b]"
+            )
         return
     if "color" not in value:
         raise _Rule("an object without 'color' aborts the import; write 'color': [r, g, b]")
     color = value["color"]
-    numbers = isinstance(color, list) and len(color) in (3, 4) and all(_is_number(part) and 0 <= part <= 255 for part in color)
+    numbers = (
+        isinstance(color, list)
+        and len(color) in (3, 4)
+        and all(_is_number(part) and 0 <= part <= 255 for part in color)
+    )
     if color is not None and not numbers and not (_is_number(color) and isinstance(color, int)):
         raise _Rule(f"color {color!r} aborts the import; write [r, g, b] with 0 to 255")
 
@@ -282,7 +297,9 @@ def _check_measurements(value: Any) -> None:  # noqa: ANN401
         raise _Rule(f"{type(value).__name__} instead of an object of name and number")
     for name, number in value.items():
         if not _is_number(number):
-            raise _Rule(f"{name!r} is {number!r}: text aborts the import, anything else is dropped; write a number or leave it out")
+            raise _Rule(
+                f"{name!r} is {number!r}: text aborts the import, anything else is dropped; write a number or leave it out"
+            )
         if not math.isfinite(number):
             raise _Rule(f"{name!r} is {number!r}: QuPath 0.4 aborts on it; leave it out")
 
@@ -333,7 +350,9 @@ def _check_polygons(parts: list[Any]) -> None:
             raise _Rule("the polygon has no area: QuPath makes an object with an empty shape; leave it out")
         if not shape.is_valid:
             reason = shapely.is_valid_reason(shape)
-            raise _Rule(f"the polygon {when} ({reason}): QuPath 0.6+ aborts the import; repair with make_valid and set_precision(0.25)")
+            raise _Rule(
+                f"the polygon {when} ({reason}): QuPath 0.6+ aborts the import; repair with make_valid and set_precision(0.25)"
+            )
 
 
 def _no_rings() -> list[NDArray[np.float64]]:

@@ -34,7 +34,9 @@ from wsiseg.runtime.paths import kind_of, readable, require_regular
 if TYPE_CHECKING:
     from pathlib import Path
 
-_WRAPPER = re.compile(r"(^|\.)(?:(?:_orig_mod|module)\.)+")  # of torch.compile and of DataParallel; also around a part of the model
+_WRAPPER = re.compile(
+    r"(^|\.)(?:(?:_orig_mod|module)\.)+"
+)  # of torch.compile and of DataParallel; also around a part of the model
 #: Mappings that hold the model, the likeliest first; of others the averaged weights (``ema``) come last.
 _CONTAINERS = ("model_state", "state_dict", "model", "model_state_dict", "net", "network", "params", "weights")
 _DEPTH = 2  #: mappings within mappings that are looked into
@@ -159,7 +161,9 @@ def recognise(sam: Mapping[str, Tensor]) -> Architecture:
     grid = _shape(sam, "image_encoder.pos_embed", 4)[1]
     blocks = {int(found[1]) for key in sam if (found := re.match(r"image_encoder\.blocks\.(\d+)\.", key))}
     if blocks != set(range(len(blocks))) or not blocks:
-        raise WeightsError(f"image_encoder.blocks has the numbers {sorted(blocks)}; they must be 0, 1, 2, ...; get the file again")
+        raise WeightsError(
+            f"image_encoder.blocks has the numbers {sorted(blocks)}; they must be 0, 1, 2, ...; get the file again"
+        )
     tables = [_shape(sam, f"image_encoder.blocks.{k}.attn.rel_pos_h", 2) for k in range(len(blocks))]
     head_dim = tables[0][1]
     if not head_dim or dim % head_dim:
@@ -168,7 +172,9 @@ def recognise(sam: Mapping[str, Tensor]) -> Architecture:
     whole = 2 * grid - 1
     windowed = set(rows) - {whole} or {whole}
     if len(windowed) > 1 or min(windowed) % 2 == 0:
-        raise WeightsError(f"tables of relative positions of {sorted(set(rows))} rows; SAM has {whole} and one other odd number")
+        raise WeightsError(
+            f"tables of relative positions of {sorted(set(rows))} rows; SAM has {whole} and one other odd number"
+        )
     global_blocks = tuple(k for k, n in enumerate(rows) if n not in windowed)
     return Architecture(dim, len(rows), dim // head_dim, global_blocks, (min(windowed) + 1) // 2, grid, patch)
 
@@ -177,7 +183,9 @@ def _shape(sam: Mapping[str, Tensor], key: str, ndim: int) -> tuple[int, ...]:
     if key not in sam:
         raise WeightsError(f"{key} is missing; pass a complete SAM checkpoint (ViT-B, ViT-L or ViT-H)")
     if sam[key].ndim != ndim:
-        raise WeightsError(f"{key} has the shape {tuple(sam[key].shape)}, not {ndim} dimensions; pass a SAM checkpoint (ViT-B, ViT-L or ViT-H)")
+        raise WeightsError(
+            f"{key} has the shape {tuple(sam[key].shape)}, not {ndim} dimensions; pass a SAM checkpoint (ViT-B, ViT-L or ViT-H)"
+        )
     return tuple(sam[key].shape)
 
 
@@ -193,7 +201,9 @@ def _read(path: Path) -> tuple[dict[str, Any], list[str]]:
             return _read_safetensors(path), notes
         found = read_torch_file(path)
     except OSError as error:
-        raise WeightsError(f"{path}: cannot be read ({error.strerror or error}); check the path, the permissions and the disk") from error
+        raise WeightsError(
+            f"{path}: cannot be read ({error.strerror or error}); check the path, the permissions and the disk"
+        ) from error
     if found.foreign:
         shown = ", ".join(found.foreign[:3]) + (", ..." if len(found.foreign) > 3 else "")
         notes.append(f"objects of other programs in {path.name} were not loaded ({shown})")
@@ -224,10 +234,14 @@ def _kind(path: Path) -> str:
         return "safetensors"
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
-        raise WeightsError(f"{path}: a web page, not a weight file; the download got an error or a login page: get the file itself")
+        raise WeightsError(
+            f"{path}: a web page, not a weight file; the download got an error or a login page: get the file itself"
+        )
     if text.startswith(b"version https://git-lfs"):
         raise WeightsError(f"{path}: a pointer of Git LFS, not the file itself; run `git lfs pull` where it is from")
-    raise WeightsError(f"{path}: not a checkpoint; pass a PyTorch file (.pt, .pth) or a .safetensors file of a SAM model")
+    raise WeightsError(
+        f"{path}: not a checkpoint; pass a PyTorch file (.pt, .pth) or a .safetensors file of a SAM model"
+    )
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -238,7 +252,9 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         return dict(load_file(path))
     except (SafetensorError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise WeightsError(f"{path}: not a readable safetensors file ({reason}); it may be cut short: get it again") from error
+        raise WeightsError(
+            f"{path}: not a readable safetensors file ({reason}); it may be cut short: get it again"
+        ) from error
 
 
 # Sorting
@@ -257,15 +273,23 @@ def _states(content: Mapping[Any, Any], place: str = "", depth: int = _DEPTH) ->
     """Every mapping that holds tensors, the outermost first, then in the order of ``_CONTAINERS``; names without wrappers."""
     names = {str(key): value for key, value in content.items()}
     tensors = {_WRAPPER.sub(r"\1", key): value for key, value in names.items() if isinstance(value, Tensor)}
-    found = [_State(place, tensors, tuple(sorted(key for key, value in names.items() if not isinstance(value, Tensor))))] if tensors else []
+    found = (
+        [_State(place, tensors, tuple(sorted(key for key, value in names.items() if not isinstance(value, Tensor))))]
+        if tensors
+        else []
+    )
     inner = sorted(
         (key for key, value in names.items() if isinstance(value, Mapping)),
         key=lambda key: (_CONTAINERS.index(key) if key in _CONTAINERS else len(_CONTAINERS), "ema" in key.lower(), key),
     )
     if depth:
         levels = [_states(names[key], f"{place}.{key}" if place else key, depth - 1) for key in inner]
-        found += [state for states in levels for state in states if state.place.count(".") == place.count(".") + bool(place)]
-        found += [state for states in levels for state in states if state.place.count(".") > place.count(".") + bool(place)]
+        found += [
+            state for states in levels for state in states if state.place.count(".") == place.count(".") + bool(place)
+        ]
+        found += [
+            state for states in levels for state in states if state.place.count(".") > place.count(".") + bool(place)
+        ]
     return found
 
 
@@ -284,7 +308,9 @@ def _split(content: dict[str, Any], path: Path, notes: list[str]) -> tuple[dict[
         raise WeightsError(f"{path}: holds no tensors by name (found: {shown}); pass a SAM checkpoint")
     own = content.get("decoder_state")
     if own is not None and not isinstance(own, Mapping):
-        raise WeightsError(f"{path}: decoder_state is a {type(own).__name__}, not a dict of tensors; get the file again")
+        raise WeightsError(
+            f"{path}: decoder_state is a {type(own).__name__}, not a dict of tensors; get the file again"
+        )
     models = [
         (state, prefix)
         for state in states
@@ -297,7 +323,9 @@ def _split(content: dict[str, Any], path: Path, notes: list[str]) -> tuple[dict[
     (state, prefix), others = models[0], models[1:]
     if others:
         named = [_named(other, before) for other, before in others]
-        notes.append(f"{path.name} holds {len(models)} models; {_named(state, prefix)} was taken, not {', '.join(named[:3])}{_dots(named, 3)}")
+        notes.append(
+            f"{path.name} holds {len(models)} models; {_named(state, prefix)} was taken, not {', '.join(named[:3])}{_dots(named, 3)}"
+        )
     inside = {key.removeprefix(prefix): value for key, value in state.tensors.items() if key.startswith(prefix)}
     sam = {key: value for key, value in inside.items() if key.startswith(_PARTS) or _is_adapter(key)}
     decoder, holder, before = _decoder_of(states, state)
@@ -324,7 +352,9 @@ def _decoder_of(states: list[_State], model: _State) -> tuple[dict[str, Tensor],
     return {}, None, ""
 
 
-def _note_rest(content: dict[str, Any], state: _State, holder: _State | None, skipped: list[str], path: Path, notes: list[str]) -> None:
+def _note_rest(
+    content: dict[str, Any], state: _State, holder: _State | None, skipped: list[str], path: Path, notes: list[str]
+) -> None:
     """Say what was left out: around the mappings that were taken, in them, and of tensors beside the model's."""
     within = {state.place, holder.place if holder else state.place}
     taken = within - {""}
@@ -368,7 +398,11 @@ def _without_common_prefix(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Parts of a name that every name begins with are removed; so are the constants of the input."""
     while True:
         tensors = {key: value for key, value in tensors.items() if key not in _STATISTICS}
-        firsts = {key.split(".", 1)[0] + "." for key in tensors if "." in key} if all("." in key for key in tensors) else set()
+        firsts = (
+            {key.split(".", 1)[0] + "." for key in tensors if "." in key}
+            if all("." in key for key in tensors)
+            else set()
+        )
         if len(firsts) != 1 or firsts <= {*_PARTS, "vision_encoder."} or any(map(_is_adapter, firsts)):
             return tensors
         tensors = {key.removeprefix(min(firsts)): value for key, value in tensors.items()}
@@ -386,9 +420,13 @@ def _decoder(content: dict[str, Any], path: Path) -> dict[str, Tensor]:
     if _is_decoder(found):
         return found
     if any(_prefixes(state.tensors, _PATCHES) for state in states):
-        raise WeightsError(f"{path}: given as a decoder, but it holds a SAM model; pass micro-sam's decoder file, or leave --decoder out")
+        raise WeightsError(
+            f"{path}: given as a decoder, but it holds a SAM model; pass micro-sam's decoder file, or leave --decoder out"
+        )
     shown = ", ".join(sorted(found or (states[0].tensors if states else ()))[:3]) or "no tensors"
-    raise WeightsError(f"{path}: not an instance decoder (found: {shown}); pass micro-sam's decoder file, or leave --decoder out")
+    raise WeightsError(
+        f"{path}: not an instance decoder (found: {shown}); pass micro-sam's decoder file, or leave --decoder out"
+    )
 
 
 def _is_decoder(keys: Mapping[str, Tensor]) -> bool:
@@ -403,12 +441,18 @@ def _require_sam(sam: dict[str, Tensor], path: Path) -> None:
     supported = "pass a SAM checkpoint with a ViT-B, ViT-L or ViT-H encoder"
     if any(_is_adapter(key) for key in sam):
         if _PATCHES not in sam:
-            raise WeightsError(f"{path}: holds only a LoRA adapter, not the model; merge it into the base model first and pass the result")
-        raise WeightsError(f"{path}: a model with LoRA layers in it; merge them into the base weights first and pass the result")
+            raise WeightsError(
+                f"{path}: holds only a LoRA adapter, not the model; merge it into the base model first and pass the result"
+            )
+        raise WeightsError(
+            f"{path}: a model with LoRA layers in it; merge them into the base weights first and pass the result"
+        )
     if any(key.startswith("image_encoder.trunk.") for key in sam):
         raise WeightsError(f"{path}: a SAM 2 checkpoint, which is not supported; {supported}")
     if any(key.startswith("vision_encoder.") for key in sam):
-        raise WeightsError(f"{path}: a SAM of the transformers library, whose tensors have other names; {supported} in its original form")
+        raise WeightsError(
+            f"{path}: a SAM of the transformers library, whose tensors have other names; {supported} in its original form"
+        )
     if any(key.startswith("image_encoder.") for key in sam) and _PATCHES not in sam:
         if any(key.startswith(("image_encoder.patch_embed.seq", "image_encoder.layers.")) for key in sam):
             raise WeightsError(f"{path}: MobileSAM (ViT-T), which is not supported; {supported}")
@@ -430,20 +474,32 @@ def _require_no_unetr(sam: dict[str, Tensor], path: Path) -> None:
             "the types instead"
         )
     if any(key.startswith("encoder.") for key in sam):
-        raise WeightsError(f"{path}: encoder and instance decoder without SAM's mask decoder; pass the SAM checkpoint, and this with --decoder")
-    raise WeightsError(f"{path}: an instance decoder, not a model; pass the SAM checkpoint, and this file with --decoder")
+        raise WeightsError(
+            f"{path}: encoder and instance decoder without SAM's mask decoder; pass the SAM checkpoint, and this with --decoder"
+        )
+    raise WeightsError(
+        f"{path}: an instance decoder, not a model; pass the SAM checkpoint, and this file with --decoder"
+    )
 
 
 def _require_decoder(decoder: dict[str, Tensor], path: Path) -> None:
     if not _is_decoder(decoder):
         shown = ", ".join(sorted(decoder)[:3])
-        raise WeightsError(f"{path}: decoder_state is no instance decoder of micro-sam (found: {shown}, ...); pass the checkpoint without it")
+        raise WeightsError(
+            f"{path}: decoder_state is no instance decoder of micro-sam (found: {shown}, ...); pass the checkpoint without it"
+        )
     channels = decoder["out_conv.weight"].shape[0]
     if channels != _DECODER_CHANNELS:
-        raise WeightsError(f"{path}: a decoder with {channels} channels; the semantic head is not supported: pass the instance decoder, which has 3")
+        raise WeightsError(
+            f"{path}: a decoder with {channels} channels; the semantic head is not supported: pass the instance decoder, which has 3"
+        )
 
 
 def _require_finite(tensors: dict[str, Tensor], path: Path) -> None:
-    broken = sorted(key for key, value in tensors.items() if value.is_floating_point() and not torch.isfinite(value).all())
+    broken = sorted(
+        key for key, value in tensors.items() if value.is_floating_point() and not torch.isfinite(value).all()
+    )
     if broken:
-        raise WeightsError(f"{path}: {len(broken)} tensors hold NaN or infinity (first: {broken[0]}); the file is damaged: get it again")
+        raise WeightsError(
+            f"{path}: {len(broken)} tensors hold NaN or infinity (first: {broken[0]}); the file is damaged: get it again"
+        )

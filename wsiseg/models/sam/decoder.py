@@ -91,7 +91,9 @@ class _Cross:
         """Tokens (N, T, C) look at image tokens (N, S, C) -> (N, T, C)."""
         n, count, _ = queries.shape
         q = self.split(self.attention.q_proj(queries)) * self.scale
-        attended = torch.bmm(self._scores(q, "k_proj", keys).softmax(-1).flatten(1, 2), keys).view(n, self.heads, count, -1)
+        attended = torch.bmm(self._scores(q, "k_proj", keys).softmax(-1).flatten(1, 2), keys).view(
+            n, self.heads, count, -1
+        )
         values = attended @ self._weight("v_proj").transpose(1, 2)  # (N, 8, T, 16)
         return self._out(values + self.attention.v_proj.bias.view(self.heads, 1, -1))
 
@@ -146,7 +148,9 @@ class PointDecoder:
             answer.split(answer.attention.q_proj(placed)).contiguous(),
         )
 
-    def __call__(self, shared: Shared, tile: Tensor, prompts: Tensor, corner: Tensor | None, masks: slice) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, shared: Shared, tile: Tensor, prompts: Tensor, corner: Tensor | None, masks: slice
+    ) -> tuple[Tensor, Tensor]:
         """Decode prompts.
 
         Parameters
@@ -169,12 +173,20 @@ class PointDecoder:
         """
         step = _GPU_PROMPTS if prompts.is_cuda else CPU_PROMPTS
         parts = [
-            self._decode(shared, tile[s : s + step], prompts[s : s + step], None if corner is None else corner[s : s + step], masks)
+            self._decode(
+                shared,
+                tile[s : s + step],
+                prompts[s : s + step],
+                None if corner is None else corner[s : s + step],
+                masks,
+            )
             for s in range(0, len(prompts), step)
         ]
         return torch.cat([logits for logits, _ in parts]), torch.cat([quality for _, quality in parts])
 
-    def _decode(self, shared: Shared, tile: Tensor, prompts: Tensor, corner: Tensor | None, masks: slice) -> tuple[Tensor, Tensor]:
+    def _decode(
+        self, shared: Shared, tile: Tensor, prompts: Tensor, corner: Tensor | None, masks: slice
+    ) -> tuple[Tensor, Tensor]:
         decoder = self.reference
         given = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight]).to(prompts.dtype)
         given = torch.cat([given.expand(len(prompts), -1, -1), prompts], 1)  # (N, T, C)
@@ -186,7 +198,9 @@ class PointDecoder:
             tokens = layer.norm3(tokens + layer.mlp(tokens))
             keys = layer.norm4(answer.to_image(keys, tokens + given, tokens))
         tokens = decoder.transformer.norm_final_attn(tokens + self.last_look.to_tokens(tokens + given, keys))
-        weights = torch.stack([mlp(tokens[:, 1 + i]) for i, mlp in list(enumerate(decoder.output_hypernetworks_mlps))[masks]], 2)
+        weights = torch.stack(
+            [mlp(tokens[:, 1 + i]) for i, mlp in list(enumerate(decoder.output_hypernetworks_mlps))[masks]], 2
+        )
         return self._logits(self._crop(keys, corner), weights), decoder.iou_prediction_head(tokens[:, 0])[:, masks]
 
     def _first_layer(self, shared: Shared, tile: Tensor, given: Tensor) -> tuple[Tensor, Tensor]:
@@ -194,7 +208,9 @@ class PointDecoder:
         layer, look, answer = self.layers[0], self.look[0], self.answer[0]
         tokens = layer.norm1(layer.self_attn(q=given, k=given, v=given))
         q = look.split(look.attention.q_proj(tokens + given)) * look.scale
-        seen = _per_tile(lambda b, rows: _product(_product(rows, shared.k[b].transpose(1, 2)).softmax(-1), shared.v[b]), tile, q)
+        seen = _per_tile(
+            lambda b, rows: _product(_product(rows, shared.k[b].transpose(1, 2)).softmax(-1), shared.v[b]), tile, q
+        )
         tokens = layer.norm2(tokens + look._out(seen))
         tokens = layer.norm3(tokens + layer.mlp(tokens))
         k = answer.split(answer.attention.k_proj(tokens + given)) * answer.scale
@@ -217,7 +233,9 @@ class PointDecoder:
         x = _transposed(grid.reshape(-1, grid.shape[-1]), first)  # (N s s 2 2, C / 4)
         x = activate(F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps))
         x = activate(_transposed(x, second)).view(n, -1, weights.shape[1])
-        logits = torch.bmm(x, weights).view(n, side, side, 2, 2, 2, 2, -1)  # rows and columns: token, first, second convolution
+        logits = torch.bmm(x, weights).view(
+            n, side, side, 2, 2, 2, 2, -1
+        )  # rows and columns: token, first, second convolution
         return logits.permute(0, 7, 1, 3, 5, 2, 4, 6).reshape(n, -1, UP * side, UP * side)
 
 

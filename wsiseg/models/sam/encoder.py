@@ -32,8 +32,12 @@ import torch.nn.functional as F
 if TYPE_CHECKING:
     from torch import Tensor
 
-_LOGITS = 1 << 19  #: attention logits worked on at once on the CPU: 2 MB, the second-level cache (0.6 x the time of all at once)
-_ROWS = 8192  #: tokens that pass the multilayer perceptron at once on the CPU: its hidden layer stays in the cache's reach
+_LOGITS = (
+    1 << 19
+)  #: attention logits worked on at once on the CPU: 2 MB, the second-level cache (0.6 x the time of all at once)
+_ROWS = (
+    8192  #: tokens that pass the multilayer perceptron at once on the CPU: its hidden layer stays in the cache's reach
+)
 
 
 def encode(encoder: Any, images: Tensor) -> Tensor:  # noqa: ANN401
@@ -97,7 +101,9 @@ def _biased(q: Tensor, k: Tensor, v: Tensor, attention: Any, size: tuple[int, in
     q, k, v = (t.reshape(groups * heads, tokens, d) for t in (q, k, v))
     grid = q.view(-1, height, width, d)
     # One product per row (column) of queries: all queries of a row see the same table.
-    table_h, table_w = (_relative(t, side).to(q.dtype) for t, side in ((attention.rel_pos_h, height), (attention.rel_pos_w, width)))
+    table_h, table_w = (
+        _relative(t, side).to(q.dtype) for t, side in ((attention.rel_pos_h, height), (attention.rel_pos_w, width))
+    )
     to_rows = torch.matmul(grid, table_h.transpose(1, 2)).view(-1, tokens, height)
     to_columns = torch.matmul(grid.transpose(1, 2), table_w.transpose(1, 2)).transpose(1, 2).reshape(-1, tokens, width)
     attend = _longer if q.is_cuda else _piecewise

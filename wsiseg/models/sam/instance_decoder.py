@@ -67,9 +67,15 @@ class _Wrapped(nn.Module):
 class _Conv(nn.Module):
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
-        self.block = nn.ModuleList([
-            nn.Identity(), nn.Conv2d(inputs, outputs, 3, padding=1), nn.Identity(), nn.Identity(), nn.Conv2d(outputs, outputs, 3, padding=1)
-        ])  # fmt: skip
+        self.block = nn.ModuleList(
+            [
+                nn.Identity(),
+                nn.Conv2d(inputs, outputs, 3, padding=1),
+                nn.Identity(),
+                nn.Identity(),
+                nn.Conv2d(outputs, outputs, 3, padding=1),
+            ]
+        )
 
     def forward(self, *parts: Tensor) -> Tensor:
         """The input in one or several parts, which the reference concatenates."""
@@ -101,15 +107,19 @@ class InstanceDecoder(nn.Module):
         widths = [embedding, *(width // 2**k for k in range(_LEVELS))]
         for k, (inputs, outputs) in enumerate(pairwise(widths)):
             block = nn.Sequential(
-                _Up(inputs, outputs, transposed=transposed), _Wrapped(nn.Conv2d(outputs, outputs, 3, padding=1)), nn.BatchNorm2d(outputs),
+                _Up(inputs, outputs, transposed=transposed),
+                _Wrapped(nn.Conv2d(outputs, outputs, 3, padding=1)),
+                nn.BatchNorm2d(outputs),
                 nn.ReLU(),
-            )  # fmt: skip
+            )
             self.add_module(f"deconv{k + 1}", _Wrapped(block))
         self.base = _Conv(embedding, width)
-        self.decoder = nn.ModuleDict({
-            "samplers": nn.ModuleList(_Up(i, o, transposed=transposed) for i, o in pairwise(widths[1:])),
-            "blocks": nn.ModuleList(_Conv(i, o) for i, o in pairwise(widths[1:])),
-        })  # fmt: skip
+        self.decoder = nn.ModuleDict(
+            {
+                "samplers": nn.ModuleList(_Up(i, o, transposed=transposed) for i, o in pairwise(widths[1:])),
+                "blocks": nn.ModuleList(_Conv(i, o) for i, o in pairwise(widths[1:])),
+            }
+        )
         self.deconv_out = _Up(widths[-1], widths[-1], transposed=transposed)
         self.decoder_head = _Conv(2 * widths[-1], widths[-1])
         self.out_conv = nn.Conv2d(widths[-1], 3, 1)

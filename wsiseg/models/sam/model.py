@@ -78,7 +78,9 @@ class SamModel(nn.Module):
     reach_px: int
     descriptor_size: int
 
-    def __init__(self, sam: nn.ModuleDict, decoder: InstanceDecoder | None, *, mpp: float, normalise: str = "none") -> None:
+    def __init__(
+        self, sam: nn.ModuleDict, decoder: InstanceDecoder | None, *, mpp: float, normalise: str = "none"
+    ) -> None:
         super().__init__()
         self.sam = sam
         self.decoder = decoder
@@ -91,15 +93,19 @@ class SamModel(nn.Module):
         self.reach_px = CROP // 2 * self.patch
         self.descriptor_size = EMBEDDING + MEASUREMENTS
         for name, values, shape in (
-            ("pixel_mean", PIXEL_MEAN, (1, 3, 1, 1)), ("pixel_sd", PIXEL_SD, (1, 3, 1, 1)),
-            ("measured_mean", MEASURED_MEAN, (-1,)), ("measured_sd", MEASURED_SD, (-1,)),
-        ):  # fmt: skip
+            ("pixel_mean", PIXEL_MEAN, (1, 3, 1, 1)),
+            ("pixel_sd", PIXEL_SD, (1, 3, 1, 1)),
+            ("measured_mean", MEASURED_MEAN, (-1,)),
+            ("measured_sd", MEASURED_SD, (-1,)),
+        ):
             self.register_buffer(name, torch.tensor(values).view(shape), persistent=False)
 
     @classmethod
     def of(cls, card: ModelCard, tensors: dict[str, Tensor]) -> Self:
         """The network for a converted checkpoint (keys ``sam.`` and ``decoder.``), still empty."""
-        parts = [{k.removeprefix(kind): v for k, v in tensors.items() if k.startswith(kind)} for kind in ("sam.", "decoder.")]
+        parts = [
+            {k.removeprefix(kind): v for k, v in tensors.items() if k.startswith(kind)} for kind in ("sam.", "decoder.")
+        ]
         sam, decoder = cls._empty(*parts)
         return cls(sam, decoder, mpp=card.mpp, normalise=card.normalise)
 
@@ -155,21 +161,30 @@ class SamModel(nn.Module):
         """
         seen = images
         if self.normalise != "none":
-            stretched = [torch.from_numpy(self.stretch(x.permute(1, 2, 0).cpu().numpy())).permute(2, 0, 1) for x in images]
+            stretched = [
+                torch.from_numpy(self.stretch(x.permute(1, 2, 0).cpu().numpy())).permute(2, 0, 1) for x in images
+            ]
             seen = torch.stack(stretched).to(images.device)
         embedding = self.embed(seen)
         shared = self.share(embedding)
-        maps, high = (None, self.sam["mask_decoder"].output_upscaling(embedding)) if self.decoder is None else self.decoder(embedding)
+        maps, high = (
+            (None, self.sam["mask_decoder"].output_upscaling(embedding))
+            if self.decoder is None
+            else self.decoder(embedding)
+        )
         low = F.normalize(embedding.float(), dim=1)
         return Embeddings(
             high=F.normalize(high.float(), dim=1),
             low=low,
             maps=None if maps is None else maps.float(),
             extra={
-                "keys": shared.keys, "k": shared.k, "v": shared.v, "q": shared.q,
+                "keys": shared.keys,
+                "k": shared.k,
+                "v": shared.v,
+                "q": shared.q,
                 "density": optical_density(images.float() / 255, self.mask_stride_px),
             },
-        )  # fmt: skip
+        )
 
     def embed(self, images: Tensor) -> Tensor:
         """uint8 RGB (B, 3, h, w), at most ``input_px`` on a side and padded at the end -> image embedding (B, 256, g, g)."""
@@ -187,11 +202,20 @@ class SamModel(nn.Module):
         if self.normalise == "none":
             return image
         low, high = image.min((0, 1)).astype(np.float32), image.max((0, 1)).astype(np.float32)
-        stretched: NDArray[np.uint8] = ((image.astype(np.float32) - low) / (high - low + np.float32(1e-7)) * 255).astype(np.uint8)
+        stretched: NDArray[np.uint8] = (
+            (image.astype(np.float32) - low) / (high - low + np.float32(1e-7)) * 255
+        ).astype(np.uint8)
         return stretched
 
     def decode(
-        self, embeddings: Embeddings, batch_index: Tensor, points_xy: Tensor, *, extras: PromptExtras | None = None, multimask: bool = False, full_tile: bool = False
+        self,
+        embeddings: Embeddings,
+        batch_index: Tensor,
+        points_xy: Tensor,
+        *,
+        extras: PromptExtras | None = None,
+        multimask: bool = False,
+        full_tile: bool = False,
     ) -> WindowMasks:
         """Masks of N prompts.
 
@@ -218,7 +242,9 @@ class SamModel(nn.Module):
         answers = slice(1, None) if multimask else slice(0, 1)
         grid = self.input_px // self.patch
         shared = Shared(*(embeddings.extra[k] for k in ("keys", "k", "v", "q")))
-        corner = None if full_tile else (torch.floor(points_xy / self.patch).long() - (CROP // 2 - 1)).clamp(0, grid - CROP)
+        corner = (
+            None if full_tile else (torch.floor(points_xy / self.patch).long() - (CROP // 2 - 1)).clamp(0, grid - CROP)
+        )
         logits, quality = self._ask(shared, batch_index, points_xy, extras, corner, answers)
         count = logits.shape[1]
         corner = torch.zeros(len(points_xy), 2, dtype=torch.long, device=points_xy.device) if corner is None else corner
@@ -237,7 +263,13 @@ class SamModel(nn.Module):
         )
 
     def _ask(
-        self, shared: Shared, batch_index: Tensor, points_xy: Tensor, extras: PromptExtras | None, corner: Tensor | None, answers: slice
+        self,
+        shared: Shared,
+        batch_index: Tensor,
+        points_xy: Tensor,
+        extras: PromptExtras | None,
+        corner: Tensor | None,
+        answers: slice,
     ) -> tuple[Tensor, Tensor]:
         """Logits (N, M, h, w) and qualities (N, M). Prompts with as many points and boxes go together: SAM sees no empty places."""
         ones = torch.ones_like(points_xy[:, :1])
@@ -267,7 +299,9 @@ class SamModel(nn.Module):
         """SAM's tokens for points (N, K, 2) with labels 1 and 0, and boxes (N, 4), corner frame -> (N, tokens, 256), fp32."""
         # SAM takes pixel indices and adds half a pixel.
         given = (points - 0.5, labels.to(points.dtype)) if points.shape[1] else None
-        tokens: Tensor = self.sam["prompt_encoder"](points=given, boxes=None if boxes is None else boxes - 0.5, masks=None)[0]
+        tokens: Tensor = self.sam["prompt_encoder"](
+            points=given, boxes=None if boxes is None else boxes - 0.5, masks=None
+        )[0]
         return tokens
 
     def _describe(self, embeddings: Embeddings, batch_index: Tensor, corner: Tensor, logits: Tensor) -> Tensor:
@@ -279,4 +313,10 @@ class SamModel(nn.Module):
         density = windows(embeddings.extra["density"], batch_index, corner * UP, side)
         measured = measure(hard, density, self.mask_stride_px * self.mpp)[0]
         measured = ((measured - self.measured_mean) / self.measured_sd).clamp(-4, 4)
-        return torch.cat([F.normalize(pooled, dim=1) * (1 - MEASURED_SHARE) ** 0.5, F.normalize(measured, dim=1) * MEASURED_SHARE**0.5], 1)
+        return torch.cat(
+            [
+                F.normalize(pooled, dim=1) * (1 - MEASURED_SHARE) ** 0.5,
+                F.normalize(measured, dim=1) * MEASURED_SHARE**0.5,
+            ],
+            1,
+        )

@@ -53,17 +53,35 @@ def build(architecture: Architecture) -> nn.ModuleDict:
     """SAM's three networks with random weights: ``image_encoder``, ``prompt_encoder``, ``mask_decoder``; state-dict keys as in its checkpoints."""
     sam = modeling()
     side = architecture.grid * architecture.patch
-    return nn.ModuleDict({
-        "image_encoder": sam.ImageEncoderViT(
-            img_size=side, patch_size=architecture.patch, embed_dim=architecture.dim, depth=architecture.depth, num_heads=architecture.heads,
-            mlp_ratio=4, out_chans=EMBEDDING, qkv_bias=True, norm_layer=partial(nn.LayerNorm, eps=1e-6), use_rel_pos=True,
-            rel_pos_zero_init=True, window_size=architecture.window, global_attn_indexes=architecture.global_blocks,
-        ),
-        "prompt_encoder": sam.PromptEncoder(
-            embed_dim=EMBEDDING, image_embedding_size=(architecture.grid, architecture.grid), input_image_size=(side, side), mask_in_chans=16
-        ),
-        "mask_decoder": sam.MaskDecoder(
-            num_multimask_outputs=3, transformer=sam.TwoWayTransformer(depth=2, embedding_dim=EMBEDDING, mlp_dim=2048, num_heads=8),
-            transformer_dim=EMBEDDING, iou_head_depth=3, iou_head_hidden_dim=256,
-        ),
-    })  # fmt: skip
+    return nn.ModuleDict(
+        {
+            "image_encoder": sam.ImageEncoderViT(
+                img_size=side,
+                patch_size=architecture.patch,
+                embed_dim=architecture.dim,
+                depth=architecture.depth,
+                num_heads=architecture.heads,
+                mlp_ratio=4,
+                out_chans=EMBEDDING,
+                qkv_bias=True,
+                norm_layer=partial(nn.LayerNorm, eps=1e-6),
+                use_rel_pos=True,
+                rel_pos_zero_init=True,
+                window_size=architecture.window,
+                global_attn_indexes=architecture.global_blocks,
+            ),
+            "prompt_encoder": sam.PromptEncoder(
+                embed_dim=EMBEDDING,
+                image_embedding_size=(architecture.grid, architecture.grid),
+                input_image_size=(side, side),
+                mask_in_chans=16,
+            ),
+            "mask_decoder": sam.MaskDecoder(
+                num_multimask_outputs=3,
+                transformer=sam.TwoWayTransformer(depth=2, embedding_dim=EMBEDDING, mlp_dim=2048, num_heads=8),
+                transformer_dim=EMBEDDING,
+                iou_head_depth=3,
+                iou_head_hidden_dim=256,
+            ),
+        }
+    )

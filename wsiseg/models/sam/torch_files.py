@@ -34,31 +34,120 @@ if TYPE_CHECKING:
 
 #: First parts of module names that can run, fetch or overwrite things.
 _HARMFUL = {
-    "os", "posix", "nt", "subprocess", "pty", "sys", "importlib", "imp", "zipimport", "runpy", "shutil", "socket", "ctypes", "pickle", "_pickle",
-    "cPickle", "dill", "cloudpickle", "marshal", "webbrowser", "urllib", "urllib2", "http", "requests", "ftplib", "smtplib", "asyncio", "timeit",
-    "pdb", "bdb", "cProfile",
-}  # fmt: skip
+    "os",
+    "posix",
+    "nt",
+    "subprocess",
+    "pty",
+    "sys",
+    "importlib",
+    "imp",
+    "zipimport",
+    "runpy",
+    "shutil",
+    "socket",
+    "ctypes",
+    "pickle",
+    "_pickle",
+    "cPickle",
+    "dill",
+    "cloudpickle",
+    "marshal",
+    "webbrowser",
+    "urllib",
+    "urllib2",
+    "http",
+    "requests",
+    "ftplib",
+    "smtplib",
+    "asyncio",
+    "timeit",
+    "pdb",
+    "bdb",
+    "cProfile",
+}
 _HARMFUL_PARTS = (
-    "torch.hub", "torch.jit", "torch.load", "torch.package", "torch.serialization", "torch.utils.cpp_extension", "torch.utils.model_zoo",
-    "numpy.f2py", "numpy.load", "numpy.testing", "code.interact", "code.InteractiveInterpreter", "code.InteractiveConsole", "io.open", "_io.open",
-)  # fmt: skip
+    "torch.hub",
+    "torch.jit",
+    "torch.load",
+    "torch.package",
+    "torch.serialization",
+    "torch.utils.cpp_extension",
+    "torch.utils.model_zoo",
+    "numpy.f2py",
+    "numpy.load",
+    "numpy.testing",
+    "code.interact",
+    "code.InteractiveInterpreter",
+    "code.InteractiveConsole",
+    "io.open",
+    "_io.open",
+)
 _HARMFUL_ATTRIBUTES = {
-    "system", "popen", "eval", "exec", "compile", "open", "__import__", "__builtins__", "__globals__", "__subclasses__", "__code__", "__loader__",
-}  # fmt: skip
+    "system",
+    "popen",
+    "eval",
+    "exec",
+    "compile",
+    "open",
+    "__import__",
+    "__builtins__",
+    "__globals__",
+    "__subclasses__",
+    "__code__",
+    "__loader__",
+}
 _HARMLESS_BUILTINS = {
-    "bool", "bytearray", "bytes", "complex", "dict", "Ellipsis", "float", "frozenset", "int", "list", "object", "range", "reversed", "set", "slice",
-    "str", "tuple", "type",
-}  # fmt: skip
+    "bool",
+    "bytearray",
+    "bytes",
+    "complex",
+    "dict",
+    "Ellipsis",
+    "float",
+    "frozenset",
+    "int",
+    "list",
+    "object",
+    "range",
+    "reversed",
+    "set",
+    "slice",
+    "str",
+    "tuple",
+    "type",
+}
 _DTYPES = {
-    "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16,
-    "LongStorage": torch.int64, "IntStorage": torch.int32, "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8,
-    "BoolStorage": torch.bool, "UntypedStorage": torch.uint8,
-}  # fmt: skip
+    "DoubleStorage": torch.float64,
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+    "UntypedStorage": torch.uint8,
+}
 # What a damaged or hostile archive or pickle can raise.
 _BROKEN = (
-    pickle.UnpicklingError, AttributeError, EOFError, ImportError, IndexError, KeyError, MemoryError, OverflowError, RuntimeError, TypeError,
-    ValueError, struct.error, zipfile.BadZipFile, zlib.error, lzma.LZMAError,
-)  # fmt: skip
+    pickle.UnpicklingError,
+    AttributeError,
+    EOFError,
+    ImportError,
+    IndexError,
+    KeyError,
+    MemoryError,
+    OverflowError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    struct.error,
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+)
 
 
 class TorchFile(NamedTuple):
@@ -103,10 +192,14 @@ def _read_zip(path: Path) -> TorchFile:
     except WeightsError:
         raise
     except _HarmError as error:
-        raise WeightsError(f"{path}: asks to run {error}, which no weight file needs; it was not run; get the file from a source you trust") from None
+        raise WeightsError(
+            f"{path}: asks to run {error}, which no weight file needs; it was not run; get the file from a source you trust"
+        ) from None
     except _BROKEN as error:
         reason = (str(error).splitlines() or [""])[0] or type(error).__name__
-        raise WeightsError(f"{path}: cut short or damaged ({reason}), as after a broken download; get it again") from error
+        raise WeightsError(
+            f"{path}: cut short or damaged ({reason}), as after a broken download; get it again"
+        ) from error
 
 
 def _root(path: Path, archive: zipfile.ZipFile) -> str:
@@ -114,10 +207,14 @@ def _root(path: Path, archive: zipfile.ZipFile) -> str:
     names = archive.namelist()
     found = sorted((n for n in names if n == "data.pkl" or n.endswith("/data.pkl")), key=len)
     if not found:
-        raise WeightsError(f"{path}: a zip archive without data.pkl, so not a PyTorch file; unpack it and pass the weight file inside")
+        raise WeightsError(
+            f"{path}: a zip archive without data.pkl, so not a PyTorch file; unpack it and pass the weight file inside"
+        )
     root = found[0].removesuffix("data.pkl")
     if f"{root}constants.pkl" in names:
-        raise WeightsError(f"{path}: a TorchScript program, not a file of weights; pass the checkpoint that it was made from")
+        raise WeightsError(
+            f"{path}: a TorchScript program, not a file of weights; pass the checkpoint that it was made from"
+        )
     if f"{root}byteorder" in names and archive.read(f"{root}byteorder").decode(errors="replace") != sys.byteorder:
         raise WeightsError(f"{path}: its numbers have the other byte order; save it again on a machine like this one")
     damaged = archive.testzip()
@@ -177,7 +274,9 @@ class _Tensor:
 
     __slots__ = ()
 
-    def __call__(self, storage: object, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: object) -> Tensor | _Inert:
+    def __call__(
+        self, storage: object, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: object
+    ) -> Tensor | _Inert:
         if not isinstance(storage, torch.Tensor):
             return _Inert()
         if math.prod(size) > storage.numel():
@@ -232,7 +331,11 @@ class _Reader(pickle.Unpickler):
             return _STAND_INS[full]
         harmful = name not in _HARMLESS_BUILTINS if module == "builtins" else module.split(".", 1)[0] in _HARMFUL
         # module "torch", name "serialization.os.system" is a way to say os.system too
-        if harmful or _HARMFUL & set(name.split(".")[:-1]) or any(f"{full}.".startswith(f"{part}.") for part in _HARMFUL_PARTS):
+        if (
+            harmful
+            or _HARMFUL & set(name.split(".")[:-1])
+            or any(f"{full}.".startswith(f"{part}.") for part in _HARMFUL_PARTS)
+        ):
             raise _HarmError(full)
         if module != "builtins":
             self.foreign.add(full)

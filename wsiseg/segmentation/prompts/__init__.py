@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from wsiseg.records import Bank, Embeddings
 
 
-def find_points(embeddings: Embeddings, width_px: int, mpp: float, config: RunConfig, bank: Bank | None) -> NDArray[np.float32]:
+def find_points(
+    embeddings: Embeddings, width_px: int, mpp: float, config: RunConfig, bank: Bank | None
+) -> NDArray[np.float32]:
     """Prompts of one encoded tile.
 
     Parameters
@@ -54,7 +56,10 @@ def find_points(embeddings: Embeddings, width_px: int, mpp: float, config: RunCo
         return points[passed]
     # No instance maps, or the paper's own localisation: components of each type's similarity; where two coincide, the first type's stays.
     min_area_px = config.cop.min_component_um2 / (stride_px * mpp) ** 2
-    found = [component_points(g, floor, min_area_px) * stride_px for g, floor in zip(gates, bank.similarity_thresholds, strict=True)]
+    found = [
+        component_points(g, floor, min_area_px) * stride_px
+        for g, floor in zip(gates, bank.similarity_thresholds, strict=True)
+    ]
     return _apart(np.concatenate(found).astype(np.float32), config.cop.dedup_um / mpp)
 
 

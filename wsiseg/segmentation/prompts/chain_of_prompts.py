@@ -93,7 +93,10 @@ def hierarchical_seeds(
 
 
 def gate_map(
-    high: NDArray[np.float32], low: NDArray[np.float32], prototypes_high: NDArray[np.float32], prototypes_low: NDArray[np.float32]
+    high: NDArray[np.float32],
+    low: NDArray[np.float32],
+    prototypes_high: NDArray[np.float32],
+    prototypes_low: NDArray[np.float32],
 ) -> NDArray[np.float32]:
     """S of a tile against a type's bank: ``max cos(F_h, p_h) * max cos(F_l, p_l)`` -> (h, w), the grid of ``high``.
 
@@ -158,7 +161,9 @@ def resize_unit(features: NDArray[np.float32], shape: tuple[int, ...]) -> NDArra
     """Bilinear resize of (C, h, w) to ``shape``, back to unit norm."""
     if features.shape[1:] != shape:
         y, x = ((np.arange(n) + 0.5) * m / n - 0.5 for n, m in zip(shape, features.shape[1:], strict=True))
-        y0, x0 = (np.clip(np.floor(v).astype(int), 0, m - 2) for v, m in ((y, features.shape[1]), (x, features.shape[2])))
+        y0, x0 = (
+            np.clip(np.floor(v).astype(int), 0, m - 2) for v, m in ((y, features.shape[1]), (x, features.shape[2]))
+        )
         fy, fx = np.clip(y - y0, 0, 1).astype(np.float32)[:, None], np.clip(x - x0, 0, 1).astype(np.float32)
         top, bottom = features[:, y0], features[:, y0 + 1]
         rows = top * (1 - fy) + bottom * fy
@@ -167,7 +172,9 @@ def resize_unit(features: NDArray[np.float32], shape: tuple[int, ...]) -> NDArra
     return unit
 
 
-def _components(mask: NDArray[np.bool_], weight: NDArray[np.float32], min_area_px: float) -> tuple[NDArray[np.float64], NDArray[np.intp]]:
+def _components(
+    mask: NDArray[np.bool_], weight: NDArray[np.float32], min_area_px: float
+) -> tuple[NDArray[np.float64], NDArray[np.intp]]:
     """8-connected components -> weighted centroids (K, 2) xy corner frame, and the (row, column) cell of each."""
     labels, count = ndimage.label(mask, structure=_EIGHT)
     if not count:
@@ -175,7 +182,9 @@ def _components(mask: NDArray[np.bool_], weight: NDArray[np.float32], min_area_p
     y, x = np.nonzero(mask)
     owner, w = labels[y, x] - 1, weight[y, x].astype(float)
     size, total = np.bincount(owner, minlength=count), np.bincount(owner, weights=w, minlength=count)
-    centre = np.stack([np.bincount(owner, weights=w * v, minlength=count) / np.maximum(total, 1e-12) for v in (x, y)], 1)
+    centre = np.stack(
+        [np.bincount(owner, weights=w * v, minlength=count) / np.maximum(total, 1e-12) for v in (x, y)], 1
+    )
     cells = np.rint(centre[:, ::-1]).astype(np.intp)
     outside = labels[cells[:, 0], cells[:, 1]] != np.arange(1, count + 1)
     if outside.any():  # D4

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 def grid_points(core: Box, spacing_px: float) -> NDArray[np.float64]:
     """Points (N, 2) of the slide's one grid that lie in ``core``; x, y in model px of the slide, corner frame."""
-    lines = [(np.arange(np.ceil(low / spacing_px - 0.5), np.ceil(high / spacing_px - 0.5)) + 0.5) * spacing_px for low, high in
-             ((core.x0, core.x1), (core.y0, core.y1))]  # fmt: skip
+    lines = [
+        (np.arange(np.ceil(low / spacing_px - 0.5), np.ceil(high / spacing_px - 0.5)) + 0.5) * spacing_px
+        for low, high in ((core.x0, core.x1), (core.y0, core.y1))
+    ]
     return np.stack(np.meshgrid(*lines), -1).reshape(-1, 2)

@@ -1,0 +1,78 @@
+"""The setup of a worker process: the slide, the model, and its claims on blocks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from wsiseg.models import load_model
+from wsiseg.runtime.claims import Claims
+from wsiseg.slide import open_slide
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from wsiseg.config import RunConfig
+    from wsiseg.geometry import Lattice
+    from wsiseg.models.contract import PromptableModel
+    from wsiseg.records import Bank
+    from wsiseg.slide import SlideReader
+    from wsiseg.slide.tissue import SearchArea
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """One run as every worker needs to know it; picklable.
+
+    Attributes
+    ----------
+    slide
+        Path or URL.
+    config
+        Resolved: its method and precision are not ``auto``.
+    lattice
+        Between model px and level-0 px.
+    area
+        Where cells are looked for.
+    bank
+        Prototypes, of runs with clicks.
+    parts, parts_hash
+        Folder of the part files, and the digest of everything that decides their content.
+    """
+
+    slide: str
+    config: RunConfig
+    lattice: Lattice
+    area: SearchArea
+    bank: Bank | None
+    parts: Path
+    parts_hash: str
+
+
+@dataclass(frozen=True)
+class WorkerContext:
+    """What a worker process opens once: the slide, the model, and the claims on the blocks that it works on."""
+
+    spec: RunSpec
+    reader: SlideReader
+    model: PromptableModel
+    claims: Claims
+
+    def close(self) -> None:
+        """Close the slide and give up all claims."""
+        self.reader.close()
+        self.claims.__exit__()
+
+
+def open_worker_context(spec: RunSpec, number: int = 0) -> WorkerContext:
+    """The slide and model of worker ``number``; where there are several GPUs, each worker has its own."""
+    config = spec.config
+    reader = open_slide(spec.slide, mpp=config.mpp, force_mpp=config.force_mpp, reader=config.reader)
+    device = config.device
+    if device in ("auto", "cuda") and torch.cuda.device_count() > 1:
+        device = f"cuda:{number % torch.cuda.device_count()}"
+    return WorkerContext(
+        spec, reader, load_model(config.model, device, config.precision), Claims(spec.parts).__enter__()
+    )
