@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from train_nuclei_compact import _compare, _save, _stream, rate_at
 
 from wsiseg.models.morphology import windows
-from wsiseg.models.nuclei_compact import MASKS, STRIDE_PX, WINDOW_SIZE, NucleiCompact
+from wsiseg.models.nuclei_compact import MASK_STRIDE_PX, MASKS, WINDOW_SIZE, NucleiCompact
 
 SHARES = {"tnbc": 0.5, "dsb2018_histology": 0.5}  # hand-drawn outlines only
 PROMPTS = 40  #: per batch that are answered with three masks
@@ -73,13 +73,13 @@ def main() -> None:
                 continue
             masks = model.decode(e, tile[rows], points[rows], multimask=count > 1)
             mine = owners[rows].repeat_interleave(count)
-            origin = masks.origin_xy // STRIDE_PX
+            origin = masks.origin_xy // MASK_STRIDE_PX
             which = tile[rows].repeat_interleave(count)
-            window = windows(batch["label"].float()[:, None] + 1, which, masks.origin_xy, WINDOW_SIZE * STRIDE_PX)
+            window = windows(batch["label"].float()[:, None] + 1, which, masks.origin_xy, WINDOW_SIZE * MASK_STRIDE_PX)
             known = windows(batch["weight"][:, None], which, origin, WINDOW_SIZE)[:, 0] * (
-                F.max_pool2d(window, STRIDE_PX)[:, 0] > 0
+                F.max_pool2d(window, MASK_STRIDE_PX)[:, 0] > 0
             )
-            target = F.avg_pool2d((window == (mine + 1)[:, None, None, None]).float(), STRIDE_PX)[:, 0]
+            target = F.avg_pool2d((window == (mine + 1)[:, None, None, None]).float(), MASK_STRIDE_PX)[:, 0]
             _, true = _compare(masks.logits, target, known)
             true = true * (mine > 0)
             predicted = torch.logit(masks.predicted_iou, eps=1e-5)

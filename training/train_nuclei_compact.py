@@ -37,7 +37,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from wsiseg.models.morphology import windows
-from wsiseg.models.nuclei_compact import LEARNED, MASKS, STRIDE_PX, WINDOW_SIZE, NucleiCompact
+from wsiseg.models.nuclei_compact import LEARNED, MASK_STRIDE_PX, MASKS, WINDOW_SIZE, NucleiCompact
 from wsiseg.records import Embeddings, PromptExtras
 
 MASK_SHARES = {"tnbc": 0.42, "dsb2018_histology": 0.46, "nucls_mini": 0.12}
@@ -86,12 +86,12 @@ def losses(model: NucleiCompact, heads: TypeHeads, batch: dict[str, Tensor], amp
         batch["hint_xy"].flatten(0, 1), batch["hint_labels"].flatten(0, 1), batch["boxes"].flatten(0, 1)
     )
     masks = model.decode(e, tile, points, extras=extras)
-    origin = masks.origin_xy // STRIDE_PX
+    origin = masks.origin_xy // MASK_STRIDE_PX
     label = batch["label"].float()[:, None] + 1  # 0 is "outside the crop" after windowing
-    window = windows(label, tile, origin * STRIDE_PX, WINDOW_SIZE * STRIDE_PX)
-    inside = F.max_pool2d(window, STRIDE_PX)[:, 0] > 0
+    window = windows(label, tile, origin * MASK_STRIDE_PX, WINDOW_SIZE * MASK_STRIDE_PX)
+    inside = F.max_pool2d(window, MASK_STRIDE_PX)[:, 0] > 0
     known = windows(weight[:, None], tile, origin, WINDOW_SIZE)[:, 0] * inside
-    target = F.avg_pool2d((window == (owners + 1)[:, None, None, None]).float(), STRIDE_PX)[:, 0]
+    target = F.avg_pool2d((window == (owners + 1)[:, None, None, None]).float(), MASK_STRIDE_PX)[:, 0]
     click = owners > 0
     per, iou = _compare(masks.logits, target, known)
     out["mask"] = (per * click).sum() / click.sum().clamp_min(1)
@@ -173,11 +173,15 @@ def pseudo_masks(model: NucleiCompact, root: Path, device: torch.device) -> list
         masks = model.decode(e, torch.zeros(len(xy), dtype=torch.long, device=device), xy)
         score = (masks.predicted_iou * masks.stability).cpu().numpy()
         logits = (
-            F.interpolate(masks.logits[:, None], scale_factor=STRIDE_PX, mode="bilinear", align_corners=False)[:, 0]
+            F.interpolate(masks.logits[:, None], scale_factor=MASK_STRIDE_PX, mode="bilinear", align_corners=False)[
+                :, 0
+            ]
             .cpu()
             .numpy()
         )
-        foreground = F.interpolate(e.maps[:, :1], scale_factor=STRIDE_PX, mode="bilinear", align_corners=False)[0, 0]
+        foreground = F.interpolate(e.maps[:, :1], scale_factor=MASK_STRIDE_PX, mode="bilinear", align_corners=False)[
+            0, 0
+        ]
         foreground = foreground.sigmoid().cpu().numpy()[:height, :width]
         best = np.zeros((height, width), np.float32)
         label = np.zeros((height, width), np.int32)

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from wsiseg.models.cards import ModelCard
 
 STRIDE_PX = 16  #: deepest stride of the pyramid: tiles that start on its multiples see the same lattice
-STRIDE_PX = 2  #: one mask logit covers 2 x 2 model pixels
+MASK_STRIDE_PX = 2  #: one mask logit covers 2 x 2 model pixels
 WINDOW_SIZE = 64  #: 128 px = 32 um at 0.25 mpp: the largest nuclei (30 um) fit
 SNAP_CELLS = 4  #: windows start on the 8-px lattice of F_l, so that masks pool F_l without resampling
 MPP = 0.25
@@ -120,7 +120,7 @@ class NucleiCompact(nn.Module):
     has_maps = True
     box_replaces_point = False
     prompts_multiple = 32
-    reach_px = (WINDOW_SIZE // 2 + SNAP_CELLS // 2) * STRIDE_PX
+    reach_px = (WINDOW_SIZE // 2 + SNAP_CELLS // 2) * MASK_STRIDE_PX
     descriptor_size = DESCRIPTOR_SIZE
     _bf16 = False
 
@@ -213,7 +213,7 @@ class NucleiCompact(nn.Module):
         # One product for both heads: on its own, the three-channel one rounds differently with the number of threads.
         weight, bias = (torch.cat([getattr(self.maps, k), getattr(self.mask_features, k)]) for k in ("weight", "bias"))
         maps, mask = F.conv2d(p2, weight, bias).split([3, MASK_FEATURES], 1)
-        density = optical_density(unit, STRIDE_PX)
+        density = optical_density(unit, MASK_STRIDE_PX)
         return Embeddings(
             high=F.normalize(self.high(p4), dim=1),
             low=F.normalize(self.low(p8), dim=1),
@@ -263,12 +263,12 @@ class NucleiCompact(nn.Module):
             hidden = hidden + self._hint(extra, batch_index, points_xy, extras)
         hidden = F.relu(hidden)
         parameters = self.controller[2](hidden)
-        snap_px = SNAP_CELLS * STRIDE_PX
+        snap_px = SNAP_CELLS * MASK_STRIDE_PX
         origin = torch.floor(points_xy / snap_px).long() * SNAP_CELLS - (WINDOW_SIZE // 2 - SNAP_CELLS // 2)  # cells
         features = windows(extra["mask"], batch_index, origin, WINDOW_SIZE)
         cells = torch.arange(WINDOW_SIZE, device=points_xy.device, dtype=points_xy.dtype) + 0.5
-        relative_x = (origin[:, :1] + cells) * STRIDE_PX - points_xy[:, :1]
-        relative_y = (origin[:, 1:] + cells) * STRIDE_PX - points_xy[:, 1:]
+        relative_x = (origin[:, :1] + cells) * MASK_STRIDE_PX - points_xy[:, :1]
+        relative_y = (origin[:, 1:] + cells) * MASK_STRIDE_PX - points_xy[:, 1:]
         n = len(points_xy)
         grid = torch.stack(
             [
@@ -293,8 +293,8 @@ class NucleiCompact(nn.Module):
         )
         return WindowMasks(
             logits=logits,
-            origin_xy=origin * STRIDE_PX,
-            mask_stride_px=STRIDE_PX,
+            origin_xy=origin * MASK_STRIDE_PX,
+            mask_stride_px=MASK_STRIDE_PX,
             predicted_iou=torch.sigmoid(quality[:, 0]),
             stability=signs[:, 0],
             descriptors=descriptors,
@@ -329,7 +329,7 @@ class NucleiCompact(nn.Module):
         pooled_low = (low * coarse).sum((2, 3)) / coarse.sum((2, 3)).clamp_min(1e-3)
         pooled_mask = (features.detach() * hard[:, None]).sum((2, 3)) / area[:, None]
         density = windows(embeddings.extra["density"], batch_index, origin, WINDOW_SIZE)
-        measured, ring = measure(hard, density, STRIDE_PX * MPP)
+        measured, ring = measure(hard, density, MASK_STRIDE_PX * MPP)
         strict, loose = (logits.detach() > 1).sum((1, 2)), (logits.detach() > -1).sum((1, 2))
         certainty = ((logits.detach() / 2).tanh().abs() * hard).sum((1, 2)) / area
         maps = windows(embeddings.extra["maps"].detach().sigmoid(), batch_index, origin, WINDOW_SIZE)
