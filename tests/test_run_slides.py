@@ -181,7 +181,7 @@ def test_kill_9_loses_nothing(cmu: Path, region: Path, seeds: Path, reference: t
     assert manifest["counts"]["blocks_resumed"] >= 8
     for name, written in finished.items():
         assert (folder / "parts" / name).stat().st_mtime_ns == written
-    assert not [p for p in folder.rglob("*") if p.is_file() and p.suffix not in (".parquet", ".json", ".gz", ".safetensors", ".part")], "leftovers"
+    assert not [p for p in folder.rglob("*") if p.is_file() and p.suffix not in (".parquet", ".json", ".gz", ".safetensors", ".cells")], "leftovers"
 
 
 def test_a_broken_part_is_made_again(cmu: Path, config: RunConfig, reference: tuple[Path, dict[str, object]]) -> None:

@@ -20,7 +20,6 @@ from wsiseg.config import check_mpp
 from wsiseg.errors import ConfigError, InterruptedRunError, WsisegError
 from wsiseg.formats.atomic import atomic_path
 from wsiseg.formats.text_tables import TextTable, read_table, unknown_columns
-from wsiseg.pipeline import segment_slide
 from wsiseg.text import read_text
 
 if TYPE_CHECKING:
@@ -136,6 +135,8 @@ def segment_slides(
         Per slide the keys of ``SUMMARY`` and ``manifest`` (``None`` of a slide that failed). A table of them is written to ``out`` at the end, as
         ``summary.csv``, or ``summary-K-of-N.csv`` for a shard.
     """
+    from wsiseg.pipeline import segment_slide  # a list with a fault in it is refused before torch is loaded
+
     rows = []
     for entry in shard.of(entries) if shard else entries:
         mine = dataclasses.replace(config, mpp=entry.mpp or config.mpp, seeds=entry.seeds or config.seeds, bank=None if entry.seeds else config.bank)
