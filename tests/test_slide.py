@@ -658,6 +658,87 @@ def test_an_opacity_of_zero_in_png_and_ome_tiff(tmp_path, texture):
             assert any("opacity is 0 everywhere" in note for note in slide.info.warnings)
 
 
+def whole(slide, level=0):
+    return slide.read(level, Box(0, 0, *slide.info.level_sizes[level])).astype(int)
+
+
+@pytest.mark.parametrize("compression", ["group3", "group4", "tiff_ccitt", "tiff_lzw"])
+def test_black_and_white(tmp_path, texture, compression):
+    """Fax decoders return bytes for bits."""
+    bits = texture[..., 0] > 128
+    Image.fromarray(bits).save(tmp_path / "a.tif", compression=compression)
+    with open_slide(tmp_path / "a.tif", mpp=0.5) as slide:
+        assert np.array_equal(whole(slide)[..., 0], bits * 255)
+
+
+def test_a_small_opaque_part_is_enough_for_the_opacity_to_count(tmp_path):
+    """One tile of 1024 is opaque; the rest is white glass, not black."""
+    rgba = np.zeros((2048, 2048, 4), np.uint8)
+    rgba[1000:1030, 1000:1030] = (100, 50, 120, 255)
+    with open_slide(
+        written(tmp_path / "a.tif", rgba, photometric="rgb", extrasamples=["unassalpha"], tile=(64, 64))
+    ) as slide:
+        assert slide.read(0, Box(0, 0, 8, 8)).min() == 255
+        assert slide.read(0, Box(1010, 1010, 1011, 1011)).tolist() == [[[100, 50, 120]]]
+
+
+def test_the_padding_of_tiles_does_not_decide_the_scale(tmp_path, texture):
+    """10 bits in 16 with garbage beyond the image."""
+    path = written(tmp_path / "a.tif", texture[:100, :100].astype(np.uint16) * 4, photometric="rgb", tile=(64, 64))
+    offsets, lengths = page_layout(path)
+    data = bytearray(path.read_bytes())
+    last = np.frombuffer(data, np.uint16, lengths[-1] // 2, offsets[-1]).reshape(64, 64, 3).copy()
+    last[40:] = 65535
+    data[offsets[-1] : offsets[-1] + lengths[-1]] = last.tobytes()
+    path.write_bytes(data)
+    with open_slide(path) as slide:
+        assert np.abs(whole(slide) - texture[:100, :100]).max() <= 1
+
+
+def test_levels_of_different_colours_are_each_converted_as_they_say(tmp_path, texture):
+    grey = texture[..., 0]
+    with tifffile.TiffWriter(tmp_path / "a.tif") as tiff:
+        options = {"tile": (64, 64), "metadata": None, "resolution": (40000, 40000), "resolutionunit": "CENTIMETER"}
+        tiff.write(255 - grey, photometric="miniswhite", **options)
+        tiff.write(grey[::2, ::2], photometric="minisblack", subfiletype=1, **options)
+    with open_slide(tmp_path / "a.tif") as slide:
+        assert np.array_equal(whole(slide)[..., 0], grey)
+        assert np.array_equal(whole(slide, 1)[..., 0], grey[::2, ::2])
+
+
+def test_deep_colour_png(tmp_path, texture):
+    """12 bits in 16; Pillow would keep the upper 8 of the 16."""
+    import imagecodecs
+
+    (tmp_path / "a.png").write_bytes(imagecodecs.png_encode(texture.astype(np.uint16) * 16))
+    with open_slide(tmp_path / "a.png", mpp=0.5) as slide:
+        assert np.abs(whole(slide) - texture).max() <= 1
+
+
+def test_floats_that_overshoot_one_a_little(tmp_path, texture):
+    path = written(tmp_path / "a.tif", (texture / 255 * 1.001).astype(np.float32), photometric="rgb", tile=(128, 128))
+    with open_slide(path) as slide:
+        assert np.abs(whole(slide) - texture).max() <= 1
+
+
+def test_a_larger_picture_that_is_not_read_is_said(tmp_path, texture):
+    with tifffile.TiffWriter(tmp_path / "a.tif") as tiff:
+        tiff.write(texture[::4, ::4], photometric="rgb", tile=(64, 64), metadata=None)
+        tiff.write(texture, photometric="rgb", tile=(64, 64), metadata=None)
+    with open_slide(tmp_path / "a.tif", mpp=0.5) as slide:
+        assert slide.info.size_px0 == (192, 128)
+        assert any("a larger one, 768 x 512 px, is not" in note for note in slide.info.warnings)
+
+
+def test_a_strip_that_holds_the_slide_is_converted_in_bands(tmp_path, monkeypatch, texture):
+    import wsiseg.slide.colour as colour
+
+    path = written(tmp_path / "a.tif", texture.astype(np.uint16) * 257, photometric="rgb", rowsperstrip=512)
+    monkeypatch.setattr(colour, "BAND_PX", 768 * 10)
+    with open_slide(path) as slide:
+        assert np.array_equal(whole(slide), texture)
+
+
 def test_premultiplied_colours_are_not_multiplied_again(tmp_path, texture):
     """Associated alpha: a half-transparent dark px over white is grey, not darker than it was."""
     opacity = np.full((512, 768, 1), 128, np.uint8)

@@ -53,6 +53,8 @@ class _Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:  # noqa: ANN401
         from wsiseg.errors import InterruptedRunError, WsisegError
 
+        # tifffile logs what it thinks of damaged files; our own sentence says it once.
+        logging.getLogger("tifffile").setLevel(logging.CRITICAL)
         try:
             Path.cwd()
         except OSError as error:  # of which torch and others would end the process
@@ -114,6 +116,4 @@ def mpp_options(command: click.decorators.FC) -> click.decorators.FC:
 def set_verbosity(verbose: int, quiet: bool) -> None:
     """Log to stderr: warnings by default, more with each ``-v``, errors only with ``-q``."""
     level = logging.ERROR if quiet else max(logging.DEBUG, logging.WARNING - 10 * verbose)
-    # tifffile logs what it thinks of damaged files; our own sentence says it once.
-    logging.getLogger("tifffile").setLevel(logging.CRITICAL)
     logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)

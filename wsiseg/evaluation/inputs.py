@@ -278,7 +278,7 @@ def _load(path: Path) -> NDArray[Any]:
 
         return np.asarray(tifffile.imread(path))
     content = path.read_bytes()
-    if content[25:26] == b"\x03":  # a palette: the indices are the ids
+    if content.startswith(b"\x89PNG") and content[25:26] == b"\x03":  # a palette: the indices are the ids
         from PIL import Image
 
         with Image.open(path) as image:

@@ -158,6 +158,8 @@ def _ring(ring: object, place: str, error: type[WsisegError]) -> tuple[NDArray[n
     """Positions of a ring, closed, of shape (N, 2), px; and whether it was not."""
     if ring == []:
         raise error(f"{place}: a ring has no positions; 3 at least are needed; draw it again")
+    if isinstance(ring, list) and any(isinstance(n, bool) for at in ring if isinstance(at, list) for n in at):
+        raise error(f"{place}: coordinates are not rings of [x, y] positions; {AGAIN}")
     try:
         xy = np.array(ring)
         if xy.ndim != 2:

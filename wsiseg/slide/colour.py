@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 Model = Literal["channels", "rgb", "palette", "cmyk", "ycbcr", "lab"]
 
 DEPTHS = (8, 10, 12, 14, 16)  # bits that cameras and scanners deliver, whatever the width of the number
+BAND_PX = 1 << 20  # pixels converted at once
+NEARLY_ONE = 1.5  # floats up to this are on a scale of 1: interpolation overshoots
 REC601 = (0.299, 0.587, 0.114)  # TIFF 6.0, section 21: YCbCrCoefficients when the tag is absent
 FULL_RANGE = (0.0, 255.0, 128.0, 255.0, 128.0, 255.0)  # and ReferenceBlackWhite, as JFIF has it
 
@@ -80,6 +82,18 @@ class ToRgb:
 
     def __call__(self, pixels: NDArray[Any]) -> NDArray[np.uint8]:
         """Pixels of shape (h, w, samples), any number type -> RGB of shape (h, w, 3)."""
+        height, width = pixels.shape[:2]
+        rows = max(BAND_PX // max(width, 1), 1)
+        if height <= rows:
+            return self._convert(pixels)
+        rgb = np.empty((height, width, 3), np.uint8)
+        for top in range(
+            0, height, rows
+        ):  # a strip may hold the whole slide, and floats of it would take several times its memory
+            rgb[top : top + rows] = self._convert(pixels[top : top + rows])
+        return rgb
+
+    def _convert(self, pixels: NDArray[Any]) -> NDArray[np.uint8]:
         colours = self.colours
         rgb = self._rgb(pixels[..., : self.count])
         if colours.opacity_at is None:
@@ -92,7 +106,8 @@ class ToRgb:
     def _rgb(self, pixels: NDArray[Any]) -> NDArray[np.uint8]:
         colours = self.colours
         if colours.palette is not None:
-            rgb: NDArray[np.uint8] = colours.palette[np.minimum(pixels[..., 0], len(colours.palette) - 1)]
+            index = pixels[..., 0].astype(np.uint8) if pixels.dtype.kind == "b" else pixels[..., 0]
+            rgb: NDArray[np.uint8] = colours.palette[np.minimum(index, len(colours.palette) - 1)]
             return rgb
         scaled = _scaled(pixels, self.low, self.high)
         if colours.inverted:
@@ -127,7 +142,9 @@ def plan_rgb(sample: NDArray[Any], colours: Colours | None = None) -> tuple[ToRg
     colours = colours or Colours()
     samples = sample.shape[2]
     count = samples - (colours.opacity_at is not None) if colours.count is None else min(colours.count, samples)
-    if colours.model not in ("channels", "rgb") and sample.dtype.kind != "u":
+    if colours.model not in ("channels", "rgb") and sample.dtype.kind not in (
+        "ub" if colours.model == "palette" else "u"
+    ):
         raise SlideError(
             f"its colours are {NAMES[colours.model]} in {sample.dtype} values; unsigned integers are supported"
         )
@@ -176,7 +193,7 @@ def _scale(values: NDArray[Any], bits: int | None) -> tuple[float, float, str]:
     if bottom < 0:
         high = top if top > bottom else bottom + 1
         return bottom, high, f"{kind} values from {bottom:g} to {high:g} were stretched to 8 bits"
-    high = 1.0 if kind.kind == "f" and top <= 1 else 255.0 if top <= 255 else top
+    high = 1.0 if kind.kind == "f" and top <= NEARLY_ONE else 255.0 if top <= 255 else top
     return 0.0, high, f"{kind} values up to {top:g} were scaled to 8 bits, {high:g} becoming 255"
 
 

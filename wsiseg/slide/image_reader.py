@@ -157,7 +157,15 @@ def _check_size(width: int, height: int) -> None:
         )
 
 
+def _is_deep_png(path: str) -> bool:
+    """Whether a PNG has 16 bits per sample and several samples, of which Pillow keeps the upper 8 bits only."""
+    with Path(path).open("rb") as file:
+        head = file.read(26)
+    return head[24:25] == b"\x10" and head[25:26] in (b"\x02", b"\x04", b"\x06")
+
+
 def _load(path: str) -> _Loaded:
+    import imagecodecs
     from PIL import Image, UnidentifiedImageError
 
     try:
@@ -170,8 +178,10 @@ def _load(path: str) -> _Loaded:
                     image = file.convert("RGBA")
                 elif file.mode not in ("1", "L", "RGB", "RGBA") and not file.mode.startswith(("I", "F")):
                     image = file.convert("RGB")
-                pixels, alpha = np.asarray(image), image.mode == "RGBA"
                 orientation = int(file.getexif().get(ORIENTATION, 1))
+                deep = kind == "png" and _is_deep_png(path)
+                pixels = imagecodecs.png_decode(Path(path).read_bytes()) if deep else np.asarray(image)
+                alpha = image.mode == "RGBA" if not deep else pixels.ndim == 3 and pixels.shape[2] in (2, 4)
     except Image.DecompressionBombError as error:
         raise SlideError(
             f"too large for a plain image (at most {MAX_IMAGE_PX / 1e6:.0f} megapixels): {ADVICE}"
@@ -185,7 +195,7 @@ def _load(path: str) -> _Loaded:
     pixels = pixels[..., None] if pixels.ndim == 2 else pixels
     if pixels.dtype == np.int32 and pixels.min(initial=0) >= 0 and pixels.max(initial=0) < 2**16:
         pixels = pixels.astype(np.uint16)  # how older versions of Pillow hold 16-bit PNG
-    convert, notes = plan_rgb(pixels, Colours(opacity_at=3 if alpha else None))
+    convert, notes = plan_rgb(pixels, Colours(opacity_at=pixels.shape[2] - 1 if alpha else None))
     if orientation not in (0, 1):
         notes += (f"its orientation tag ({orientation}) is ignored: pixels are used as they are stored",)
     return _Loaded(convert(pixels), kind, notes)

@@ -9,6 +9,7 @@ Specification: TIFF 6.0, https://www.itu.int/itudoc/itu-t/com16/tiff-fx/docs/tif
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import threading
@@ -21,17 +22,18 @@ import tifffile
 
 from wsiseg.errors import SlideError
 from wsiseg.geometry import Box
-from wsiseg.slide.colour import FULL_RANGE, REC601, Colours, plan_rgb
+from wsiseg.slide.colour import FULL_RANGE, REC601, Colours, ToRgb, plan_rgb
 from wsiseg.slide.resample import FOREIGN_ERRORS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from numpy.typing import NDArray
 
 ADVICE = "convert it to a tiled pyramid, for example: vips tiffsave IN OUT.tif --tile --pyramid --compression jpeg"
 CACHE_BYTES = 128e6  # decoded tiles kept: neighbouring boxes share the tiles on their border
 MAX_CHUNK_BYTES = 512e6  # decoded size of the largest strip or tile that is read for one box
+OPACITY_BYTES = 1e9  # decoded at most to find out whether any opacity was set
 SAMPLE_CHUNKS, SAMPLE_BYTES = (
     64,
     256e6,
@@ -45,7 +47,7 @@ JPEG = (6, 7)
 JPEG_2000 = (33003, 33004, 33005, 34712)
 TO_RGB = (*JPEG, 50001, 50002, 52546)  # JPEG, WebP, JPEG XL: their decoders make RGB of YCbCr
 GREY, INVERTED_GREY, RGB, PALETTE, SEPARATED, YCBCR, LAB = 1, 0, 2, 3, 5, 6, 8  # PhotometricInterpretation
-ORIENTATION, INK_SET, YCBCR_COEFFICIENTS, REFERENCE_BLACK_WHITE = 274, 332, 529, 532
+PHOTOMETRIC, ORIENTATION, INK_SET, YCBCR_COEFFICIENTS, REFERENCE_BLACK_WHITE = 262, 274, 332, 529, 532
 PREMULTIPLIED, STRAIGHT = 1, 2  # ExtraSamples: associated and unassociated alpha; 0 has no stated meaning
 
 
@@ -81,8 +83,10 @@ class TiffPixels:
         self._levels, left_out = _levels_of(series)
         self.level_sizes = tuple((level.width, level.height) for level in self._levels)
         page = self._levels[0].page
-        self._to_rgb, remarks = plan_rgb(self._sample(page), _colours_of(page, len(self._levels[0].pages)))
-        self.notes = (*self._cut_short(), *left_out, *_orientation_note(page), *remarks)
+        first, remarks = plan_rgb(self._sample(page), _colours_of(page, len(self._levels[0].pages)))
+        self._to_rgb = [first, *(_like(first, page, level) for level in self._levels[1:])]
+        larger = _larger_picture(tiff, self.level_sizes[0])
+        self.notes = (*self._cut_short(), *left_out, *larger, *_orientation_note(self._levels), *remarks)
 
     def read(self, level: int, box: Box) -> NDArray[np.uint8]:
         """RGB of a box inside the level; white where tiles are marked as absent (offset or length 0)."""
@@ -108,7 +112,7 @@ class TiffPixels:
         raw = self._decode(self._levels[level], index)
         if raw is None:
             return None
-        rgb = self._to_rgb(raw)
+        rgb = self._to_rgb[level](raw)
         with self._lock:
             if (level, index) not in self._cache:
                 self._cache[level, index] = rgb
@@ -129,7 +133,8 @@ class TiffPixels:
                 tile, _, shape = level.page.decode(
                     encoded, at, jpegtables=page.jpegtables, jpegheader=level.page.jpegheader
                 )
-                planes.append(tile[0, : shape[1], : shape[2]])
+                # decoders of fax compression return bytes for bits
+                planes.append(tile[0, : shape[1], : shape[2]].astype(level.page.dtype, copy=False))
         return np.ascontiguousarray(planes[0]) if len(planes) == 1 else np.concatenate(planes, axis=2)
 
     def _encoded(self, level: _Level, number: int, at: int) -> bytes | None:
@@ -146,24 +151,52 @@ class TiffPixels:
         return encoded
 
     def _sample(self, page: Any) -> NDArray[Any]:  # noqa: ANN401
-        """Pixels that stand for the whole slide, (1, n, samples); a single one where nothing hangs on their values."""
-        level = self._levels[-1]
-        samples = level.planes * len(level.pages) if level.planes * len(level.pages) > 1 else int(page.samplesperpixel)
+        """Smallest and largest value of each sample, tile by tile: (2 * tiles, 1, samples), for a decision about the whole slide.
+
+        The padding of tiles beyond the image is left out. The mean of few bright spots is dark: for the depth of the pixels the finest level
+        counts, too.
+        """
+        coarsest = self._levels[-1]
+        samples = coarsest.samples
         if page.dtype == np.uint8 and not page.extrasamples:
             return np.zeros((1, 1, samples), np.uint8)
-        # The mean of few bright spots is dark: for the depth of the pixels the finest level counts, too.
-        levels = [level] if page.dtype == np.uint8 or len(self._levels) == 1 else [level, self._levels[0]]
-        found = [raw.reshape(-1, samples) for level in levels for raw in self._readable(level, _spread(level, samples))]
-        return np.concatenate(found)[None] if found else np.zeros((1, 1, samples), page.dtype)
+        levels = [coarsest] if page.dtype == np.uint8 or len(self._levels) == 1 else [coarsest, self._levels[0]]
+        found = [extremes for level in levels for extremes in self._extremes(level, _spread(level))]
+        extras = (
+            len(page.extrasamples) if {PREMULTIPLIED, STRAIGHT} & {int(extra) for extra in page.extrasamples} else 0
+        )
+        if extras and not any(extremes[..., -extras:].any() for extremes in found):
+            found += self._first_opaque(coarsest, extras)
+        return np.concatenate(found) if found else np.zeros((1, 1, samples), page.dtype)
 
-    def _readable(self, level: _Level, indices: list[int]) -> Iterator[NDArray[Any]]:
+    def _extremes(self, level: _Level, indices: Iterable[int]) -> Iterator[NDArray[Any]]:
+        """(2, 1, samples) of each tile that can be read."""
+        for index, raw in self._readable(level, indices):
+            y, x = index // level.columns * level.high, index % level.columns * level.wide
+            inside = raw[: level.height - y, : level.width - x]
+            if inside.dtype.kind == "f":
+                finite = np.isfinite(inside)
+                if not finite.any():
+                    continue
+                inside = np.where(finite, inside, inside[finite].min())
+            yield np.stack([inside.min((0, 1)), inside.max((0, 1))])[:, None]
+
+    def _first_opaque(self, level: _Level, extras: int) -> list[NDArray[Any]]:
+        """The first tile of a level whose extra samples are not 0 everywhere; none within the first gigabyte means that they are left unset."""
+        most = int(OPACITY_BYTES / (level.wide * level.high * level.samples * level.page.dtype.itemsize)) + 1
+        for extremes in self._extremes(level, range(min(level.columns * level.rows, most))):
+            if extremes[..., -extras:].any():
+                return [extremes]
+        return []
+
+    def _readable(self, level: _Level, indices: Iterable[int]) -> Iterator[tuple[int, NDArray[Any]]]:
         for index in indices:
             try:
                 raw = self._decode(level, index)
             except FOREIGN_ERRORS:  # damage is said where it is read
                 continue
             if raw is not None:
-                yield raw
+                yield index, raw
 
     def _cut_short(self) -> tuple[str, ...]:
         """A sentence when tiles lie beyond the end of the file."""
@@ -190,6 +223,12 @@ class _Level:
     high: int
 
     @property
+    def samples(self) -> int:
+        """Samples of a pixel, whichever pages and planes they are in."""
+        apart = self.planes * len(self.pages)
+        return apart if apart > 1 else int(self.page.samplesperpixel)
+
+    @property
     def columns(self) -> int:
         """Tiles side by side."""
         return -(-self.width // self.wide)
@@ -200,10 +239,10 @@ class _Level:
         return -(-self.height // self.high)
 
 
-def _spread(level: _Level, samples: int) -> list[int]:
+def _spread(level: _Level) -> list[int]:
     """Indices of tiles spread evenly over a level."""
     count = level.columns * level.rows
-    affordable = max(int(SAMPLE_BYTES / (level.wide * level.high * samples * level.page.dtype.itemsize)), 1)
+    affordable = max(int(SAMPLE_BYTES / (level.wide * level.high * level.samples * level.page.dtype.itemsize)), 1)
     return sorted({round(at) for at in np.linspace(0, count - 1, min(count, SAMPLE_CHUNKS, affordable))})
 
 
@@ -244,6 +283,8 @@ def _first_plane(level: tifffile.TiffPageSeries) -> tuple[tuple[Any, ...], tuple
 
 
 def _level(page: Any, pages: tuple[Any, ...]) -> _Level:  # noqa: ANN401
+    if isinstance(page.bitspersample, tuple):
+        raise SlideError(f"its samples have different depths ({page.bitspersample} bits), which is not supported")
     if page.imagedepth != 1:
         raise SlideError(f"its tiles are {page.imagedepth} planes deep, which is not supported: {ADVICE}")
     if page.is_tiled:
@@ -299,6 +340,8 @@ def _colours_of(page: Any, channels: int) -> Colours:  # noqa: ANN401
     kind, extras = int(page.photometric), [int(extra) for extra in page.extrasamples]
     name = getattr(page.photometric, "name", str(kind))
     samples = int(page.samplesperpixel)
+    if PHOTOMETRIC not in page.tags:  # a tag that must be there; tifffile takes 0, which is inverted grey
+        kind = RGB if samples - len(extras) >= 3 else GREY
     opacity = next(
         (samples - len(extras) + n for n, extra in enumerate(extras) if extra in (PREMULTIPLIED, STRAIGHT)), None
     )
@@ -306,8 +349,9 @@ def _colours_of(page: Any, channels: int) -> Colours:  # noqa: ANN401
     bits = int(page.bitspersample)
     shallow = bits if page.dtype.kind == "u" and bits not in (8, 16, 32, 64) else None
     if kind in (GREY, INVERTED_GREY):
-        # Several channels are stored as grey with extra samples; with an opacity among them the rest cannot be told from it by place.
-        count = None if channels > 1 or opacity in (None, samples - 1) else 1
+        # Several channels are stored as grey with extra samples; two samples of one page are grey and something else.
+        lone = channels == 1 and (samples == 2 or opacity not in (None, samples - 1))
+        count = 1 if lone else None
         return Colours(
             count=count, opacity_at=opacity, premultiplied=premultiplied, inverted=kind == INVERTED_GREY, bits=shallow
         )
@@ -359,9 +403,33 @@ def _rationals(value: Any, default: tuple[float, ...]) -> tuple[float, ...]:  # 
     return found if sound and all(found[n + 1] > found[n] for n in (0, 2, 4)) else default
 
 
-def _orientation_note(page: Any) -> tuple[str, ...]:  # noqa: ANN401
-    orientation = page.tags.valueof(ORIENTATION, 1)
-    if orientation in (0, 1):
+def _like(first: ToRgb, page: Any, level: _Level) -> ToRgb:  # noqa: ANN401
+    """The conversion of another level: colours as that level states them, the scale of the first."""
+    other = level.page
+    if other.dtype != page.dtype or level.samples < first.count:
+        found = f"{level.samples} samples of {other.dtype} in a level below {page.samplesperpixel} of {page.dtype}"
+        raise SlideError(f"its levels differ, {found}, which is not supported: {ADVICE}")
+    colours = _colours_of(other, len(level.pages))
+    if first.colours.opacity_at is None or (colours.opacity_at or 0) >= level.samples:
+        colours = dataclasses.replace(colours, opacity_at=None)
+    return dataclasses.replace(first, colours=colours)
+
+
+def _larger_picture(tiff: tifffile.TiffFile, size: tuple[int, int]) -> tuple[str, ...]:
+    """A sentence when the file holds a picture with more pixels than the one that is read."""
+    sizes = [(int(series.keyframe.imagewidth), int(series.keyframe.imagelength)) for series in tiff.series]
+    width, height = max(sizes, key=lambda wh: wh[0] * wh[1], default=size)
+    if width * height <= size[0] * size[1]:
+        return ()
+    return (
+        f"the first picture of the file, {size[0]} x {size[1]} px, is read; a larger one, {width} x {height} px, is not",
+    )
+
+
+def _orientation_note(levels: list[_Level]) -> tuple[str, ...]:
+    tags = [level.page.tags.valueof(ORIENTATION, 1) for level in levels]
+    orientation = next((tag for tag in tags if tag not in (0, 1)), 1)
+    if orientation == 1:
         return ()
     return (
         f"its orientation tag ({orientation}) is ignored: pixels are used as they are stored, and coordinates refer to these",
@@ -375,21 +443,26 @@ def misread_by_openslide(path: str, vendor: str) -> str | None:
     floats wrong or not at all, ignores the difference between opacity and other extra samples, mirrors each tile by the orientation tag in
     its own place, and takes the planes of a stack for levels. Files of scanners are looked at for depth, planes and orientation only.
     """
+    plain = vendor == "generic-tiff"
     try:
         with tifffile.TiffFile(path) as tiff:
-            pages = list(itertools.islice(tiff.pages, LOOKED_AT if vendor == "generic-tiff" else 1))
-            for page in pages:
-                reason = _misread(page, plain=vendor == "generic-tiff")
-                if reason:
-                    return reason
-            if vendor != "generic-tiff":
-                return None
-            if tiff.is_imagej:
-                return "ImageJ's metadata, of which OpenSlide does not read the scale"
-            sizes = [page.shape[:2] for page in pages if isinstance(page, tifffile.TiffPage) and page.is_tiled]
-            return "several planes of one size, which it takes for levels" if len(set(sizes)) < len(sizes) else None
+            pages: list[Any] = list(itertools.islice(tiff.pages, LOOKED_AT if plain else 1))
+            reasons = [_misread(page, plain=plain) for page in pages]
+            if plain:
+                reasons += [
+                    "ImageJ's metadata, of which OpenSlide does not read the scale" if tiff.is_imagej else None,
+                    _misordered([page.shape[:2] for page in pages if page.is_tiled]),
+                ]
+            return next((reason for reason in reasons if reason), None)
     except FOREIGN_ERRORS:
         return None
+
+
+def _misordered(sizes: list[tuple[int, ...]]) -> str | None:
+    """Why the tiled pages of a generic TIFF are not the levels that OpenSlide takes them for, by their sizes (height, width)."""
+    if len(set(sizes)) < len(sizes):
+        return "several planes of one size, which it takes for levels"
+    return "a first picture that is not the largest" if sizes and max(sizes) > sizes[0] else None
 
 
 def _misread(page: Any, *, plain: bool) -> str | None:  # noqa: ANN401
@@ -397,12 +470,13 @@ def _misread(page: Any, *, plain: bool) -> str | None:  # noqa: ANN401
         (page.bitspersample != 8 or page.sampleformat != 1, f"{page.bitspersample}-bit samples of type {page.dtype}"),
         (page.planarconfig == 2 and page.samplesperpixel > 1, "colour planes stored apart"),
         (page.tags.valueof(ORIENTATION, 1) not in (0, 1), f"the orientation tag ({page.tags.valueof(ORIENTATION)})"),
+        (bool(page.extrasamples), "extra samples, opacity or not"),
     ]
     if plain and page.is_tiled:
         in_jpeg = page.photometric == YCBCR and page.compression in JPEG
         colours = getattr(page.photometric, "name", page.photometric)
         reasons += [
-            (bool(page.extrasamples) or page.samplesperpixel > 3, "more than three samples per pixel"),
+            (page.samplesperpixel > 3, "more than three samples per pixel"),
             (page.photometric != RGB and not in_jpeg, f"colours stored as {colours}"),
         ]
     return next((reason for holds, reason in reasons if holds), None)
