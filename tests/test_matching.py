@@ -143,9 +143,11 @@ def test_a_clicked_cell_replaces_none_that_was_found(method: str, kept: int) -> 
     assert sorted(result.cells.points_xy[:, 0].tolist()) == [(120, 122)[kept], 320]
     assert sorted(result.typing.codes.tolist()) == [1, 2]
     assert result.bank is not None
-    z = (found if method == "apg" else decoded).descriptors
-    np.testing.assert_array_equal(result.bank.clicked[0], z[:1])
-    np.testing.assert_array_equal(result.bank.clicked[1], decoded.descriptors[1:])
+    if method == "apg":
+        np.testing.assert_array_equal(result.bank.clicked[0], found.descriptors)
+        np.testing.assert_array_equal(result.bank.clicked[1], decoded.descriptors[1:])
+    else:
+        assert result.bank is bank
 
 
 def same_types_by_run_and_type(wsiseg: Command, slide: Path, tmp_path: Path, clicks_per_type: int) -> None:
@@ -178,7 +180,7 @@ def same_types_by_run_and_type(wsiseg: Command, slide: Path, tmp_path: Path, cli
     for name in retyped.schema.names:
         assert retyped[name].equals(whole[name]), name
     assert (run / "bank.safetensors").read_bytes() == (again / "bank.safetensors").read_bytes()
-    assert len(set(retyped["type"].to_pylist()) - {"unassigned"}) == 3
+    assert set(read_geoparquet(run / "cells.parquet")[1].codes.tolist()) >= {1, 2, 3}
 
 
 def test_run_and_type_give_the_same_types(wsiseg: Command, demo: tuple[Path, Path], tmp_path: Path) -> None:

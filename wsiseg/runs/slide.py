@@ -257,7 +257,7 @@ def finish(
 
 
 @dataclass(frozen=True)
-class TypedCells:
+class StitchedResult:
     """The result before it is written.
 
     Attributes
@@ -267,7 +267,7 @@ class TypedCells:
     notes
         What typing found out, with the warnings about clicks.
     bank
-        Of the plan, with the descriptors of the cells that the clicks mean here.
+        Of the plan; but for Chain-of-Prompts with the descriptors of the cells that the clicks mean here.
     counts
         Of stitching.
     """
@@ -286,12 +286,13 @@ def stitch_and_type(
     clock: Clock,
     *,
     cache_bytes: int = CACHE_BYTES,
-) -> TypedCells:
+) -> StitchedResult:
     """Outlines of all tiles, any order -> stitched cells and their types.
 
     The clicks are looked up in the stitched cells, as :func:`wsiseg.runs.retype.type_run` does, so that the same clicks give the same types. A
     click that means none of them adds the cell decoded from it, which competes with the rest: what somebody clicked is in the result even if no
-    automatic prompt found it. Under Chain-of-Prompts the clicked cells compete from the start, since its prompts spread from them.
+    automatic prompt found it. Under Chain-of-Prompts the clicked cells compete from the start and keep the descriptors that its prompts spread
+    from.
     """
     info, config, bank, notes = plan.info, plan.config, plan.bank, TypingNotes()
     reach_px0 = config.cop.click_reach_um / info.mpp
@@ -310,18 +311,20 @@ def stitch_and_type(
     none = Cells.empty(plan.descriptor_size)
     if bank is None:
         cells, counts = join(none)
-        return TypedCells(cells, Typing.untyped(len(cells)), notes, None, counts)
+        return StitchedResult(cells, Typing.untyped(len(cells)), notes, None, counts)
     cells, counts = join(bank.cells if config.method == "cop" else none)
     missed = none if config.method == "cop" else missed_cells(bank, cells, reach_px0)
     if len(missed):
         cells, counts = join(missed)
     with clock("type"):
         descriptors = cells.descriptors()
-        bank, rows, doubts = match_bank(bank, cells, descriptors, reach_px0)
+        matched, rows, doubts = match_bank(bank, cells, descriptors, reach_px0)
+        if config.method != "cop":
+            bank = matched
         typing, notes = assign_types(descriptors, cells.points_xy * info.mpp, bank, types, config.typing)
         typing = set_click_labels(typing, rows)
         notes = dataclasses.replace(notes, warnings=(*notes.warnings, *doubts))
-    return TypedCells(cells, typing, notes, bank, counts)
+    return StitchedResult(cells, typing, notes, bank, counts)
 
 
 def _segment(
