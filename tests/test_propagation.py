@@ -6,9 +6,8 @@ import dataclasses
 
 import numpy as np
 import pytest
-import shapely
 
-from wsiseg.celltypes.assignment import assign_types, enforce_click_labels
+from wsiseg.celltypes.assignment import assign_types, set_click_labels
 from wsiseg.celltypes.plda import infer_hypotheses, slide_space
 from wsiseg.config import TypingConfig
 from wsiseg.records import Bank, Cells, TypeSpace, Typing
@@ -278,22 +277,15 @@ def test_no_cells() -> None:
 
 
 def test_clicked_cells_keep_their_type() -> None:
-    shapes = np.array([shapely.box(0, 0, 10, 10), shapely.box(20, 0, 30, 10), shapely.box(40, 0, 50, 10)], object)
-    cells = Cells(shapes, np.zeros((3, 2)), np.ones(3, np.float32), np.zeros((3, 2), np.float16))
-    z, kinds = table([0.5, 0.5], n=20)
-    bank = bank_of(z, kinds, [0, 1])
-    bank = Bank(**{**bank.__dict__, "clicks": (np.array([[5.0, 5.0]]), np.array([[32.0, 5.0]]))})
     codes, none = np.array([2, 0, 1], np.int32), np.full(3, -1, np.int32)
     typing = Typing(
         ("unassigned", "a", "b"), ((0, 0, 0),) * 3, codes, np.zeros(3, np.float32), np.zeros(3, np.float32), none
     )
-    kept, doubts = enforce_click_labels(cells, typing, bank, 3.0)
+    kept = set_click_labels(typing, [np.array([0]), np.array([-1, 1])])
     assert kept.codes.tolist() == [1, 2, 1]
-    assert kept.prototypes.tolist() == [0, 1, -1]
-    assert doubts == []
-    kept, doubts = enforce_click_labels(cells, typing, bank, 1.0)
-    assert kept.codes.tolist() == [1, 0, 1]
-    assert doubts == ["the click on type 1 at [32, 5] meets no cell of the result"]
+    assert kept.prototypes.tolist() == [0, 2, -1]
+    assert kept.scores.tolist() == kept.margins.tolist() == [1, 1, 0]
+    assert typing.codes.tolist() == [2, 0, 1]
 
 
 def test_a_space_is_found_on_the_slide_when_the_weights_have_none() -> None:

@@ -341,6 +341,8 @@ class Bank:
         (T,) float32: similarity (product of the two cosines) from which a place is a candidate of the type.
     foreign
         The clicks are on another slide; ``clicks`` and ``cells`` say nothing about this one.
+    negative_clicks
+        Per type, (k, 2) float64: the clicks against it, level-0 px; nothing where they are not known.
     """
 
     names: tuple[str, ...]
@@ -353,6 +355,7 @@ class Bank:
     low: tuple[NDArray[np.float32], ...]
     similarity_thresholds: NDArray[np.float32]
     from_other_slide: bool = False
+    negative_clicks: tuple[NDArray[np.float64], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -90,5 +90,5 @@ class Picture:
         else:
             found = self.outlines(points, config)
         sheet = RunPlan(self.reader.info, config, bank, {}, "", "", "", self.model.descriptor_size, 0.0)
-        cells, typing, *_ = stitch_and_type([found], sheet, self.model.types, Clock())
-        return cells.take(slice(None)), typing
+        result = stitch_and_type([found], sheet, self.model.types, Clock())
+        return result.cells.take(slice(None)), result.typing

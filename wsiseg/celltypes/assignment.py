@@ -20,7 +20,6 @@ import itertools
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import shapely
 
 from wsiseg.celltypes.plda import (
     Hypothesis,
@@ -38,7 +37,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from wsiseg.config import TypingConfig
-    from wsiseg.records import Bank, CellIndex, TypeSpace
+    from wsiseg.records import Bank, TypeSpace
 
 _GREY = (128, 128, 128)
 _ROWS = 65_536  #: cells worked on at once: a few hundred MB at 75 numbers each
@@ -231,49 +230,11 @@ def _unclicked(kind: NDArray[np.intp], space: TypeSpace) -> list[str]:
     return warnings
 
 
-def enforce_click_labels(cells: CellIndex, typing: Typing, bank: Bank, reach_px0: float) -> tuple[Typing, list[str]]:
-    """Give every clicked cell the type it was clicked as.
-
-    Parameters
-    ----------
-    cells, typing
-        Stitched cells and their types; not modified.
-    bank
-        Its ``clicks`` are level-0 px.
-    reach_px0
-        A click beside its cell finds it within this distance.
-
-    Returns
-    -------
-    typing
-        Score and margin of a clicked cell are 1.
-    warnings
-        A sentence per click that meets no cell (it lies outside the region or tissue that was searched).
-    """
-    rows: list[NDArray[np.intp]] = []
-    warnings = []
-    owner: dict[int, str] = {}
-    for name, clicks in zip(bank.names, bank.clicks, strict=True):
-        mine = np.full(len(clicks), -1, np.intp)
-        for k, (x, y) in enumerate(clicks.tolist()):
-            low, high = (x - reach_px0, y - reach_px0), (x + reach_px0, y + reach_px0)
-            near = np.flatnonzero(((cells.bounds[:, :2] <= high) & (cells.bounds[:, 2:] >= low)).all(1))
-            gaps = shapely.distance(cells.take(near).polygons, shapely.Point(x, y))
-            row = int(near[gaps.argmin()]) if len(near) and gaps.min() <= reach_px0 else -1
-            if row >= 0 and owner.setdefault(row, name) == name:
-                mine[k] = row
-            elif row >= 0:
-                warnings.append(
-                    f"the click on {name} at [{x:g}, {y:g}] meets the cell that was clicked as {owner[row]}"
-                )
-            else:
-                warnings.append(f"the click on {name} at [{x:g}, {y:g}] meets no cell of the result")
-        rows.append(mine)
-    return set_click_labels(typing, rows), warnings
-
-
 def set_click_labels(typing: Typing, rows: list[NDArray[np.intp]]) -> Typing:
-    """``typing`` with the clicked cells' types as clicked: per type the rows of its clicks, in order; -1 where there is no cell."""
+    """``typing`` with the clicked cells' types as clicked, at score and margin 1.
+
+    ``rows`` has per type the rows of its clicks, in order; -1 where there is no cell.
+    """
     codes, scores, margins, prototypes = (
         typing.codes.copy(),
         typing.scores.copy(),

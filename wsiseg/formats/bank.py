@@ -1,7 +1,7 @@
 """bank.safetensors: what the clicks of one slide were, to type the cells of other slides with (``--bank``).
 
     tensors    clicked.<t>, negative.<t>   float32 (n, D)   descriptors of the cells clicked as type t, and as not of it
-               clicks.<t>                  float64 (n, 2)   where, level-0 px of the slide that was clicked on
+               clicks.<t>, negative_clicks.<t>   float64 (n, 2)   where, level-0 px of the slide that was clicked on
                high.<t>, low.<t>           float32 (m, C)   Chain-of-Prompts' prototypes; only from runs with --method cop
                floors                      float32 (T,)     their floors
     metadata   "wsiseg": JSON with version, names and colours of the types, slide, sha256 of the model's weights
@@ -47,7 +47,7 @@ def write_bank(path: Path, bank: Bank, slide: str, weights: str) -> None:
         sha256 of the weights that made the descriptors; others do not understand them.
     """
     tensors: dict[str, NDArray[Any]] = {"floors": bank.similarity_thresholds.astype(np.float32)}
-    for name in ("clicked", "negative", "high", "low", "clicks"):
+    for name in ("clicked", "negative", "high", "low", "clicks", "negative_clicks"):
         for t, rows in enumerate(getattr(bank, name)):
             tensors[f"{name}.{t}"] = np.ascontiguousarray(rows)
     note = {
@@ -77,9 +77,11 @@ def restore_bank(path: Path) -> Bank:
     try:
         with safe_open(path, framework="numpy") as file:
             clicks = tuple(file.get_tensor(f"clicks.{t}") for t in range(len(bank.names)))
+            known = "negative_clicks.0" in file.keys()  # noqa: SIM118 - not a mapping
+            against = tuple(file.get_tensor(f"negative_clicks.{t}") for t in range(len(bank.names) * known))
     except (OSError, SafetensorError) as error:
         raise FormatError(f"{path}: no places of clicks in it; delete it and run the slide's command again") from error
-    return replace(bank, clicks=clicks, from_other_slide=False)
+    return replace(bank, clicks=clicks, negative_clicks=against, from_other_slide=False)
 
 
 def read_bank(path: Path) -> tuple[Bank, dict[str, Any]]:

@@ -83,12 +83,10 @@ def segment_image(
         for block in blocks
         for tile in block.tiles
     ]
-    cells, typing, notes, _ = stitch_and_type(
-        [Cells.concatenate(outlines, plan.descriptor_size)], plan, context.model.types, clock
-    )
-    for doubt in notes.warnings:
+    result = stitch_and_type([Cells.concatenate(outlines, plan.descriptor_size)], plan, context.model.types, clock)
+    for doubt in result.notes.warnings:
         logger.warning("%s", doubt)
-    return cells.take(slice(None)), typing
+    return result.cells.take(slice(None)), result.typing
 
 
 def open_image_context(

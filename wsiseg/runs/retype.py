@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import shapely
-from scipy.spatial import cKDTree
 
 from wsiseg import __version__
 from wsiseg.celltypes.assignment import assign_types, set_click_labels, typing_summary
@@ -29,6 +27,7 @@ from wsiseg.runs.folder import RunFolder
 from wsiseg.runs.plan import load_bank, refuse_own_bank
 from wsiseg.runtime.paths import kind_of
 from wsiseg.seeds.bank import same_cell
+from wsiseg.seeds.matching import describe_nearest, match_groups
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -113,7 +112,7 @@ def type_run(
     result = set_click_labels(result, rows)
     notes = dataclasses.replace(notes, warnings=(*warnings, *notes.warnings))
 
-    # Not the hash of `run` with these clicks: there a clicked cell also takes part in the segmentation.
+    # Not the hash of `run` with these clicks: there a click where no cell was found adds one.
     clicked = file_hash(seeds or bank or Path())
     digest = hashlib.sha256(
         json.dumps(["type", manifest["parts_hash"], clicked, dataclasses.asdict(config.typing)]).encode()
@@ -212,71 +211,43 @@ def bank_of_table(table: CellTable, seeds: Seeds, config: RunConfig, mpp: float)
     SeedsError
         A click meets no cell, or clicks of two types meet the same.
     """
-    clicks = [point for kind in seeds.types for point in (*kind.points, *kind.negative)]
-    find = _Finder(table, clicks, config.cop.click_reach_um / mpp, mpp)
-    owner: dict[int, tuple[str, str]] = {}
-    rows, negative = [], []
-    for t, kind in enumerate(seeds.types):
-        place = f"{seeds.source}: types[{t}]"
-        mine = [find(f"{place}.points[{i}]", point) for i, point in enumerate(kind.points)]
-        for i, row in enumerate(mine):
-            name, other = owner.setdefault(row, (kind.name, f"{place}.points[{i}]"))
-            if name != kind.name:
-                raise SeedsError(same_cell(f"{place}.points[{i}]", other))
-        rows.append(np.array(mine, np.intp))
-        negative.append(
-            np.array([find(f"{place}.negative[{i}]", point) for i, point in enumerate(kind.negative)], np.intp)
-        )
+    points = [kind.points for kind in seeds.types] + [kind.negative for kind in seeds.types]
+    places = [f"{seeds.source}: types[{t}].{side}" for side in ("points", "negative") for t in range(len(seeds.types))]
+    clicks = [np.array(p, float).reshape(-1, 2) for p in points]
+    found = match_groups(clicks, table, config.cop.click_reach_um / mpp)
+    owner: dict[int, tuple[int, str]] = {}
+    for t, (place, mine) in enumerate(zip(places, found, strict=True)):
+        for i, row in enumerate(mine.tolist()):
+            if row < 0:
+                raise SeedsError(_no_cell(f"{place}[{i}]", points[t][i], table, mpp))
+            if t >= len(seeds.types):  # a click against a type may hit any cell
+                continue
+            other, where = owner.setdefault(row, (t, f"{place}[{i}]"))
+            if other != t:
+                raise SeedsError(same_cell(f"{place}[{i}]", where))
+    rows, against = found[: len(seeds.types)], found[len(seeds.types) :]
     z = table.descriptors
     bank = Bank(
         names=tuple(t.name for t in seeds.types),
         colors=tuple(t.color for t in seeds.types),
-        clicks=tuple(np.array(t.points, float).reshape(-1, 2) for t in seeds.types),
+        clicks=tuple(clicks[: len(rows)]),
         clicked=tuple(z[r].astype(np.float32) for r in rows),
-        negative=tuple(z[r].astype(np.float32) for r in negative),
+        negative=tuple(z[r].astype(np.float32) for r in against),
         cells=Cells.empty(z.shape[1]),
         high=(),
         low=(),
         similarity_thresholds=np.empty(0, np.float32),
+        negative_clicks=tuple(clicks[len(rows) :]),
     )
     return bank, rows
 
 
-class _Finder:
-    """The row of the cell under a click, or within reach of it. All clicks are said beforehand, so that the file is gone through once."""
-
-    def __init__(self, table: CellTable, points: list[tuple[float, float]], reach_px0: float, mpp: float) -> None:
-        self.table, self.reach, self.mpp = table, reach_px0, mpp
-        self.bounds = table.bounds
-        self.rows = {point: self._near(np.array(point)) for point in points}
-        rows = np.unique(np.concatenate([np.empty(0, np.intp), *self.rows.values()]))
-        self.polygons = dict(zip(rows.tolist(), table.take(rows).polygons, strict=True))
-
-    def __call__(self, place: str, point: tuple[float, float]) -> int:
-        where = f"{place} = [{point[0]:g}, {point[1]:g}]: no cell there"
-        if not len(self.bounds):
-            raise SeedsError(f"{where}: the run found no cells at all")
-        rows = self.rows[point]
-        gaps = (
-            shapely.distance([self.polygons[row] for row in rows.tolist()], shapely.Point(point))
-            if len(rows)
-            else np.empty(0)
-        )
-        if not len(rows) or gaps.min() > self.reach:
-            centres = (self.bounds[:, :2] + self.bounds[:, 2:]) / 2
-            near = np.atleast_1d(cKDTree(centres).query(point, k=min(8, len(centres)))[1])
-            gaps = shapely.distance(self.table.take(near).polygons, shapely.Point(point))
-            gap, (x, y) = gaps.min(), centres[near[gaps.argmin()]]
-            raise SeedsError(
-                f"{where}; the nearest is at [{x:.0f}, {y:.0f}], {gap * self.mpp:.0f} um away; move the click onto a nucleus"
-            )
-        return int(rows[gaps.argmin()])
-
-    def _near(self, xy: NDArray[np.float64]) -> NDArray[np.intp]:
-        """Rows of the cells whose box is within reach."""
-        return np.flatnonzero(
-            ((self.bounds[:, :2] - self.reach <= xy) & (self.bounds[:, 2:] + self.reach >= xy)).all(1)
-        )
+def _no_cell(place: str, point: tuple[float, float], table: CellTable, mpp: float) -> str:
+    """The sentence on a click that meets no cell."""
+    where = f"{place} = [{point[0]:g}, {point[1]:g}]: no cell there"
+    if not len(table):
+        return f"{where}: the run found no cells at all"
+    return f"{where}; {describe_nearest(point, table, mpp)}"
 
 
 def _slide_info(manifest: dict[str, Any], table: CellTable) -> SlideInfo:

@@ -9,16 +9,17 @@ import contextlib
 import dataclasses
 import logging
 import time
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wsiseg import __version__
-from wsiseg.celltypes.assignment import assign_types, enforce_click_labels, typing_summary
+from wsiseg.celltypes.assignment import assign_types, set_click_labels, typing_summary
 from wsiseg.errors import InterruptedRunError, RunError
 from wsiseg.formats import FILE_NAMES, load_writer
 from wsiseg.formats.bank import write_bank
-from wsiseg.records import Provenance, Typing, TypingNotes
+from wsiseg.records import Cells, Provenance, Typing, TypingNotes
 from wsiseg.runs import folder as runs
 from wsiseg.runs.plan import describe, plan_run, slide_path
 from wsiseg.runs.plan_file import read_plan, write_plan
@@ -26,6 +27,7 @@ from wsiseg.runs.plausibility import implausible
 from wsiseg.runs.statistics import RunStatistics, interrupt_shard
 from wsiseg.runtime.atomic import partial_name
 from wsiseg.runtime.profiling import trim_memory
+from wsiseg.seeds.bank import match_bank, missed_cells
 from wsiseg.segmentation.blocks import finished_block, segment_blocks
 from wsiseg.segmentation.worker import open_worker_context
 from wsiseg.stitching.outline_store import CACHE_BYTES
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from wsiseg.config import RunConfig
-    from wsiseg.records import Block, Cells, TypeSpace
+    from wsiseg.records import Bank, Block, TypeSpace
     from wsiseg.runs.folder import RunFolder
     from wsiseg.runs.plan import PreparedRun
     from wsiseg.runs.plan_file import RunPlan
@@ -44,7 +46,7 @@ if TYPE_CHECKING:
     from wsiseg.runtime.profiling import Clock
     from wsiseg.runtime.shards import Shard
     from wsiseg.segmentation.blocks import BlockReport
-    from wsiseg.stitching.stitch import StitchedCells
+    from wsiseg.stitching.stitch import StitchCounts, StitchedCells
 
 logger = logging.getLogger(__name__)
 
@@ -207,7 +209,8 @@ def finish(
     parts = [folder.parts / f"{name}.parquet" for name in plan.tiles if name in tally.blocks]
     tally.require_current(parts, plan.parts_hash)
     cache = min(CACHE_BYTES, int(config.max_ram_gb * 2**26)) if config.max_ram_gb else CACHE_BYTES
-    cells, typing, notes, counts = stitch_and_type(parts, plan, types, clock, cache_bytes=cache)
+    result = stitch_and_type(parts, plan, types, clock, cache_bytes=cache)
+    cells, typing, bank = result.cells, result.typing, result.bank
     provenance = Provenance(
         "wsiseg",
         __version__,
@@ -222,8 +225,8 @@ def finish(
         with clock("write"):
             path = folder.path / FILE_NAMES[known]
             files.append((load_writer(known)(path, cells, typing, plan.info, provenance) or path).name)
-    if plan.bank is not None and not plan.bank.from_other_slide:
-        write_bank(folder.bank, plan.bank, provenance.slide, plan.weights)
+    if bank is not None and not bank.from_other_slide:
+        write_bank(folder.bank, bank, provenance.slide, plan.weights)
         files.append(folder.bank.name)
     folder.drop_old_files(files)
     outcome = tally.account(plan)
@@ -236,12 +239,12 @@ def finish(
             "versions": runs.versions(),
             "folder": str(folder.path),
             "files": files,
-            "warnings": [*plan.warnings, *notes.warnings, *doubts],
+            "warnings": [*plan.warnings, *result.notes.warnings, *doubts],
             "types": typing.count(),
-            "typing": typing_summary(typing, plan.bank, notes) if plan.bank else {},
+            "typing": typing_summary(typing, bank, result.notes) if bank else {},
         }
     )
-    manifest["counts"] |= {"cells": len(cells)} | counts
+    manifest["counts"] |= {"cells": len(cells)} | dataclasses.asdict(result.counts)
     manifest["model"] |= {"device": tally.device}
     folder.write_manifest(manifest)
     logger.info(
@@ -253,6 +256,29 @@ def finish(
     return manifest
 
 
+@dataclass(frozen=True)
+class StitchedResult:
+    """The result before it is written.
+
+    Attributes
+    ----------
+    cells, typing
+        Stitched cells in the order of the files, and a verdict on each.
+    notes
+        What typing found out, with the warnings about clicks.
+    bank
+        Of the plan; but for Chain-of-Prompts with the descriptors of the cells that the clicks mean here.
+    counts
+        Of stitching.
+    """
+
+    cells: StitchedCells
+    typing: Typing
+    notes: TypingNotes
+    bank: Bank | None
+    counts: StitchCounts
+
+
 def stitch_and_type(
     sources: Sequence[Path | Cells],
     plan: RunPlan,
@@ -260,28 +286,45 @@ def stitch_and_type(
     clock: Clock,
     *,
     cache_bytes: int = CACHE_BYTES,
-) -> tuple[StitchedCells, Typing, TypingNotes, dict[str, int]]:
-    """Outlines of all tiles, any order -> stitched cells, their types with notes, and counts.
+) -> StitchedResult:
+    """Outlines of all tiles, any order -> stitched cells and their types.
 
-    The clicked cells compete with the rest, so that a cell that somebody clicked is in the result even if no automatic prompt found it.
+    The clicks are looked up in the stitched cells, as :func:`wsiseg.runs.retype.type_run` does, so that the same clicks give the same types. A
+    click that means none of them adds the cell decoded from it, which competes with the rest: what somebody clicked is in the result even if no
+    automatic prompt found it. Under Chain-of-Prompts the clicked cells compete from the start and keep the descriptors that its prompts spread
+    from.
     """
     info, config, bank, notes = plan.info, plan.config, plan.bank, TypingNotes()
-    with clock("stitch"):
-        cells, counts = stitch(
-            [*sources, bank.cells] if bank is not None else sources,
-            info.size_px0,
-            config.masks.min_area_um2 / info.mpp**2,
-            config.stitching,
-            descriptor_size=plan.descriptor_size,
-            cache_bytes=cache_bytes,
-        )
-    typing = Typing.untyped(len(cells))
-    if bank is not None:
-        with clock("type"):
-            typing, notes = assign_types(cells.descriptors(), cells.points_xy * info.mpp, bank, types, config.typing)
-            typing, missed = enforce_click_labels(cells, typing, bank, config.cop.click_reach_um / info.mpp)
-            notes = dataclasses.replace(notes, warnings=(*notes.warnings, *missed))
-    return cells, typing, notes, dataclasses.asdict(counts)
+    reach_px0 = config.cop.click_reach_um / info.mpp
+
+    def join(clicked: Cells) -> tuple[StitchedCells, StitchCounts]:
+        with clock("stitch"):
+            return stitch(
+                [*sources, clicked],
+                info.size_px0,
+                config.masks.min_area_um2 / info.mpp**2,
+                config.stitching,
+                descriptor_size=plan.descriptor_size,
+                cache_bytes=cache_bytes,
+            )
+
+    none = Cells.empty(plan.descriptor_size)
+    if bank is None:
+        cells, counts = join(none)
+        return StitchedResult(cells, Typing.untyped(len(cells)), notes, None, counts)
+    cells, counts = join(bank.cells if config.method == "cop" else none)
+    missed = none if config.method == "cop" else missed_cells(bank, cells, reach_px0)
+    if len(missed):
+        cells, counts = join(missed)
+    with clock("type"):
+        descriptors = cells.descriptors()
+        matched, rows, doubts = match_bank(bank, cells, descriptors, reach_px0)
+        if config.method != "cop":
+            bank = matched
+        typing, notes = assign_types(descriptors, cells.points_xy * info.mpp, bank, types, config.typing)
+        typing = set_click_labels(typing, rows)
+        notes = dataclasses.replace(notes, warnings=(*notes.warnings, *doubts))
+    return StitchedResult(cells, typing, notes, bank, counts)
 
 
 def _segment(

@@ -13,6 +13,7 @@ import torch
 from wsiseg.errors import SeedsError
 from wsiseg.geometry import Box, round_up
 from wsiseg.records import Bank, Cells
+from wsiseg.seeds.matching import describe_nearest, match_clicks, match_groups
 from wsiseg.segmentation.decoding import decode
 from wsiseg.segmentation.polygons import trace
 from wsiseg.segmentation.prompts.apg import apg_points
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from wsiseg.config import RunConfig
     from wsiseg.geometry import Lattice
     from wsiseg.models.contract import PromptableModel
-    from wsiseg.records import Embeddings, Seeds
+    from wsiseg.records import CellIndex, Embeddings, Seeds
     from wsiseg.slide import SlideReader
 
 _SAME_UM = 1e-3  #: prompts this close are one
@@ -115,6 +116,66 @@ def build_bank(
         high=tuple(high for high, _, _ in banks),
         low=tuple(low for _, low, _ in banks),
         similarity_thresholds=np.array([floor for _, _, floor in banks], np.float32),
+        negative_clicks=tuple(np.array(t.negative, float).reshape(-1, 2) for t in seeds.types),
+    )
+
+
+def missed_cells(bank: Bank, cells: CellIndex, reach_px0: float) -> Cells:
+    """The bank's own cells of the clicks that mean none of ``cells``; a click outside the searched area has none."""
+    points = np.concatenate([np.empty((0, 2)), *bank.clicks])
+    missed = points[match_clicks(points, cells, reach_px0) < 0]
+    rows = match_clicks(missed, bank.cells, reach_px0)
+    return bank.cells.take(np.unique(rows[rows >= 0]))
+
+
+def match_bank(
+    bank: Bank, cells: CellIndex, descriptors: NDArray[np.float16], reach_px0: float
+) -> tuple[Bank, list[NDArray[np.intp]], list[str]]:
+    """The bank as the cells of a result say it: each click stands for the cell that it means there.
+
+    Parameters
+    ----------
+    bank
+        Made from the clicks on this slide, or on another one: that is returned as it is.
+    cells, descriptors
+        Stitched cells, and theirs (N, D).
+    reach_px0
+        A click beside its cell finds it within this distance, level-0 px.
+
+    Returns
+    -------
+    bank
+        With the descriptors of those cells; a click that means none keeps its own.
+    rows
+        Per type the rows of its clicks, in order; -1 where there is no cell.
+    warnings
+        A sentence per click that meets no cell (it lies outside the region or tissue that was searched), or the cell of another type.
+    """
+    if bank.from_other_slide:
+        return bank, [], []
+    owner: dict[int, str] = {}
+    warnings: list[str] = []
+    matched = match_groups([*bank.clicks, *bank.negative_clicks], cells, reach_px0)
+    rows, against = matched[: len(bank.clicks)], matched[len(bank.clicks) :]
+    for name, points, mine in zip(bank.names, bank.clicks, rows, strict=True):
+        for k, row in enumerate(mine.tolist()):
+            if row >= 0 and owner.setdefault(row, name) == name:
+                continue
+            meets = f"the cell that was clicked as {owner[row]}" if row >= 0 else "no cell of the result"
+            warnings.append(f"the click on {name} at [{points[k][0]:g}, {points[k][1]:g}] meets {meets}")
+            mine[k] = -1
+    clicked = _seen(bank.clicked, rows, descriptors)
+    negative = _seen(bank.negative, against, descriptors) if against else bank.negative
+    return dataclasses.replace(bank, clicked=clicked, negative=negative), rows, warnings
+
+
+def _seen(
+    known: tuple[NDArray[np.float32], ...], rows: list[NDArray[np.intp]], descriptors: NDArray[np.float16]
+) -> tuple[NDArray[np.float32], ...]:
+    """Per type (k, D): the descriptors at ``rows``, or the known one where there is no row."""
+    return tuple(
+        np.where(mine[:, None] >= 0, descriptors[mine] if len(descriptors) else own, own).astype(np.float32)
+        for own, mine in zip(known, rows, strict=True)
     )
 
 
@@ -177,17 +238,15 @@ def _find_cell(desk: _ClickContext, place: str, point: tuple[float, float]) -> _
         raise SeedsError(
             f"{where}, nor within {box.width * model.mpp / 2:g} um (glass or empty tissue?); click on a nucleus"
         )
-    gaps = shapely.distance(cells.polygons, shapely.Point(point)) * desk.lattice.slide_mpp
-    near = np.flatnonzero(gaps <= config.cop.click_reach_um)
-    if not len(near):
-        hit = cells.polygons[gaps.argmin()].centroid
-        raise SeedsError(
-            f"{where}; the nearest is at [{hit.x:.0f}, {hit.y:.0f}], {gaps.min():.0f} um away; move the click onto a nucleus"
-        )
-    own = (np.abs(cells.points_xy[near] - point) * desk.lattice.slide_mpp < _SAME_UM).all(1)
-    cell = cells.take(
-        near[:1] if not own.any() else near[own][:1]
-    )  # masks that a model was asked for again come last, the click's own too
+    reach = config.cop.click_reach_um / desk.lattice.slide_mpp
+    own = np.flatnonzero((np.abs(cells.points_xy - point) * desk.lattice.slide_mpp < _SAME_UM).all(1))
+    for candidates in (cells.take(own), cells):  # what the model says of the click itself comes first
+        (row,) = match_clicks(np.array([point], float), candidates, reach)
+        if row >= 0:
+            break
+    else:
+        raise SeedsError(f"{where}; {describe_nearest(point, cells, desk.lattice.slide_mpp)}")
+    cell = candidates.take(np.array([row]))
     return _ClickedCell(place, desk.lattice.to_model(cell.points_xy[0]), cell.descriptors[0].astype(np.float32), cell)
 
 
