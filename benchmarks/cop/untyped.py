@@ -6,11 +6,11 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 import numpy as np
-from accuracy import centre_points, every_click_a_cell
-from apg_sweep import development_images
-from common import MPP, instance_images
-from picture import Picture, Remembering
 
+from benchmarks.accuracy import centre_points, every_click_a_cell
+from benchmarks.apg_sweep import development_images
+from benchmarks.common import MPP, instance_images
+from benchmarks.cop.picture import Picture, Remembering
 from wsiseg.config import RunConfig
 from wsiseg.errors import SeedsError
 from wsiseg.evaluation.metrics import score
