@@ -1,7 +1,7 @@
 """Models: a registry of cards, and one way to load them.
 
 Weights are data: each card states file, sha256, licence, source and the scale the model works at. What is loaded is safetensors; other
-checkpoints are converted once (store.py). Nothing is ever unpickled, and nothing is downloaded here.
+checkpoints are converted once (store.py), by an unpickler that builds tensors and runs nothing (sam/torch_files.py). Nothing is downloaded here.
 """
 
 from __future__ import annotations
