@@ -69,7 +69,9 @@ def project_files() -> list[Path]:
     found = []
     for folder, folders, names in os.walk(ROOT):
         folders[:] = [f for f in folders if f not in SKIPPED_FOLDERS and (f == ".ci" or not f.startswith("."))]
-        found += [Path(folder, n) for n in names if Path(n).suffix in TEXT_SUFFIXES and n != ".git"]  # a file in a worktree
+        found += [
+            Path(folder, n) for n in names if Path(n).suffix in TEXT_SUFFIXES and n != ".git"
+        ]  # a file in a worktree
     return found
 
 

@@ -125,7 +125,7 @@ def _paper(picture: Picture, click: np.ndarray, config: object) -> np.ndarray:
     high, low = (x[0].float().cpu().numpy() for x in (picture.embeddings.high, picture.embeddings.low))
     stride_px = picture.box.width / high.shape[2]
     chain = farthest_point_recursion(tuple(click / stride_px), high, low, stride_px * MPP, config)
-    return picture.inside((chain.points * stride_px).astype(np.float32))
+    return picture.inside((chain * stride_px).astype(np.float32))
 
 
 def retention_rows(model: object, data: Path, seeds: int, say: Callable[[str], None]) -> list[dict[str, object]]:

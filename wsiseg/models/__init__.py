@@ -109,6 +109,11 @@ def load_model(model: str, device: str = "auto", precision: str = "auto") -> Pro
     precision
         ``fp32``, ``bf16`` (encoder; with SAM the decoders too), or ``auto``: bf16 on a GPU, fp32 on the CPU.
 
+    Returns
+    -------
+    PromptableModel
+        On its device, ready to encode.
+
     Raises
     ------
     WeightsError
