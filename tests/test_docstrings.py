@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import importlib
 import inspect
+import pkgutil
 import re
 import types
 import warnings
@@ -33,6 +34,9 @@ def public() -> dict[str, object]:
     for page in pages:
         for module, names in re.findall(r"^ *from (wsiseg[\w.]*) import ([\w, ]+)$", page.read_text(), re.MULTILINE):
             found |= {name: getattr(importlib.import_module(module), name) for name in names.split(", ")}
+        for span in re.findall(r"`(wsiseg(?:\.\w+)+)\b(?![/*])", page.read_text()):  # `wsiseg.evaluation.evaluate`
+            if not span.endswith(".nf"):  # a file
+                found[span] = pkgutil.resolve_name(span)
     objects = [value for value in found.values() if inspect.isclass(value) or inspect.isfunction(value)]
     return {f"{value.__module__}.{value.__qualname__}": value for value in objects}
 
@@ -52,6 +56,7 @@ def test_the_names_of_library_docs_and_examples_are_checked() -> None:
         PUBLIC
     )
     assert "wsiseg.models.load_model" in PUBLIC, "docs/models.md imports it"
+    assert "wsiseg.evaluation.compare.evaluate" in PUBLIC, "docs/evaluate.md names it"
 
 
 def failures(module: types.ModuleType) -> list[str]:
