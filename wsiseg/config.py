@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
-import math
-import reprlib
 import tomllib
-import types
 import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from wsiseg.errors import ConfigError
-from wsiseg.runtime.paths import require_text
-from wsiseg.runtime.text import did_you_mean, parse_json, read_text
+from wsiseg.runtime.settings import check_types, check_values, in_group, merge, setting
+from wsiseg.runtime.text import parse_json, read_text
 
 if typing.TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
 Method = Literal["auto", "apg", "cop", "amg"]
@@ -48,10 +43,10 @@ class TissueConfig:
     """
 
     enabled: bool = True
-    overview_mpp: float = 8.0
-    min_area_um2: float = 5_000.0
-    max_hole_um2: float = 40_000.0
-    margin_um: float = 32.0
+    overview_mpp: float = setting(8.0, 0.25, 64)
+    min_area_um2: float = setting(5_000.0, 0, 1e9)
+    max_hole_um2: float = setting(40_000.0, 0, 1e9)
+    margin_um: float = setting(32.0, 0, 10000)
 
 
 TILE_UM = 256.0  #: 1024 px at 0.25: the halo costs 27 %, the working set stays under 1 GB
@@ -75,10 +70,10 @@ class TilingConfig:
         Moves the grid; for checking that cells do not depend on it.
     """
 
-    tile_um: float | None = None
-    halo_um: float | None = None
-    block_tiles: int = 4
-    origin_um: float = 0.0
+    tile_um: float | None = setting(None, 16, 4096)
+    halo_um: float | None = setting(None, 0, 512)
+    block_tiles: int = setting(4, 1, 64)
+    origin_um: float = setting(0.0, -1e6, 1e6)
 
 
 @dataclass(frozen=True)
@@ -93,10 +88,10 @@ class ApgConfig:
         Smaller components are noise: one map cell is 0.25 um2.
     """
 
-    foreground: float = 0.5
-    centre: float = 0.5
-    boundary: float = 0.5
-    min_component_um2: float = 0.5
+    foreground: float = setting(0.5, 0, 1)
+    centre: float = setting(0.5, 0, 1)
+    boundary: float = setting(0.5, 0, 1)
+    min_component_um2: float = setting(0.5, 0, 10000)
 
 
 @dataclass(frozen=True)
@@ -111,9 +106,9 @@ class GridConfig:
         SAM's thresholds on predicted IoU and stability.
     """
 
-    spacing_um: float = 8.0
-    min_quality: float = 0.88
-    min_stability: float = 0.95
+    spacing_um: float = setting(8.0, 0.5, 1000)
+    min_quality: float = setting(0.88, 0, 1)
+    min_stability: float = setting(0.95, 0, 1)
 
 
 @dataclass(frozen=True)
@@ -133,9 +128,9 @@ class SecondRoundConfig:
     """
 
     enabled: bool = False
-    neighbours: int = 6
-    agree: float = 0.7
-    max_overlap: float = 0.15
+    neighbours: int = setting(6, 0, 64)
+    agree: float = setting(0.7, 0, 1)
+    max_overlap: float = setting(0.15, 0, 1)
 
 
 @dataclass(frozen=True)
@@ -169,15 +164,15 @@ class CopConfig:
 
     gate: Literal["product", "candidate"] = "candidate"
     localise: Literal["maps", "components"] = "maps"
-    window_um: float = 128.0
-    min_component_um2: float = 2.0
-    dedup_um: float = 1.5
-    max_hops: int = 30
-    prototypes: int = 16
-    floor_percentile: float = 5.0
-    highest_floor: float = 0.2
-    click_reach_um: float = 4.0
-    click_min_score: float = 0.2
+    window_um: float = setting(128.0, 32, 1024)
+    min_component_um2: float = setting(2.0, 0, 10000)
+    dedup_um: float = setting(1.5, 0, 100)
+    max_hops: int = setting(30, 1, 10000)
+    prototypes: int = setting(16, 1, 1024)
+    floor_percentile: float = setting(5.0, 0, 100)
+    highest_floor: float = setting(0.2, 0, 1)
+    click_reach_um: float = setting(4.0, 0.1, 100)
+    click_min_score: float = setting(0.2, 0, 1)
 
 
 #: Chain-of-Prompts by one name: ours; as the paper's text has it; as the authors' demo does it.
@@ -208,11 +203,11 @@ class MaskConfig:
         Prompts decoded together; memory grows by about 1.5 MB each.
     """
 
-    min_score: float = 0.30
-    min_area_um2: float = 5.0
-    simplify_um: float = 0.05
-    convex_above: float = 0.9
-    prompts_per_batch: int = 128
+    min_score: float = setting(0.30, 0, 1)
+    min_area_um2: float = setting(5.0, 0, 10000)
+    simplify_um: float = setting(0.05, 0, 10)
+    convex_above: float = setting(0.9, 0, 1)
+    prompts_per_batch: int = setting(128, 1, 65536)
 
 
 @dataclass(frozen=True)
@@ -232,10 +227,10 @@ class StitchingConfig:
         Of two outlines that share this much of the smaller one, the worse is dropped: no cell lies inside another.
     """
 
-    max_overlap: float = 0.3
-    contained: float = 0.9
-    cluster_size: int = 2
-    nested: float = 0.6
+    max_overlap: float = setting(0.3, 0, 1)
+    contained: float = setting(0.9, 0.01, 1)
+    cluster_size: int = setting(2, 1, 1000)
+    nested: float = setting(0.6, 0.01, 1)
 
 
 @dataclass(frozen=True)
@@ -267,18 +262,18 @@ class TypingConfig:
         Types whose clouds are closer than this (in standard deviations; at 2, one in six cells is on the wrong side) are reported.
     """
 
-    unknown_kind: float = 0.3
-    rival_kind: float = 0.3
-    rival_other: float = 0.1
-    min_score: float = 0.5
-    min_margin: float = 0.05
-    drift: float = 0.1
-    drift_um: float = 128.0
-    neighbourhood_um: float = 256.0
-    neighbourhood_cells: float = 20.0
-    share_rounds: int = 20
-    share_temperature: float = 1.0
-    separable: float = 2.0
+    unknown_kind: float = setting(0.3, 1e-6, 1 - 1e-6)
+    rival_kind: float = setting(0.3, 1e-9, 1e6)
+    rival_other: float = setting(0.1, 1e-9, 1e6)
+    min_score: float = setting(0.5, 0, 1)
+    min_margin: float = setting(0.05, 0, 1)
+    drift: float = setting(0.1, 0, 100)
+    drift_um: float = setting(128.0, 64, 1e6)
+    neighbourhood_um: float = setting(256.0, 8, 1e6)
+    neighbourhood_cells: float = setting(20.0, 0, 1e6)
+    share_rounds: int = setting(20, 0, 1000)
+    share_temperature: float = setting(1.0, 1, 100)
+    separable: float = setting(2.0, 0, 100)
 
 
 @dataclass(frozen=True)
@@ -303,7 +298,7 @@ class ClusterConfig:
         Lines of shell before the worker starts, such as ``module load cuda``. None: the job runs the Python that submits it.
     """
 
-    cores: int = 4
+    cores: int = setting(4, 1, 1024)
     memory: str = "8GB"
     queue: str | None = None
     account: str | None = None
@@ -331,14 +326,14 @@ class RunConfig:
         ``tcp://host:port`` of a Dask scheduler, or ``slurm``, ``pbs``, ``lsf``, ``sge``. ``None``: this machine alone.
     """
 
-    model: str = "nuclei-compact"
+    model: str = setting("nuclei-compact", group="source")
     method: Method = "auto"
-    mpp: float | None = None
-    force_mpp: bool = False
-    reader: Literal["auto", "openslide", "tiffslide", "image"] = "auto"
-    seeds: str | None = None
-    bank: str | None = None
-    roi: str | None = None
+    mpp: float | None = setting(None, *FORCED_MPP, group="source")
+    force_mpp: bool = setting(False, group="source")
+    reader: Literal["auto", "openslide", "tiffslide", "image"] = setting("auto", group="source")
+    seeds: str | None = setting(None, group="source")
+    bank: str | None = setting(None, group="source")
+    roi: str | None = setting(None, group="source")
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     tissue: TissueConfig = field(default_factory=TissueConfig)
     tiling: TilingConfig = field(default_factory=TilingConfig)
@@ -349,101 +344,24 @@ class RunConfig:
     second_round: SecondRoundConfig = field(default_factory=SecondRoundConfig)
     stitching: StitchingConfig = field(default_factory=StitchingConfig)
     typing: TypingConfig = field(default_factory=TypingConfig)
-    device: str = "auto"
-    batch_size: int | None = None
-    max_ram_gb: float | None = None
-    max_vram_gb: float | None = None
-    workers: int = 1
-    scheduler: str | None = None
-    cluster: ClusterConfig = field(default_factory=ClusterConfig)
-    formats: tuple[str, ...] = ("geojson", "parquet")
+    device: str = setting("auto", group="execution")
+    batch_size: int | None = setting(None, 1, 1024, group="execution")
+    max_ram_gb: float | None = setting(None, 0.5, 100000, group="execution")
+    max_vram_gb: float | None = setting(None, 0.1, 100000, group="execution")
+    workers: int = setting(1, 1, 1024, group="execution")
+    scheduler: str | None = setting(None, group="execution")
+    cluster: ClusterConfig = field(default_factory=ClusterConfig, metadata={"group": "execution"})
+    formats: tuple[str, ...] = setting(("geojson", "parquet"), group="execution")
 
     def hash(self, **facts: object) -> str:
         """Short digest of everything that decides the cells; ``facts`` adds what the fields only point to (slide, weights, seeds, scale)."""
-        what = {k: v for k, v in dataclasses.asdict(self).items() if k not in NOT_HASHED}
-        return hashlib.sha256(json.dumps([REVISION, what, facts], sort_keys=True).encode()).hexdigest()[:16]
+        return hashlib.sha256(
+            json.dumps([REVISION, in_group(self, "method"), facts], sort_keys=True).encode()
+        ).hexdigest()[:16]
 
 
 #: Raised when the same inputs give other cells than before: parts of an older wsiseg are then made again.
 REVISION = 4
-#: How fast it goes and what is written; and what is hashed by its content instead of its name.
-NOT_HASHED = (
-    "device",
-    "batch_size",
-    "max_ram_gb",
-    "max_vram_gb",
-    "workers",
-    "scheduler",
-    "cluster",
-    "formats",
-    "model",
-    "mpp",
-    "force_mpp",
-    "reader",
-    "seeds",
-    "bank",
-    "roi",
-)
-
-_SHARE = (0.0, 1.0)
-_LARGEST = 1e300  #: a whole number may be too large for a float
-#: Allowed range of every number.
-LIMITS: dict[str, tuple[float, float]] = {
-    "mpp": FORCED_MPP,
-    "workers": (1, 1024),
-    "batch_size": (1, 1024),
-    "max_ram_gb": (0.5, 1e5),
-    "max_vram_gb": (0.1, 1e5),
-    "cluster.cores": (1, 1024),
-    "tissue.overview_mpp": (0.25, 64),
-    "tissue.min_area_um2": (0, 1e9),
-    "tissue.max_hole_um2": (0, 1e9),
-    "tissue.margin_um": (0, 1e4),
-    "tiling.tile_um": (16, 4096),
-    "tiling.halo_um": (0, 512),
-    "tiling.block_tiles": (1, 64),
-    "tiling.origin_um": (-1e6, 1e6),
-    "apg.foreground": _SHARE,
-    "apg.centre": _SHARE,
-    "apg.boundary": _SHARE,
-    "apg.min_component_um2": (0, 1e4),
-    "grid.spacing_um": (0.5, 1000),
-    "grid.min_quality": _SHARE,
-    "grid.min_stability": _SHARE,
-    "cop.window_um": (32, 1024),
-    "cop.min_component_um2": (0, 1e4),
-    "cop.dedup_um": (0, 100),
-    "cop.max_hops": (1, 10_000),
-    "cop.prototypes": (1, 1024),
-    "cop.floor_percentile": (0, 100),
-    "cop.highest_floor": _SHARE,
-    "cop.click_reach_um": (0.1, 100),
-    "cop.click_min_score": _SHARE,
-    "masks.min_score": _SHARE,
-    "masks.min_area_um2": (0, 1e4),
-    "masks.simplify_um": (0, 10),
-    "masks.convex_above": _SHARE,
-    "masks.prompts_per_batch": (1, 65536),
-    "second_round.neighbours": (0, 64),
-    "second_round.agree": _SHARE,
-    "second_round.max_overlap": _SHARE,
-    "stitching.max_overlap": _SHARE,
-    "stitching.contained": (0.01, 1),
-    "stitching.cluster_size": (1, 1000),
-    "stitching.nested": (0.01, 1),
-    "typing.unknown_kind": (1e-6, 1 - 1e-6),
-    "typing.rival_kind": (1e-9, 1e6),
-    "typing.rival_other": (1e-9, 1e6),
-    "typing.min_score": _SHARE,
-    "typing.min_margin": _SHARE,
-    "typing.drift": (0, 100),
-    "typing.drift_um": (64, 1e6),
-    "typing.neighbourhood_um": (8, 1e6),
-    "typing.neighbourhood_cells": (0, 1e6),
-    "typing.share_rounds": (0, 1000),
-    "typing.share_temperature": (1, 100),
-    "typing.separable": (0, 100),
-}
 
 
 def from_mapping(mapping: dict[str, Any], where: str, base: RunConfig | None = None) -> RunConfig:
@@ -463,7 +381,7 @@ def from_mapping(mapping: dict[str, Any], where: str, base: RunConfig | None = N
     ConfigError
         A key is unknown or a value has the wrong type or range.
     """
-    config: RunConfig = _merge(base or RunConfig(), mapping, where, "")
+    config: RunConfig = merge(base or RunConfig(), mapping, where)
     check(config, where)
     return config
 
@@ -492,17 +410,9 @@ def check(config: RunConfig, where: str = "configuration") -> None:
     ConfigError
         The first such value, with what is allowed.
     """
-    for name, value, hint in _settings(config):
-        _cast(value, hint, where, name)
+    check_types(config, where)
     check_mpp(config.mpp, force=config.force_mpp, where=f"{where}: mpp")
-    for name, value in _numbers(config):
-        low, high = LIMITS[name]
-        if not low <= value <= high:  # false for NaN as well
-            raise ConfigError(f"{where}: {name} is {_shown(value)}; it must lie between {low:g} and {high:g}")
-    for name, text in _texts(config):
-        if not text.strip():
-            raise ConfigError(f"{where}: {name} is empty; give a value, or leave it out")
-        require_text(text, ConfigError)
+    check_values(config, where)
     if not config.formats:
         raise ConfigError(f"{where}: formats is empty; name at least one, for example parquet")
 
@@ -543,87 +453,3 @@ def check_mpp(mpp: float | None, *, force: bool = False, where: str = "--mpp") -
     raise ConfigError(
         f"{where}: {mpp:g} microns per pixel is too {kind} for cells; allowed is {low:g} to {high:g} ({usual}), or pass --force-mpp"
     )
-
-
-def _settings(section: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:  # noqa: ANN401
-    """Every setting with its dotted name and its annotated type."""
-    hints = typing.get_type_hints(type(section))
-    for item in dataclasses.fields(section):
-        value = getattr(section, item.name)
-        if dataclasses.is_dataclass(hints[item.name]) and type(value) is hints[item.name]:
-            yield from _settings(value, f"{prefix}{item.name}.")
-        else:
-            yield prefix + item.name, value, hints[item.name]
-
-
-def _numbers(section: Any, prefix: str = "") -> Iterator[tuple[str, float]]:  # noqa: ANN401
-    """Every number of the configuration with its dotted name; settings that are ``None`` are left out."""
-    for item in dataclasses.fields(section):
-        value = getattr(section, item.name)
-        if dataclasses.is_dataclass(value):
-            yield from _numbers(value, f"{prefix}{item.name}.")
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            yield prefix + item.name, value
-
-
-def _texts(section: Any, prefix: str = "") -> Iterator[tuple[str, str]]:  # noqa: ANN401
-    """Every text of the configuration with its dotted name."""
-    for item in dataclasses.fields(section):
-        value = getattr(section, item.name)
-        if dataclasses.is_dataclass(value):
-            yield from _texts(value, f"{prefix}{item.name}.")
-        elif isinstance(value, str | tuple):
-            yield from ((prefix + item.name, text) for text in ((value,) if isinstance(value, str) else value))
-
-
-def _merge(current: Any, mapping: Any, where: str, prefix: str) -> Any:  # noqa: ANN401
-    if not isinstance(mapping, dict):
-        raise ConfigError(
-            f"{where}: {prefix.rstrip('.') or 'the top level'} must be a table of keys, found {type(mapping).__name__}"
-        )
-    known = sorted(f.name for f in dataclasses.fields(current))
-    hints = typing.get_type_hints(type(current))
-    changes: dict[str, Any] = {}
-    for key, value in mapping.items():
-        if key not in known:
-            shown = prefix + (key if key.isprintable() and len(key) < 100 else reprlib.repr(key))
-            raise ConfigError(
-                f"{where}: unknown key {shown}; {did_you_mean(key, known)}allowed here: {', '.join(known)}"
-            )
-        if dataclasses.is_dataclass(getattr(current, key)):
-            changes[key] = _merge(getattr(current, key), value, where, f"{prefix}{key}.")
-        else:
-            changes[key] = _cast(value, hints[key], where, prefix + key)
-    return dataclasses.replace(current, **changes)
-
-
-def _cast(value: Any, hint: Any, where: str, name: str) -> Any:  # noqa: ANN401
-    """``value`` as the annotated type of its field, or a sentence."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (types.UnionType, typing.Union):
-        return None if value is None else _cast(value, next(a for a in arguments if a is not type(None)), where, name)
-    if origin is tuple and isinstance(value, list | tuple) and all(isinstance(v, str) for v in value):
-        return tuple(_cast(v, str, where, name) for v in value)
-    if origin is Literal:
-        if not isinstance(value, str) or value not in arguments:
-            allowed = ", ".join(map(str, arguments))
-            raise ConfigError(
-                f"{where}: {name} is {_shown(value)}; {did_you_mean(value, arguments)}choose from {allowed}"
-            )
-        return value
-    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return math.copysign(math.inf, value > 0 or -1) if abs(value) > _LARGEST else float(value)
-    if not (isinstance(value, str) if hint is str else type(value) is hint):
-        raise ConfigError(
-            f"{where}: {name} is {_shown(value)}; it must be of type {getattr(hint, '__name__', str(hint))}"
-        )
-    if hint is str and "\0" in value:
-        raise ConfigError(f"{where}: {name} is {_shown(value)}; a NUL character is not allowed in it; leave it out")
-    return value
-
-
-def _shown(value: object) -> str:
-    """A value in a message: short, in one line, whatever it is."""
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return "too large" if abs(value) > _LARGEST else f"{value:g}"
-    return reprlib.repr(value)[:100]

@@ -299,5 +299,5 @@ def test_a_list_in_shards(run: Run, tmp_path: Path) -> None:
     said = [p.communicate(timeout=200)[0] for p in both]
     assert [p.returncode for p in both] == [0, 0]
     assert "2 of 2 slides complete" in said[0]
-    assert "1 of 1 slides complete" in said[1]
+    assert "1 of 1 slide complete" in said[1]
     assert sorted(p.parent.name for p in (tmp_path / "out").glob("*/cells.parquet")) == ["a", "b", "c"]

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import shapely
 
-from wsiseg.config import LIMITS
+from wsiseg.config import FORCED_MPP
 from wsiseg.errors import FormatError, counted
 from wsiseg.formats.geojson_geometry import FARTHEST_PX, read_polygons, repaired
 from wsiseg.formats.json_documents import class_name, iter_features, read_texts
@@ -426,7 +426,7 @@ def _picked(values: list[Any], kept: NDArray[np.bool_]) -> list[Any]:
 def _scale_and_origin(note: dict[str, Any]) -> tuple[float | None, tuple[float, float] | None]:
     """Microns per px and the origin of QuPath's frame from what wsiseg wrote into a file."""
     mpp, bounds = note.get("mpp"), note.get("bounds")
-    if mpp is not None and not LIMITS["mpp"][0] <= mpp <= LIMITS["mpp"][1]:
+    if mpp is not None and not FORCED_MPP[0] <= mpp <= FORCED_MPP[1]:
         raise ValueError(f"mpp {mpp}")
     origin = None if bounds is None else (float(bounds[0]), float(bounds[1]))
     if origin is not None and not max(map(abs, origin)) <= FARTHEST_PX:

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 from wsiseg.config import check_mpp
 from wsiseg.errors import ConfigError, InterruptedRunError, WsisegError
 from wsiseg.formats.text_tables import TextTable, read_table, unknown_columns
-from wsiseg.runs.slide import segment_slide
 from wsiseg.runtime.atomic import atomic_path
 from wsiseg.runtime.text import read_text
 
@@ -144,6 +143,8 @@ def segment_slides(
         Per slide the keys of ``SUMMARY`` and ``manifest`` (``None`` of a slide that failed). A table of them is written to ``out`` at the end, as
         ``summary.csv``, or ``summary-K-of-N.csv`` for a shard.
     """
+    from wsiseg.runs.slide import segment_slide  # a list with a fault in it is refused before torch is loaded
+
     rows = []
     for entry in shard.of(entries) if shard else entries:
         mine = dataclasses.replace(
