@@ -1,6 +1,6 @@
 """Accuracy on labelled images that were not trained on: without points (APG) and with one point per nucleus.
 
-    python benchmarks/accuracy.py --data DATA [--sets monuseg/dev_nc tnbc/dev] [--model nuclei-compact]
+    python -m benchmarks.accuracy --data DATA [--sets monuseg/dev_nc tnbc/dev] [--model nuclei-compact]
 
 The mean over images of AJI, PQ, mSA and Dice with a 95 % bootstrap interval of AJI. Images are taken at 0.25 um/px as they are. A nucleus's
 point is the place inside it that is nearest to its centroid; every such click keeps its mask, and only what two masks share is cut from the one
@@ -15,8 +15,8 @@ import time
 from pathlib import Path
 
 import numpy as np
-from common import automatic_points, cells_of, encode, instance_images, write_results
 
+from benchmarks.common import automatic_points, cells_of, encode, instance_images, write_results
 from wsiseg.config import RunConfig
 from wsiseg.evaluation.metrics import score
 from wsiseg.evaluation.rasterize import rasterise

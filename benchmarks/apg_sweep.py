@@ -1,6 +1,6 @@
 """Which thresholds? APG's seeds, the score that a mask needs and the overlap that the merge allows, on the development sets only.
 
-    python benchmarks/apg_sweep.py --data DATA
+    python -m benchmarks.apg_sweep --data DATA
 
 One value is moved at a time from the defaults. dsb2018_histology/dev is rescaled to 26 px per nucleus (its scale is unknown).
 """
@@ -12,9 +12,9 @@ import json
 from pathlib import Path
 
 import numpy as np
-from common import automatic_points, cells_of, encode, instance_images, write_results
 from PIL import Image
 
+from benchmarks.common import automatic_points, cells_of, encode, instance_images, write_results
 from wsiseg.config import RunConfig, from_mapping
 from wsiseg.evaluation.metrics import score
 from wsiseg.evaluation.rasterize import rasterise

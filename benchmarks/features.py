@@ -1,6 +1,6 @@
 """Do the features tell types apart on images that were not trained on? Nearest neighbours across images, and silhouettes.
 
-    python benchmarks/features.py --data DATA
+    python -m benchmarks.features --data DATA
 
 Every annotated dot is a click; its descriptor votes for the type of the dots in *other* images (20 nearest by cosine). `silhouette` is the mean
 over dots of (b - a) / max(a, b), with a the mean cosine distance to the same type and b to the nearest other type, over all images together.
@@ -14,11 +14,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import MPP, encode, point_images, write_results
 from PIL import Image
 
+from benchmarks.common import MPP, encode, point_images, write_results
 from wsiseg.models import load_model
-from wsiseg.models.nuclei_compact import LEARNED, _sample
+from wsiseg.models.nuclei_compact import LEARNED, sample_bilinear
 
 SETS = {"brca_m2c/dev": 0.5, "nucls_mini/dev": MPP}
 NEIGHBOURS = 20
@@ -76,7 +76,7 @@ def main() -> None:
             tile = torch.zeros(len(points), dtype=torch.long)
             with torch.inference_mode():
                 descriptors = model.decode(e, tile, points).descriptors.numpy()
-                parts["F_l at the click"].append(_sample(e.low, tile, points, 8).numpy())
+                parts["F_l at the click"].append(sample_bilinear(e.low, tile, points, 8).numpy())
             parts["descriptor"].append(descriptors)
             parts["learned half"].append(descriptors[:, :LEARNED])
             parts["measurements"].append(descriptors[:, LEARNED:])

@@ -1,6 +1,6 @@
 """Throughput of SAM's encoders and of the mask decoder on one device, and what a standard slide would take.
 
-    python benchmarks/gpu.py [--device auto] [--models B L H] [--seconds 5]
+    python -m benchmarks.gpu [--device auto] [--models B L H] [--seconds 5]
 
 Random weights, bf16 on an accelerator and fp32 on a CPU. Images: uint8 tiles of 1024 x 1024 px in host memory to the image embedding, in the batch
 size that is fastest. Prompts: single points on 8 tiles together, to logits on their windows and descriptors. The standard slide is 15 x 15 mm of
@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from common import write_results
-from memory import write_slide, write_toy
 
+from benchmarks.common import write_results
+from benchmarks.memory import write_slide, write_toy
 from wsiseg.models import pick_device
 from wsiseg.models.sam.model import SamModel
 from wsiseg.testing import VIT_B, VIT_H, VIT_L, VIT_TOY, random_sam

@@ -1,6 +1,6 @@
 """Peak memory of `wsiseg run` on synthetic slides of two sizes: it must not grow with the slide.
 
-    python benchmarks/memory.py [nuclei-compact:10000 nuclei-compact:20000 toy:5000 toy:10000]
+    python -m benchmarks.memory [nuclei-compact:10000 nuclei-compact:20000 toy:5000 toy:10000]
 
 The slide is a JPEG-compressed TIFF pyramid at 0.25 um that repeats a piece of real tissue. `toy` is SAM with a ViT of width 48 and an instance
 decoder of width 32: random weights, scaled so that its maps give prompts; its masks are noise and are refused, so it has prompts, logits and
@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import tifffile
 import torch
-from common import write_results
 from PIL import Image
 from skimage.data import immunohistochemistry
 
+from benchmarks.common import write_results
 from wsiseg.models.sam.instance_decoder import InstanceDecoder
 from wsiseg.models.sam.model import SamModel
 from wsiseg.testing import VIT_TOY, disturb, random_sam

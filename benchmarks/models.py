@@ -1,6 +1,6 @@
 """SAM's networks, ours beside `segment_anything`'s own, on the same random weights in the same run.
 
-    python benchmarks/models.py [--models B L H] [--rounds 3]
+    python -m benchmarks.models [--models B L H] [--rounds 3]
 
 A and B alternate. Seconds are CPU seconds of this process on one thread, medians over the rounds; memory is the peak resident set above what the
 process held before. Per model: the image encoder on one 1024 x 1024 tile. Once, for all have the same: the mask decoder at 1, 16, 64 and
@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from common import write_results
 
+from benchmarks.common import write_results
 from wsiseg.models.sam import encoder as sam_encoder
 from wsiseg.models.sam.instance_decoder import InstanceDecoder
 from wsiseg.models.sam.model import SamModel

@@ -1,6 +1,6 @@
 """What every prompt costs beside the network: logits to polygons and WKB, and mining prompts from a similarity map.
 
-    python benchmarks/outlines.py [--rounds 9]
+    python -m benchmarks.outlines [--rounds 9]
 
 Masks of nuclei-compact on a real image. CPU seconds of this process on one thread, medians over the rounds; ours and scikit-image's
 `find_contours`, one mask at a time in its own crop, alternate (ours goes on to the chosen outline, thinned, made valid, and WKB; the reference stops
@@ -18,11 +18,11 @@ import numpy as np
 import shapely
 import torch
 import torch.nn.functional as F
-from common import write_results
-from memory import patch
 from scipy import ndimage
 from skimage.measure import find_contours
 
+from benchmarks.common import write_results
+from benchmarks.memory import patch
 from wsiseg.config import ApgConfig, CopConfig, MaskConfig
 from wsiseg.geometry import Box, Lattice
 from wsiseg.models import load_model

@@ -1,6 +1,6 @@
 """How well the model answers what it is told: points, jittered points, boxes, corrections, several masks, and whether its scores rank.
 
-    python benchmarks/prompts.py --data DATA [--sets monuseg/dev_nc tnbc/dev]
+    python -m benchmarks.prompts --data DATA [--sets monuseg/dev_nc tnbc/dev]
 
 One prompt of each kind per nucleus; every prompt keeps its mask, what two of them share goes to the one that scores more. `ranking` is the
 Spearman correlation of predicted IoU with true IoU over single decoded masks, before anything is dropped; its prompts are clicks anywhere in a
@@ -16,11 +16,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accuracy import centre_points, every_click_a_cell
-from common import MPP, encode, instance_images, write_results
 from scipy import ndimage
 from scipy.stats import spearmanr
 
+from benchmarks.accuracy import centre_points, every_click_a_cell
+from benchmarks.common import MPP, encode, instance_images, write_results
 from wsiseg.config import RunConfig
 from wsiseg.evaluation.metrics import overlaps, score
 from wsiseg.evaluation.rasterize import rasterise

@@ -1,6 +1,6 @@
 """How long `wsiseg type` takes on a table of a million cells and five types, and how much memory.
 
-    python benchmarks/retype.py [--cells 1000000]
+    python -m benchmarks.retype [--cells 1000000]
 
 The table is synthetic (outlines of 25 vertices on a lattice, descriptors around five means) and is made first, in another process. Then the
 command runs twice, with and without the GeoJSON for QuPath; a third time with the rows of the table shuffled, and every cell must have the same
@@ -22,8 +22,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import shapely
-from common import write_results
 
+from benchmarks.common import write_results
 from wsiseg.config import RunConfig
 from wsiseg.formats.geoparquet import write_geoparquet
 from wsiseg.models import file_hash, find_weights, load_model

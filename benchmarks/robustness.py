@@ -1,6 +1,6 @@
 """How much is lost on bad slides? Each damage at growing severity, without points: AJI, and its share of the AJI of the clean images.
 
-    python benchmarks/robustness.py --data DATA [--sets tnbc/dev monuseg/dev_nc]
+    python -m benchmarks.robustness --data DATA [--sets tnbc/dev monuseg/dev_nc]
 
 Writes results/robustness.md, .json and .png. Damage is done at 0.25 um per px. The stain is moved in optical density, one channel at a time (mean
 over the three); coarse sources are averaged down and enlarged again as a run does it; out of focus is a disc; pen marks are strokes
@@ -14,10 +14,10 @@ import io
 from pathlib import Path
 
 import numpy as np
-from common import RESULTS, automatic_points, cells_of, encode, instance_images, write_results
 from PIL import Image, ImageDraw
 from scipy import ndimage
 
+from benchmarks.common import RESULTS, automatic_points, cells_of, encode, instance_images, write_results
 from wsiseg.config import RunConfig
 from wsiseg.evaluation.metrics import score
 from wsiseg.evaluation.rasterize import rasterise

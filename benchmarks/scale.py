@@ -1,6 +1,6 @@
 """A million cells, a slide of 100,000 px, and what the pipeline adds to its model: time and memory.
 
-    python benchmarks/scale.py [stitching merge overhead flat sparse] [--cells 1000000]
+    python -m benchmarks.scale [stitching merge overhead flat sparse] [--cells 1000000]
 
 Each row is a process of its own; peaks are what the kernel says of it.
 - stitching: overlaps of synthetic nuclei, 15 % of them found twice, against plain loops over an R-tree. Same kept set, or it fails.
@@ -27,9 +27,9 @@ import numpy as np
 import shapely
 import tifffile
 import torch
-from common import write_results
-from memory import patch, write_slide
 
+from benchmarks.common import write_results
+from benchmarks.memory import patch, write_slide
 from wsiseg.config import RunConfig, StitchingConfig, from_mapping
 from wsiseg.formats.geojson import validate_geojson
 from wsiseg.formats.parts import write_part

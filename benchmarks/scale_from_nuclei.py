@@ -1,6 +1,6 @@
 """How well do the nuclei say the microns per pixel, and what do labelled nuclei look like?
 
-    python benchmarks/scale_from_nuclei.py --data DATA
+    python -m benchmarks.scale_from_nuclei --data DATA
 
 Writes results/scale_from_nuclei.md and .json. A sample is four windows of one patient (tnbc), organ (nuinsseg) or image (brca_m2c; monuseg,
 evaluation only), averaged down to the stated scale; around each image lie others of its group, since a window at a fine assumed scale is larger
@@ -15,9 +15,9 @@ import math
 from pathlib import Path
 
 import numpy as np
-from common import write_results
 from PIL import Image
 
+from benchmarks.common import write_results
 from wsiseg.models import load_model
 from wsiseg.segmentation.nuclear_scale import CONTRADICTION, LADDER, WINDOW_PX, WINDOWS, climb, judge
 

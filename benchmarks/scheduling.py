@@ -1,6 +1,6 @@
 """What Dask costs: giving tasks out that do nothing, and how long workers wait between tasks that sleep for 20 ms per tile.
 
-    python benchmarks/scheduling.py [--workers 2 8]
+    python -m benchmarks.scheduling [--workers 2 8]
 
 Blocks are those of a real plan, of 16 tiles; a task is 4 of them. Client, scheduler and all workers share this machine. `cpu ms per task` is that of
 the process that has client and scheduler in it, `sent kB per task` the pickled blocks. `waiting` is the share of the time between a worker's first
@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import cloudpickle
-from common import write_results
 
+from benchmarks.common import write_results
 from wsiseg.config import TilingConfig
 from wsiseg.geometry import Lattice
 from wsiseg.slide.tiling import plan_blocks

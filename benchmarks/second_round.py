@@ -1,6 +1,6 @@
 """What prompting every instance a second time gains with nuclei-compact: with its box, its point and its neighbours' points as negatives.
 
-    python benchmarks/second_round.py --data DATA [--sets monuseg/dev_nc tnbc/dev]
+    python -m benchmarks.second_round --data DATA [--sets monuseg/dev_nc tnbc/dev]
 
 Without points (APG), as benchmarks/accuracy.py. The difference in AJI comes with its 95 % bootstrap interval over images.
 """
@@ -13,9 +13,9 @@ import time
 from pathlib import Path
 
 import numpy as np
-from accuracy import interval
-from common import automatic_points, cells_of, encode, instance_images, write_results
 
+from benchmarks.accuracy import interval
+from benchmarks.common import automatic_points, cells_of, encode, instance_images, write_results
 from wsiseg.config import RunConfig, SecondRoundConfig
 from wsiseg.evaluation.metrics import score
 from wsiseg.evaluation.rasterize import rasterise

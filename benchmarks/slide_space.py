@@ -1,6 +1,6 @@
 """Types from clicks when the weights do not say how types lie among descriptors: a space found on each slide from its own cells.
 
-    python benchmarks/slide_space.py --data DATA [--click-seeds 5]
+    python -m benchmarks.slide_space --data DATA [--click-seeds 5]
 
 Checkpoints of the SAM family have no learned space. Here nuclei-compact's descriptors stand in for theirs, its own space taken away: true dots of
 brca_m2c/dev, each image a slide, 1 and 5 clicks per type; macro-F1, mean +- sd over click seeds. `discriminant.slide_space` keeps the main
@@ -11,17 +11,13 @@ the default. Directions scaled to the same variance (whitening) were tried first
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 import numpy as np
 
-sys.path.append(str(Path(__file__).parent / "cop"))
-
-from common import write_results
-from rules import nearest_click, ours
-from typed import SETS, confusion, describe, draw_clicks, macro_f1, spread
-
+from benchmarks.common import write_results
+from benchmarks.cop.rules import nearest_click, ours
+from benchmarks.cop.typed import SETS, confusion, describe, draw_clicks, macro_f1, spread
 from wsiseg.celltypes import plda
 from wsiseg.models import load_model
 

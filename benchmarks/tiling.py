@@ -1,6 +1,6 @@
 """Does the tiling show? One region of a real slide as one tile, in small tiles, with other halos and with the grid moved.
 
-python benchmarks/tiling.py --slide CMU-1-Small-Region.svs
+python -m benchmarks.tiling --slide CMU-1-Small-Region.svs
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import shapely
-from common import write_results
 
+from benchmarks.common import write_results
 from wsiseg.config import RunConfig, TilingConfig
 from wsiseg.geometry import Box
 from wsiseg.models import load_model

@@ -1,6 +1,6 @@
 """How fast cells become files, how much memory that takes, and how much of a file a viewer's window touches.
 
-    python benchmarks/writing.py [--cells 100000] [--rounds 8] [--streams 100000 300000 1000000]
+    python -m benchmarks.writing [--cells 100000] [--rounds 8] [--streams 100000 300000 1000000]
 
 Synthetic nuclei on a lattice of 40 px, outlines of 25 vertices with 1 px of noise along the radius, descriptors of 75 numbers, three types, four
 measurements. Seconds are wall time of the fastest round; in every round all writers take turns with the same cells. `GeoDataFrame.to_json` gets the
@@ -27,8 +27,8 @@ import geopandas
 import numpy as np
 import pyarrow.parquet as pq
 import shapely
-from common import write_results
 
+from benchmarks.common import write_results
 from wsiseg.formats.geojson import validate_geojson, write_geojson
 from wsiseg.formats.geoparquet import CORNERS, write_geoparquet
 from wsiseg.formats.ids import cell_ids

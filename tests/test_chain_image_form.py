@@ -62,7 +62,7 @@ def test_one_click_recovers_the_places_of_its_type_exactly(gate: str, clicked: i
     types = np.arange(100) % 3 == clicked % 3
     high, low, centres = image_of(np.where(types[:, None], AXES[0], AXES[1]))
     chain = farthest_point_recursion(tuple(centres[clicked]), high, low, 1.0, dataclasses.replace(SETTINGS, gate=gate))
-    assert rounded(chain.points) == rounded(centres[types])
+    assert rounded(chain) == rounded(centres[types])
 
 
 def test_the_candidate_gate_finds_none_of_a_dominant_type() -> None:
@@ -73,8 +73,8 @@ def test_the_candidate_gate_finds_none_of_a_dominant_type() -> None:
         g: farthest_point_recursion(tuple(centres[0]), high, low, 1.0, dataclasses.replace(SETTINGS, gate=g))
         for g in ("candidate", "product")
     }
-    assert len(found["candidate"].points) == 0
-    assert rounded(found["product"].points) == rounded(centres[types])
+    assert len(found["candidate"]) == 0
+    assert rounded(found["product"]) == rounded(centres[types])
 
 
 def test_mean_and_sd_find_a_type_that_is_not_there_and_the_floor_of_a_bank_does_not() -> None:

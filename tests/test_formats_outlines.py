@@ -7,7 +7,6 @@ from itertools import groupby
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import shapely
 from hypothesis import given, settings
@@ -15,7 +14,6 @@ from hypothesis import strategies as st
 
 from wsiseg.formats.qupath import coordinates
 from wsiseg.formats.qupath.coordinates import _are_stars, outline_texts, snap_polygons
-from wsiseg.formats.wkb import wkb_column
 
 
 def table_of(polygons: Any) -> np.ndarray:
@@ -169,19 +167,3 @@ def test_a_ring_that_goes_round_twice_is_no_star() -> None:
         rings = [twice[::direction], once[::direction]]
         starts = np.cumsum([0, *(len(ring) for ring in rings)])
         assert _are_stars(np.concatenate(rings).T.copy(), starts).tolist() == [False, True]
-
-
-def test_wkb_is_that_of_shapely() -> None:
-    single = list(noisy(1, 12, 0.5, 100, 25)) + list(noisy(2, 12, 0.5, 100, 4))
-    mixed = [
-        *single[:3],
-        None,
-        shapely.Polygon(),
-        shapely.box(0, 0, 9, 9) - shapely.box(1, 1, 2, 2),
-        shapely.Polygon([(0, 0, 1), (1, 0, 1), (1, 1, 1)]),
-        shapely.MultiPolygon([shapely.box(0, 0, 1, 1)]),
-        *single[-2:],
-    ]
-    for polygons in ([], single, mixed, mixed[3:4]):
-        table = table_of(polygons)
-        assert wkb_column(table).equals(pa.array(shapely.to_wkb(table, byte_order=1) if polygons else [], pa.binary()))

@@ -5,8 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import shapely
@@ -16,7 +15,9 @@ from wsiseg.evaluation.inputs import Outlines, read_side
 from wsiseg.formats.regions import read_regions
 from wsiseg.records import SlideInfo
 
-SHARED = Path(__file__).resolve().parents[2] / "shared"
+if TYPE_CHECKING:
+    from pathlib import Path
+
 INFO = SlideInfo("/data/a.svs", "openslide", "aperio", ((1000, 800),), (1.0,), 0.5, "--mpp")
 SQUARE = [[10, 10], [110, 10], [110, 110], [10, 110], [10, 10]]
 HOLE = [[20, 20], [30, 20], [30, 30], [20, 30], [20, 20]]
@@ -129,14 +130,31 @@ def test_what_has_no_area_is_left_out_and_said(tmp_path: Path) -> None:
     assert notes[-1] == f"{path}: 1 of 2 objects have no area and were left out; the first is features[1]"
 
 
-@pytest.mark.realdata
+SPIKE = {
+    "type": "Polygon",
+    "coordinates": [[[10, 10], [100, 10], [100, 100], [150, 150], [100, 100], [10, 100], [10, 10]]],
+}
+OVERLAPPING = {
+    "type": "MultiPolygon",
+    "coordinates": [
+        [[[10, 10], [100, 10], [100, 100], [10, 100], [10, 10]]],
+        [[[50, 50], [150, 50], [150, 150], [50, 150], [50, 50]]],
+    ],
+}
+
+
 @pytest.mark.parametrize(
-    ("name", "area"), [("spike", 90 * 90), ("overlapping-multipolygon", 90 * 90 + 100 * 100 - 50 * 50)]
+    ("geometry", "area"),
+    [(SPIKE, 90 * 90), (OVERLAPPING, 90 * 90 + 100 * 100 - 50 * 50)],
+    ids=["spike", "overlapping-multipolygon"],
 )
-def test_regions_from_the_wild(name: str, area: float) -> None:
-    path = SHARED / "cases" / "invalid-roi-refused" / f"{name}.geojson"
-    if not path.exists():
-        pytest.skip("the folder ../shared is not here")
+def test_regions_that_users_sent_are_repaired(tmp_path: Path, geometry: dict[str, Any], area: float) -> None:
+    path = tmp_path / "roi.geojson"
+    path.write_text(
+        json.dumps(
+            {"type": "FeatureCollection", "features": [{"type": "Feature", "properties": {}, "geometry": geometry}]}
+        )
+    )
     shape, notes = read_regions(path, INFO)
     assert shape.area == area
     assert "repaired" in notes[0]

@@ -8,11 +8,13 @@ import re
 import subprocess
 import sys
 import tomllib
+from importlib import resources
 from pathlib import Path
 
 import click
 import jsonschema
 import pytest
+import yaml
 from click.testing import CliRunner
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -67,7 +69,9 @@ def project_files() -> list[Path]:
     found = []
     for folder, folders, names in os.walk(ROOT):
         folders[:] = [f for f in folders if f not in SKIPPED_FOLDERS and (f == ".ci" or not f.startswith("."))]
-        found += [Path(folder, n) for n in names if Path(n).suffix in TEXT_SUFFIXES]
+        found += [
+            Path(folder, n) for n in names if Path(n).suffix in TEXT_SUFFIXES and n != ".git"
+        ]  # a file in a worktree
     return found
 
 
@@ -83,6 +87,39 @@ def test_ci_runs_the_test_commands_of_the_readme() -> None:
     assert said == block("test")
     assert len(set_up) == 4
     assert os.access(ROOT / ".ci/run", os.X_OK)
+
+
+def test_pre_commit_runs_the_lint_commands_of_the_readme() -> None:
+    """All of them, without a download: the hooks are local and use the tools of the environment."""
+    repos = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    hooks = [hook for repo in repos for hook in repo["hooks"]]
+    lint = [line for line in block("test") if not re.match(r"python3 |\. |pip |pytest", line)]
+    assert [hook["entry"] for hook in hooks] == lint
+    assert {repo["repo"] for repo in repos} == {"local"}
+    assert {hook["language"] for hook in hooks} == {"system"}
+
+
+def test_changelog_fragments_have_a_kind_and_a_sentence() -> None:
+    kinds = [
+        kind["directory"] for kind in tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["towncrier"]["type"]
+    ]
+    for path in (ROOT / "changes").iterdir():
+        if path.name != "README.md":
+            assert re.fullmatch(rf"(\d+|\+[\w-]+)\.({'|'.join(kinds)})(\.\d+)?\.md", path.name), path
+            assert path.read_text().strip().endswith((".", ")")), path
+    assert "<!-- towncrier release notes start -->" in (ROOT / "CHANGELOG.md").read_text()
+
+
+@pytest.mark.parametrize("form", sorted((ROOT / ".github").rglob("*.yml")), ids=lambda p: p.name)
+def test_issue_forms_are_valid_yaml_and_ask_for_commands_that_exist(form: Path) -> None:
+    fields = yaml.safe_load(form.read_text()).get("body", [])
+    assert len({field["id"] for field in fields}) == len(fields)
+    for name in re.findall(r"`wsiseg ([a-z]+)", form.read_text()):
+        assert name in commands()
+
+
+def test_the_annotations_are_announced_to_type_checkers() -> None:
+    assert resources.files("wsiseg").joinpath("py.typed").is_file()
 
 
 def test_the_readmes_first_command_ends_in_what_demo_prints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -274,10 +311,15 @@ def test_the_seeds_in_the_docs_are_valid(tmp_path: Path) -> None:
 def test_settings_shown_in_the_docs_are_valid(tmp_path: Path) -> None:
     from wsiseg.config import read_config
 
-    for page in PAGES:
-        for text in re.findall(r"^```toml\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE):
-            (tmp_path / "settings.toml").write_text(text)
-            read_config(tmp_path / "settings.toml")
+    shown = [
+        text
+        for page in PAGES
+        for text in re.findall(r"^```toml\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+    ]
+    assert shown
+    for text in shown:
+        (tmp_path / "settings.toml").write_text(text)
+        read_config(tmp_path / "settings.toml")
 
 
 def test_help_imports_nothing_heavy() -> None:

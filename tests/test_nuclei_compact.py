@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import skimage.data
 import torch
 
 from wsiseg.config import MaskConfig
@@ -13,9 +14,11 @@ from wsiseg.segmentation.decoding import decode
 
 
 @pytest.fixture
-def picture(cmu_crop: np.ndarray) -> torch.Tensor:
-    """One H&E image of 448 x 448 model px (nearest-neighbour doubled)."""
-    return torch.from_numpy(cmu_crop[:224, :224].repeat(2, 0).repeat(2, 1).copy()).permute(2, 0, 1)[None]
+def picture() -> torch.Tensor:
+    """One image of real tissue of 448 x 448 model px (nearest-neighbour doubled)."""
+    return torch.from_numpy(skimage.data.immunohistochemistry()[:224, :224].repeat(2, 0).repeat(2, 1).copy()).permute(
+        2, 0, 1
+    )[None]
 
 
 def test_shapes_and_ranges(model, picture) -> None:

@@ -84,7 +84,7 @@ def test_a_click_finds_its_type_exactly(gate: str) -> None:
     high, centres = type_features()
     config = dataclasses.replace(CopConfig(), gate=gate, min_component_um2=4, dedup_um=3)
     chain = farthest_point_recursion(centres[1][0], high, high, 1.0, config)
-    found = {tuple(np.rint(p).astype(int)) for p in chain.points}
+    found = {tuple(np.rint(p).astype(int)) for p in chain}
     assert found <= set(centres[1])
     if gate == "product":
         assert found == set(centres[1])
@@ -117,11 +117,12 @@ def test_bank_gate_finds_all_of_the_type() -> None:
 
 def test_recursion_stops_and_is_deterministic() -> None:
     high, centres = type_features(noise=0.3)
-    config = dataclasses.replace(CopConfig(), max_hops=5)
-    first, second = (farthest_point_recursion(centres[1][3], high, high, 1.0, config) for _ in range(2))
-    np.testing.assert_array_equal(first.points, second.points)
-    assert len(first.hops) == len(first.points)
-    assert (first.hops < 5).all()
+    few, many = (dataclasses.replace(CopConfig(), max_hops=hops) for hops in (1, 5))
+    first, second = (farthest_point_recursion(centres[1][3], high, high, 1.0, many) for _ in range(2))
+    np.testing.assert_array_equal(first, second)
+    short = farthest_point_recursion(centres[1][3], high, high, 1.0, few)
+    assert 0 < len(short) < len(first)
+    np.testing.assert_array_equal(short, first[: len(short)])
 
 
 def test_resize_keeps_unit_norm_and_position() -> None:

@@ -178,9 +178,9 @@ def test_clicks_lead_to_cells_in_a_model_without_maps(wsiseg, tmp_path):
             "--tile-size, --halo: the model takes tiles of 256 um with a halo of 32 um or more on each side",
         ),
         (
-            "toi",
+            "toyy",
             (),
-            "--model toi: no such model and no such file; did you mean toy? models here: nuclei-compact, toy, toy-maps; see `wsiseg",
+            "--model toyy: no such model and no such file; did you mean toy? models here: nuclei-compact, toy, toy-maps; see `wsiseg",
         ),
     ],
 )

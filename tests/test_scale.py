@@ -280,7 +280,6 @@ def test_blank_and_fluorescent_slides_give_no_estimate() -> None:
     assert time.perf_counter() - started < 20
 
 
-@pytest.mark.realdata
 @pytest.mark.parametrize(
     ("name", "mpp", "within"),
     [("CMU-1-Small-Region.svs", 0.499, 0.15), ("TCGA-CR-7395-01A-01-TS1.svs", 1.0, 0.25)],
@@ -293,7 +292,6 @@ def test_real_slides_say_their_scale(shared_data: Path, name: str, mpp: float, w
     assert found.mpp == pytest.approx(mpp, rel=within)
 
 
-@pytest.mark.realdata
 def test_a_real_slide_without_scale_is_refused_with_a_suggestion(
     shared_data: Path, wsiseg: Callable[..., tuple[int, str]], tmp_path: Path
 ) -> None:
@@ -303,7 +301,6 @@ def test_a_real_slide_without_scale_is_refused_with_a_suggestion(
     assert "(10x; between" in output
 
 
-@pytest.mark.realdata
 def test_a_slide_too_coarse_for_cells_says_so_once(shared_data: Path, wsiseg: Callable[..., tuple[int, str]]) -> None:
     status, output = wsiseg("info", shared_data / "slides/camelyon_overview_multiframe.dcm")
     assert status == 0

@@ -21,8 +21,6 @@ from wsiseg.slide.colour import Colours, plan_rgb
 from wsiseg.slide.mpp import PixelSize, choose_mpp, from_ome_xml, from_tiff_tags
 from wsiseg.slide.resample import best_level, whole_downsamples
 
-SLIDES = Path(__file__).parents[2] / "shared" / "data" / "slides"
-
 # file -> the reader that opens it (None: none does), mpp (nan: the file has none), levels
 EXPECTED = {
     "CMU-1-Small-Region.svs": ("openslide", 0.499, 1),
@@ -41,10 +39,8 @@ EXPECTED = {
 
 
 @pytest.fixture(scope="session")
-def slides_dir():
-    if not SLIDES.is_dir():
-        pytest.skip(f"no real slides in {SLIDES}")
-    return SLIDES
+def slides_dir(shared_data):
+    return shared_data / "slides"
 
 
 @pytest.fixture(scope="session")
@@ -102,7 +98,6 @@ def one_line(error):
 # ---------------------------------------------------------------------------------------------------------------- every file of the folder
 
 
-@pytest.mark.realdata
 @pytest.mark.parametrize("name", EXPECTED)
 def test_each_real_slide_opens_with_its_reader_or_says_why_not(slides_dir, name):
     reader, mpp, levels = EXPECTED[name]
@@ -126,12 +121,10 @@ def test_each_real_slide_opens_with_its_reader_or_says_why_not(slides_dir, name)
         one_line(error)
 
 
-@pytest.mark.realdata
 def test_no_slide_of_the_folder_is_forgotten(slides_dir):
     assert {path.name for path in slides_dir.iterdir()} - {"SHA256SUMS"} == set(EXPECTED)
 
 
-@pytest.mark.realdata
 def test_openslide_and_tiffslide_agree(slides_dir):
     """Same scale; pixels differ by at most 2 grey levels (two JPEG decoders)."""
     path = slides_dir / "CMU-1-Small-Region.svs"
@@ -147,7 +140,6 @@ def test_openslide_and_tiffslide_agree(slides_dir):
             assert np.abs(a - b).max() <= 2
 
 
-@pytest.mark.realdata
 def test_openslide_and_tiffslide_agree_on_a_level_of_uneven_size(slides_dir):
     """4443 / 2221 = 2.0005: the level is taken as a half, wherever it is read. OpenSlide interpolates by up to a quarter px there."""
     path = slides_dir / "TCGA-CR-7395-01A-01-TS1.svs"
@@ -159,7 +151,6 @@ def test_openslide_and_tiffslide_agree_on_a_level_of_uneven_size(slides_dir):
         assert np.array_equal(a[50:150, 100:250], first.read(1, Box(1500, 950, 1650, 1050)))
 
 
-@pytest.mark.realdata
 @pytest.mark.parametrize("reader", ["openslide", "tiffslide"])
 def test_threads_share_a_reader(slides_dir, reader):
     boxes = [Box(x, y, x + 300, y + 300) for x in (-50, 700, 1900) for y in (0, 1300, 2700)]
@@ -170,7 +161,6 @@ def test_threads_share_a_reader(slides_dir, reader):
     assert all(np.array_equal(a, b) for a, b in zip(alone * 4, together, strict=True))
 
 
-@pytest.mark.realdata
 @pytest.mark.parametrize("model_mpp", [0.25, 0.5, 0.7])
 def test_a_region_does_not_depend_on_the_box(slides_dir, model_mpp):
     """One box of 512 px equals four of 256 px, to 1 grey level, also across the slide's edge.
@@ -190,7 +180,6 @@ def test_a_region_does_not_depend_on_the_box(slides_dir, model_mpp):
                     assert difference.max() <= 2
 
 
-@pytest.mark.realdata
 @pytest.mark.parametrize("part", [0.3, 0.9])
 @pytest.mark.parametrize("name", ["CMU-1-Small-Region.svs", "TCGA-CR-7395-01A-01-TS1.svs", "stritt_test3_DAPI.ndpi"])
 def test_a_real_slide_cut_short_reads_true_pixels_or_fails(slides_dir, tmp_path, name, part):
@@ -960,7 +949,6 @@ def test_require_cellular():
     require_cellular(info(value, source, notes))
 
 
-@pytest.mark.realdata
 def test_too_coarse_a_slide_is_shown_but_not_run(slides_dir):
     with open_slide(slides_dir / "camelyon_overview_multiframe.dcm") as slide:
         assert any("too coarse for cells" in note for note in slide.info.warnings)

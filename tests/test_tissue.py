@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import pickle
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,17 +11,14 @@ import pytest
 from wsiseg.config import TissueConfig
 from wsiseg.slide.tissue import TissueMask, find_tissue
 
-SLIDES = Path(__file__).parents[2] / "shared" / "data" / "slides"
 CONFIG = TissueConfig()  # 8 um per px, margin 4 px
 STAIN = (200, 120, 180)
 PALE = (232, 212, 226)  # thin stroma
 
 
 @pytest.fixture
-def slides_dir():
-    if not SLIDES.is_dir():
-        pytest.skip(f"no real slides in {SLIDES}")
-    return SLIDES
+def slides_dir(shared_data):
+    return shared_data / "slides"
 
 
 def glass(height=200, width=300, level=240, noise=2.0):
@@ -141,7 +137,6 @@ def test_covers_and_area():
     assert found.area_um2(0.25) == 64
 
 
-@pytest.mark.realdata
 @pytest.mark.parametrize(
     ("name", "mpp", "brightfield", "low", "high"),
     [

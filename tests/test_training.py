@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import csv
 import importlib
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +18,7 @@ from skimage.draw import disk
 
 from wsiseg.models import load_model
 
-RECIPE = Path(__file__).parents[1] / "training" / "train_nuclei_compact.py"
+ROOT = Path(__file__).parents[1]
 
 
 def field(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, list[tuple[int, int]]]:
@@ -57,22 +59,15 @@ def data(tmp_path: Path) -> Path:
 
 
 def train(data: Path, out: Path, steps: int) -> str:
-    command = [
-        sys.executable,
-        str(RECIPE),
-        "--data",
-        str(data),
-        "--out",
-        str(out),
-        "--steps",
-        str(steps),
-        "--batch",
-        "2",
-        "--device",
-        "cpu",
-    ]
+    options = ["--data", str(data), "--out", str(out), "--steps", str(steps), "--batch", "2", "--device", "cpu"]
     done = subprocess.run(
-        command, check=False, capture_output=True, text=True, timeout=300, env={**os.environ, "MPLBACKEND": "Agg"}
+        [sys.executable, "-m", "training.train_nuclei_compact", *options],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=ROOT,
+        env={**os.environ, "MPLBACKEND": "Agg"},
     )
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
@@ -104,7 +99,7 @@ def test_the_seed_alone_decides(data, tmp_path) -> None:
 
 
 def test_the_shipped_list_of_images_names_no_evaluation_set() -> None:
-    with (RECIPE.parent / "images.csv").open() as stream:
+    with (ROOT / "training/images.csv").open() as stream:
         rows = list(csv.DictReader(stream))
     assert {row["set"] for row in rows} == {
         "tnbc/train",
@@ -118,8 +113,8 @@ def test_the_shipped_list_of_images_names_no_evaluation_set() -> None:
 
 def test_the_type_space_is_found_again(monkeypatch) -> None:
     """Cells drawn from known means, covariance and image shifts: what `fit` estimates is what they were drawn from."""
-    monkeypatch.syspath_prepend(str(RECIPE.parent))
-    fit_types = importlib.import_module("fit_types")
+    monkeypatch.syspath_prepend(str(ROOT))
+    fit_types = importlib.import_module("training.fit_types")
     rng = np.random.default_rng(0)
     size, scale = 8, np.linspace(0.5, 2, 8)
     means = 10 * np.eye(size)[:4]
@@ -143,3 +138,38 @@ def test_the_type_space_is_found_again(monkeypatch) -> None:
     np.testing.assert_allclose(apart[0], apart[1], rtol=0.05)
     np.testing.assert_allclose(space.shift, (1.5**2 * (space.transform**2).sum(0)), rtol=0.7)
     assert space.kind_spread.mean() < 0.1 * space.spread[-3:].mean()
+
+
+SCRIPTS = [path for folder in ("training", "benchmarks") for path in sorted((ROOT / folder).rglob("*.py"))]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_scripts_import_public_names_from_packages(script: Path) -> None:
+    """No change of ``sys.path``, no name with an underscore of another module."""
+    assert len(SCRIPTS) > 30
+    text = script.read_text()
+    assert "sys.path" not in text
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ImportFrom):
+            private = [a.name for a in node.names if a.name.startswith("_") and not a.name.startswith("__")]
+            assert node.module == "__future__" or not private
+
+
+def test_every_script_imports_from_the_root_of_the_checkout() -> None:
+    modules = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in SCRIPTS if path.name != "__init__.py"]
+    program = "import importlib, sys; [importlib.import_module(name) for name in sys.argv[1:]]"
+    done = subprocess.run(
+        [sys.executable, "-c", program, *modules], check=False, capture_output=True, text=True, timeout=300, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_documented_scripts_exist() -> None:
+    """``python -m training.X`` in pages and docstrings names a module; no page shows a script run by its path."""
+    pages = [*SCRIPTS, *ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *ROOT.glob("training/*.md")]
+    pages += ROOT.glob("benchmarks/results/*.md")
+    text = "\n".join(path.read_text() for path in pages)
+    named = re.findall(r"python -m ((?:training|benchmarks)[.\w]*)", text)
+    assert len(set(named)) > 15
+    assert not [name for name in named if not (ROOT / f"{name.replace('.', '/')}.py").is_file()]
+    assert not re.findall(r"python (?:training|benchmarks)/\S+", text)

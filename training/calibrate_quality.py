@@ -1,6 +1,6 @@
 """Teach the finished network how good its masks are: only the quality head learns, everything else stands still.
 
-    python training/calibrate_quality.py --data DATA --weights OUT/nuclei-compact.safetensors --out OUT/calibrated.safetensors --minutes 8
+    python -m training.calibrate_quality --data DATA --weights OUT/nuclei-compact.safetensors --out OUT/calibrated.safetensors --minutes 8
 
 During training the head judges the masks of weights that still move; here it judges those of the moving average, single ones and the three
 answers to one prompt, on hand-drawn outlines with strong augmentation, so that it sees many bad masks. Its inputs are those of
@@ -16,11 +16,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from data import INSTANCES, Crops, load_instances
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from train_nuclei_compact import _compare, _save, _stream, rate_at
 
+from training.data import INSTANCES, Crops, load_instances
+from training.train_nuclei_compact import batches, compare_masks, rate_at, save_weights
 from wsiseg.models.morphology import windows
 from wsiseg.models.nuclei_compact import MASK_STRIDE_PX, MASKS, WINDOW_SIZE, NucleiCompact
 
@@ -57,7 +57,7 @@ def main() -> None:
     average = copy.deepcopy(model)
     optimiser = torch.optim.AdamW(model.quality.parameters(), lr=1e-3, weight_decay=0.05)
     fields = [f for name in SHARES for f in load_instances(options.data, name)]
-    stream = _stream(Crops(fields, SHARES, options.seed), *((6, 1) if device.type == "cpu" else (64, 14)))
+    stream = batches(Crops(fields, SHARES, options.seed), *((6, 1) if device.type == "cpu" else (64, 14)))
     started, step, running = time.time(), 0, 0.0
     while (progress := (time.time() - started) / (60 * options.minutes)) < 1:
         batch = {k: v.to(device) for k, v in next(stream).items()}
@@ -80,7 +80,7 @@ def main() -> None:
                 F.max_pool2d(window, MASK_STRIDE_PX)[:, 0] > 0
             )
             target = F.avg_pool2d((window == (mine + 1)[:, None, None, None]).float(), MASK_STRIDE_PX)[:, 0]
-            _, true = _compare(masks.logits, target, known)
+            _, true = compare_masks(masks.logits, target, known)
             true = true * (mine > 0)
             predicted = torch.logit(masks.predicted_iou, eps=1e-5)
             loss = (
@@ -100,7 +100,7 @@ def main() -> None:
         running = 0.98 * running + 0.02 * loss.item() if step > 1 else loss.item()
         if step % 50 == 0:
             print(step, round(time.time() - started), round(running, 4), flush=True)
-    _save(average, options.out)
+    save_weights(average, options.out)
 
 
 def with_new_inputs(tensors: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:

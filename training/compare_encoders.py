@@ -1,6 +1,6 @@
 """Which encoder? Each is trained for the same processor time on the same crops, on hand-drawn outlines alone, then scored on development images.
 
-    python training/compare_encoders.py --data DATA [--minutes 8]
+    python -m training.compare_encoders --data DATA [--minutes 8]
 
 Losses, crops and learning rate are those of `train_nuclei_compact.py` (without pseudo masks, and with a shorter moving average). On a CPU the
 time to make the crops counts too, alike for all. A short budget shows which one learns fastest from little, which is what
@@ -11,28 +11,24 @@ from __future__ import annotations
 
 import argparse
 import copy
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
-from data import Crops, load_instances
-from encoders import ENCODERS
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from train_nuclei_compact import MASK_SHARES, TypeHeads, _stream, losses, rate_at
 
+from benchmarks.accuracy import centre_points, every_click_a_cell
+from benchmarks.apg_sweep import development_images
+from benchmarks.common import automatic_points, cells_of, encode, write_results
+from training.data import Crops, load_instances
+from training.encoders import ENCODERS
+from training.train_nuclei_compact import MASK_SHARES, TypeHeads, batches, losses, rate_at
 from wsiseg.config import RunConfig
-from wsiseg.models.nuclei_compact import LEARNED, NucleiCompact
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
-from accuracy import centre_points, every_click_a_cell
-from apg_sweep import development_images
-from common import automatic_points, cells_of, encode, write_results
-
 from wsiseg.evaluation.metrics import score
 from wsiseg.evaluation.rasterize import rasterise
+from wsiseg.models.nuclei_compact import LEARNED, NucleiCompact
 
 RATE = 2e-3
 
@@ -42,7 +38,7 @@ def train(model: NucleiCompact, crops: Crops, budget: float, device: torch.devic
     heads = TypeHeads(LEARNED, 64).to(device)
     average = copy.deepcopy(model).eval()
     optimiser = torch.optim.AdamW([*model.parameters(), *heads.parameters()], lr=RATE, weight_decay=0.02)
-    stream = _stream(crops, *((6, 0) if device.type == "cpu" else (64, 14)))
+    stream = batches(crops, *((6, 0) if device.type == "cpu" else (64, 14)))
     clock = time.process_time if device.type == "cpu" else time.perf_counter
     start, step = clock(), 0
     while (progress := (clock() - start) / budget) < 1:

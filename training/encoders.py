@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wsiseg.models.nuclei_compact import Pyramid, _conv
+from wsiseg.models.nuclei_compact import Pyramid, conv_block
 
 
 class _NextBlock(nn.Module):
@@ -31,9 +31,9 @@ class ConvNextPyramid(Pyramid):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stage4 = nn.Sequential(_conv(32, 64, 2), _NextBlock(64), _NextBlock(64))
-        self.stage8 = nn.Sequential(_conv(64, 128, 2), *(_NextBlock(128) for _ in range(4)))
-        self.stage16 = nn.Sequential(_conv(128, 192, 2), *(_NextBlock(192) for _ in range(4)))
+        self.stage4 = nn.Sequential(conv_block(32, 64, 2), _NextBlock(64), _NextBlock(64))
+        self.stage8 = nn.Sequential(conv_block(64, 128, 2), *(_NextBlock(128) for _ in range(4)))
+        self.stage16 = nn.Sequential(conv_block(128, 192, 2), *(_NextBlock(192) for _ in range(4)))
 
 
 class _Attention(nn.Module):
@@ -78,9 +78,9 @@ class VitPyramid(Pyramid):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stage4 = nn.Sequential(_conv(32, 64, 2), _conv(64, 64))
-        self.stage8 = nn.Sequential(_conv(64, 128, 2), _conv(128, 128))
-        self.stage16 = nn.Sequential(_conv(128, 192, 2), *(_Transformer(192) for _ in range(6)))
+        self.stage4 = nn.Sequential(conv_block(32, 64, 2), conv_block(64, 64))
+        self.stage8 = nn.Sequential(conv_block(64, 128, 2), conv_block(128, 128))
+        self.stage16 = nn.Sequential(conv_block(128, 192, 2), *(_Transformer(192) for _ in range(6)))
 
 
 ENCODERS = {

@@ -1,6 +1,6 @@
 """Learn how types lie in the finished network's descriptors, from dots of known type; the last step of the recipe, one minute on a CPU.
 
-    python training/fit_types.py --data DATA --weights OUT/calibrated.safetensors --out OUT/nuclei-compact.safetensors
+    python -m training.fit_types --data DATA --weights OUT/calibrated.safetensors --out OUT/nuclei-compact.safetensors
 
 Every dot of brca_m2c/train and nucls_mini/train is a click; its descriptor is a sample of its type in its image. Estimated are (names as in
 `wsiseg.records.TypeSpace`): the covariance within a type and image, which `transform` makes the identity; the variance of the types' means in
@@ -16,9 +16,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from data import load_points
 from safetensors.torch import load_file, save_file
 
+from training.data import load_points
 from wsiseg.models.nuclei_compact import LEARNED, MEASURED_SHARE, NucleiCompact
 from wsiseg.records import TypeSpace
 

@@ -6,26 +6,22 @@ import csv
 import hashlib
 import json
 import platform
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from data import EXCLUDED
 from PIL import Image
 from skimage.segmentation import find_boundaries
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.accuracy import accuracy_rows
+from benchmarks.apg_sweep import development_images
+from benchmarks.common import automatic_points, cells_of, encode, table
+from training.data import EXCLUDED
 from wsiseg.config import RunConfig
-from wsiseg.models import load_model
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
-from accuracy import accuracy_rows
-from apg_sweep import development_images
-from common import automatic_points, cells_of, encode, table
-
 from wsiseg.evaluation.rasterize import rasterise
+from wsiseg.models import load_model
 
 if TYPE_CHECKING:
     import argparse

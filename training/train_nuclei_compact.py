@@ -1,6 +1,6 @@
 """Train ``nuclei-compact``: the recipe of the weights that ship in the package.
 
-    python training/train_nuclei_compact.py --data DATA --out OUT --minutes 45 [--device auto]
+    python -m training.train_nuclei_compact --data DATA --out OUT --minutes 45 [--device auto]
 
 First the network learns outlines from hand-drawn masks (tnbc, dsb2018_histology; silver masks of nucls_mini). Then its moving average draws
 one mask per annotated dot of brca_m2c/train (pseudo masks: real, permissively licensed H&E with cell types), and training goes on with both;
@@ -27,18 +27,22 @@ import math
 import random
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from data import CROP, INSTANCES, TYPES, Crops, Field, distances_of, load_instances, load_points
-from record import draw_curve, draw_pictures, list_images, write_card
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from training.data import CROP, INSTANCES, TYPES, Crops, Field, distances_of, load_instances, load_points
+from training.record import draw_curve, draw_pictures, list_images, write_card
 from wsiseg.models.morphology import windows
 from wsiseg.models.nuclei_compact import LEARNED, MASK_STRIDE_PX, MASKS, WINDOW_SIZE, NucleiCompact
 from wsiseg.records import Embeddings, PromptExtras
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 MASK_SHARES = {"tnbc": 0.42, "dsb2018_histology": 0.46, "nucls_mini": 0.12}
 ALL_SHARES = {"tnbc": 0.28, "dsb2018_histology": 0.28, "nucls_mini": 0.09, "brca_m2c": 0.35}
@@ -93,7 +97,7 @@ def losses(model: NucleiCompact, heads: TypeHeads, batch: dict[str, Tensor], amp
     known = windows(weight[:, None], tile, origin, WINDOW_SIZE)[:, 0] * inside
     target = F.avg_pool2d((window == (owners + 1)[:, None, None, None]).float(), MASK_STRIDE_PX)[:, 0]
     click = owners > 0
-    per, iou = _compare(masks.logits, target, known)
+    per, iou = compare_masks(masks.logits, target, known)
     out["mask"] = (per * click).sum() / click.sum().clamp_min(1)
     out["quality"] = F.binary_cross_entropy(masks.predicted_iou, iou * click)
     few = click.nonzero()[:, 0]
@@ -106,7 +110,7 @@ def losses(model: NucleiCompact, heads: TypeHeads, batch: dict[str, Tensor], amp
             extras=PromptExtras(extras.points_xy[few], extras.labels[few], extras.boxes[few]),
             multimask=True,
         )
-        loss, true = _compare(
+        loss, true = compare_masks(
             several.logits, target[few].repeat_interleave(MASKS, 0), known[few].repeat_interleave(MASKS, 0)
         )
         out["mask"] = out["mask"] + 0.25 * loss.view(-1, MASKS).min(1).values.mean()
@@ -143,7 +147,7 @@ def losses(model: NucleiCompact, heads: TypeHeads, batch: dict[str, Tensor], amp
     return out
 
 
-def _compare(logits: Tensor, target: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+def compare_masks(logits: Tensor, target: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
     """Loss and true IoU of every mask (N, h, w), where ``known`` is not 0."""
     bce = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
     per = (bce * known).sum((1, 2)) / known.sum((1, 2)).clamp_min(1) * 8 + dice(logits.sigmoid(), target, known, (1, 2))
@@ -204,7 +208,8 @@ def pseudo_masks(model: NucleiCompact, root: Path, device: torch.device) -> list
     return fields
 
 
-def _stream(crops: Crops, batch: int, workers: int):  # noqa: ANN202
+def batches(crops: Crops, batch: int, workers: int) -> Iterator[dict[str, Tensor]]:
+    """Endless batches of crops, made by `workers` processes."""
     return iter(
         torch.utils.data.DataLoader(
             crops, batch_size=batch, num_workers=workers, prefetch_factor=4 if workers else None
@@ -212,7 +217,8 @@ def _stream(crops: Crops, batch: int, workers: int):  # noqa: ANN202
     )
 
 
-def _save(model: nn.Module, path: Path) -> None:
+def save_weights(model: nn.Module, path: Path) -> None:
+    """Write the weights whole or not at all: a temporary file is renamed."""
     part = path.with_suffix(".part")
     save_file({k: v.contiguous() for k, v in model.state_dict().items()}, part)
     part.replace(path)
@@ -286,7 +292,7 @@ def main() -> None:
         progress = step / options.steps if options.steps else seconds / (60 * options.minutes)
         finished = progress >= 1
         if step and (finished or step % 250 == 0):
-            _save(average, weights)
+            save_weights(average, weights)
             part = state_path.with_suffix(".part")
             torch.save(
                 {**{k: v.state_dict() for k, v in kept.items()}, "step": step, "seconds": seconds, "drawn": drawn}, part
@@ -306,7 +312,7 @@ def main() -> None:
             drawn, stream = due, None
         if stream is None or (progress >= CALM and not calm):
             calm = progress >= CALM
-            stream = _stream(Crops(fields, shares, options.seed + step, CALM_STRENGTH if calm else 1.0), size, workers)
+            stream = batches(Crops(fields, shares, options.seed + step, CALM_STRENGTH if calm else 1.0), size, workers)
         batch = {k: v.to(device, non_blocking=True) for k, v in next(stream).items()}
         parts = losses(model.train(), heads, batch, amp=True)
         total = parts["maps"] + parts["mask"] + 0.5 * parts["quality"] + 0.5 * parts["high"] + 0.4 * parts["types"]

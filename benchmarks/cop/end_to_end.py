@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import shapely
-from picture import Picture, Remembering
 from scipy.spatial import cKDTree
-from typed import SETS, accuracy, macro_f1, spread, unassigned
 
+from benchmarks.cop.picture import Picture, Remembering
+from benchmarks.cop.typed import SETS, accuracy, macro_f1, spread, unassigned
 from wsiseg.config import RunConfig
 from wsiseg.errors import SeedsError
 from wsiseg.records import Bank, Seeds, SeedType
@@ -21,7 +21,7 @@ from wsiseg.records import Bank, Seeds, SeedType
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from typed import Scene
+    from benchmarks.cop.typed import Scene
 
 REACH_UM = 6.0
 METHODS = ("apg", "cop")

@@ -1,23 +1,18 @@
-"""The figures: one of a few panels, and the two worst images."""
+"""The figure of a few panels, one for each table."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 import numpy as np
-from common import RESULTS
-from PIL import Image
-from rules import ours
-from typed import COUNTS, accuracy, draw_clicks, f1_by_type, macro_f1
+
+from benchmarks.common import RESULTS
+from benchmarks.cop.typed import COUNTS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from typed import Scene
-
-    from wsiseg.records import TypeSpace
 
 Rows = list[dict[str, object]]
-COLORS = ("#1b6ca8", "#d1495b", "#3c8d40", "#8a5a9e")  #: of types
 SHORT = {
     "nearest click (cosine)": "nearest click",
     "nearest click in the type space": "nearest, type space",
@@ -210,41 +205,3 @@ def _frequent(axis: Axes, rows: Rows) -> None:
 
 
 PANELS = {"a.": _retention, "b1.": _differences, "d.": _more_clicks, "Bank": _bank, "c1.": _absent, "c2.": _frequent}
-
-
-def draw_worst(scenes: list[Scene], counts: np.ndarray, names: list[str], space: TypeSpace) -> None:
-    """``cop_worst.png``: the two images of lowest macro-F1 with one click per type, each with the clicks that are nearest to its mean.
-
-    ``counts``: (seeds, images, T + 1, T + 1).
-    """
-    plt = _plt()
-    several = np.array([len(np.unique(s.types)) > 1 for s in scenes])
-    by_seed = macro_f1(counts)
-    f1 = np.where(several, by_seed.mean(0), np.inf)
-    figure, axes = plt.subplots(2, 2, figsize=(9, 9.4), layout="constrained")
-    for line, number in zip(axes, np.argsort(f1)[:2], strict=True):
-        s = scenes[number]
-        seed = int(np.abs(by_seed[:, number] - f1[number]).argmin())
-        clicks, _ = draw_clicks(s.types, len(names), 1, seed, int(number))
-        given, xy = ours(s.z, s.xy, [s.z[c] for c in clicks], space), s.xy / s.mpp
-        here = counts[seed, number]
-        for axis, codes, title in zip(
-            line, (s.types, given), ("true types, clicks as stars", "given types"), strict=True
-        ):
-            axis.imshow(s.image, alpha=0.75)
-            for t, (name, color) in enumerate(zip(("unassigned", *names), ("white", *COLORS), strict=False)):
-                mine = codes == t
-                label = f"{name} ({mine.sum()})" if mine.any() else None
-                axis.scatter(*xy[mine].T, s=14, color=color, edgecolors="black", linewidths=0.3, label=label)
-            for t, rows in enumerate(clicks):
-                axis.scatter(*xy[rows].T, s=220, marker="*", color=COLORS[t], edgecolors="white", linewidths=1.2)
-            axis.set_title(f"{s.name[:23]}: {title}", fontsize=9)
-            axis.axis("off")
-            axis.legend(fontsize=7, loc="lower left", framealpha=0.8)
-        f1_here = ", ".join("-" if np.isnan(v) else f"{v:.2f}" for v in f1_by_type(here))
-        line[1].set_title(f"given types: accuracy {accuracy(here):.2f}, F1 of types {f1_here}", fontsize=9)
-    path = RESULTS / "cop_worst.png"
-    figure.savefig(path, dpi=75)
-    with Image.open(path) as image:
-        small = image.convert("RGB").quantize(256, Image.Quantize.FASTOCTREE)
-    small.save(path)  # a third of the size

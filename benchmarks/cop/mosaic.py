@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from rules import Clicks, chain, mean_sd, nearest_in_space, ours
-from typed import Scene, accuracy, confusion, f1_by_type, macro_f1, spread, unassigned
 
+from benchmarks.cop.rules import Clicks, chain, mean_sd, nearest_in_space, ours
+from benchmarks.cop.typed import Scene, accuracy, confusion, f1_by_type, macro_f1, spread, unassigned
 from wsiseg.config import TypingConfig
 
 if TYPE_CHECKING:

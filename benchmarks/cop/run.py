@@ -1,6 +1,6 @@
 """Chain-of-Prompts and the typing from clicks, measured: every number that the documentation gives of them.
 
-    python benchmarks/cop/run.py --data DATA [--click-seeds 5] [--only a,b,c,d,bank,ablation] [--weights PATH]
+    python -m benchmarks.cop.run --data DATA [--click-seeds 5] [--only a,b,c,d,bank,ablation] [--weights PATH]
 
 a         one click per image on untyped collections: how much of the segmentation is kept
 b         types from 1 and 5 clicks per type and image: ours beside other rules, on true dots; then end to end, with own detections
@@ -9,27 +9,32 @@ d         1, 2, 3, 5 clicks
 bank      clicks in one image, cells in the others
 ablation  ours without each of its parts
 
-Clicks are random true nuclei; always the mean +- sd over click seeds. Writes results/cop.md, .json, .png and cop_worst.png.
+Clicks are random true nuclei; always the mean +- sd over click seeds. Writes results/cop.md, .json and .png.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # common.py and its neighbours
-
-from common import write_results
-from end_to_end import end_to_end_rows
-from figure import draw, draw_worst
-from mosaic import mosaic_rows
-from typed import SETS, ablation_rows, bank_rows, by_type_rows, compare, comparison_rows, describe, more_clicks_rows
-from untyped import retention_rows
-
 import wsiseg
+from benchmarks.common import write_results
+from benchmarks.cop.end_to_end import end_to_end_rows
+from benchmarks.cop.figure import draw
+from benchmarks.cop.mosaic import mosaic_rows
+from benchmarks.cop.typed import (
+    SETS,
+    ablation_rows,
+    bank_rows,
+    by_type_rows,
+    compare,
+    comparison_rows,
+    describe,
+    more_clicks_rows,
+)
+from benchmarks.cop.untyped import retention_rows
 from wsiseg.models import file_hash, find_weights, load_model
 
 PARTS = ("a", "b", "c", "d", "bank", "ablation")
@@ -71,7 +76,6 @@ def main() -> None:
         ]
         for number, n in enumerate(SETS, 2):
             tables[f"b{number}. Ours by type, {n}"] = by_type_rows(found[n], n, names[n])
-        draw_worst(scenes[TYPED], found[TYPED]["ours", 1], names[TYPED], space)
         tables["b4. End to end"] = end_to_end_rows(model, scenes, seeds, say)
     if "d" in options.only:
         tables["d. More clicks: macro-F1 on true dots"] = [r for n in SETS for r in more_clicks_rows(found[n], n)]
@@ -91,7 +95,7 @@ def main() -> None:
         ]
         say("ablation")
 
-    command = f"python benchmarks/cop/run.py --data DATA --click-seeds {seeds}"
+    command = f"python -m benchmarks.cop.run --data DATA --click-seeds {seeds}"
     command += f" --only {','.join(options.only)}" if set(options.only) != set(PARTS) else ""
     weights = file_hash(find_weights(options.weights)[1])[:16]
     versions = f"wsiseg {wsiseg.__version__}, weights sha256 {weights}, {time.perf_counter() - STARTED:.0f} s"

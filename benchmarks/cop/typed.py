@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from common import MPP, encode, point_images
 from PIL import Image
-from rules import (
+
+from benchmarks.common import MPP, encode, point_images
+from benchmarks.cop.rules import (
     Clicks,
     chain,
     first_click_wins,
@@ -21,7 +22,6 @@ from rules import (
     nearest_in_space,
     ours,
 )
-
 from wsiseg.config import TypingConfig
 
 if TYPE_CHECKING:

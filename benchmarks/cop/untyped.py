@@ -6,11 +6,11 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 import numpy as np
-from accuracy import centre_points, every_click_a_cell
-from apg_sweep import development_images
-from common import MPP, instance_images
-from picture import Picture, Remembering
 
+from benchmarks.accuracy import centre_points, every_click_a_cell
+from benchmarks.apg_sweep import development_images
+from benchmarks.common import MPP, instance_images
+from benchmarks.cop.picture import Picture, Remembering
 from wsiseg.config import RunConfig
 from wsiseg.errors import SeedsError
 from wsiseg.evaluation.metrics import score
@@ -125,7 +125,7 @@ def _paper(picture: Picture, click: np.ndarray, config: object) -> np.ndarray:
     high, low = (x[0].float().cpu().numpy() for x in (picture.embeddings.high, picture.embeddings.low))
     stride_px = picture.box.width / high.shape[2]
     chain = farthest_point_recursion(tuple(click / stride_px), high, low, stride_px * MPP, config)
-    return picture.inside((chain.points * stride_px).astype(np.float32))
+    return picture.inside((chain * stride_px).astype(np.float32))
 
 
 def retention_rows(model: object, data: Path, seeds: int, say: Callable[[str], None]) -> list[dict[str, object]]:

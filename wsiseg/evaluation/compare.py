@@ -106,6 +106,7 @@ def evaluate(
     Returns
     -------
     Evaluation
+        Scores of each image and of all together, with and without types, and what is doubtful.
 
     Raises
     ------

@@ -120,9 +120,9 @@ class MetricSums:
             "pq": self.quality.pq,
             "dq": self.quality.dq,
             "sq": self.quality.sq,
-            "msa": float(np.mean([_ratio(h, both - h) for h in self.hits_msa])),
-            "dice": _ratio(2 * self.shared, self.size),
-        } | {f"f1@{t:g}": _ratio(2 * h, both) for t, h in zip(self.thresholds, self.hits_f1, strict=True)}
+            "msa": _msa(self.hits_msa, both),
+            "dice": _dice(self.shared, self.size),
+        } | {f"f1@{t:g}": _f1(h, both) for t, h in zip(self.thresholds, self.hits_f1, strict=True)}
 
 
 def tally(o: Overlaps, thresholds: Sequence[float] = (0.5,)) -> MetricSums:
@@ -135,11 +135,9 @@ def tally(o: Overlaps, thresholds: Sequence[float] = (0.5,)) -> MetricSums:
     thresholds
         IoU in (0, 1] at which F1 is wanted.
     """
-    good = o.iou > 0.5
     return MetricSums(
-        Quality(len(o.truth_size), len(o.prediction_size), int(good.sum()), float(o.iou[good].sum())),
-        float(o.shared.sum()),
-        float(o.truth_size.sum() + o.prediction_size.sum()),
+        _quality(o),
+        *_dice_sums(o),
         _aji_sums(o),
         _aji_plus_sums(o),
         tuple(_hits(o, t) for t in THRESHOLDS),
@@ -216,7 +214,7 @@ def mean_pq(images: Sequence[dict[str, Quality]]) -> tuple[dict[str, float], dic
 
 def dice(o: Overlaps) -> float:
     """Pixel Dice 2|G & P| / (|G| + |P|)."""
-    return _ratio(2 * o.shared.sum(), o.truth_size.sum() + o.prediction_size.sum())
+    return _dice(*_dice_sums(o))
 
 
 def aji(o: Overlaps) -> float:
@@ -236,35 +234,56 @@ def matched_iou(o: Overlaps) -> NDArray[np.float64]:
 
 def dq(o: Overlaps) -> float:
     """Detection quality [2]_ [4]_: F1 at IoU > 0.5."""
-    return tally(o, ()).quality.dq
+    return _quality(o).dq
 
 
 def sq(o: Overlaps) -> float:
     """Segmentation quality [2]_ [4]_: mean IoU of the pairs with IoU > 0.5; 0 where there is none."""
-    return tally(o, ()).quality.sq
+    return _quality(o).sq
 
 
 def pq(o: Overlaps) -> float:
     """Panoptic quality [2]_: sum of IoU > 0.5 over TP + FP / 2 + FN / 2."""
-    return _ratio(2 * o.iou[o.iou > 0.5].sum(), len(o.truth_size) + len(o.prediction_size))
+    return _quality(o).pq
 
 
 def msa(o: Overlaps) -> float:
     """Mean segmentation accuracy [3]_: TP / (TP + FP + FN) at IoU >= 0.50, 0.55 ... 0.95, averaged."""
-    both = len(o.truth_size) + len(o.prediction_size)
-    hits = [_hits(o, t) for t in THRESHOLDS]
-    return float(np.mean([_ratio(h, both - h) for h in hits]))
+    return _msa([_hits(o, t) for t in THRESHOLDS], len(o.truth_size) + len(o.prediction_size))
 
 
 def f1(o: Overlaps, threshold: float = 0.5) -> float:
     """2 TP / (2 TP + FP + FN) at IoU >= ``threshold``."""
-    return _ratio(2 * _hits(o, threshold), len(o.truth_size) + len(o.prediction_size))
+    return _f1(_hits(o, threshold), len(o.truth_size) + len(o.prediction_size))
 
 
 def score(truth: NDArray[np.integer], prediction: NDArray[np.integer]) -> dict[str, float]:
     """AJI, PQ, mSA and Dice of two label images."""
     o = overlaps(truth, prediction)
     return {"aji": aji(o), "pq": pq(o), "msa": msa(o), "dice": dice(o)}
+
+
+def _quality(o: Overlaps) -> Quality:
+    good = o.iou > 0.5
+    return Quality(len(o.truth_size), len(o.prediction_size), int(good.sum()), float(o.iou[good].sum()))
+
+
+def _dice_sums(o: Overlaps) -> tuple[float, float]:
+    """|G & P| and |G| + |P|."""
+    return float(o.shared.sum()), float(o.truth_size.sum() + o.prediction_size.sum())
+
+
+def _dice(shared: float, size: float) -> float:
+    return _ratio(2 * shared, size)
+
+
+def _msa(hits: Sequence[int], both: int) -> float:
+    """``hits`` at each of `THRESHOLDS`; ``both``: instances on both sides."""
+    return float(np.mean([_ratio(h, both - h) for h in hits]))
+
+
+def _f1(hits: int, both: int) -> float:
+    return _ratio(2 * hits, both)
 
 
 def _aji_sums(o: Overlaps) -> tuple[float, float]:

@@ -34,7 +34,6 @@ from wsiseg.errors import FormatError
 from wsiseg.formats import CHUNK
 from wsiseg.formats.ids import ID_BYTES, CellIds, cell_ids
 from wsiseg.formats.parts import UNREADABLE, descriptor_column, descriptors_from, polygons_from_wkb
-from wsiseg.formats.wkb import wkb_column
 from wsiseg.records import Cells, CellSource, Provenance, SlideInfo, Typing
 from wsiseg.runtime.atomic import atomic_path
 from wsiseg.runtime.prefetch import prefetch_map
@@ -416,7 +415,7 @@ def _columns(
         "prompt_x": np.ascontiguousarray(points[:, 0], np.float64),
         "prompt_y": np.ascontiguousarray(points[:, 1], np.float64),
         "bbox": pa.StructArray.from_arrays([pa.array(corner) for corner in corners], fields=box_fields),
-        "geometry": wkb_column(polygons),
+        "geometry": pa.array(shapely.to_wkb(polygons, byte_order=1), pa.binary()),
         **descriptor_column(cells.descriptors),
     }
 

@@ -126,7 +126,7 @@ def write_part(
     config_hash
         Of everything that decides the cells; :func:`part_is_current` compares it.
     counts
-        Kept, dropped at seams, ...: summed into the manifest.
+        Tiles, tiles that could not be read, prompts, masks larger than the window, outlines: summed into the manifest.
     failures
         A sentence per tile that could not be read.
     """

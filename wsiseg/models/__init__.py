@@ -1,7 +1,7 @@
 """Models: a registry of cards, and one way to load them.
 
 Weights are data: each card states file, sha256, licence, source and the scale the model works at. What is loaded is safetensors; other
-checkpoints are converted once (store.py). Nothing is ever unpickled, and nothing is downloaded here.
+checkpoints are converted once (store.py), by an unpickler that builds tensors and runs nothing (sam/torch_files.py). Nothing is downloaded here.
 """
 
 from __future__ import annotations
@@ -108,6 +108,11 @@ def load_model(model: str, device: str = "auto", precision: str = "auto") -> Pro
         ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
     precision
         ``fp32``, ``bf16`` (encoder; with SAM the decoders too), or ``auto``: bf16 on a GPU, fp32 on the CPU.
+
+    Returns
+    -------
+    PromptableModel
+        On its device, ready to encode.
 
     Raises
     ------

@@ -59,7 +59,8 @@ _SIGNS = 8  #: what a mask says of its own quality: stability, certainty, each i
 _DISTANCE_PX = 32.0  #: distances from the point enter the network in units of this (8 um, a nucleus)
 
 
-def _conv(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
+def conv_block(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
+    """3 x 3 convolution, batch norm, ReLU."""
     return nn.Sequential(
         nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)
     )
@@ -69,7 +70,7 @@ class _Residual(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.body = nn.Sequential(
-            _conv(width, width), nn.Conv2d(width, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width)
+            conv_block(width, width), nn.Conv2d(width, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width)
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -81,19 +82,19 @@ class Pyramid(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem = nn.Sequential(_conv(3, 24, 2), _conv(24, 32))
-        self.stage4 = nn.Sequential(_conv(32, 64, 2), _Residual(64), _Residual(64))
-        self.stage8 = nn.Sequential(_conv(64, 128, 2), _Residual(128), _Residual(128))
-        self.stage16 = nn.Sequential(_conv(128, 192, 2), _Residual(192), _Residual(192))
+        self.stem = nn.Sequential(conv_block(3, 24, 2), conv_block(24, 32))
+        self.stage4 = nn.Sequential(conv_block(32, 64, 2), _Residual(64), _Residual(64))
+        self.stage8 = nn.Sequential(conv_block(64, 128, 2), _Residual(128), _Residual(128))
+        self.stage16 = nn.Sequential(conv_block(128, 192, 2), _Residual(192), _Residual(192))
         self.lateral16 = nn.Conv2d(192, 96, 1)
         self.lateral8 = nn.Conv2d(128, 96, 1)
-        self.smooth8 = _conv(96, 96)
+        self.smooth8 = conv_block(96, 96)
         self.down8 = nn.Conv2d(96, 64, 1)
         self.lateral4 = nn.Conv2d(64, 64, 1)
-        self.smooth4 = _conv(64, 64)
+        self.smooth4 = conv_block(64, 64)
         self.down4 = nn.Conv2d(64, 32, 1)
         self.lateral2 = nn.Conv2d(32, 32, 1)
-        self.smooth2 = nn.Sequential(_conv(32, 32), _conv(32, 32))
+        self.smooth2 = nn.Sequential(conv_block(32, 32), conv_block(32, 32))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Run the encoder: standardised images in, p2, p4, p8 out."""
@@ -365,7 +366,7 @@ def _double(x: Tensor) -> Tensor:
     return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
 
 
-def _sample(feature: Tensor, batch_index: Tensor, points_xy: Tensor, stride: int) -> Tensor:
+def sample_bilinear(feature: Tensor, batch_index: Tensor, points_xy: Tensor, stride: int) -> Tensor:
     """Bilinear value of ``feature`` (B, C, h, w) at points in model pixels -> (N, C); clamped at the border."""
     height, width = feature.shape[2:]
     xy = points_xy / stride - 0.5
@@ -379,7 +380,9 @@ def _sample(feature: Tensor, batch_index: Tensor, points_xy: Tensor, stride: int
 
 def _at_points(extra: dict[str, Tensor], batch_index: Tensor, points_xy: Tensor) -> Tensor:
     """The pyramid at N points -> (N, 192)."""
-    return torch.cat([_sample(extra[k], batch_index, points_xy, s) for k, s in (("p2", 2), ("p4", 4), ("p8", 8))], 1)
+    return torch.cat(
+        [sample_bilinear(extra[k], batch_index, points_xy, s) for k, s in (("p2", 2), ("p4", 4), ("p8", 8))], 1
+    )
 
 
 def _generated_body(x: Tensor, parameters: Tensor) -> Tensor:

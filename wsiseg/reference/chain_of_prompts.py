@@ -93,7 +93,7 @@ def chain_image(
             chain = farthest_point_recursion(
                 (click[0] / stride_px, click[1] / stride_px), high, low, stride_px * net.mpp, cop
             )
-            mine = np.vstack([mine, click, chain.points * stride_px])
+            mine = np.vstack([mine, click, chain * stride_px])
         if len(used):  # places that an earlier type has used are its
             mine = mine[np.hypot(*(mine[:, None] - used[None]).T).min(0) * net.mpp > cop.dedup_um]
         used = np.vstack([used, mine])

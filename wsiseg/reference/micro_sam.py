@@ -52,6 +52,11 @@ def apg_image(
     -------
     ndarray
         int32 of shape (H, W): 0, or the number of the object, from 1.
+
+    Raises
+    ------
+    ConfigError
+        The image is not uint8 RGB, or the model has no instance decoder.
     """
     config = config or ApgV1()
     seen = _Seen(image, model)
@@ -73,7 +78,27 @@ def apg_image(
 
 @torch.inference_mode()
 def ais_image(image: NDArray[np.uint8], model: PromptableModel, config: AisConfig | None = None) -> NDArray[np.int32]:
-    """Automatic instance segmentation (a watershed of the instance maps, no prompts) on one image; parameters as for :func:`apg_image`."""
+    """Automatic instance segmentation on one image: a watershed of the instance maps, no prompts.
+
+    Parameters
+    ----------
+    image
+        uint8 RGB of shape (H, W, 3); enlarged or reduced so that its longer side is the network's input.
+    model
+        With an instance decoder. Its ``normalise`` says whether the image is stretched first; micro-sam does so (``tile-minmax``).
+    config
+        The published parameters when absent; sizes in pixels of the image.
+
+    Returns
+    -------
+    ndarray
+        int32 of shape (H, W): 0, or the number of the object, from 1.
+
+    Raises
+    ------
+    ConfigError
+        The image is not uint8 RGB, or the model has no instance decoder.
+    """
     f, c, b = _Seen(image, model).maps()
     return ais_labels(f, c, b, config=config)
 

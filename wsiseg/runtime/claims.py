@@ -78,16 +78,10 @@ class Claims:
     dead_after_s
         Seconds without a change after which an owner that cannot be asked counts as dead; many beats, the same in all processes. Only time in
         which this process ran and the folder answered is counted: after a sleep, or a server's outage, others get their time to beat again.
-
-    Attributes
-    ----------
-    lost
-        Names that this process took and that are not its own any more: it was suspended for so long that another process took them over.
     """
 
     def __init__(self, folder: Path, *, heartbeat_s: float = HEARTBEAT_S, dead_after_s: float = DEAD_AFTER_S) -> None:
         self.folder = folder
-        self.lost: set[str] = set()
         self._heartbeat_s, self._dead_after_s = heartbeat_s, dead_after_s
         self._held: dict[str, _Held] = {}
         self._seen: dict[Path, tuple[_State, float]] = {}
@@ -140,7 +134,6 @@ class Claims:
         if won:
             with self._lock:
                 self._held[name] = _Held(owner)
-            self.lost.discard(name)
         return won
 
     def release(self, name: str) -> None:
@@ -153,8 +146,6 @@ class Claims:
         with contextlib.suppress(OSError):
             if _owner(self._look(path)) == held.owner:
                 path.unlink(missing_ok=True)
-            else:
-                self.lost.add(name)
 
     def holder(self, name: str) -> str | None:
         """Who has a name, dead or alive, this process included, as in ``node7, process 4711``; ``None`` when nobody has."""
@@ -340,7 +331,6 @@ class Claims:
             with self._lock:
                 if self._held.get(name) is held:  # not released in the meantime
                     del self._held[name]
-                    self.lost.add(name)
 
     def _path(self, name: str) -> Path:
         return self.folder / (name + _ENDING)

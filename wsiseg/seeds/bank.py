@@ -296,7 +296,7 @@ def _reliable(
             (own[0] / stride_px, own[1] / stride_px), f_high, f_low, stride_px * model.mpp, config.cop
         )
         found = [own[None]]
-        for masks in decode(model, embeddings, 0, (chain.points * stride_px).astype(np.float32), config.masks):
+        for masks in decode(model, embeddings, 0, (chain * stride_px).astype(np.float32), config.masks):
             z = masks.descriptors.float().numpy()
             like_rival = (z @ rivals.T).max(1, initial=-1.0)
             found.append(masks.points_xy.numpy()[z @ click.descriptor >= like_rival])

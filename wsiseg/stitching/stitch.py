@@ -58,27 +58,24 @@ class StitchCounts:
 class Pairs:
     """Outlines that touch: row of the worse, row of the better, shared area. Sorted by the rank of the worse, then of the better.
 
-    ``exact`` is false where ``shared`` is the area that their bounding boxes share, cut to the smaller outline: an upper bound, kept where
-    nothing hangs on more, since an intersection of polygons takes a hundred times as long.
+    Where nothing depends on the exact area, ``shared`` is the area that their bounding boxes share, cut to the smaller outline: an upper bound.
+    An intersection of polygons takes a hundred times as long.
     """
 
     low: NDArray[np.intp]
     high: NDArray[np.intp]
     shared: NDArray[np.float64]
-    exact: NDArray[np.bool_]
 
     def take(self, chosen: NDArray[np.bool_] | NDArray[np.intp] | slice) -> Pairs:
         """The chosen ones, in order."""
-        return Pairs(self.low[chosen], self.high[chosen], self.shared[chosen], self.exact[chosen])
+        return Pairs(self.low[chosen], self.high[chosen], self.shared[chosen])
 
     @staticmethod
     def concatenate(groups: list[Pairs]) -> Pairs:
         """All groups in order."""
         none = np.empty(0, np.intp)
-        everything = [Pairs(none, none, np.empty(0), np.empty(0, bool)), *groups]
-        return Pairs(
-            *(np.concatenate([getattr(p, name) for p in everything]) for name in ("low", "high", "shared", "exact"))
-        )
+        everything = [Pairs(none, none, np.empty(0)), *groups]
+        return Pairs(*(np.concatenate([getattr(p, name) for p in everything]) for name in ("low", "high", "shared")))
 
 
 @dataclass(frozen=True)
@@ -289,7 +286,7 @@ def _measured(
     touch = _decides(numbers, low, high, config)
     rest = np.flatnonzero(~touch)
     touch[rest] = shapely.intersects(polygons[low[rest]], polygons[high[rest]])
-    return Pairs(low, high, shared, np.zeros(len(low), bool)).take(touch & (shared > 0))
+    return Pairs(low, high, shared).take(touch & (shared > 0))
 
 
 def _decides(
@@ -325,7 +322,7 @@ def _refine_areas(outlines: OutlineStore, pairs: Pairs, config: StitchingConfig)
         sharpen, [blurred[a:b] for a, b in itertools.pairwise(edges) if b > a], threads=THREADS, limit=2 * THREADS
     ):
         pass
-    return replace(pairs, shared=shared, exact=needed).take(shared > 0)
+    return replace(pairs, shared=shared).take(shared > 0)
 
 
 def resolve_overlaps(area: NDArray[np.float64], pairs: Pairs, config: StitchingConfig) -> tuple[NDArray[np.bool_], int]:

@@ -40,7 +40,7 @@ class Pool:
         How many were asked for; 0 when they are whatever is there.
     when_none, when_dead
         What to say of it when there is no worker, and when they die.
-    refill
+    replace_lost_workers
         Asks again for those that were lost, where nobody else does.
     """
 

@@ -23,7 +23,6 @@ References
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -35,22 +34,6 @@ if TYPE_CHECKING:
     from wsiseg.config import CopConfig
 
 _EIGHT = np.ones((3, 3), bool)
-
-
-@dataclass(frozen=True)
-class Chain:
-    """What one click grew to.
-
-    Attributes
-    ----------
-    points
-        float64 of shape (K, 2): reliable set R, (x, y) in grid cells, corner frame, in order of discovery. The click is not in it.
-    hops
-        int of shape (K,): the prompt that found each point (0 = the click itself).
-    """
-
-    points: NDArray[np.float64]
-    hops: NDArray[np.intp]
 
 
 def cosine_map(prototypes: NDArray[np.float32], features: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -114,7 +97,7 @@ def component_points(gated_map: NDArray[np.float32], floor: float, min_area_px: 
 
 def farthest_point_recursion(
     click: tuple[float, float], high: NDArray[np.float32], low: NDArray[np.float32], cell_um: float, config: CopConfig
-) -> Chain:
+) -> NDArray[np.float64]:
     """FPR: prompt with the farthest reliable point until nothing new is found.
 
     Parameters
@@ -132,8 +115,8 @@ def farthest_point_recursion(
 
     Returns
     -------
-    Chain
-        K = 0 when the click finds nothing.
+    ndarray
+        (K, 2): the reliable set R, (x, y) in grid cells, corner frame, in order of discovery. The click is not in it; K = 0 when it finds nothing.
 
     Notes
     -----
@@ -141,10 +124,9 @@ def farthest_point_recursion(
     """
     low = resize_unit(low, high.shape[1:])
     min_area_px, apart = config.min_component_um2 / cell_um**2, config.dedup_um / cell_um
-    reliable, hops = np.empty((0, 2)), np.empty(0, np.intp)
-    used = np.empty((0, 2))
+    reliable = used = np.empty((0, 2))
     prompt = np.asarray(click, float)
-    for hop in range(config.max_hops):
+    for _ in range(config.max_hops):
         row, column = (int(np.clip(prompt[axis], 0, high.shape[2 - axis] - 1)) for axis in (1, 0))
         found = hierarchical_seeds((row, column), high, low, min_area_px, config)
         if len(reliable) and len(found):
@@ -152,9 +134,9 @@ def farthest_point_recursion(
         used = np.vstack([used, prompt])
         if not len(found):
             break
-        reliable, hops = np.vstack([reliable, found]), np.r_[hops, np.full(len(found), hop)]
+        reliable = np.vstack([reliable, found])
         prompt = reliable[_distances(reliable, used).min(1).argmax()]
-    return Chain(reliable, hops)
+    return reliable
 
 
 def resize_unit(features: NDArray[np.float32], shape: tuple[int, ...]) -> NDArray[np.float32]:

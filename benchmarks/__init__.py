@@ -1,0 +1,1 @@
+"""Measurements of accuracy, speed and memory; their results are in `benchmarks/results`."""

@@ -1,0 +1,1 @@
+"""Chain-of-Prompts on typed and untyped images, against simpler rules."""
