@@ -2,7 +2,7 @@
 
     one row per cell, row groups of 20,000 rows in the given order, zstd
       id           string                     UUID (ids.py), the same as in cells.geojson.gz
-      type         dictionary<int32, string>  "unassigned" when no seed claims the cell; never null
+      cell_type    dictionary<int32, string>  "unassigned" when no seed claims the cell; never null (in tables of earlier versions: type)
       type_score, type_margin, score   float
       prototype    int32                      number of the most similar click of the type, through all clicks in the order of the seeds; or -1
       area_um2     float                      of the polygon
@@ -50,7 +50,9 @@ __all__ = ["cell_ids", "read_geoparquet", "write_geoparquet"]
 ROW_GROUP = 20_000  #: rows; about 20 groups at 400,000 cells: a viewer's window touches one or two of them
 FRAME = "absolute level-0 px of the slide: x right, y down, origin at the outer corner of pixel (0, 0)"
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
-TYPE_COLUMNS = ("type", "type_score", "type_margin", "prototype")
+TYPE = "cell_type"  #: not "type", which on a GeoDataFrame is the type of the geometry
+OLD_TYPE = "type"  #: the same column in tables of earlier versions
+TYPE_COLUMNS = (TYPE, "type_score", "type_margin", "prototype")
 IN_MEMORY = (
     *TYPE_COLUMNS,
     "score",
@@ -108,7 +110,7 @@ def _writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
         f"bbox.{corner}" for corner in CORNERS
     ]
     place = path.absolute()  # a colon in a relative one makes it an address
-    return pq.ParquetWriter(place, schema, compression="zstd", use_dictionary=["type"], write_statistics=leaves)
+    return pq.ParquetWriter(place, schema, compression="zstd", use_dictionary=[TYPE], write_statistics=leaves)
 
 
 def _numbered(cells: CellSource) -> Iterator[tuple[int, Cells]]:
@@ -148,7 +150,7 @@ class CellTable:
     Attributes
     ----------
     path, schema, note
-        The file, its schema, and its ``wsiseg`` metadata.
+        The file; its schema, with the column of types called ``cell_type`` whatever it is in the file; its ``wsiseg`` metadata.
     table
         The columns ``IN_MEMORY``.
     """
@@ -241,7 +243,7 @@ class CellTable:
             return Typing(
                 names,
                 colors,
-                _codes(self.table["type"], names),
+                _codes(self.table[TYPE], names),
                 scores,
                 margins,
                 self.table["prototype"].to_numpy().astype(np.int32),
@@ -257,7 +259,8 @@ def read_table(path: Path) -> CellTable:
         The file is missing, damaged, or was not written by wsiseg.
     """
     with _as_format_error(path):
-        schema = pq.read_schema(path)
+        held = pq.read_schema(path)
+        schema = _with_new_name(held)
         note: dict[str, Any] = json.loads((schema.metadata or {})[b"wsiseg"])
         columns = (
             IN_MEMORY if note.get("descriptor_size") else tuple(name for name in IN_MEMORY if name != "descriptor")
@@ -268,7 +271,22 @@ def read_table(path: Path) -> CellTable:
         ]
         if missing:
             raise KeyError(missing[0])
-        return CellTable(path, schema, note, pq.read_table(path, columns=list(columns), partitioning=None))
+        columns_held = [OLD_TYPE if name == TYPE and TYPE not in held.names else name for name in columns]
+        table = pq.read_table(path, columns=columns_held, partitioning=None).rename_columns(list(columns))
+        return CellTable(path, schema, note, table)
+
+
+def type_column(schema: pa.Schema) -> str | None:
+    """The column that names the type of each cell in a table of any version; ``None`` if there is none."""
+    return next((name for name in (TYPE, OLD_TYPE) if name in schema.names), None)
+
+
+def _with_new_name(schema: pa.Schema) -> pa.Schema:
+    """The schema as this version writes it."""
+    if type_column(schema) != OLD_TYPE:
+        return schema
+    index = schema.get_field_index(OLD_TYPE)
+    return schema.set(index, schema.field(index).with_name(TYPE))
 
 
 def _row_groups(path: Path, columns: list[str]) -> Iterator[pa.Table]:
@@ -347,7 +365,7 @@ def _schema(cells: CellSource, typing: Typing, info: SlideInfo, provenance: Prov
     size = cells.descriptor_size
     fields: list[tuple[str, pa.DataType]] = [
         ("id", pa.string()),
-        ("type", pa.dictionary(pa.int32(), pa.string())),
+        (TYPE, pa.dictionary(pa.int32(), pa.string())),
         ("type_score", pa.float32()),
         ("type_margin", pa.float32()),
         ("prototype", pa.int32()),
@@ -425,7 +443,7 @@ def _type_columns(typing: Typing, rows: slice) -> dict[str, pa.Array]:
     """``TYPE_COLUMNS``."""
     codes = pa.array(np.asarray(typing.codes[rows], np.int32))
     return {
-        "type": pa.DictionaryArray.from_arrays(codes, pa.array(typing.names, pa.string())),
+        TYPE: pa.DictionaryArray.from_arrays(codes, pa.array(typing.names, pa.string())),
         "type_score": pa.array(typing.scores[rows], pa.float32()),
         "type_margin": pa.array(typing.margins[rows], pa.float32()),
         "prototype": pa.array(typing.prototypes[rows], pa.int32()),
