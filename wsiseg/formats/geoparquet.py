@@ -196,13 +196,13 @@ class CellTable:
         """The cells in order, ``rows`` at a time."""
         start = 0
         for part in _cut(_row_groups(self.path, ["geometry"]), rows):
-            yield self._cells(self.table.slice(start, part.num_rows), part["geometry"])
+            yield self.with_polygons(self.table.slice(start, part.num_rows), part["geometry"])
             start += part.num_rows
 
     def take(self, rows: NDArray[np.intp]) -> Cells:
         """The cells at ``rows``, in that order."""
         wkb = np.empty(len(rows), object)
-        with _as_format_error(self.path), pq.ParquetFile(self.path) as file:
+        with as_format_error(self.path), pq.ParquetFile(self.path) as file:
             starts = np.cumsum([0, *(file.metadata.row_group(k).num_rows for k in range(file.num_row_groups))])
             groups = np.searchsorted(starts, rows, side="right") - 1
             for group in np.unique(groups).tolist():
@@ -212,7 +212,7 @@ class CellTable:
                     .take(rows[mine] - starts[group])
                     .to_numpy()
                 )
-        return self._cells(self.table.take(rows), pa.chunked_array([pa.array(wkb, pa.binary())]))
+        return self.with_polygons(self.table.take(rows), pa.chunked_array([pa.array(wkb, pa.binary())]))
 
     def check(self) -> None:
         """Read all that is not in memory, once.
@@ -224,19 +224,19 @@ class CellTable:
         """
         start = 0
         for part in _row_groups(self.path, [name for name in self.schema.names if name not in IN_MEMORY]):
-            self._cells(self.table.slice(start, part.num_rows), part["geometry"])
+            self.with_polygons(self.table.slice(start, part.num_rows), part["geometry"])
             start += part.num_rows
 
-    def _cells(self, table: pa.Table, geometry: pa.ChunkedArray) -> Cells:
+    def with_polygons(self, table: pa.Table, geometry: pa.ChunkedArray) -> Cells:
         """The rows that are in ``table``, with their polygons."""
-        with _as_format_error(self.path):
+        with as_format_error(self.path):
             points = np.stack([table["prompt_x"].to_numpy(), table["prompt_y"].to_numpy()], axis=1)
             scores = table["score"].to_numpy().astype(np.float32)
             return Cells(polygons_from_wkb(geometry), points, scores, descriptors_from(table, self.descriptor_size))
 
     def typing(self) -> Typing:
         """The verdicts in the file."""
-        with _as_format_error(self.path):
+        with as_format_error(self.path):
             names = tuple(str(kind["name"]) for kind in self.note["types"])
             colors = tuple((int(r), int(g), int(b)) for r, g, b in (kind["color"] for kind in self.note["types"]))
             scores, margins = (self.table[name].to_numpy().astype(np.float32) for name in ("type_score", "type_margin"))
@@ -258,22 +258,38 @@ def read_table(path: Path) -> CellTable:
     FormatError
         The file is missing, damaged, or was not written by wsiseg.
     """
-    with _as_format_error(path):
-        held = pq.read_schema(path)
-        schema = _with_new_name(held)
-        note: dict[str, Any] = json.loads((schema.metadata or {})[b"wsiseg"])
-        columns = (
-            IN_MEMORY if note.get("descriptor_size") else tuple(name for name in IN_MEMORY if name != "descriptor")
+    with as_format_error(path):
+        held, schema, note, columns = read_header(path)
+        stored = [held.names[schema.get_field_index(name)] for name in columns]
+        return CellTable(
+            path, schema, note, pq.read_table(path, columns=stored, partitioning=None).rename_columns(columns)
         )
-        missing = [
-            *(k for k in ("types", "descriptor_size", "slide") if k not in note),
-            *(k for k in (*columns, "geometry") if k not in schema.names),
-        ]
-        if missing:
-            raise KeyError(missing[0])
-        columns_held = [OLD_TYPE if name == TYPE and TYPE not in held.names else name for name in columns]
-        table = pq.read_table(path, columns=columns_held, partitioning=None).rename_columns(list(columns))
-        return CellTable(path, schema, note, table)
+
+
+def read_header(path: Path) -> tuple[pa.Schema, pa.Schema, dict[str, Any], list[str]]:
+    """What a cells.parquet says of itself; to be called within :func:`as_format_error`.
+
+    Returns
+    -------
+    tuple of (Schema, Schema, dict, list of str)
+        The schema of the file, the same with the names of this version, its ``wsiseg`` metadata, and those of ``IN_MEMORY`` that it has.
+
+    Raises
+    ------
+    KeyError
+        Something that wsiseg writes is not in it.
+    """
+    held = pq.read_schema(path)
+    schema = _with_new_name(held)
+    note: dict[str, Any] = json.loads((schema.metadata or {})[b"wsiseg"])
+    columns = [name for name in IN_MEMORY if name != "descriptor" or note.get("descriptor_size")]
+    missing = [
+        *(k for k in ("types", "descriptor_size", "slide") if k not in note),
+        *(k for k in (*columns, "geometry") if k not in schema.names),
+    ]
+    if missing:
+        raise KeyError(missing[0])
+    return held, schema, note, columns
 
 
 def type_column(schema: pa.Schema) -> str | None:
@@ -291,7 +307,7 @@ def _with_new_name(schema: pa.Schema) -> pa.Schema:
 
 def _row_groups(path: Path, columns: list[str]) -> Iterator[pa.Table]:
     """Some columns of a file, one row group after the other; the next is read ahead."""
-    with _as_format_error(path), pq.ParquetFile(path) as file:
+    with as_format_error(path), pq.ParquetFile(path) as file:
         yield from prefetch_map(lambda group: file.read_row_group(group, columns=columns), range(file.num_row_groups))
 
 
@@ -310,7 +326,7 @@ def _cut(tables: Iterable[pa.Table], rows: int) -> Iterator[pa.Table]:
 
 
 @contextmanager
-def _as_format_error(path: Path) -> Iterator[None]:
+def as_format_error(path: Path) -> Iterator[None]:
     """Errors in the file, in one line."""
     try:
         yield

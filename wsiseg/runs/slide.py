@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from wsiseg.config import RunConfig
-    from wsiseg.records import Block, Cells, TypeSpace
+    from wsiseg.records import Block, Cells, Seeds, TypeSpace
     from wsiseg.runs.folder import RunFolder
     from wsiseg.runs.plan import PreparedRun
     from wsiseg.runs.plan_file import RunPlan
@@ -58,6 +58,7 @@ def segment_slide(
     config: RunConfig,
     out: str | Path,
     *,
+    seeds: Seeds | None = None,
     name: str | None = None,
     overwrite: bool = False,
     shard: Shard | None = None,
@@ -75,6 +76,8 @@ def segment_slide(
         What to do.
     out, name
         Folder of all runs; the slide's own folder, called ``name`` or as the slide, is made below it.
+    seeds
+        Clicks that are in no file; in place of ``config.seeds``.
     overwrite
         Replace a run that has another configuration; write the files of a complete one again.
     shard
@@ -103,9 +106,9 @@ def segment_slide(
         raise RunError("the folder of all runs is empty; give a path")
     tally = RunStatistics(str(slide))
     with tally.clock("plan"):
-        prepared = plan_run(str(slide), config, Path(out), name=name, overwrite=overwrite)
+        prepared = plan_run(str(slide), config, Path(out), clicks=seeds, name=name, overwrite=overwrite)
     if isinstance(prepared, runs.RunFolder):
-        return (prepared.read_manifest() or {}) | {"already": True}
+        return (prepared.read_manifest() or {}) | {"already": True, "folder": str(prepared.path)}
     for doubt in prepared.plan.warnings:
         on_warning(doubt)
     with prepared.context.reader:
@@ -126,7 +129,7 @@ def segment_slide(
                 if not overwrite and folder.is_complete(
                     prepared.plan.run_hash, config.formats
                 ):  # another process was quicker
-                    return (folder.read_manifest() or {}) | {"already": True}
+                    return (folder.read_manifest() or {}) | {"already": True, "folder": str(folder.path)}
                 return finish(folder, prepared.plan, tally, prepared.context.model.types, stopped)
 
 
