@@ -113,7 +113,7 @@ def main() -> None:
             if shuffled:
                 table = pq.read_table(folder / "cells.parquet")
                 ids.append(table["id"].to_numpy())
-                types.append(np.array(table["type"].to_pylist()))
+                types.append(np.array(table["cell_type"].to_pylist()))
                 pq.write_table(
                     table.take(np.random.default_rng(1).permutation(table.num_rows)),
                     folder / "cells.parquet",
@@ -127,7 +127,7 @@ def main() -> None:
             if shuffled:
                 table = pq.read_table(folder / "cells.parquet")
                 order, back = np.argsort(ids[0]), np.argsort(table["id"].to_numpy())
-                same = (types[0][order] == np.array(table["type"].to_pylist())[back]).all()
+                same = (types[0][order] == np.array(table["cell_type"].to_pylist())[back]).all()
                 print("shuffled rows:", "the same types" if same else "OTHER TYPES")
                 assert same
     write_results(

@@ -15,7 +15,7 @@ wsiseg = json.loads(pq.read_schema(path).metadata[b"wsiseg"])  # slide, mpp, bou
 hull = shapely.convex_hull(shapely.multipoints(cells[["x", "y"]].to_numpy()))
 area_mm2 = hull.area * wsiseg["mpp"] ** 2 / 1e6
 
-table = cells.groupby("type", observed=True).agg(cells=("id", "size"), median_area_um2=("area_um2", "median"))
+table = cells.groupby("cell_type", observed=True).agg(cells=("id", "size"), median_area_um2=("area_um2", "median"))
 if area_mm2:
     table["per_mm2"] = table["cells"] / area_mm2
 print(f"{wsiseg['slide']}: {len(cells)} cells on {area_mm2:.3f} mm2")

@@ -131,7 +131,7 @@ def test_geopandas_opens_it_with_every_column_and_uses_the_covering(tmp_path: Pa
     cells, path = make_cells(50), tmp_path / "cells.parquet"
     write_geoparquet(path, cells, make_typing(50), INFO, PROVENANCE)
     frame = geopandas.read_parquet(path)
-    expected = "id type type_score type_margin prototype score area_um2 x y prompt_x prompt_y geometry descriptor"
+    expected = "id cell_type type_score type_margin prototype score area_um2 x y prompt_x prompt_y geometry descriptor"
     assert sorted(frame.columns) == sorted(expected.split())  # geopandas takes bbox for itself
     assert frame.crs is None
     assert frame["id"].tolist() == cell_ids("a.svs", cells)  # as in the GeoJSON
@@ -139,7 +139,7 @@ def test_geopandas_opens_it_with_every_column_and_uses_the_covering(tmp_path: Pa
     np.testing.assert_allclose(frame["x"], frame.centroid.x)
     np.testing.assert_array_equal(frame["prompt_x"], cells.points_xy[:, 0])
     np.testing.assert_array_equal(np.stack(frame["descriptor"].to_list()), cells.descriptors)
-    assert set(frame["type"]) <= {"unassigned", "tumour", "lymphocyte"}
+    assert set(frame["cell_type"]) <= {"unassigned", "tumour", "lymphocyte"}
     window = (1000, 1000, 2500, 2500)
     inside = shapely.intersects(shapely.box(*window), shapely.envelope(cells.polygons))
     assert len(geopandas.read_parquet(path, bbox=window)) == inside.sum() > 0

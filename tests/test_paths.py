@@ -23,11 +23,11 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from wsiseg import RunConfig, segment_slide
 from wsiseg.cli import main
-from wsiseg.config import TissueConfig, check, read_config
+from wsiseg.config import RunConfig, TissueConfig, check, read_config
 from wsiseg.errors import ConfigError, FormatError, InterruptedRunError, RunError, SlideError, WsisegError
 from wsiseg.evaluation import evaluate
+from wsiseg.runs.slide import segment_slide
 from wsiseg.runtime.atomic import atomic_path
 from wsiseg.runtime.claims import Claims
 from wsiseg.runtime.paths import kind_of, names_in, readable

@@ -7,10 +7,12 @@ import shutil
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from wsiseg.errors import FormatError
+from wsiseg.evaluation import evaluate
 from wsiseg.formats.bank import read_bank, write_bank
 from wsiseg.formats.geojson import validate_geojson
 from wsiseg.formats.geoparquet import read_geoparquet
@@ -65,6 +67,34 @@ def test_the_same_clicks_give_the_same_types(wsiseg: Command, run: Path) -> None
     assert (before[0].polygons == after[0].polygons).all()
 
 
+def with_old_column(path: Path) -> None:
+    """The table as earlier versions wrote it: its types in the column ``type``."""
+    table = pq.read_table(path)
+    names = ["type" if name == "cell_type" else name for name in table.column_names]
+    old = pa.schema(
+        [field.with_name(name) for field, name in zip(table.schema, names, strict=True)], metadata=table.schema.metadata
+    )
+    pq.write_table(table.rename_columns(names).cast(old), path, row_group_size=20_000)
+    assert "cell_type" not in pq.read_schema(path).names
+
+
+def test_a_table_with_the_old_column_is_read_scored_and_typed_again(wsiseg: Command, run: Path) -> None:
+    """`type` became `cell_type`; a table of an earlier version gives the same cells, and gets the new name when it is typed again."""
+    path = run / "cells.parquet"
+    before, types = read_geoparquet(path), pq.read_table(path)["cell_type"].to_pylist()
+    shutil.copy(path, run / "truth.parquet")
+    with_old_column(path)
+    after = read_geoparquet(path)
+    np.testing.assert_array_equal(before[1].codes, after[1].codes)
+    assert (before[0].polygons == after[0].polygons).all()
+    scores = evaluate(path, run / "truth.parquet")
+    assert scores.pooled["macro_f1"] == scores.pooled["type_accuracy"] == 1
+    status, output = wsiseg("type", run, "--seeds", seeds_of(run.parent, "same", CLICKS))
+    assert status == 0, output
+    assert "type" not in pq.read_schema(path).names
+    assert pq.read_table(path)["cell_type"].to_pylist() == types
+
+
 def test_other_clicks_change_types_and_nothing_else(wsiseg: Command, run: Path) -> None:
     old = pq.read_table(run / "cells.parquet")
     status, output = wsiseg(
@@ -72,13 +102,13 @@ def test_other_clicks_change_types_and_nothing_else(wsiseg: Command, run: Path) 
     )
     assert status == 0, output
     new = pq.read_table(run / "cells.parquet")
-    assert set(new["type"].to_pylist()) <= {"gland", "rest", "unassigned"}
-    assert {"gland", "rest"} <= set(new["type"].to_pylist())
+    assert set(new["cell_type"].to_pylist()) <= {"gland", "rest", "unassigned"}
+    assert {"gland", "rest"} <= set(new["cell_type"].to_pylist())
     for name in old.schema.names:
-        if name not in ("type", "type_score", "type_margin", "prototype"):
+        if name not in ("cell_type", "type_score", "type_margin", "prototype"):
             assert new[name].equals(old[name]), name
     manifest = json.loads((run / "manifest.json").read_text())
-    counts = {k: new["type"].to_pylist().count(k) for k in ("gland", "rest", "unassigned")}
+    counts = {k: new["cell_type"].to_pylist().count(k) for k in ("gland", "rest", "unassigned")}
     assert manifest["types"] == {"unassigned": counts["unassigned"], "gland": counts["gland"], "rest": counts["rest"]}
     assert manifest["typing"]["types"]["gland"]["clicks"] == [[424, 112]]
     assert manifest["typing"]["types"]["gland"]["kind"]["tumour or epithelial"] > 0.5

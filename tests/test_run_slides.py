@@ -87,9 +87,9 @@ def test_outputs_hold_what_they_promise(reference: tuple[Path, dict[str, object]
     i, j = shapely.STRtree(table.geometry).query(table.geometry, predicate="intersects")
     shared = shapely.area(shapely.intersection(table.geometry.values[i[i < j]], table.geometry.values[j[i < j]]))
     assert (shared < 0.05).all()
-    assert set(table["type"].unique()) <= {"unassigned", "epithelium", "inflammatory"}
-    assert (table["type"] == "epithelium").sum() > 50
-    assert (table["type"] == "inflammatory").sum() > 50
+    assert set(table["cell_type"].unique()) <= {"unassigned", "epithelium", "inflammatory"}
+    assert (table["cell_type"] == "epithelium").sum() > 50
+    assert (table["cell_type"] == "inflammatory").sum() > 50
     assert validate_geojson(folder / "cells.geojson.gz") == []
     import gzip
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from wsiseg.errors import ConfigError
-from wsiseg.runtime.settings import check_types, check_values, in_group, merge, setting
+from wsiseg.runtime.settings import check_types, check_values, in_group, merge, setting, short_repr
 from wsiseg.runtime.text import parse_json, read_text
 
 if typing.TYPE_CHECKING:
@@ -310,7 +310,7 @@ class ClusterConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """One run.
+    """Settings of one run.
 
     Attributes
     ----------
@@ -324,6 +324,15 @@ class RunConfig:
         Processes on this machine, or jobs of a batch system.
     scheduler
         ``tcp://host:port`` of a Dask scheduler, or ``slurm``, ``pbs``, ``lsf``, ``sge``. ``None``: this machine alone.
+
+    Examples
+    --------
+    >>> import wsiseg
+    >>> from wsiseg.config import TilingConfig
+    >>> wsiseg.RunConfig()
+    RunConfig()
+    >>> wsiseg.RunConfig(method="amg", tiling=TilingConfig(tile_um=128))
+    RunConfig(method='amg', tiling=TilingConfig(tile_um=128))
     """
 
     model: str = setting("nuclei-compact", group="source")
@@ -352,6 +361,9 @@ class RunConfig:
     scheduler: str | None = setting(None, group="execution")
     cluster: ClusterConfig = field(default_factory=ClusterConfig, metadata={"group": "execution"})
     formats: tuple[str, ...] = setting(("geojson", "parquet"), group="execution")
+
+    def __repr__(self) -> str:
+        return short_repr(self)
 
     def hash(self, **facts: object) -> str:
         """Short digest of everything that decides the cells; ``facts`` adds what the fields only point to (slide, weights, seeds, scale)."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import numpy as np
 import tifffile
@@ -12,9 +12,6 @@ from wsiseg.errors import RunError
 from wsiseg.formats.seeds import write_seeds
 from wsiseg.records import Seeds, SeedType
 from wsiseg.runtime.atomic import atomic_path
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 MPP = 0.5  # not stated with the image; a colon gland's nuclei (about 12 x 5 um) fit this
 _TILE = 256
@@ -28,7 +25,7 @@ _SEEDS = (
 )
 
 
-def write_demo(folder: Path) -> tuple[Path, Path]:
+def write_demo(folder: str | Path) -> tuple[Path, Path]:
     """Write ``ihc.tiff`` (pyramidal, 512 x 512 px, 0.5 um/px) and ``seeds.json``.
 
     Parameters
@@ -45,6 +42,7 @@ def write_demo(folder: Path) -> tuple[Path, Path]:
     RunError
         The folder cannot be written.
     """
+    folder = Path(folder)
     slide, seeds = folder / "ihc.tiff", folder / "seeds.json"
     try:
         folder.mkdir(parents=True, exist_ok=True)

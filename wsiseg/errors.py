@@ -9,7 +9,17 @@ def counted(number: int, thing: str) -> str:
 
 
 class WsisegError(Exception):
-    """Base of every error that wsiseg raises on purpose; the command line shows it as one line and exits 1."""
+    """Base of every error that wsiseg raises on purpose; the command line shows it as one line and exits 1.
+
+    Examples
+    --------
+    >>> import wsiseg
+    >>> try:
+    ...     wsiseg.segment_image("slide.svs")
+    ... except wsiseg.WsisegError as error:
+    ...     print(str(error).split(", or")[0])
+    image: "slide.svs" is a path; use wsiseg.segment_slide for a file
+    """
 
 
 class SlideError(WsisegError, OSError):

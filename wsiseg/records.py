@@ -8,9 +8,12 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 import shapely
 
+from wsiseg.errors import counted
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from geopandas import GeoDataFrame
     from numpy.typing import NDArray
     from torch import Tensor
 
@@ -280,6 +283,9 @@ class Cells:
         """The cells at ``rows``, in that order."""
         return Cells(self.polygons[rows], self.points_xy[rows], self.scores[rows], self.descriptors[rows])
 
+    def __repr__(self) -> str:
+        return f"Cells({counted(len(self), 'cell')}, descriptors of {self.descriptor_size} numbers)"
+
     @staticmethod
     def empty(descriptor_size: int) -> Cells:
         """No cells."""
@@ -301,7 +307,25 @@ class Cells:
 
 @dataclass(frozen=True)
 class SeedType:
-    """The clicks of one cell type, level-0 px. ``negative`` are clicks on cells that are *not* of the type."""
+    """The clicks of one cell type, level-0 px.
+
+    Attributes
+    ----------
+    name
+        As it will be in the files.
+    color
+        Red, green and blue, 0 to 255.
+    points
+        (x, y) of the clicks; of a :class:`Seeds` for an image in memory, px of the image.
+    negative
+        Clicks on cells that are *not* of the type.
+
+    Examples
+    --------
+    >>> import wsiseg
+    >>> wsiseg.SeedType("tumour", color=(200, 0, 0), points=((424.0, 112.0),)).name
+    'tumour'
+    """
 
     name: str
     color: tuple[int, int, int]
@@ -311,12 +335,39 @@ class SeedType:
 
 @dataclass(frozen=True)
 class Seeds:
-    """A seeds file. ``source`` is the path it was read from, ``slide`` the slide name it states, if any; ``notes`` say what was passed over."""
+    """The clicks of all types.
+
+    Attributes
+    ----------
+    types
+        In the order of the file.
+    source
+        The path they were read from; what messages call them.
+    slide
+        The slide's file name, when the file states it; another slide is refused.
+    notes
+        Sentences about what was skipped in the file.
+
+    Examples
+    --------
+    >>> import wsiseg
+    >>> wsiseg.Seeds(
+    ...     (
+    ...         wsiseg.SeedType("epithelium", color=(200, 80, 0), points=((424, 112), (310, 127))),
+    ...         wsiseg.SeedType("stroma", color=(0, 140, 60), points=((189, 356),)),
+    ...     )
+    ... )
+    Seeds(epithelium: 2 clicks, stroma: 1 click)
+    """
 
     types: tuple[SeedType, ...]
-    source: str
+    source: str = "seeds"
     slide: str | None = None
     notes: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        clicks = [f"{kind.name}: {counted(len(kind.points) + len(kind.negative), 'click')}" for kind in self.types]
+        return f"{type(self).__name__}({', '.join(clicks)})"
 
 
 @dataclass(frozen=True)
@@ -356,6 +407,10 @@ class Bank:
     similarity_thresholds: NDArray[np.float32]
     from_other_slide: bool = False
     negative_clicks: tuple[NDArray[np.float64], ...] = ()
+
+    def __repr__(self) -> str:
+        clicks = [f"{name}: {counted(len(of), 'click')}" for name, of in zip(self.names, self.clicks, strict=True)]
+        return f"Bank({', '.join(clicks)})"
 
 
 @dataclass(frozen=True)
@@ -434,6 +489,101 @@ class Typing:
     def count(self) -> dict[str, int]:
         """Cells per type."""
         return dict(zip(self.names, np.bincount(self.codes, minlength=len(self.names)).tolist(), strict=True))
+
+    def __repr__(self) -> str:
+        return f"Typing({', '.join(f'{name} {count}' for name, count in self.count().items())})"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class TypedCells:
+    """The cells of a slide or an image with their types: what the library hands out.
+
+    Attributes
+    ----------
+    cells
+        Outlines, quality and descriptors; px of the slide's level 0, or of the image.
+    typing
+        The verdict on each of them.
+    ids
+        Text of shape (N,): a UUID each, the same in the files of a run.
+    mpp
+        Microns per px.
+    slide
+        File name of the slide; ``image`` for an image in memory.
+
+    Examples
+    --------
+    >>> import wsiseg
+    >>> from skimage import data
+    >>> image = data.immunohistochemistry()[:256, 256:]
+    >>> cells = wsiseg.segment_image(image, mpp=0.5)
+    >>> cells  # doctest: +ELLIPSIS
+    TypedCells(... cells of image: unassigned ...)
+    >>> frame = cells.to_geodataframe()
+    >>> len(frame) == len(cells)
+    True
+    >>> sorted(frame.columns)[:5]
+    ['area_um2', 'cell_type', 'geometry', 'id', 'prompt_x']
+    """
+
+    cells: Cells
+    typing: Typing
+    ids: NDArray[np.str_]
+    mpp: float
+    slide: str
+
+    def __len__(self) -> int:
+        return len(self.cells)
+
+    def __repr__(self) -> str:
+        types = ", ".join(f"{name} {count}" for name, count in self.count().items())
+        return f"TypedCells({counted(len(self), 'cell')} of {self.slide}: {types})"
+
+    @property
+    def polygons(self) -> NDArray[np.object_]:
+        """Polygons (shapely) of shape (N,), px."""
+        return self.cells.polygons
+
+    @property
+    def types(self) -> NDArray[np.object_]:
+        """The name of each cell's type, of shape (N,); ``unassigned`` for none."""
+        return np.array(self.typing.names, object)[self.typing.codes]
+
+    @property
+    def areas_um2(self) -> NDArray[np.float64]:
+        """Area of each polygon, shape (N,)."""
+        return np.asarray(shapely.area(self.polygons) * self.mpp**2, np.float64)
+
+    def count(self) -> dict[str, int]:
+        """Cells per type."""
+        return self.typing.count()
+
+    def to_geodataframe(self) -> GeoDataFrame:
+        """Make a table with the columns of cells.parquet, without ``bbox`` and ``descriptor``; coordinates are px, so there is no CRS.
+
+        Returns
+        -------
+        geopandas.GeoDataFrame
+            One row per cell. ``cell_type`` is a category.
+        """
+        import geopandas
+        import pandas as pd
+
+        centroids = shapely.get_coordinates(shapely.centroid(self.polygons))
+        columns = {
+            "id": self.ids.astype(object),
+            "cell_type": pd.Categorical.from_codes(self.typing.codes, list(self.typing.names)),
+            "type_score": self.typing.scores,
+            "type_margin": self.typing.margins,
+            "prototype": self.typing.prototypes,
+            "score": self.cells.scores,
+            "area_um2": self.areas_um2.astype(np.float32),
+            "x": centroids[:, 0],
+            "y": centroids[:, 1],
+            "prompt_x": self.cells.points_xy[:, 0],
+            "prompt_y": self.cells.points_xy[:, 1],
+        }
+        return geopandas.GeoDataFrame(columns, geometry=self.polygons)
 
 
 @dataclass(frozen=True)

@@ -114,6 +114,18 @@ def evaluate(
         A file cannot be read or holds something else, an image has no partner, or two do not fit.
     ConfigError
         An option is out of range, or microns per px are needed and not known.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import wsiseg
+    >>> truth = np.zeros((64, 64), int)
+    >>> truth[8:24, 8:24], truth[40:56, 40:56] = 1, 2
+    >>> prediction = np.zeros((64, 64), int)
+    >>> prediction[8:24, 8:24] = 1
+    >>> scores = wsiseg.evaluate(prediction, truth)
+    >>> round(scores.pooled["pq"], 3)
+    0.667
     """
     options = _Options(_class_names(classes), mpp, radius_um, tuple(thresholds))
     _check(options)

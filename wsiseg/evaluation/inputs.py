@@ -2,7 +2,7 @@
 
     .png .tif .tiff .npy               label image: integer ids, 0 = background
     .geojson .json .gz .zip            outlines: QuPath objects, their classification is the type
-    .parquet                           outlines: cells.parquet of wsiseg, or any GeoParquet; a column `type` is the type
+    .parquet                           outlines: cells.parquet of wsiseg, or any GeoParquet; a column `cell_type` or `type` is the type
     .csv                               points: columns x, y and, if there are types, type
     a folder of a run                  its cells.parquet, else its cells.geojson.gz
 
@@ -310,11 +310,14 @@ def _read_parquet(path: Path, names: Mapping[str, str]) -> Outlines:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    from wsiseg.formats.geoparquet import type_column
+
     try:
         schema = pq.read_schema(path)
         metadata = schema.metadata or {}
         column = json.loads(metadata.get(b"geo", b"{}")).get("primary_column", "geometry")
-        wanted = [name for name in (column, "type") if name in schema.names]
+        named = type_column(schema)
+        wanted = [name for name in (column, named) if name in schema.names]
         table = pq.read_table(path, columns=wanted, partitioning=None)
         if column not in wanted:
             geometries = None
@@ -324,7 +327,7 @@ def _read_parquet(path: Path, names: Mapping[str, str]) -> Outlines:
             import geopandas
 
             geometries = np.asarray(geopandas.read_parquet(path, columns=[column]).geometry.array, object)
-        types = table["type"].to_pylist() if "type" in table.column_names else []
+        types = table[named].to_pylist() if named is not None else []
         note: dict[str, Any] = json.loads(metadata.get(b"wsiseg", b"{}"))
         mpp, origin = _scale_and_origin(note)
     except (*UNREADABLE, pa.ArrowException, shapely.errors.GEOSException) as error:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from wsiseg.errors import counted
 from wsiseg.evaluation.detection import Detection, pool_detections
 from wsiseg.evaluation.metrics import MetricSums, Quality, mean_pq, pool
 from wsiseg.evaluation.summary import Interval, PointHits, mean_interval
@@ -95,6 +96,10 @@ class Evaluation:
     retention: dict[str, float]
     notes: tuple[str, ...]
     options: dict[str, object]
+
+    def __repr__(self) -> str:
+        scores = [f"{name} {value:.3f}" for name, value in self.pooled.items()]
+        return f"Evaluation({counted(len(self.images), 'image')}, pooled: {', '.join(scores)})"
 
     def as_dict(self) -> dict[str, object]:
         """For JSON."""

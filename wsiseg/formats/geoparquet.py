@@ -2,7 +2,7 @@
 
     one row per cell, row groups of 20,000 rows in the given order, zstd
       id           string                     UUID (ids.py), the same as in cells.geojson.gz
-      type         dictionary<int32, string>  "unassigned" when no seed claims the cell; never null
+      cell_type    dictionary<int32, string>  "unassigned" when no seed claims the cell; never null (in tables of earlier versions: type)
       type_score, type_margin, score   float
       prototype    int32                      number of the most similar click of the type, through all clicks in the order of the seeds; or -1
       area_um2     float                      of the polygon
@@ -49,7 +49,9 @@ __all__ = ["cell_ids", "read_geoparquet", "write_geoparquet"]
 ROW_GROUP = 20_000  #: rows; about 20 groups at 400,000 cells: a viewer's window touches one or two of them
 FRAME = "absolute level-0 px of the slide: x right, y down, origin at the outer corner of pixel (0, 0)"
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
-TYPE_COLUMNS = ("type", "type_score", "type_margin", "prototype")
+TYPE = "cell_type"  #: not "type", which on a GeoDataFrame is the type of the geometry
+OLD_TYPE = "type"  #: the same column in tables of earlier versions
+TYPE_COLUMNS = (TYPE, "type_score", "type_margin", "prototype")
 IN_MEMORY = (
     *TYPE_COLUMNS,
     "score",
@@ -107,7 +109,7 @@ def _writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
         f"bbox.{corner}" for corner in CORNERS
     ]
     place = path.absolute()  # a colon in a relative one makes it an address
-    return pq.ParquetWriter(place, schema, compression="zstd", use_dictionary=["type"], write_statistics=leaves)
+    return pq.ParquetWriter(place, schema, compression="zstd", use_dictionary=[TYPE], write_statistics=leaves)
 
 
 def _numbered(cells: CellSource) -> Iterator[tuple[int, Cells]]:
@@ -147,7 +149,7 @@ class CellTable:
     Attributes
     ----------
     path, schema, note
-        The file, its schema, and its ``wsiseg`` metadata.
+        The file; its schema, with the column of types called ``cell_type`` whatever it is in the file; its ``wsiseg`` metadata.
     table
         The columns ``IN_MEMORY``.
     """
@@ -193,13 +195,13 @@ class CellTable:
         """The cells in order, ``rows`` at a time."""
         start = 0
         for part in _cut(_row_groups(self.path, ["geometry"]), rows):
-            yield self._cells(self.table.slice(start, part.num_rows), part["geometry"])
+            yield self.with_polygons(self.table.slice(start, part.num_rows), part["geometry"])
             start += part.num_rows
 
     def take(self, rows: NDArray[np.intp]) -> Cells:
         """The cells at ``rows``, in that order."""
         wkb = np.empty(len(rows), object)
-        with _as_format_error(self.path), pq.ParquetFile(self.path) as file:
+        with as_format_error(self.path), pq.ParquetFile(self.path) as file:
             starts = np.cumsum([0, *(file.metadata.row_group(k).num_rows for k in range(file.num_row_groups))])
             groups = np.searchsorted(starts, rows, side="right") - 1
             for group in np.unique(groups).tolist():
@@ -209,7 +211,7 @@ class CellTable:
                     .take(rows[mine] - starts[group])
                     .to_numpy()
                 )
-        return self._cells(self.table.take(rows), pa.chunked_array([pa.array(wkb, pa.binary())]))
+        return self.with_polygons(self.table.take(rows), pa.chunked_array([pa.array(wkb, pa.binary())]))
 
     def check(self) -> None:
         """Read all that is not in memory, once.
@@ -221,26 +223,26 @@ class CellTable:
         """
         start = 0
         for part in _row_groups(self.path, [name for name in self.schema.names if name not in IN_MEMORY]):
-            self._cells(self.table.slice(start, part.num_rows), part["geometry"])
+            self.with_polygons(self.table.slice(start, part.num_rows), part["geometry"])
             start += part.num_rows
 
-    def _cells(self, table: pa.Table, geometry: pa.ChunkedArray) -> Cells:
+    def with_polygons(self, table: pa.Table, geometry: pa.ChunkedArray) -> Cells:
         """The rows that are in ``table``, with their polygons."""
-        with _as_format_error(self.path):
+        with as_format_error(self.path):
             points = np.stack([table["prompt_x"].to_numpy(), table["prompt_y"].to_numpy()], axis=1)
             scores = table["score"].to_numpy().astype(np.float32)
             return Cells(polygons_from_wkb(geometry), points, scores, descriptors_from(table, self.descriptor_size))
 
     def typing(self) -> Typing:
         """The verdicts in the file."""
-        with _as_format_error(self.path):
+        with as_format_error(self.path):
             names = tuple(str(kind["name"]) for kind in self.note["types"])
             colors = tuple((int(r), int(g), int(b)) for r, g, b in (kind["color"] for kind in self.note["types"]))
             scores, margins = (self.table[name].to_numpy().astype(np.float32) for name in ("type_score", "type_margin"))
             return Typing(
                 names,
                 colors,
-                _codes(self.table["type"], names),
+                _codes(self.table[TYPE], names),
                 scores,
                 margins,
                 self.table["prototype"].to_numpy().astype(np.int32),
@@ -255,24 +257,56 @@ def read_table(path: Path) -> CellTable:
     FormatError
         The file is missing, damaged, or was not written by wsiseg.
     """
-    with _as_format_error(path):
-        schema = pq.read_schema(path)
-        note: dict[str, Any] = json.loads((schema.metadata or {})[b"wsiseg"])
-        columns = (
-            IN_MEMORY if note.get("descriptor_size") else tuple(name for name in IN_MEMORY if name != "descriptor")
+    with as_format_error(path):
+        held, schema, note, columns = read_header(path)
+        stored = [held.names[schema.get_field_index(name)] for name in columns]
+        return CellTable(
+            path, schema, note, pq.read_table(path, columns=stored, partitioning=None).rename_columns(columns)
         )
-        missing = [
-            *(k for k in ("types", "descriptor_size", "slide") if k not in note),
-            *(k for k in (*columns, "geometry") if k not in schema.names),
-        ]
-        if missing:
-            raise KeyError(missing[0])
-        return CellTable(path, schema, note, pq.read_table(path, columns=list(columns), partitioning=None))
+
+
+def read_header(path: Path) -> tuple[pa.Schema, pa.Schema, dict[str, Any], list[str]]:
+    """What a cells.parquet says of itself; to be called within :func:`as_format_error`.
+
+    Returns
+    -------
+    tuple of (Schema, Schema, dict, list of str)
+        The schema of the file, the same with the names of this version, its ``wsiseg`` metadata, and those of ``IN_MEMORY`` that it has.
+
+    Raises
+    ------
+    KeyError
+        Something that wsiseg writes is not in it.
+    """
+    held = pq.read_schema(path)
+    schema = _with_new_name(held)
+    note: dict[str, Any] = json.loads((schema.metadata or {})[b"wsiseg"])
+    columns = [name for name in IN_MEMORY if name != "descriptor" or note.get("descriptor_size")]
+    missing = [
+        *(k for k in ("types", "descriptor_size", "slide") if k not in note),
+        *(k for k in (*columns, "geometry") if k not in schema.names),
+    ]
+    if missing:
+        raise KeyError(missing[0])
+    return held, schema, note, columns
+
+
+def type_column(schema: pa.Schema) -> str | None:
+    """The column that names the type of each cell in a table of any version; ``None`` if there is none."""
+    return next((name for name in (TYPE, OLD_TYPE) if name in schema.names), None)
+
+
+def _with_new_name(schema: pa.Schema) -> pa.Schema:
+    """The schema as this version writes it."""
+    if type_column(schema) != OLD_TYPE:
+        return schema
+    index = schema.get_field_index(OLD_TYPE)
+    return schema.set(index, schema.field(index).with_name(TYPE))
 
 
 def _row_groups(path: Path, columns: list[str]) -> Iterator[pa.Table]:
     """Some columns of a file, one row group after the other; the next is read ahead."""
-    with _as_format_error(path), pq.ParquetFile(path) as file:
+    with as_format_error(path), pq.ParquetFile(path) as file:
         yield from prefetch_map(lambda group: file.read_row_group(group, columns=columns), range(file.num_row_groups))
 
 
@@ -291,7 +325,7 @@ def _cut(tables: Iterable[pa.Table], rows: int) -> Iterator[pa.Table]:
 
 
 @contextmanager
-def _as_format_error(path: Path) -> Iterator[None]:
+def as_format_error(path: Path) -> Iterator[None]:
     """Errors in the file, in one line."""
     try:
         yield
@@ -346,7 +380,7 @@ def _schema(cells: CellSource, typing: Typing, info: SlideInfo, provenance: Prov
     size = cells.descriptor_size
     fields: list[tuple[str, pa.DataType]] = [
         ("id", pa.string()),
-        ("type", pa.dictionary(pa.int32(), pa.string())),
+        (TYPE, pa.dictionary(pa.int32(), pa.string())),
         ("type_score", pa.float32()),
         ("type_margin", pa.float32()),
         ("prototype", pa.int32()),
@@ -424,7 +458,7 @@ def _type_columns(typing: Typing, rows: slice) -> dict[str, pa.Array]:
     """``TYPE_COLUMNS``."""
     codes = pa.array(np.asarray(typing.codes[rows], np.int32))
     return {
-        "type": pa.DictionaryArray.from_arrays(codes, pa.array(typing.names, pa.string())),
+        TYPE: pa.DictionaryArray.from_arrays(codes, pa.array(typing.names, pa.string())),
         "type_score": pa.array(typing.scores[rows], pa.float32()),
         "type_margin": pa.array(typing.margins[rows], pa.float32()),
         "prototype": pa.array(typing.prototypes[rows], pa.int32()),

@@ -32,7 +32,7 @@ PALETTE: tuple[Color, ...] = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class QuPathSeeds(Seeds):
     """Seeds whose points are relative to the slide's OpenSlide bounds."""
 

@@ -13,7 +13,11 @@ QuPath's points (points.py) stay as they are in :func:`read_seeds`; :func:`check
 from __future__ import annotations
 
 import json
+import os
 import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wsiseg.errors import SeedsError
@@ -38,9 +42,18 @@ from wsiseg.runtime.paths import normal, readable
 from wsiseg.runtime.text import did_you_mean, parse_json, show
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    SeedsSource = str | os.PathLike[str] | Mapping[str, Any] | Seeds
 
-__all__ = ["PALETTE", "QuPathSeeds", "check_seeds", "convert_seeds", "default_colors", "read_seeds", "write_seeds"]
+__all__ = [
+    "PALETTE",
+    "QuPathSeeds",
+    "check_seeds",
+    "convert_seeds",
+    "default_colors",
+    "read_seeds",
+    "seeds_text",
+    "write_seeds",
+]
 
 VERSION = 1
 FILE_KEYS = ("version", "slide", "frame", "types")
@@ -48,13 +61,14 @@ TYPE_KEYS = ("name", "color", "points", "negative")
 FRAMES = ("slide", "qupath")
 
 
-def read_seeds(path: Path) -> Seeds:
-    """Read a seeds file of any kind.
+def read_seeds(source: SeedsSource) -> Seeds:
+    """Read clicks: a seeds file of any kind, a dict as in seeds.json, or Seeds made in Python, which are checked.
 
     Parameters
     ----------
-    path
-        seeds.json, QuPath GeoJSON (FeatureCollection, array, single Feature; plain, .gz, .zip), or QuPath points .tsv.
+    source
+        Path of a seeds.json, QuPath GeoJSON (FeatureCollection, array, single Feature; plain, .gz, .zip), or QuPath points .tsv; a
+        mapping with the keys of seeds.json; or :class:`~wsiseg.records.Seeds`.
 
     Returns
     -------
@@ -66,8 +80,27 @@ def read_seeds(path: Path) -> Seeds:
     ------
     SeedsError
         Anything that cannot be used, as one line with its place in the file.
+
+    Examples
+    --------
+    >>> import wsiseg
+    >>> from wsiseg.demo import write_demo
+    >>> slide, clicks = write_demo("demo")
+    >>> seeds = wsiseg.read_seeds(clicks)
+    >>> [kind.name for kind in seeds.types]
+    ['epithelium', 'immune', 'stroma']
+    >>> wsiseg.read_seeds({"version": 1, "types": [{"name": "tumour", "points": [[424, 112]]}]})
+    Seeds(tumour: 1 click)
     """
-    return _read(path)[0]
+    if isinstance(source, Seeds):
+        return replace(_parse(_document(source), source.source, source.source), notes=source.notes)
+    if isinstance(source, Mapping):
+        return _parse(_as_json(source), "seeds", "seeds")
+    if not isinstance(source, str | os.PathLike):
+        raise SeedsError(
+            f"seeds: found {show(source)}; pass the path of a seeds file, a dict as in seeds.json, or wsiseg.Seeds"
+        )
+    return _read(Path(source))[0]
 
 
 def _read(path: Path) -> tuple[Seeds, bool]:
@@ -152,17 +185,16 @@ def write_seeds(path: Path, seeds: Seeds) -> None:
     SeedsError
         :func:`read_seeds` would refuse them.
     """
-    head: dict[str, object] = {"version": VERSION}
-    if seeds.slide is not None:
-        head["slide"] = seeds.slide
-    if isinstance(seeds, QuPathSeeds):
-        head["frame"] = "qupath"
-    types = [_type_object(kind) for kind in seeds.types]
-    _parse({**head, "types": types}, str(path), str(path))
-    lines = ",\n  ".join(json.dumps(kind, ensure_ascii=False) for kind in types)
-    text = json.dumps(head, ensure_ascii=False)[:-1] + f',\n "types": [\n  {lines}\n ]}}\n'
+    _parse(_document(seeds), str(path), str(path))
     with atomic_path(path) as partial:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_text(seeds_text(seeds), encoding="utf-8")
+
+
+def seeds_text(seeds: Seeds) -> str:
+    """The content of a seeds.json: what :func:`write_seeds` writes."""
+    head = _document(seeds)
+    lines = ",\n  ".join(json.dumps(kind, ensure_ascii=False) for kind in head.pop("types"))
+    return json.dumps(head, ensure_ascii=False)[:-1] + f',\n "types": [\n  {lines}\n ]}}\n'
 
 
 def convert_seeds(
@@ -349,6 +381,33 @@ def _placed(
         else:
             placed[point] = number
     return tuple(placed)
+
+
+def _document(seeds: Seeds) -> dict[str, Any]:
+    """Seeds as the object that seeds.json holds."""
+    document: dict[str, Any] = {"version": VERSION}
+    if seeds.slide is not None:
+        document["slide"] = seeds.slide
+    if isinstance(seeds, QuPathSeeds):
+        document["frame"] = "qupath"
+    try:
+        document["types"] = [_type_object(kind) for kind in seeds.types]
+    except (TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise SeedsError(
+            f"{seeds.source}: not made as clicks are ({error}); Seeds hold a tuple of "
+            "SeedType(name, (red, green, blue), ((x, y), ...)), colours from 0 to 255"
+        ) from error
+    return document
+
+
+def _as_json(mapping: Mapping[str, Any]) -> object:
+    """A mapping made in Python as JSON has it: lists in place of tuples and arrays."""
+    try:
+        return json.loads(json.dumps(dict(mapping), default=lambda value: value.tolist()))
+    except (TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise SeedsError(
+            f"seeds: the dict holds what seeds.json cannot ({error}); use texts, numbers and lists, as in seeds.json"
+        ) from error
 
 
 def _type_object(kind: SeedType) -> dict[str, object]:

@@ -18,7 +18,7 @@ from wsiseg.errors import ConfigError, RunError, SlideError, counted
 from wsiseg.formats import load_writer
 from wsiseg.formats.bank import read_bank
 from wsiseg.formats.regions import read_regions
-from wsiseg.formats.seeds import check_seeds, read_seeds
+from wsiseg.formats.seeds import check_seeds, read_seeds, seeds_text
 from wsiseg.geometry import Lattice
 from wsiseg.models import find_weights, load_model, pick_device
 from wsiseg.models.cards import file_hash
@@ -35,7 +35,7 @@ from wsiseg.slide.tissue import SearchArea, find_tissue
 from wsiseg.workers import check_scheduler
 
 if TYPE_CHECKING:
-    from wsiseg.records import Bank, Block, SlideInfo
+    from wsiseg.records import Bank, Block, Seeds, SlideInfo
     from wsiseg.runs.folder import RunFolder
 
 logger = logging.getLogger(__name__)
@@ -68,7 +68,13 @@ class PreparedRun:
 
 
 def plan_run(
-    slide: str, config: RunConfig, out: Path, *, name: str | None = None, overwrite: bool = False
+    slide: str,
+    config: RunConfig,
+    out: Path,
+    *,
+    clicks: Seeds | None = None,
+    name: str | None = None,
+    overwrite: bool = False,
 ) -> PreparedRun | RunFolder:
     """Check a run and lay it out; writes nothing. The caller closes ``context.reader``.
 
@@ -80,6 +86,8 @@ def plan_run(
         What to do; ``seeds`` and ``roi`` are paths.
     out, name
         Folder of all runs, and the name of this one's in it; that of the slide when absent.
+    clicks
+        Seeds that are in no file; in place of ``config.seeds``.
     overwrite
         Whether another run may be replaced.
 
@@ -102,7 +110,7 @@ def plan_run(
         require_text((out / (name or "")).absolute(), RunError)
     if config.seeds is not None and config.bank is not None:
         raise ConfigError("--bank and --seeds: both say what the types are; pass one of them")
-    seeds = read_seeds(Path(config.seeds)) if config.seeds is not None else None
+    seeds = read_seeds(Path(config.seeds)) if config.seeds is not None else clicks
     bank = load_bank(Path(config.bank), weights) if config.bank is not None else None
     with contextlib.ExitStack() as stack:
         reader = stack.enter_context(
@@ -129,7 +137,7 @@ def plan_run(
             raise ConfigError(
                 f"--bank {config.bank}: has no prototypes for --method cop; leave --method out, or make it by a run with --method cop"
             )
-        run_hash, parts_hash = _digests(slide, resolved, info, weights)
+        run_hash, parts_hash = _digests(slide, resolved, info, weights, _digest_of_clicks(config, clicks))
         folder = find_folder(out, slide_path(slide), name)
         check_folder(folder, run_hash, overwrite=overwrite, retype=_retype(folder, resolved, parts_hash))
         if config.bank is not None:
@@ -172,13 +180,21 @@ def plan_run(
             area.size_um2(info) / 1e6,
             tuple(warnings),
             target(slide),
+            "" if clicks is None else clicks.source,
         )
         prepared = PreparedRun(plan, blocks, WorkerContext(spec, reader, model, Claims(folder.parts)))
         stack.pop_all()
     return prepared
 
 
-def _digests(slide: str, config: RunConfig, info: SlideInfo, weights: Path) -> tuple[str, str]:
+def _digest_of_clicks(config: RunConfig, clicks: Seeds | None) -> str:
+    """Of the file of clicks or the bank; clicks that are in no file have the digest of the seeds.json that would hold them."""
+    if clicks is not None:
+        return hashlib.sha256(seeds_text(clicks).encode()).hexdigest()
+    return _content_hash(config.bank if config.seeds is None else config.seeds)
+
+
+def _digests(slide: str, config: RunConfig, info: SlideInfo, weights: Path, clicks: str) -> tuple[str, str]:
     """Digests of everything that decides the result, and of what decides the parts; ``config`` is resolved."""
     facts: dict[str, object] = {
         "slide": _slide_key(slide),
@@ -188,7 +204,6 @@ def _digests(slide: str, config: RunConfig, info: SlideInfo, weights: Path) -> t
         "weights": file_hash(weights),
         "roi": _content_hash(config.roi),
     }
-    clicks = _content_hash(config.bank if config.seeds is None else config.seeds)
     # What is settled after the parts does not make them stale: types, overlaps, and under APG the seeds.
     segmenting = dataclasses.replace(config, typing=TypingConfig(), stitching=StitchingConfig())
     clicked = {"seeds": clicks} if config.method == "cop" else {}
@@ -321,7 +336,7 @@ def describe(plan: RunPlan) -> dict[str, Any]:
             "searched_mm2": round(plan.tissue_mm2, 4),
         },
         "config": dataclasses.asdict(config),
-        "seeds": config.seeds or config.bank,
+        "seeds": config.seeds or config.bank or plan.seeds or None,
         "model": {"name": config.model, "sha256": plan.weights},
         "run_hash": plan.run_hash,
         "parts_hash": plan.parts_hash,

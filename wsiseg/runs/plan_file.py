@@ -57,6 +57,8 @@ class RunPlan:
         Of the slide and the clicks.
     target
         Which file the slide is, links followed (:func:`wsiseg.runtime.paths.target`).
+    seeds
+        What clicks that are in no file are called; empty for those of a file.
     """
 
     info: SlideInfo
@@ -70,6 +72,7 @@ class RunPlan:
     tissue_mm2: float
     warnings: tuple[str, ...] = ()
     target: str = ""
+    seeds: str = ""
 
 
 def write_plan(folder: Path, plan: RunPlan) -> None:

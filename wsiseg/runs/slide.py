@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from wsiseg.config import RunConfig
-    from wsiseg.records import Bank, Block, TypeSpace
+    from wsiseg.records import Bank, Block, Cells, Seeds, TypeSpace
     from wsiseg.runs.folder import RunFolder
     from wsiseg.runs.plan import PreparedRun
     from wsiseg.runs.plan_file import RunPlan
@@ -60,6 +60,7 @@ def segment_slide(
     config: RunConfig,
     out: str | Path,
     *,
+    seeds: Seeds | None = None,
     name: str | None = None,
     overwrite: bool = False,
     shard: Shard | None = None,
@@ -77,6 +78,8 @@ def segment_slide(
         What to do.
     out, name
         Folder of all runs; the slide's own folder, called ``name`` or as the slide, is made below it.
+    seeds
+        Clicks that are in no file; in place of ``config.seeds``.
     overwrite
         Replace a run that has another configuration; write the files of a complete one again.
     shard
@@ -105,9 +108,9 @@ def segment_slide(
         raise RunError("the folder of all runs is empty; give a path")
     tally = RunStatistics(str(slide))
     with tally.clock("plan"):
-        prepared = plan_run(str(slide), config, Path(out), name=name, overwrite=overwrite)
+        prepared = plan_run(str(slide), config, Path(out), clicks=seeds, name=name, overwrite=overwrite)
     if isinstance(prepared, runs.RunFolder):
-        return (prepared.read_manifest() or {}) | {"already": True}
+        return (prepared.read_manifest() or {}) | {"already": True, "folder": str(prepared.path)}
     for doubt in prepared.plan.warnings:
         on_warning(doubt)
     with prepared.context.reader:
@@ -128,7 +131,7 @@ def segment_slide(
                 if not overwrite and folder.is_complete(
                     prepared.plan.run_hash, config.formats
                 ):  # another process was quicker
-                    return (folder.read_manifest() or {}) | {"already": True}
+                    return (folder.read_manifest() or {}) | {"already": True, "folder": str(folder.path)}
                 return finish(folder, prepared.plan, tally, prepared.context.model.types, stopped)
 
 

@@ -58,6 +58,17 @@ def flatten(section: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any, dat
             yield prefix + item.name, value, hints[item.name], item
 
 
+def short_repr(section: Any) -> str:  # noqa: ANN401
+    """The call that makes a section of settings, with those that are not at their default."""
+    changed = []
+    for item in dataclasses.fields(section):
+        value = getattr(section, item.name)
+        default = item.default_factory() if item.default_factory is not dataclasses.MISSING else item.default
+        if value != default:
+            changed.append(f"{item.name}={short_repr(value) if dataclasses.is_dataclass(value) else repr(value)}")
+    return f"{type(section).__name__}({', '.join(changed)})"
+
+
 def check_types(section: Any, where: str) -> None:  # noqa: ANN401
     """Refuse the first value that is not of its field's type or among its literals.
 
