@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from wsiseg.config import RunConfig
-    from wsiseg.records import Bank, Block, Cells, Seeds, TypeSpace
+    from wsiseg.records import Bank, Block, Seeds, TypeSpace
     from wsiseg.runs.folder import RunFolder
     from wsiseg.runs.plan import PreparedRun
     from wsiseg.runs.plan_file import RunPlan
