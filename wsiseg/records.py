@@ -415,7 +415,7 @@ class Bank:
 
 @dataclass(frozen=True)
 class TypeSpace:
-    """How cell types lie in the descriptors of one model: learned with it (training/fit_types.py), or found on a slide (discriminant.slide_space).
+    """How cell types lie in the descriptors of one model: learned with it (training/fit_types.py), or found on a slide (plda.slide_space).
 
     Attributes
     ----------

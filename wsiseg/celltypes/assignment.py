@@ -63,7 +63,7 @@ def assign_types(
     bank
         The clicked cells' descriptors and the types' names; ``bank.foreign`` when they are of another slide.
     space
-        Of the model that made the descriptors; ``None``: found on the slide (discriminant.slide_space).
+        Of the model that made the descriptors; ``None``: found on the slide (plda.slide_space).
     config
         Priors and thresholds.
 

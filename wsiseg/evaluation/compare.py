@@ -88,7 +88,7 @@ def evaluate(
     Parameters
     ----------
     prediction, truth
-        Two label images (integers of shape (H, W)), two files, or two folders whose files are paired by stem; kinds of files: `sources`.
+        Two label images (integers of shape (H, W)), two files, or two folders whose files are paired by stem; kinds of files: `inputs`.
         Outlines and a label image are compared on the grid of the image, two sets of outlines exactly.
     prediction_types, truth_types
         Images of type ids that go with label images; the type of an instance is the one of most of its px.
