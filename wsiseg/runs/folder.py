@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from wsiseg.errors import RunError
 from wsiseg.formats import FILE_NAMES
+from wsiseg.runs.manifest import Status
 from wsiseg.runtime.atomic import PARTIAL_PATTERN, is_abandoned, partial_name, translate_os_errors, write_json
 from wsiseg.runtime.paths import kind_of, normal, read_text, refusal, target
 
@@ -88,7 +89,7 @@ class RunFolder:
     def is_complete(self, run_hash: str, formats: Sequence[str]) -> bool:
         """Whether this very run has ended well, and the files of these formats, and no others, are there."""
         manifest = self.read_manifest()
-        if not manifest or manifest["run_hash"] != run_hash or manifest.get("status") != "complete":
+        if not manifest or manifest["run_hash"] != run_hash or manifest.get("status") != Status.COMPLETE:
             return False
         files = [str(name) for name in manifest.get("files", [])]
         made = {
@@ -108,8 +109,8 @@ class RunFolder:
     def interrupt(self, run_hash: str) -> None:
         """Note that this run was stopped, if it has not come to its end; it is ``running`` again when it is resumed."""
         manifest = self.read_manifest()
-        if manifest and manifest["run_hash"] == run_hash and manifest.get("status") == "running":
-            self.write_manifest(manifest | {"status": "interrupted"})
+        if manifest and manifest["run_hash"] == run_hash and manifest.get("status") == Status.RUNNING:
+            self.write_manifest(manifest | {"status": Status.INTERRUPTED})
 
     def write_manifest(self, content: dict[str, Any]) -> None:
         """Replace the manifest, whole or not at all."""
@@ -200,7 +201,7 @@ def claim_folder(
             exclusive = previous is None and not (overwrite and folder.manifest.exists())
             if not same and not _create(folder, manifest, exclusive=exclusive):
                 continue  # another slide was quicker
-            if same and previous is not None and previous.get("status") == "interrupted":
+            if same and previous is not None and previous.get("status") == Status.INTERRUPTED:
                 folder.write_manifest(manifest)
             folder.parts.mkdir(exist_ok=True)
             with tempfile.TemporaryFile(dir=folder.parts):

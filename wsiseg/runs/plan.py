@@ -23,6 +23,7 @@ from wsiseg.geometry import Lattice
 from wsiseg.models import find_weights, load_model, pick_device
 from wsiseg.models.cards import file_hash
 from wsiseg.runs.folder import check_folder, find_folder
+from wsiseg.runs.manifest import FINISHED
 from wsiseg.runs.plan_file import RunPlan, read_plan
 from wsiseg.runtime.claims import Claims
 from wsiseg.runtime.paths import readable, require_text, target
@@ -220,7 +221,7 @@ def _retype(folder: RunFolder, config: RunConfig, parts_hash: str) -> str:
     ):
         return ""
     if (
-        manifest.get("status") not in ("complete", "incomplete")
+        manifest.get("status") not in FINISHED
         or config.method == "cop"
         or (config.seeds is None and config.bank is None)
     ):

@@ -24,6 +24,7 @@ from wsiseg.models import find_weights, load_types
 from wsiseg.models.cards import file_hash
 from wsiseg.records import Bank, Cells, Provenance, SlideInfo
 from wsiseg.runs.folder import RunFolder
+from wsiseg.runs.manifest import FINISHED, Status
 from wsiseg.runs.plan import load_bank, refuse_own_bank
 from wsiseg.runtime.paths import kind_of
 from wsiseg.seeds.bank import same_cell
@@ -34,8 +35,6 @@ if TYPE_CHECKING:
 
     from wsiseg.config import RunConfig
     from wsiseg.records import Seeds, Typing
-
-RETYPING = "retyping"  #: status while the files are being replaced
 
 
 def type_run(
@@ -121,7 +120,7 @@ def type_run(
         "wsiseg", __version__, table.note["slide"], digest, {"model": config.model, "method": config.method}
     )
     table.check()  # damage is found before anything is written
-    folder.write_manifest(manifest | {"status": RETYPING, "status_before": manifest["status"]})
+    folder.write_manifest(manifest | {"status": Status.RETYPING, "status_before": manifest["status"]})
     files = _write(folder, table, config.formats, result, clicks, info, provenance, file_hash(weights))
     manifest |= {
         "config": dataclasses.asdict(config),
@@ -152,10 +151,10 @@ def _finished_run(run: Path) -> tuple[RunFolder, dict[str, Any]]:
             f"{run}: no manifest.json of wsiseg in it; pass the folder of one slide's run, for example wsiseg-out/slide"
         )
     if (
-        manifest.get("status") == RETYPING
+        manifest.get("status") == Status.RETYPING
     ):  # an earlier `type` was stopped between two files; this one writes all of them
-        manifest["status"] = manifest.pop("status_before", "complete")
-    if manifest.get("status") not in ("complete", "incomplete"):
+        manifest["status"] = manifest.pop("status_before", Status.COMPLETE)
+    if manifest.get("status") not in FINISHED:
         raise RunError(f"{run}: the run is not finished (status {manifest.get('status')}); run its command again first")
     missing = [key for key in ("parts_hash", "model", "warnings", "seconds") if key not in manifest]
     if missing or "sha256" not in manifest["model"]:

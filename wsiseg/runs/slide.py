@@ -21,6 +21,7 @@ from wsiseg.formats import FILE_NAMES, load_writer
 from wsiseg.formats.bank import write_bank
 from wsiseg.records import Cells, Provenance, Typing, TypingNotes
 from wsiseg.runs import folder as runs
+from wsiseg.runs.manifest import Status
 from wsiseg.runs.plan import describe, plan_run, slide_path
 from wsiseg.runs.plan_file import read_plan, write_plan
 from wsiseg.runs.plausibility import implausible
@@ -114,7 +115,7 @@ def segment_slide(
     for doubt in prepared.plan.warnings:
         on_warning(doubt)
     with prepared.context.reader:
-        begun = describe(prepared.plan) | {"wsiseg": __version__, "versions": runs.versions(), "status": "running"}
+        begun = describe(prepared.plan) | {"wsiseg": __version__, "versions": runs.versions(), "status": Status.RUNNING}
         folder = runs.claim_folder(Path(out), slide_path(str(slide)), begun, name=name, overwrite=overwrite)
         prepared = prepared.at(folder.parts)
         runs.drop_stale_files(folder, set(prepared.plan.tiles))
@@ -176,7 +177,7 @@ def merge_run(
             f"{run}: no parts/plan.json of wsiseg in it; pass the folder of one slide's run, for example wsiseg-out/slide"
         )
     manifest = folder.read_manifest() or {}
-    if manifest.get("retyped") or manifest.get("status") == "retyping":
+    if manifest.get("retyped") or manifest.get("status") == Status.RETYPING:
         raise RunError(
             f"{run}: was typed again with `wsiseg type`, which a merge would undo; use that for other clicks"
         )
@@ -233,7 +234,7 @@ def finish(
         files.append(folder.bank.name)
     folder.drop_old_files(files)
     outcome = tally.account(plan)
-    doubts = implausible(cells.areas, plan) if outcome["status"] == "complete" else ()
+    doubts = implausible(cells.areas, plan) if outcome["status"] == Status.COMPLETE else ()
     manifest = (
         describe(plan)
         | outcome

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from wsiseg.errors import FormatError, InterruptedRunError, RunError, counted
 from wsiseg.formats.parts import open_part, part_is_current
+from wsiseg.runs.manifest import Status
 from wsiseg.runtime import machine
 from wsiseg.runtime.atomic import write_json
 from wsiseg.runtime.profiling import Clock, peak_bytes
@@ -78,10 +79,10 @@ class RunStatistics:
         if shard:
             facts["shard"] = str(shard)
             self._earlier = _read_record(_record(folder, shard), plan.run_hash)
-            if self._earlier.get("status") != "shard":
+            if self._earlier.get("status") != Status.SHARD:
                 write_json(
                     _record(folder, shard),
-                    {"status": "running", "shard": str(shard), "host": machine.host(), "run_hash": plan.run_hash},
+                    {"status": Status.RUNNING, "shard": str(shard), "host": machine.host(), "run_hash": plan.run_hash},
                 )
         logger.info("%s: begins", self.slide, extra={"event": "begin", "facts": facts})
 
@@ -137,7 +138,7 @@ class RunStatistics:
     def end_shard(self, folder: RunFolder, shard: Shard) -> dict[str, Any]:
         """The shard's blocks are done: writes what it cost beside the parts, for the merge, and returns it."""
         record = self._cost() | {
-            "status": "shard",
+            "status": Status.SHARD,
             "shard": str(shard),
             "host": machine.host(),
             "device": self.device,
@@ -148,7 +149,7 @@ class RunStatistics:
             "warnings": [],
         }
         if (
-            self._earlier.get("status") != "shard" or self._processes
+            self._earlier.get("status") != Status.SHARD or self._processes
         ):  # else nothing was done, and what it cost then stays
             write_json(_record(folder, shard), record)
         return record
@@ -168,7 +169,7 @@ class RunStatistics:
                 missing.append(name)
         self._resumed = len(self.blocks)
         records = [_read_record(path, plan.run_hash) for path in sorted(folder.parts.glob("shard-*.json"))]
-        records = [r for r in records if r.get("status") == "shard"]
+        records = [r for r in records if r.get("status") == Status.SHARD]
         for record in records:
             self.clock.add({k: float(v) for k, v in record["seconds"].items() if k not in ("total", "plan")})
             self._peak = max(self._peak, int(record["peak_ram_mb"] * 2**20))
@@ -229,7 +230,7 @@ class RunStatistics:
         counts["tiles_failed"] += sum(absent.values())
         cost = self._cost()
         return cost | {
-            "status": "incomplete" if failures else "complete",
+            "status": Status.INCOMPLETE if failures else Status.COMPLETE,
             "failures": failures,
             "counts": {"blocks": len(plan.tiles), "blocks_missing": len(absent), "blocks_resumed": self._resumed}
             | counts,
@@ -258,8 +259,8 @@ class RunStatistics:
 def interrupt_shard(folder: RunFolder, shard: Shard, run_hash: str) -> None:
     """Note that a shard which had begun was stopped."""
     record = _read_record(_record(folder, shard), run_hash)
-    if record.get("status") == "running":
-        write_json(_record(folder, shard), record | {"status": "interrupted"})
+    if record.get("status") == Status.RUNNING:
+        write_json(_record(folder, shard), record | {"status": Status.INTERRUPTED})
 
 
 def _record(folder: RunFolder, shard: Shard) -> Path:
