@@ -1,4 +1,4 @@
-"""Every default, once, with its reason. Lengths are microns unless the name says px."""
+"""All settings, each with its default and the reason for it. Lengths are microns unless the name says px."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _UM_OF_1X = 10.0  # scanners have about this over the objective's power
 
 @dataclass(frozen=True)
 class TissueConfig:
-    """Where cells are looked for.
+    """Tissue search: where to look for cells.
 
     Attributes
     ----------
@@ -60,7 +60,7 @@ HALO_UM = 24.0  #: the encoder's receptive field has died away (benchmarks/resul
 
 @dataclass(frozen=True)
 class TilingConfig:
-    """How the slide is cut.
+    """Tiling of the slide.
 
     Attributes
     ----------
@@ -118,7 +118,7 @@ class GridConfig:
 
 @dataclass(frozen=True)
 class SecondRoundConfig:
-    """Prompting every instance once more, with its box and its neighbours' points (refinement.py).
+    """Mask refinement: every instance prompted again with its box and its neighbours' points (refinement.py).
 
     Attributes
     ----------
@@ -190,7 +190,7 @@ COP_FORMS = {
 
 @dataclass(frozen=True)
 class MaskConfig:
-    """Which decoded masks are cells.
+    """Thresholds for decoded masks to count as cells.
 
     Attributes
     ----------
@@ -217,7 +217,7 @@ class MaskConfig:
 
 @dataclass(frozen=True)
 class StitchingConfig:
-    """How overlapping outlines are settled: best score first, as in the merge of APG v2 (micro-sam's ``dev`` branch).
+    """Resolution of overlapping outlines: best score first, as in the merge of APG v2 (micro-sam's ``dev`` branch).
 
     Attributes
     ----------
@@ -229,7 +229,7 @@ class StitchingConfig:
     cluster_size
         See ``contained``.
     nested
-        Of two outlines that share this much of the smaller one, the worse is dropped: no cell lies inside another.
+        Share of the smaller outline at which the worse of two is dropped: no cell lies inside another.
     """
 
     max_overlap: float = 0.3
@@ -240,7 +240,7 @@ class StitchingConfig:
 
 @dataclass(frozen=True)
 class TypingConfig:
-    """From clicks to types. The numbers are priors of the model in assignment.py; benchmarks/results/cop.md has what other values give.
+    """Typing from clicks. The numbers are priors of the model in plda.py; benchmarks/results/cop.md compares other values.
 
     Attributes
     ----------
@@ -315,7 +315,7 @@ class ClusterConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """One run.
+    """Configuration of a run.
 
     Attributes
     ----------
@@ -447,7 +447,7 @@ LIMITS: dict[str, tuple[float, float]] = {
 
 
 def from_mapping(mapping: dict[str, Any], where: str, base: RunConfig | None = None) -> RunConfig:
-    """``base`` with the values of a nested mapping.
+    """Apply the values of a nested mapping to ``base``.
 
     Parameters
     ----------
@@ -469,7 +469,7 @@ def from_mapping(mapping: dict[str, Any], where: str, base: RunConfig | None = N
 
 
 def read_config(path: Path, base: RunConfig | None = None) -> RunConfig:
-    """A configuration file, TOML or JSON; a manifest of a run is accepted too (its ``config`` member is used)."""
+    """Read a configuration file, TOML or JSON; the manifest of a run is accepted too (its ``config`` member is used)."""
     try:
         text = read_text(path, ConfigError)
     except ConfigError as error:
@@ -485,7 +485,7 @@ def read_config(path: Path, base: RunConfig | None = None) -> RunConfig:
 
 
 def check(config: RunConfig, where: str = "configuration") -> None:
-    """Refuse values of the wrong type, that are not among the allowed ones, or outside their range, and empty texts.
+    """Refuse values of the wrong type, not among the choices or out of range, and empty texts.
 
     Raises
     ------

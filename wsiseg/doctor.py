@@ -1,4 +1,4 @@
-"""What works on this machine: readers read, the model encodes; GPU and disk are looked at."""
+"""Check of this machine: the readers read, the model encodes; GPU and disk are examined."""
 
 from __future__ import annotations
 

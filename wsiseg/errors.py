@@ -17,7 +17,7 @@ class SlideError(WsisegError, OSError):
 
 
 class ConfigError(WsisegError, ValueError):
-    """An option or a configuration file says something that is not allowed."""
+    """An option or a configuration file holds a value that is not allowed."""
 
 
 class SeedsError(WsisegError, ValueError):
@@ -37,4 +37,4 @@ class RunError(WsisegError, OSError):
 
 
 class InterruptedRunError(RunError):
-    """A run was asked to stop and did, after the part in hand; the same command goes on."""
+    """A run was asked to stop and did, after the current block; the same command resumes it."""

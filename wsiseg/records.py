@@ -1,4 +1,4 @@
-"""What travels between the stages: frozen dataclasses with named fields, their shapes, frames and units."""
+"""Records passed between the stages: frozen dataclasses with named fields, their shapes, frames and units."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ UNASSIGNED = "unassigned"  #: the type of a cell that no seed claims; always typ
 
 @dataclass(frozen=True)
 class SlideInfo:
-    """What is known of a slide without reading its pixels.
+    """Metadata of a slide.
 
     Attributes
     ----------
@@ -75,7 +75,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class Block:
-    """Tiles that are worked on, written and resumed together. ``name`` is the stem of the part file."""
+    """Tiles that are processed, written and resumed together. ``name`` is the stem of the part file."""
 
     name: str
     tiles: tuple[Tile, ...]
@@ -103,7 +103,7 @@ class Embeddings:
 
 @dataclass(frozen=True)
 class PromptExtras:
-    """More points and a box of N prompts, beside the point of each. Model px of the tile, corner frame.
+    """Further points and a box for each of N prompts, besides its own point. Model px of the tile, corner frame.
 
     Attributes
     ----------
@@ -213,7 +213,7 @@ class CellSource(Protocol):
 
 
 class CellIndex(CellSource, Protocol):
-    """A :class:`CellSource` in which cells are found by place.
+    """A :class:`CellSource` in which cells are found by position.
 
     Attributes
     ----------
@@ -255,7 +255,7 @@ class Cells:
 
     @property
     def descriptor_size(self) -> int:
-        """D."""
+        """Size of a descriptor."""
         return int(self.descriptors.shape[1])
 
     @property
@@ -311,7 +311,7 @@ class SeedType:
 
 @dataclass(frozen=True)
 class Seeds:
-    """A seeds file. ``source`` is the path it was read from, ``slide`` the slide name it states, if any; ``notes`` say what was passed over."""
+    """A seeds file. ``source`` is the path it was read from, ``slide`` the slide name it states, if any; ``notes`` say what was skipped."""
 
     types: tuple[SeedType, ...]
     source: str
@@ -326,7 +326,7 @@ class Bank:
     Attributes
     ----------
     names, colors
-        Of the types, in the order of the seeds file.
+        Names and colours of the types, in the order of the seeds file.
     clicks
         Per type, (k, 2) float64: the clicks, level-0 px.
     clicked
@@ -357,7 +357,7 @@ class Bank:
 
 @dataclass(frozen=True)
 class TypeSpace:
-    """How cell types lie in the descriptors of one model: learned with it (training/fit_types.py), or found on a slide (discriminant.slide_space).
+    """Distribution of cell types in the descriptors of one model: learned with it (training/fit_types.py), or estimated on a slide (plda.slide_space).
 
     Attributes
     ----------
@@ -391,7 +391,7 @@ class TypeSpace:
 
 @dataclass(frozen=True)
 class Typing:
-    """The verdict on each of N cells.
+    """Types of N cells.
 
     Attributes
     ----------
@@ -417,7 +417,7 @@ class Typing:
 
     @staticmethod
     def untyped(count: int) -> Typing:
-        """Every cell unassigned: a run without seeds."""
+        """Types of a run without seeds: every cell unassigned."""
         zeros = np.zeros(count, np.float32)
         return Typing(
             (UNASSIGNED,),
@@ -435,7 +435,7 @@ class Typing:
 
 @dataclass(frozen=True)
 class TypingNotes:
-    """What typing found out beside the verdicts.
+    """Findings of the typing beyond the types.
 
     Attributes
     ----------
@@ -451,7 +451,7 @@ class TypingNotes:
 
 @dataclass(frozen=True)
 class Provenance:
-    """What every output file says of its origin (JSON-able)."""
+    """Origin of the cells, stored in every output file (JSON-able)."""
 
     tool: str
     version: str

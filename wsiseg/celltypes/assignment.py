@@ -1,4 +1,4 @@
-"""From a few clicks to a type for every cell of a slide.
+"""Assignment of a type to every cell of a slide from a few clicks.
 
 Steps:   infer_hypotheses()   what the clicks of all types together mean (plda.py)
          drift()         what the cells of each place share, taken off
@@ -64,7 +64,7 @@ def assign_types(
     bank
         The clicked cells' descriptors and the types' names; ``bank.foreign`` when they are of another slide.
     space
-        Of the model that made the descriptors; ``None``: found on the slide (discriminant.slide_space).
+        Type space of the model that made the descriptors; ``None``: estimated on the slide (:func:`plda.slide_space`).
     config
         Priors and thresholds.
 
@@ -141,7 +141,7 @@ def _against(
     clicked: list[NDArray[np.float64]],
     negative: list[NDArray[np.float64]],
 ) -> None:
-    """A cell nearer to a negative click of type t than to every click of t is not t; the other types are not touched by it. In place."""
+    """Exclude type t, in place, for cells nearer to a negative click of t than to every click of t; other types are unaffected."""
     for t, against in enumerate(negative):
         if len(against):
             p[_gaps(z, against).min(1) < _gaps(z, clicked[t]).min(1), t] = 0
@@ -158,7 +158,7 @@ def _gaps(z: NDArray[np.float32], anchors: NDArray[np.float64]) -> NDArray[np.fl
 def _nearest_click(
     z: NDArray[np.float32], clicked: list[NDArray[np.float64]], best: NDArray[np.intp]
 ) -> NDArray[np.int32]:
-    """Of the clicks of the cell's best type, the index of the most similar one, counted through all types -> (N,)."""
+    """Index of the most similar click of each cell's best type, counted through all types -> (N,)."""
     first = np.cumsum([0, *(len(x) for x in clicked)])
     nearest = np.empty(len(z), np.int32)
     for t, anchors in enumerate(clicked):
@@ -195,7 +195,7 @@ def _with_local_share(p: NDArray[np.float32], xy_um: NDArray[np.float64], config
 
 
 def _unsure(kinds: tuple[dict[str, float], ...], names: tuple[str, ...]) -> list[str]:
-    """A sentence for each type whose clicks can be taken for two kinds: the types may have changed places."""
+    """A warning for each type whose clicks fit two reference classes: the types may be swapped."""
     warnings = []
     for name, share in zip(names, kinds, strict=True):
         likely = sorted(share, key=lambda kind: -share[kind])[:2]
@@ -206,7 +206,7 @@ def _unsure(kinds: tuple[dict[str, float], ...], names: tuple[str, ...]) -> list
 
 
 def _confusable(hypothesis: Hypothesis, names: tuple[str, ...], config: TypingConfig) -> list[str]:
-    """A sentence for each pair of types whose clouds overlap too much."""
+    """A warning for each pair of types whose distributions overlap too much."""
     warnings = []
     for a, b in itertools.combinations(range(len(names)), 2):
         variance = (hypothesis.variances[a] + hypothesis.variances[b]) / 2
@@ -220,7 +220,7 @@ def _confusable(hypothesis: Hypothesis, names: tuple[str, ...], config: TypingCo
 
 
 def _unclicked(kind: NDArray[np.intp], space: TypeSpace) -> list[str]:
-    """A sentence for each known kind that many cells (index of their best kind: ``kind``) are, and nobody clicked."""
+    """A warning for each reference class that many cells belong to and nobody clicked."""
     warnings = []
     for k, name in enumerate(space.kind_names):
         share = float((kind == k).mean())
@@ -290,7 +290,7 @@ def set_click_labels(typing: Typing, rows: list[NDArray[np.intp]]) -> Typing:
 
 
 def typing_summary(typing: Typing, bank: Bank, notes: TypingNotes) -> dict[str, Any]:
-    """The manifest's account of the types: clicks (numbered as in ``prototypes``), kinds, cells, share unassigned."""
+    """Summary of the types for the manifest: clicks (numbered as in ``prototypes``), reference classes, cells, fraction unassigned."""
     cells = np.bincount(typing.codes, minlength=len(typing.names))
     types = {
         name: {

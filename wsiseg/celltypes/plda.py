@@ -1,4 +1,4 @@
-"""The model behind the types: what the clicks say, and what each cell is, in a space where cells of one type are a round cloud.
+"""Probabilistic LDA: what the clicks mean and the type of each cell, in a space where each type is a spherical Gaussian.
 
 Symbol   here                shape     meaning
 z        z                   (N, D)    descriptor seen through ``TypeSpace.transform``: within a type the covariance is the identity
@@ -61,14 +61,14 @@ class Hypothesis:
 
 
 def infer_hypotheses(clicked: list[NDArray[np.float64]], space: TypeSpace, config: TypingConfig) -> list[Hypothesis]:
-    """What the clicks may mean, the likeliest first.
+    """Infer what the clicks may mean, the most probable hypothesis first.
 
     Parameters
     ----------
     clicked
         Per type, (n_t, D): the clicked cells in the space.
     space, config
-        Of the model; priors.
+        Type space of the model; priors.
 
     Returns
     -------
@@ -109,7 +109,7 @@ def infer_hypotheses(clicked: list[NDArray[np.float64]], space: TypeSpace, confi
 def _enumerate_assignments(
     mean: NDArray[np.float64], n: NDArray[np.float64], space: TypeSpace, known: int
 ) -> NDArray[np.intp]:
-    """All ways (M, T) to give each known kind to at most one of the types that are nearest to it; -1 for the rest."""
+    """Enumerate all ways (M, T) to assign each reference class to at most one of its nearest types; -1 for the rest."""
     variance = space.shift + space.kind_spread + 1 / n
     far = ((mean[:, None] - space.kinds) ** 2 / variance[:, None]).sum(2)  # (T, known)
     near = [[None, *np.argsort(far[:, k], kind="stable")[:_CANDIDATES]] for k in range(known)]
@@ -128,12 +128,12 @@ def _enumerate_assignments(
 def carry_over(
     hypotheses: list[Hypothesis], z: NDArray[np.float32], space: TypeSpace, config: TypingConfig
 ) -> list[Hypothesis]:
-    """Readings of one slide's clicks for the cells of another, whose shift is found from the cells themselves.
+    """Transfer the hypotheses of one slide's clicks to the cells of another, whose shift is estimated from those cells.
 
     Parameters
     ----------
     readings
-        Of the slide with the clicks.
+        Hypotheses inferred on the slide with the clicks.
     z
         (N, D): cells of the other slide, in the space.
     space, config
@@ -194,7 +194,7 @@ def posterior(
 def drift(
     z: NDArray[np.float32], xy_um: NDArray[np.float64], hypothesis: Hypothesis, space: TypeSpace, config: TypingConfig
 ) -> tuple[NDArray[np.float32], NDArray[np.intp]]:
-    """How far the cells around each cell are shifted, beside the slide's own shift: (squares, D), and each cell's square (N,).
+    """Estimate the local shift around each cell, in addition to the slide's own: (squares, D), and each cell's square (N,).
 
     Squares of ``drift_um`` have a shift each, N(0, ``drift`` x ``space.shift``), found from their cells and those of the 3 x 3 around (weights
     1, 2, 1) in the same way as another slide's: what all types of a place have in common is shift, the rest is type.
@@ -254,7 +254,7 @@ def slide_space(descriptors: NDArray[np.float16] | NDArray[np.float32]) -> TypeS
 
 
 def squares(xy_um: NDArray[np.float64], side_um: float) -> tuple[NDArray[np.intp], int, int]:
-    """The square that each place lies in, counted row by row, and how many rows and columns there are."""
+    """Index of the square of each point, row by row, and the numbers of rows and columns."""
     square = np.floor((xy_um - xy_um.min(0)) / side_um).astype(np.intp)
     width, height = square.max(0) + 1
     return square[:, 1] * width + square[:, 0], int(height), int(width)

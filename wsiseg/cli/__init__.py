@@ -29,13 +29,13 @@ COMMANDS = {
 
 
 class _Interrupted(click.ClickException):
-    """Stopped on request: the same command goes on."""
+    """A run stopped on request: the same command resumes it."""
 
     exit_code = 3
 
 
 class _Commands(click.Group):
-    """Loads a command when it is called; turns errors that a user can mend into one line."""
+    """A group that imports a command when it is called, and turns errors that a user can fix into one line."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
         return list(COMMANDS)
@@ -55,7 +55,7 @@ class _Commands(click.Group):
 
         try:
             Path.cwd()
-        except OSError as error:  # of which torch and others would end the process
+        except OSError as error:  # torch and others would end the process
             raise click.ClickException(
                 f"the current folder is gone ({error.strerror}); change to another one with cd"
             ) from error
@@ -70,7 +70,7 @@ class _Commands(click.Group):
             ) from error
 
     def main(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
-        """Run a command; the exit status is that of its work, whatever becomes of the streams."""
+        """Run a command; a failing output stream does not change the exit status of its work."""
         OUTPUT.begin()
         try:
             return super().main(*args, **kwargs)

@@ -197,7 +197,7 @@ def _number(value: float | None) -> str:
 
 
 def _table(rows: list[list[str]]) -> None:
-    """The first column to the left, numbers to the right."""
+    """Print a table: first column left-aligned, numbers right-aligned."""
     widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
     for row in rows:
         click.echo(

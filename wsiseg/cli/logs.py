@@ -1,4 +1,4 @@
-"""``--log-json``: one JSON object per line for what happens, for machines to read."""
+"""``--log-json``: events as JSON lines, for machines to read."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class _Lines(logging.Formatter):
 
 
 def _once(path: Path, handler: logging.Handler) -> None:
-    """Say once that the log cannot be written; the run goes on."""
+    """Warn once that the log cannot be written; the run continues."""
     said: list[bool] = []
 
     def complain(_: logging.LogRecord) -> None:

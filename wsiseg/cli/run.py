@@ -192,7 +192,7 @@ def _one(
     hidden: bool,
     quiet: bool,
 ) -> int:
-    """One slide, or a shard of it; the exit status."""
+    """Run one slide, or a shard of it, and return the exit status."""
     from wsiseg.cli.progress import Progress
     from wsiseg.runs.slide import segment_slide
 
@@ -224,7 +224,7 @@ def _many(
     hidden: bool,
     quiet: bool,
 ) -> int:
-    """One slide after the other, and a table at the end; the exit status."""
+    """Run one slide after the other, print a table, and return the exit status."""
     from wsiseg.cli.progress import Progress
     from wsiseg.runs.slide_list import segment_slides
 
@@ -250,7 +250,7 @@ def _many(
         click.echo(f"\n{'slide':{width}}  status      {'cells':>9}  {'missing tiles':>13}  {'seconds':>8}")
         for row in rows:
             line = f"{Path(row['slide']).name:{width}}  {row['status']:10}  {row['cells']:>9}  {row['tiles_failed']:>13}  {row['seconds']:>8}"
-            click.echo(line.rstrip())  # why it failed was said when it did, and stands in summary.csv
+            click.echo(line.rstrip())  # the error was printed when it occurred, and is in summary.csv
         again = "; the same command again tries the others once more" if bad else ""
         click.echo(f"{len(rows) - len(bad)} of {counted(len(rows), 'slide')} complete{again}")
     failed = sum(row["status"] == "failed" for row in rows)
@@ -275,13 +275,13 @@ def _as_settings(options: dict[str, Any]) -> dict[str, Any]:
 
 
 class _Said:
-    """Prints what is doubtful before the work on a slide begins, and keeps it, so that it is not said again at the end."""
+    """Printer of the warnings that come before the work on a slide; keeps them, so that they are not repeated at the end."""
 
     def __init__(self, *, quiet: bool) -> None:
         self.quiet, self.place, self.warnings = quiet, "", list[str]()
 
     def begin(self, slide: str) -> None:
-        """One slide of several, which is named from now on."""
+        """Start one slide of several; it is named in the warnings that follow."""
         self.place = f"{Path(slide).name}: "
         self.warnings.clear()
 
@@ -292,7 +292,7 @@ class _Said:
 
 
 def report(manifest: dict[str, Any], said: Collection[str] = ()) -> None:
-    """What came of a run, or of a shard; ``said`` was printed before."""
+    """Print the outcome of a run, or of a shard; ``said`` holds the warnings already printed."""
     for warning in dict.fromkeys(manifest["warnings"]):
         if warning not in said:
             click.echo(f"Warning: {warning}", err=True)

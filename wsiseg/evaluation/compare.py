@@ -1,4 +1,4 @@
-"""Prediction against truth, for one image or many: what `wsiseg evaluate` calls."""
+"""Comparison of a prediction with the truth, for one image or many: what `wsiseg evaluate` calls."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ THRESHOLDS_F1 = (0.5,)  #: IoU
 
 @dataclass(frozen=True)
 class _Pair:
-    """Where one image is, and with which options it is compared."""
+    """Sources of one image, and the options of its comparison."""
 
     name: str
     prediction: Path | NDArray[np.integer]
@@ -312,7 +312,7 @@ def _side(source: Path | NDArray[np.integer], types: Path | NDArray[np.integer] 
 
 
 def _in_one_frame(p: Side, g: Side, where: str, notes: list[str]) -> tuple[Side, Side]:
-    """Outlines in QuPath's frame moved by the bounds of the slide, when the other side is absolute."""
+    """Move outlines in QuPath's frame by the bounds of the slide when the other side is absolute."""
     if not isinstance(p, Outlines) or not isinstance(g, Outlines) or p.frame == g.frame:
         return p, g
     origin = p.origin or g.origin
@@ -333,7 +333,7 @@ def _moved(side: Outlines, origin: tuple[float, float]) -> Outlines:
 
 
 def _within(side: Outlines, shape: tuple[int, ...], where: str, notes: list[str]) -> Outlines:
-    """Without the outlines that lie wholly beside the label image: of those the image says nothing."""
+    """Drop the outlines that lie wholly outside the label image: it holds no annotation for them."""
     x0, y0, x1, y1 = shapely.bounds(side.polygons).reshape(-1, 4).T
     kept = (x1 > 0) & (y1 > 0) & (x0 < shape[1]) & (y0 < shape[0])
     if kept.all():
@@ -377,7 +377,7 @@ def _size(image: NDArray[np.integer]) -> str:
 
 
 def _mpp(p: Side, g: Side, options: _Options, where: str) -> float | None:
-    """``--mpp``, else what a file says; two files that disagree are not in one frame."""
+    """Microns per px from ``--mpp``, else from a file; two files that disagree are not in one frame."""
     if options.mpp is not None:
         return options.mpp
     found = [side.mpp for side in (p, g) if isinstance(side, Outlines) and side.mpp is not None]

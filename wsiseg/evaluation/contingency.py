@@ -145,7 +145,7 @@ def centroids(label: NDArray[np.integer]) -> NDArray[np.float64]:
 
 
 def majority(label: NDArray[np.integer], classes: NDArray[np.integer]) -> NDArray[np.int64]:
-    """The class id that most px of each instance have, in ascending order of id; 0 where no px has one, the lower id of two alike.
+    """Class id of the most px of each instance, in ascending order of id; 0 where no px has one, ties to the lower id.
 
     Raises
     ------
@@ -192,7 +192,7 @@ def outline_overlaps(truth: NDArray[np.object_], prediction: NDArray[np.object_]
 
 
 def disjoint(polygons: NDArray[np.object_]) -> tuple[NDArray[np.object_], int]:
-    """Give every place to one outline, the later one, as a label image does; and count the outlines that lost more than a hundredth.
+    """Clip overlapping outlines in favour of the later one, as a label image does, and count those that lost more than 1 %.
 
     Without this a prediction that outlines a nucleus twice would count its area twice. An outline that lies wholly beneath later ones becomes
     empty and stays in the list: it is one too many, and counts as such.

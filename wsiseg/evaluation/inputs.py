@@ -1,4 +1,4 @@
-"""What can be compared: label images, outlines and points, read from the files that people have.
+"""Inputs of a comparison: label images, outlines and points, and the files they are read from.
 
     .png .tif .tiff .npy               label image: integer ids, 0 = background
     .geojson .json .gz .zip            outlines: QuPath objects, their classification is the type
@@ -146,7 +146,7 @@ def read_side(path: Path, names: Mapping[str, str]) -> Side:
 
 
 def suffix_of(path: Path) -> str | None:
-    """The suffix that decides how a file is read; ``None``: it is of no kind that can be compared."""
+    """Suffix that decides how a file is read; ``None``: not a supported kind of file."""
     return next((s for s in SUFFIXES if path.name.lower().endswith(s)), None)
 
 
@@ -182,7 +182,7 @@ def files_in(folder: Path) -> dict[str, Path]:
 
 
 def run_file(folder: Path) -> Path | None:
-    """The cells of a folder that `wsiseg run` wrote; ``None`` if it is no such folder."""
+    """Cells of a run folder; ``None`` if the folder is not one."""
     if kind_of(folder, FormatError) != "folder":
         return None
     return next((folder / name for name in RUN_FILES if kind_of(folder / name, FormatError) == "file"), None)
@@ -242,7 +242,7 @@ def type_names(names: Mapping[str, str], values: list[Any]) -> NDArray[np.object
 
 
 class _Overheard(logging.Handler):
-    """Keeps what the decoders log from stderr: one line of ours says it."""
+    """Context that collects what the decoders log, so that one warning replaces it."""
 
     loggers = tuple(logging.getLogger(name) for name in ("tifffile", "imagecodecs"))
 
@@ -388,7 +388,7 @@ def _read_geojson(path: Path, names: Mapping[str, str]) -> Outlines:
 def _cleaned(
     geometries: NDArray[np.object_], path: Path
 ) -> tuple[NDArray[np.object_], NDArray[np.bool_], tuple[str, ...]]:
-    """Valid polygons, which of the geometries they are, and what was done."""
+    """Valid polygons, their indices among the geometries, and notes on repairs."""
     area_like = np.isin(
         shapely.get_type_id(geometries), (shapely.GeometryType.POLYGON, shapely.GeometryType.MULTIPOLYGON)
     )

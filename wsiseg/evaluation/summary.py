@@ -1,4 +1,4 @@
-"""From scores of images to one number: mean, interval, retention."""
+"""Summaries of the scores of images: mean, interval, retention."""
 
 from __future__ import annotations
 

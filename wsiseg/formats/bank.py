@@ -1,4 +1,4 @@
-"""bank.safetensors: what the clicks of one slide were, to type the cells of other slides with (``--bank``).
+"""bank.safetensors: the clicks of one slide, for typing the cells of other slides (``--bank``).
 
     tensors    clicked.<t>, negative.<t>   float32 (n, D)   descriptors of the cells clicked as type t, and as not of it
                clicks.<t>                  float64 (n, 2)   where, level-0 px of the slide that was clicked on
@@ -64,7 +64,7 @@ def write_bank(path: Path, bank: Bank, slide: str, weights: str) -> None:
 
 
 def restore_bank(path: Path) -> Bank:
-    """The bank of a run for the same run, but for its cells: its clicks are on this slide, unless it was a foreign one then.
+    """Restore the bank of a run without its cells: its clicks are on this slide, unless it came from another slide.
 
     Raises
     ------
@@ -83,7 +83,7 @@ def restore_bank(path: Path) -> Bank:
 
 
 def read_bank(path: Path) -> tuple[Bank, dict[str, Any]]:
-    """What :func:`write_bank` wrote.
+    """Read a file of :func:`write_bank`.
 
     Parameters
     ----------

@@ -139,7 +139,7 @@ def _position(value: object, place: str, error: type[WsisegError]) -> tuple[floa
 
 
 def finite(value: object, place: str, error: type[WsisegError]) -> float:
-    """A coordinate as a number that can be a place on a slide, or a sentence."""
+    """Check that a coordinate is a finite number that fits on a slide."""
     if not isinstance(value, int | float) or isinstance(value, bool):
         raise error(
             f"{place}: {show(value)} is not a number; coordinates are finite numbers, in level-0 px, without quotes"

@@ -1,4 +1,4 @@
-"""JSON that people bring: plain, gzip (also multi-member) or a zip of documents, recognised by content."""
+"""JSON documents of users: plain, gzip (also multi-member) or a zip of documents, recognised by content."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def class_name(value: object, place: str, error: type[WsisegError]) -> str:
     Raises
     ------
     WsisegError
-        Of the class ``error``: it is not a classification.
+        An ``error``: the value is not a classification.
     """
     parts: list[str] = []
     while isinstance(value, dict):

@@ -31,7 +31,7 @@ def read_regions(path: Path, info: SlideInfo) -> tuple[shapely.MultiPolygon | sh
     path
         GeoJSON, plain, .gz or .zip: FeatureCollection, array, Feature, or a bare geometry.
     info
-        Of the slide: its bounds are added to the coordinates, its size limits them.
+        The slide: its bounds are added to the coordinates, its size limits them.
 
     Returns
     -------

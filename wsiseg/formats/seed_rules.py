@@ -1,4 +1,4 @@
-"""What every file of clicks keeps to, seeds.json and QuPath's points alike: names, numbers, colours, and no click that contradicts another."""
+"""Rules of every file of clicks, seeds.json and QuPath's points alike: names, numbers, colours, no contradicting clicks."""
 
 from __future__ import annotations
 
@@ -92,17 +92,17 @@ def check_clicks(kinds: tuple[SeedType, ...], places: list[str]) -> None:
 
 
 def coordinate(value: object, place: str) -> float:
-    """A coordinate of a click, or a sentence."""
+    """Check a coordinate of a click."""
     return finite(value, place, SeedsError)
 
 
 def is_number(value: object) -> bool:
-    """Whether a JSON value is a number; ``true`` is none."""
+    """Tell whether a JSON value is a number; ``true`` is not."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def short(point: Point) -> list[float]:
-    """A click for JSON: whole numbers without ``.0``."""
+    """Format a click for JSON: whole numbers without ``.0``."""
     return [int(number) if float(number).is_integer() else float(number) for number in point]
 
 

@@ -97,7 +97,7 @@ def check_seeds(seeds: Seeds, info: SlideInfo) -> tuple[Seeds, list[str]]:
     seeds
         From :func:`read_seeds`; not modified.
     info
-        Of the slide.
+        The slide.
 
     Returns
     -------
@@ -177,7 +177,7 @@ def convert_seeds(
     target
         ``.json`` for QuPath's points, ``.geojson`` or ``.geojson.gz`` for a seeds.json.
     info
-        Of the slide: the clicks are checked against it, and come out absolute in a seeds.json, relative to its OpenSlide bounds for
+        The slide: the clicks are checked against it, and come out absolute in a seeds.json, relative to its OpenSlide bounds for
         QuPath. Without it coordinates are written as they are, and a seeds.json of QuPath's points says ``"frame": "qupath"``.
     overwrite
         Replace ``target``.

@@ -1,4 +1,4 @@
-"""Tables that people bring as text: comma, semicolon or tab, decimal point or comma, any case of names, as spreadsheets write them."""
+"""Text tables of users: comma, semicolon or tab, decimal point or comma, any case of names, as spreadsheets write them."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def read_table(
     Parameters
     ----------
     text, place
-        Of :func:`wsiseg.runtime.text.decode`, and the file.
+        A text from :func:`wsiseg.runtime.text.decode`, and the name of its file.
     error
         The class to raise when it is not such a table.
     known
@@ -112,7 +112,7 @@ def unknown_columns(columns: Iterable[str], known: tuple[str, ...]) -> str:
 
 
 def _head(text: str, known: tuple[str, ...]) -> tuple[int, str, list[str]]:
-    """Where the first line begins, the delimiter, and the names of the columns."""
+    """Start of the header line, the delimiter, and the names of the columns."""
     first = _FIRST.match(text)
     start, said = (first.end(), first["delimiter"]) if first else (0, None)
     line = text[start:].split("\n", 1)[0][:100_000]

@@ -1,4 +1,4 @@
-"""WKB of many polygons at once: what ``shapely.to_wkb`` writes, in less than half of its time where a polygon is one ring in the plane.
+"""WKB of many polygons at once: the bytes of ``shapely.to_wkb`` in less than half of its time for polygons of one ring.
 
 Specification: OGC 06-103r4, section 8; little-endian on every machine.
 """

@@ -69,7 +69,7 @@ def find_weights(model: str) -> tuple[ModelCard, Path]:
 
 
 def pick_device(device: str) -> torch.device:
-    """``auto`` -> the first GPU, else the CPU.
+    """Resolve a device name; ``auto`` is the first GPU, else the CPU.
 
     Raises
     ------
@@ -131,7 +131,7 @@ def load_model(model: str, device: str = "auto", precision: str = "auto") -> Pro
 
 
 def load_types(model: str) -> TypeSpace | None:
-    """How types lie in a model's descriptors; ``None`` when its weights do not say. A SAM checkpoint is not read for that."""
+    """Load the type space of a model; ``None`` when its weights have none. A SAM checkpoint is not read for that."""
     if find_weights(model)[0].network == SAM_NETWORK:
         return None
     return load_model(model, "cpu").types

@@ -1,4 +1,4 @@
-"""Models as data: what a model is, where its weights lie, and what they are allowed for."""
+"""Model cards: what a model is, where its weights are, and their licence."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ModelCard:
-    """One model.
+    """Card of a model.
 
     Attributes
     ----------
@@ -27,9 +27,9 @@ class ModelCard:
     weights
         The safetensors file.
     sha256
-        Of that file, hexadecimal.
+        sha256 of that file, hexadecimal.
     licence, source
-        Of the weights.
+        Licence and source of the weights.
     mpp
         Microns per model px.
     normalise

@@ -1,4 +1,4 @@
-"""What a model must offer: the one contract that every stage and every model shares."""
+"""Interface of a model, shared by every stage and every model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``nuclei-compact``: a small promptable network for nuclei in H&E, the model in the box.
+"""``nuclei-compact``: a small promptable network for nuclei in H&E, the bundled model.
 
 One pass over the tile gives a feature pyramid; every prompt after that costs a few small matrix products::
 
@@ -162,11 +162,11 @@ class NucleiCompact(nn.Module):
 
     @classmethod
     def of(cls, card: ModelCard, tensors: dict[str, Tensor]) -> Self:  # noqa: ARG003
-        """The network for a weight file; there is one form of it."""
+        """Build the network for a weight file; there is one form of it."""
         return cls()
 
     def ready(self, device: torch.device, *, bf16: bool) -> Self:
-        """Make it ready for inference: batch norms folded into their convolutions, frozen, on ``device``."""
+        """Prepare for inference: batch norms folded into their convolutions, frozen, on ``device``."""
         self.eval().requires_grad_(requires_grad=False)
         for module in list(self.modules()):
             if isinstance(module, nn.Sequential):
@@ -179,12 +179,12 @@ class NucleiCompact(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
         return self.pixel_mean.device
 
     @property
     def types(self) -> TypeSpace:
-        """How types lie in the descriptors."""
+        """Type space of the descriptors."""
         part = {
             k.removeprefix("type_"): v.cpu().double().numpy() for k, v in self.named_buffers() if k.startswith("type_")
         }
@@ -236,7 +236,7 @@ class NucleiCompact(nn.Module):
         Parameters
         ----------
         embeddings
-            Of :meth:`encode`.
+            Result of :meth:`encode`.
         batch_index
             int64 of shape (N,): which of the B tiles each point lies in.
         points_xy
@@ -247,7 +247,7 @@ class NucleiCompact(nn.Module):
         multimask
             Give ``MASKS`` answers for every prompt instead of one: 3N masks, prompt by prompt. ``quality`` says which is best.
         full_tile
-            Of no effect: this network sees the window only.
+            Ignored: this network sees the window only.
 
         Returns
         -------
@@ -321,7 +321,7 @@ class NucleiCompact(nn.Module):
     def _inside(
         self, embeddings: Embeddings, batch_index: Tensor, origin: Tensor, features: Tensor, logits: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """What lies inside each mask: pooled F_l and mask features (N, 80), standardised measurements (N, 11), signs of quality (N, 8)."""
+        """Features inside each mask: pooled F_l and mask features (N, 80), standardised measurements (N, 11), signs of quality (N, 8)."""
         hard = (logits.detach() > 0).to(logits.dtype)
         area = hard.sum((1, 2)).clamp_min(1)
         coarse = F.avg_pool2d(hard[:, None], SNAP_CELLS)
@@ -346,7 +346,7 @@ class NucleiCompact(nn.Module):
 
 
 def _silent(inputs: int, hidden: int, *, bias: bool) -> nn.Sequential:
-    """Two layers into the controller's hidden one that say nothing until training gives them a meaning."""
+    """Two layers into the controller's hidden layer, initialised to contribute nothing."""
     last = nn.Linear(hidden, 192, bias=bias)
     nn.init.zeros_(last.weight)
     if bias:

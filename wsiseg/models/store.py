@@ -102,7 +102,7 @@ _BY_HAND_MPP = 0.125
 
 @dataclass(frozen=True)
 class Listing:
-    """A model that is here, or could be."""
+    """A model that is available here or for download."""
 
     name: str
     architecture: str
@@ -112,7 +112,7 @@ class Listing:
 
 
 def models_folder() -> Path:
-    """Where the user's models lie: ``$WSISEG_MODELS``, or below the user's data folder."""
+    """Folder of the user's models: ``$WSISEG_MODELS``, or below the user's data folder."""
     chosen = os.environ.get("WSISEG_MODELS")
     return Path(chosen) if chosen else platformdirs.user_data_path("wsiseg") / "models"
 
@@ -254,7 +254,7 @@ def known_card(name: str, folder: Path | None = None) -> ModelCard:
 
 
 def absence(name: str, what: str, folder: Path | None = None) -> str:
-    """Why there is no model of this name, and how to get it or what was probably meant: for an error that begins with ``what``."""
+    """Explain why a model is missing, and how to get it or what was probably meant: for an error that begins with ``what``."""
     from wsiseg.models import MODELS
 
     if name in DOWNLOADS or name in BY_HAND:
@@ -293,7 +293,7 @@ def verify_all(names: tuple[str, ...] = (), folder: Path | None = None) -> dict[
     names
         Which; all when empty.
     folder
-        Of the user's models.
+        Folder of the user's models.
 
     Returns
     -------
@@ -363,7 +363,7 @@ def import_model(
     mpp
         Microns per px of the images that the model takes, as it was trained.
     licence, source
-        Of the weights; kept in the card.
+        Licence and source of the weights; kept in the card.
     normalise
         ``none`` or ``tile-minmax``: what the model expects to be done to a tile.
     overwrite
@@ -376,7 +376,7 @@ def import_model(
     Returns
     -------
     ModelCard
-        Of the model, ready for ``--model``.
+        Card of the model, ready for ``--model``.
 
     Raises
     ------
@@ -474,7 +474,7 @@ def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, Any]) -> N
 
 @contextmanager
 def _temporary(path: Path) -> Iterator[Path]:
-    """A name in the same folder that becomes ``path`` when the block ends well, so that ``path`` is whole or not there."""
+    """Temporary name that becomes ``path`` when the block succeeds, so that ``path`` is complete or absent."""
     partial = path.parent / f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.partial"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -533,7 +533,7 @@ def download(
     Returns
     -------
     ModelCard
-        Of the model, ready for ``--model``.
+        Card of the model, ready for ``--model``.
 
     Raises
     ------
@@ -586,7 +586,7 @@ def _entry(name: str) -> Download:
 
 
 def _fetch(address: str, part: Path, on_progress: Callable[[int, int], None] | None) -> None:
-    """Fetch what ``part`` does not have yet."""
+    """Fetch the bytes that ``part`` does not have yet."""
     done = part.stat().st_size if part.exists() else 0
     headers = {"User-Agent": "wsiseg"} | ({"Range": f"bytes={done}-"} if done else {})
     request = urllib.request.Request(address, headers=headers)  # noqa: S310 - addresses are ours, and https

@@ -49,7 +49,7 @@ class Canvas:
 
     @staticmethod
     def blank(height: int, width: int) -> Canvas:
-        """Nothing painted yet."""
+        """An empty canvas."""
         return Canvas(np.zeros((height, width), np.int32), np.full((height, width), -1, np.float32))
 
     def insert(self, mask: NDArray[np.bool_], score: float, x0: int, y0: int) -> bool:
@@ -62,7 +62,7 @@ class Canvas:
         score
             Predicted IoU.
         x0, y0
-            Of the window's outer corner on the canvas.
+            Outer corner of the window on the canvas.
 
         Returns
         -------

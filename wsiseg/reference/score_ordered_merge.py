@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ScoreMerge:
-    """When a mask is refused. Sizes are in pixels of the image.
+    """Conditions for refusing a mask. Sizes are in pixels of the image.
 
     Attributes
     ----------
@@ -83,15 +83,15 @@ def merge_by_score(
     boxes
         Half-open, inside the image.
     scores
-        Of shape (N,): the best is visited first, of equal ones the lower index.
+        Shape (N,): the best is visited first, ties by the lower index.
     prompts
-        Of shape (N, 2), any frame: masks with the same prompt are of the same component.
+        Shape (N, 2), any frame: masks with the same prompt belong to the same component.
     shape
         Height and width of the image.
     config
         Defaults when absent.
     iou_pred
-        Of shape (N,), for ``score_threshold``; ``scores`` when absent.
+        Shape (N,), for ``score_threshold``; ``scores`` when absent.
 
     Returns
     -------
@@ -126,6 +126,6 @@ def merge_by_score(
 
 
 def _covered(taken: NDArray[np.int32], areas: list[int], cover: float) -> list[int]:
-    """Places in ``areas`` of which more than the share ``cover`` is among the labels (n,) that lie under a mask."""
+    """Indices in ``areas`` of the labels of which more than the share ``cover`` lies under a mask, whose pixels have labels ``taken`` (n,)."""
     numbers, counts = np.unique(taken, return_counts=True)
     return [n - 1 for n, count in zip(numbers.tolist(), counts.tolist(), strict=True) if count / areas[n - 1] > cover]

@@ -86,7 +86,7 @@ class RunFolder:
         return content if ours else None
 
     def is_complete(self, run_hash: str, formats: Sequence[str]) -> bool:
-        """Whether this very run has ended well, and the files of these formats, and no others, are there."""
+        """Tell whether this very run is complete, with the files of these formats and no others."""
         manifest = self.read_manifest()
         if not manifest or manifest["run_hash"] != run_hash or manifest.get("status") != "complete":
             return False
@@ -124,12 +124,12 @@ def find_folder(out: Path, slide: str, name: str | None = None) -> RunFolder:
 
 
 def check_folder(folder: RunFolder, run_hash: str, *, overwrite: bool, retype: str = "") -> None:
-    """Refuse a folder that holds another run, or something that is no run; touches nothing.
+    """Refuse a folder that holds another run, or anything that is not a run; changes nothing.
 
     Parameters
     ----------
     folder
-        Of :func:`find_folder`.
+        Folder from :func:`find_folder`.
     run_hash
         Digest of everything that decides the result.
     overwrite
@@ -180,7 +180,7 @@ def claim_folder(
     out, slide, name
         As for :func:`find_folder`.
     manifest
-        Of a run that begins; it is created exclusively, which is the claim. That of the same run, begun earlier, stays.
+        Manifest of a starting run; creating it exclusively is the claim. That of the same run, started earlier, stays.
     overwrite
         Give up an earlier run with another configuration. Its finished parts are used again where they are the same.
 
@@ -241,7 +241,7 @@ def _sweep(folder: Path) -> None:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what takes part in the result."""
+    """Versions of the program and libraries behind the result."""
     found = {"python": platform.python_version()}
     for library in _LIBRARIES:
         with contextlib.suppress(PackageNotFoundError):
@@ -262,7 +262,7 @@ def _candidates(out: Path, slide: str, called: str | None) -> tuple[RunFolder, R
 
 
 def _is_of(manifest: dict[str, Any], slide: str) -> bool:
-    """Whether a run is of this slide: the files that the names lead to are compared, for links move and names have two forms."""
+    """Tell whether a run is of this slide: the files behind the names are compared, since links move and names have two forms."""
     path = manifest["slide"].get("path")
     known = manifest["slide"].get("target")
     return path == slide or (known or (isinstance(path, str) and target(path))) == target(slide)
@@ -290,7 +290,7 @@ def _create(folder: RunFolder, manifest: dict[str, Any], *, exclusive: bool) -> 
 
 
 def _only_beginnings(folder: RunFolder) -> bool:
-    """Whether a folder without manifest holds nothing but what a run killed at its very start leaves."""
+    """Tell whether a folder without manifest holds nothing but what a run killed at its very start leaves."""
     inside = [p for p in folder.path.rglob("*") if p != folder.parts]
     return all(p.name.startswith(".") and p.suffix == ".partial" for p in inside)
 

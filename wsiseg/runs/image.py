@@ -1,4 +1,4 @@
-"""The same path for one image in memory: no files, no folder, no tissue search."""
+"""Segmentation and typing of one image in memory: no files, no folder, no tissue search."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def segment_image(
 def open_image_context(
     image: NDArray[np.uint8], config: RunConfig, seeds: Seeds | None = None, model: PromptableModel | None = None
 ) -> tuple[WorkerContext, RunPlan]:
-    """The tools for one image in memory (H, W, 3) at ``config.mpp``, and what its end needs."""
+    """Open the context for one image in memory (H, W, 3) at ``config.mpp``, and what its end needs."""
     if config.mpp is None:
         raise ConfigError("image: microns per pixel are not known; set mpp (for example mpp=0.25)")
     check(config, "image")

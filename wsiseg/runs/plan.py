@@ -1,4 +1,4 @@
-"""Everything that can be wrong is found here, before anything is written or any long work starts: slide, seeds, region, model, folder."""
+"""Planning of a run: slide, seeds, region, model and folder are checked before anything is written or long work starts."""
 
 from __future__ import annotations
 
@@ -197,7 +197,7 @@ def _digests(slide: str, config: RunConfig, info: SlideInfo, weights: Path) -> t
 
 
 def _retype(folder: RunFolder, config: RunConfig, parts_hash: str) -> str:
-    """The command that does what a run would, when the folder holds the same cells and only the clicks are others; else nothing."""
+    """Command that retypes the folder, when it holds the same cells and only the clicks differ; else empty."""
     manifest = folder.read_manifest() or {}
     same = {"stitching": dataclasses.asdict(config.stitching), "typing": dataclasses.asdict(config.typing)}
     if manifest.get("parts_hash") != parts_hash or any(
@@ -258,7 +258,7 @@ def load_bank(path: Path, weights: Path) -> Bank:
 
 
 def resolve(config: RunConfig, model: str, *, maps: bool, clicked: bool, chains: bool = True) -> RunConfig:
-    """The configuration without ``auto`` in what decides the result.
+    """Resolve ``auto`` in every setting that decides the result.
 
     ``--method auto`` is automatic prompts where the model has instance maps: with them they type better on typed data than Chain-of-Prompts as
     the way in (docs/methods.md has the table). Without maps the clicks lead to the cells; without clicks, or with a bank that no chain was run for,
@@ -306,7 +306,7 @@ def _content_hash(path: str | None) -> str:
 
 
 def describe(plan: RunPlan) -> dict[str, Any]:
-    """The manifest's account of what goes in."""
+    """Summary of a run's inputs for the manifest."""
     info, config = plan.info, plan.config
     return {
         "slide": {
@@ -338,7 +338,7 @@ def survey(
     estimate: bool = True,
     config: RunConfig | None = None,
 ) -> dict[str, Any]:
-    """What `wsiseg info` prints: facts of a slide, the scale that its nuclei suggest, its tissue and the tiles of a default run.
+    """Collect what `wsiseg info` prints: metadata, the scale that the nuclei suggest, tissue, and the tiles of a default run.
 
     Parameters
     ----------

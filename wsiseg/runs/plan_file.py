@@ -1,4 +1,4 @@
-"""parts/plan.json and parts/clicks.*: what the end of a run needs beside its parts, so that `merge` needs neither slide nor GPU.
+"""parts/plan.json and parts/clicks.*: what the end of a run needs besides its parts, so that `merge` needs neither slide nor GPU.
 
     plan.json           JSON: slide, resolved settings, names of all blocks with their tiles, digests, length of a descriptor
     clicks.safetensors  the bank, where there are clicks (formats/bank.py): every shard of a run types by the same one
@@ -33,12 +33,12 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What is settled before the first tile is read.
+    """Plan of a run, fixed before the first tile is read.
 
     Attributes
     ----------
     info
-        Of the slide.
+        Metadata of the slide.
     config
         Resolved.
     bank
@@ -46,7 +46,7 @@ class RunPlan:
     tiles
         Number of tiles by name of the block, in order.
     run_hash, parts_hash
-        Of everything that decides the result, and the parts.
+        Hashes of everything that decides the result, and of everything that decides the parts.
     weights
         sha256 of the model's.
     descriptor_size
@@ -54,7 +54,7 @@ class RunPlan:
     tissue_mm2
         Area that is searched, as far as it is known.
     warnings
-        Of the slide and the clicks.
+        Warnings about the slide and the clicks.
     target
         Which file the slide is, links followed (:func:`wsiseg.runtime.paths.target`).
     """
@@ -90,7 +90,7 @@ def write_plan(folder: Path, plan: RunPlan) -> None:
 
 
 def read_plan(folder: Path, run_hash: str | None = None) -> RunPlan | None:
-    """What :func:`write_plan` wrote; ``None`` when nothing of this run (``run_hash``) is there.
+    """Read the files of :func:`write_plan`; ``None`` when there are none of this run (``run_hash``).
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""What came of a run, against what tissue has: a wrong scale or a stain that is not H&E ends in few, tiny or huge cells, never in an error.
+"""Plausibility of a run's cells: a wrong scale or a stain other than H&E ends in few, tiny or huge cells, never in an error.
 
 The limits are from the labelled images of TNBC and NuInsSeG (some 700 fields of 0.01 to 0.02 mm2, 32 kinds of tissue, drawn by hand); the median
 nucleus of a field has 9 to 96 um2 in 98 of 100 of them, and there are 95 to 28 000 nuclei per mm2 (benchmarks/results/scale_from_nuclei.md).
@@ -31,14 +31,14 @@ SMALL_MM2 = 0.1  #: in less tissue than this, a few cells are a low density; a b
 
 
 def implausible(areas_px0: NDArray[np.float64], plan: RunPlan) -> tuple[str, ...]:
-    """Doubts about the cells of a whole run.
+    """List warnings about the cells of a whole run.
 
     Parameters
     ----------
     areas_px0
-        Of the cells (N,), level-0 px squared.
+        Areas of the cells (N,), level-0 px squared.
     sheet
-        Of the run.
+        Plan of the run.
 
     Returns
     -------
@@ -81,7 +81,7 @@ def implausible(areas_px0: NDArray[np.float64], plan: RunPlan) -> tuple[str, ...
 
 
 def _factor(median_um2: float) -> float:
-    """How far the scale is off when the median nucleus has this area, in either direction."""
+    """Factor by which the scale is off when the median nucleus has this area, in either direction."""
     ratio = math.sqrt(NUCLEUS_UM2 / median_um2)
     return max(ratio, 1 / ratio)
 

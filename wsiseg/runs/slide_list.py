@@ -37,7 +37,7 @@ SUMMARY = ("slide", "status", "cells", "tiles", "tiles_failed", "seconds", "fold
 
 @dataclass(frozen=True)
 class Entry:
-    """One slide of a list; what is ``None`` is as for all."""
+    """One slide of a list; ``None`` means the setting of the whole call."""
 
     path: str
     mpp: float | None = None
@@ -46,7 +46,7 @@ class Entry:
 
 
 def read_list(path: Path, *, force_mpp: bool = False) -> list[Entry]:
-    """The slides of a list.
+    """Read a list of slides.
 
     Parameters
     ----------
@@ -125,12 +125,12 @@ def segment_slides(
     on_warning: Callable[[str], None] = lambda _: None,
     stopped: Callable[[], bool] = lambda: False,
 ) -> Iterator[dict[str, Any]]:
-    """Segment slides one after the other; what is complete is passed over, so the same call again repeats only what failed.
+    """Segment slides one after the other; complete ones are skipped, so repeating the call repeats only what failed.
 
     Parameters
     ----------
     entries
-        Of :func:`read_list`.
+        Entries from :func:`read_list`.
     config, out, overwrite, on_warning, stopped
         As for :func:`~wsiseg.runs.slide.segment_slide`.
     shard

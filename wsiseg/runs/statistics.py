@@ -1,4 +1,4 @@
-"""What came of the blocks of a run: counts, failures, seconds, memory; of this process, or of all shards together."""
+"""Statistics of a run's blocks: counts, failures, seconds, memory; of this process, or of all shards together."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _NAMED = 8  #: missing blocks that are named in one sentence
 
 
 class RunStatistics:
-    """Adds up the reports of blocks.
+    """Sums of the reports of blocks.
 
     Parameters
     ----------
@@ -63,16 +63,16 @@ class RunStatistics:
 
     @property
     def tiles(self) -> int:
-        """Of the finished blocks."""
+        """Number in the finished blocks."""
         return sum(c["tiles"] for c in self.blocks.values())
 
     @property
     def outlines(self) -> int:
-        """Of the finished blocks."""
+        """Number in the finished blocks."""
         return sum(c["outlines"] for c in self.blocks.values())
 
     def begin(self, device: torch.device, folder: RunFolder, plan: RunPlan, shard: Shard | None) -> None:
-        """The first block is about to be worked on."""
+        """Record the start, before the first block."""
         self.device, self._run_hash = str(device), plan.run_hash
         facts = {"slide": self.slide, "device": self.device, "folder": str(folder.path)}
         if shard:
@@ -86,7 +86,7 @@ class RunStatistics:
         logger.info("%s: begins", self.slide, extra={"event": "begin", "facts": facts})
 
     def add(self, report: BlockReport) -> None:
-        """One block more."""
+        """Add the report of a block."""
         self._count(report.name, report.counts, report.failures)
         self.clock.add(report.seconds)
         self._resumed += report.resumed
@@ -119,7 +119,7 @@ class RunStatistics:
             self._failures[name] = failures
 
     def interrupted(self, blocks: int | None = None) -> InterruptedRunError:
-        """What to raise when the run was asked to stop; ``blocks`` is how many there are, before they are all done."""
+        """Error to raise when the run was asked to stop; ``blocks`` is the number of blocks while some are unfinished."""
         where = (
             "while its files were written"
             if blocks is None
@@ -135,7 +135,7 @@ class RunStatistics:
         )
 
     def end_shard(self, folder: RunFolder, shard: Shard) -> dict[str, Any]:
-        """The shard's blocks are done: writes what it cost beside the parts, for the merge, and returns it."""
+        """Write the costs of a finished shard beside the parts, for the merge, and return them."""
         record = self._cost() | {
             "status": "shard",
             "shard": str(shard),
@@ -179,7 +179,7 @@ class RunStatistics:
         return missing
 
     def describe_missing(self, folder: RunFolder, missing: list[str], plan: RunPlan, claims: Claims) -> str:
-        """Which blocks are missing, of which shards, who works on them, and which have tiles that could not be read."""
+        """Describe missing blocks: of which shards, who works on them, and which have unreadable tiles."""
         said = []
         absent = [name for name in missing if name not in self.blocks]
         if absent:
@@ -204,7 +204,7 @@ class RunStatistics:
         return "; ".join(said)
 
     def require_current(self, parts: Sequence[Path], parts_hash: str) -> None:
-        """Refuse parts that somebody has changed since they were counted.
+        """Refuse parts that changed since they were counted.
 
         Raises
         ------
@@ -218,7 +218,7 @@ class RunStatistics:
                 )
 
     def account(self, plan: RunPlan) -> dict[str, Any]:
-        """The manifest's account of what came of the blocks and what it cost."""
+        """Summary of the blocks and their cost for the manifest."""
         absent = {name: tiles for name, tiles in plan.tiles.items() if name not in self.blocks}
         failures = [
             *self._failure_sentences(),
@@ -267,7 +267,7 @@ def _record(folder: RunFolder, shard: Shard) -> Path:
 
 
 def _read_record(path: Path, run_hash: str) -> dict[str, Any]:
-    """What a shard of this run has left; of another run, nothing."""
+    """Read the record of a shard of this run; nothing for another run."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""Who works on which part, among processes that share nothing but a folder: job-array tasks on several nodes, one command started twice.
+"""Claims on parts among processes that share only a folder: job-array tasks on several nodes, one command started twice.
 
 ::
 
@@ -41,7 +41,7 @@ _MAX_BYTES = 4096  # more is no claim
 
 
 class _State(NamedTuple):
-    """What an observer compares: any change is a sign of life."""
+    """State of a claim file as an observer compares it: any change is a sign of life."""
 
     content: bytes
     mtime_ns: int
@@ -49,7 +49,7 @@ class _State(NamedTuple):
 
 @dataclass(frozen=True)
 class _Owner:
-    """Who wrote a claim."""
+    """Owner of a claim."""
 
     host: str
     pid: int
@@ -99,14 +99,14 @@ class Claims:
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> Self:
-        """Begin to renew."""
+        """Start renewing."""
         self._stop.clear()
         self._thread = threading.Thread(target=self._run, name="wsiseg-claims", daemon=True)
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Release all claims; what cannot be removed now is dead when this process is."""
+        """Release all claims; one that cannot be removed now counts as dead when this process ends."""
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
@@ -119,7 +119,7 @@ class Claims:
         Parameters
         ----------
         name
-            Of the part; ``<name>.claim`` is a file name.
+            Name of the part; ``<name>.claim`` is a file name.
 
         Returns
         -------
@@ -144,7 +144,7 @@ class Claims:
         return won
 
     def release(self, name: str) -> None:
-        """Give a name back. A claim that another process took over stays, and so does one that the file system keeps; neither is an error."""
+        """Release a name. A claim that another process took over stays, and so does one that the file system keeps; neither is an error."""
         with self._lock:
             held = self._held.pop(name, None)
         if held is None:
@@ -157,7 +157,7 @@ class Claims:
                 self.lost.add(name)
 
     def holder(self, name: str) -> str | None:
-        """Who has a name, dead or alive, this process included, as in ``node7, process 4711``; ``None`` when nobody has."""
+        """Holder of a name, dead or alive, this process included, as in ``node7, process 4711``; ``None`` when there is none."""
         path = self._path(name)
         with translate_os_errors(path):
             state = self._look(path)
@@ -167,7 +167,7 @@ class Claims:
         return f"{owner.host}, process {owner.pid}"
 
     def busy(self, names: Iterable[str]) -> list[str]:
-        """Which of the names another process that may be alive has, in their order; an owner is watched from the first call that meets it."""
+        """Names held by another process that may be alive, in their order; an owner is observed from the first call that finds it."""
         with translate_os_errors(self.folder):
             try:
                 there = set(os.listdir(self.folder))  # noqa: PTH208 -- names are all that is needed of thousands
@@ -206,7 +206,7 @@ class Claims:
         return False
 
     def _take_over(self, path: Path, dead: _State, owner: _Owner) -> bool:
-        """Put our claim in the place of a dead one.
+        """Replace a dead claim by ours.
 
         The next claim is made beside it, which only one process can do, and renamed over it if it still is what was seen dead. So the place is
         never free for a third, and an observer that was itself suspended here finds its file gone, or renames the next one's for it. An owner
@@ -264,16 +264,16 @@ class Claims:
         return os.open(path, flags, 0o666)
 
     def _content(self, owner: _Owner) -> bytes:
-        """Of the same length with every beat: rewriting it in place needs no room on the disk and is never half a claim."""
+        """Content of a claim, of the same length at every heartbeat: rewriting it in place needs no disk space and is never half a claim."""
         return json.dumps({**dataclasses.asdict(owner), "beat": f"{self._heartbeats:010d}"}).encode() + b"\n"
 
     def _is_alive(self, path: Path) -> bool:
-        """Whether there is a claim whose owner may be alive."""
+        """Tell whether there is a claim whose owner may be alive."""
         state = self._look(path)
         return state is not None and not self._is_dead(path, state)
 
     def _is_dead(self, path: Path, state: _State | None) -> bool:
-        """Whether the owner of what was found at ``path`` is dead; the first look at a state begins the observation."""
+        """Tell whether the owner of the claim at ``path`` is dead; the first look at a state starts the observation."""
         if state is None:
             return False
         owner = _owner(state)
@@ -287,7 +287,7 @@ class Claims:
         return now - since >= self._dead_after_s
 
     def _clock(self) -> float:
-        """Seconds in which this process was awake: no step, between beats or looks, counts for more than two beats."""
+        """Seconds in which this process was awake: no step between heartbeats or looks counts for more than two heartbeats."""
         with self._lock:
             now = time.monotonic()
             self._awake_s += min(now - self._last, 2 * self._heartbeat_s)
@@ -296,7 +296,7 @@ class Claims:
 
     @staticmethod
     def _look(path: Path) -> _State | None:
-        """What is at ``path``; ``None``: nothing. Opened each time: network file systems ask the server then."""
+        """State of the file at ``path``; ``None``: there is none. Opened each time, so that network file systems ask the server."""
         try:
             try:
                 with path.open("rb", buffering=0) as file:
@@ -347,7 +347,7 @@ class Claims:
 
 
 def _owner(state: _State | None) -> _Owner | None:
-    """Who wrote a claim; ``None`` when it is damaged, as by a process killed between creating and writing it."""
+    """Read the owner of a claim; ``None`` when it is damaged, as by a process killed between creating and writing it."""
     try:
         found: Any = json.loads(state.content) if state else None
     except (ValueError, RecursionError):

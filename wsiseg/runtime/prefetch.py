@@ -1,4 +1,4 @@
-"""Stages that overlap, with little between them: the one way in which threads are used here."""
+"""Overlapping stages with bounded queues: the one way in which threads are used here."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Result = TypeVar("Result")
 def prefetch_map(
     function: Callable[[Item], Result], items: Iterable[Item], *, threads: int = 1, limit: int = 2
 ) -> Generator[Result, None, None]:
-    """``map(function, items)``, worked on ahead of who asks.
+    """``map(function, items)``, computed ahead of the consumer.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""``--shard K/N``: which of N equal processes does what, without any of them knowing of the others."""
+"""``--shard K/N``: division of the work among N equal processes that do not communicate."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def read_shard(text: str, environment: Mapping[str, str]) -> Shard:
     Parameters
     ----------
     text
-        Of ``--shard``.
+        Value of ``--shard``.
     environment
         Where SLURM's variables are.
 

@@ -255,7 +255,7 @@ def _printable(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) ->
 
 
 def _shortened(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float) -> str:
-    """As much of the beginning as fits, with ``...`` where something is left out."""
+    """Beginning of a text, as much as fits, with ``...`` where it is cut."""
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(f"{text}...") > width:

@@ -19,7 +19,7 @@ _LOOK_MPP = 0.5  #: the thinnest nucleus is 4 px wide
 
 
 def clicks_on_glass(reader: SlideReader, seeds: Seeds, config: RunConfig) -> tuple[str, ...]:
-    """Which clicks a run would refuse because nothing is there.
+    """List the clicks that a run would refuse because there is no tissue.
 
     Parameters
     ----------

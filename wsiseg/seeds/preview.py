@@ -1,4 +1,4 @@
-"""What each click of a seeds file hits, as one picture: a bad click is seen before hours are spent."""
+"""Preview of the cells that the clicks of a seeds file hit, as one picture: a bad click is seen before a long run."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ MAX_PANELS = 640  #: on one sheet; the bad clicks first
 
 @dataclass(frozen=True)
 class PreviewSummary:
-    """What was drawn.
+    """Summary of a preview.
 
     Attributes
     ----------
@@ -59,7 +59,7 @@ class PreviewSummary:
 
 @dataclass(frozen=True)
 class _Click:
-    """A click and what came of it: a cell, a fault, or both."""
+    """A click and its result: a cell, a fault, or both."""
 
     kind: int
     number: int
@@ -157,7 +157,7 @@ def _looked_at(click: _Click, reader: SlideReader, model: PromptableModel, confi
 
 
 def _marked(clicks: list[_Click]) -> tuple[list[_Click], tuple[str, ...]]:
-    """The clicks with every fault, and what a run would say, in its order: no cell, two types on one cell, no cell under a negative click."""
+    """Mark the clicks with their faults, and list the messages of a run in its order: no cell, two types on one cell, no cell under a negative click."""
     marked = list(clicks)
     found = [(k, c.cell.polygons[0]) for k, c in enumerate(clicks) if c.cell is not None and not c.negative]
     shared = on_one_cell(

@@ -50,7 +50,7 @@ def decode(
     Yields
     ------
     WindowMasks
-        Of the points whose predicted IoU x stability reaches ``config.min_score``, in order; those that a model has to be asked for again,
+        Masks of the points whose predicted IoU x stability reaches ``config.min_score``, in order; those that a model has to decode again,
         because they reach the border of their window, come last, from left to right, and of equal points once.
     """
     cut: list[NDArray[np.float32]] = []
@@ -72,7 +72,7 @@ def decode(
 
 
 def reaches_border(masks: WindowMasks) -> Tensor:
-    """Which masks touch the border of their window -> bool (N,)."""
+    """Find masks that touch the border of their window -> bool (N,)."""
     inside = masks.logits > 0
     touches: Tensor = inside[:, :, 0].any(1) | inside[:, :, -1].any(1) | inside[:, 0].any(1) | inside[:, -1].any(1)
     return touches

@@ -1,4 +1,4 @@
-"""Microns per pixel from the nuclei themselves.
+"""Estimate of microns per pixel from the nuclei.
 
 A few windows of tissue are shown to the packaged network at a ladder of assumed scales. Near the right one it finds nuclei, and their median
 diameter says by how much the assumption is off: the diameter that it sees grows with the assumed scale, that of nuclei is known.
@@ -61,7 +61,7 @@ RICH = 0.3  #: squares with this share of the richest one's are candidates: the 
 
 @dataclass(frozen=True)
 class Rung:
-    """What the network found at one assumed scale, in all windows.
+    """Nuclei that the network found at one assumed scale, in all windows.
 
     Attributes
     ----------
@@ -147,7 +147,7 @@ def _look(windows: Sequence[NDArray[np.uint8]], mpp: float, model: PromptableMod
 
 
 def judge(rungs: Sequence[Rung]) -> ScaleEstimate | None:
-    """The scale from what was found on the ladder; ``None`` when that is too little, or beyond the ladder.
+    """Choose the scale from the nuclei found on the ladder; ``None`` when they are too few, or beyond it.
 
     Each rung has its own estimate, the assumed scale times usual over seen diameter. They are averaged (median), weighted by how much was found
     there (times the median area, since a window holds fewer nuclei the coarser it is taken to be), and by how close to the usual its size is: far
@@ -217,7 +217,7 @@ def require_scale(reader: SlideReader) -> None:
 
 
 def contradiction(mpp: float, estimate: ScaleEstimate) -> tuple[str, ...]:
-    """A sentence when the stated scale cannot be that of the nuclei; else nothing."""
+    """Warning when the stated scale contradicts the nuclei; else empty."""
     factor = max(mpp / estimate.mpp, estimate.mpp / mpp)
     if factor < CONTRADICTION:
         return ()

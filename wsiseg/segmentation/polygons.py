@@ -32,7 +32,7 @@ def trace(masks: WindowMasks, outer: Box, lattice: Lattice, config: MaskConfig) 
     Parameters
     ----------
     masks
-        Of one tile, on the CPU.
+        Masks of one tile, on the CPU.
     outer
         The tile's outer box, model px of the slide.
     lattice
@@ -97,7 +97,7 @@ def _outlines(
 
 
 def _at_border(xy: NDArray[np.float64], count: NDArray[np.intp], shape: tuple[int, ...]) -> NDArray[np.bool_]:
-    """Which outlines (n,) of windows of ``shape`` cells run along the window's border, beyond the middle of the last cell."""
+    """Find outlines (n,) of windows of ``shape`` grid pixels that run along the window's border, beyond the centre of the last pixel."""
     if not len(count):
         return np.empty(0, bool)
     first = np.cumsum(count) - count

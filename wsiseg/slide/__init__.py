@@ -141,7 +141,7 @@ def first_that_decodes(address: str, mpp: float | None, names: list[str], *, hid
     address, mpp
         As for `open_slide`.
     names
-        Of `READERS`, in the order to try.
+        Names in `READERS`, in the order to try.
     hidden_damage
         Whether to leave out a reader that would hide damage in this file.
 
@@ -181,7 +181,7 @@ def first_that_decodes(address: str, mpp: float | None, names: list[str], *, hid
 
 
 def _decodes(slide: SlideReader) -> bool:
-    """Whether the first tile of the slide can be decoded."""
+    """Tell whether the first tile of the slide can be decoded."""
     from wsiseg.geometry import Box
 
     try:
@@ -197,7 +197,7 @@ def _load(name: str) -> Callable[[str, float | None], SlideReader]:
 
 
 def _hides_damage(path: str) -> bool:
-    """Whether OpenSlide would fill damaged tiles of this generic TIFF in silence: libtiff repeats grey after a deflate error."""
+    """Tell whether OpenSlide would silently fill damaged tiles of this generic TIFF: libtiff repeats grey after a deflate error."""
     import tifffile
 
     try:
@@ -208,7 +208,7 @@ def _hides_damage(path: str) -> bool:
 
 
 def _checked_file(address: str) -> Path:
-    """The path of a readable file; anything else is refused, before a reader turns it into a riddle."""
+    """Check that a path is a readable file, before a reader fails on it with an obscure error."""
     if not address.strip():
         raise SlideError("the path of the slide is empty; give a file")
     require_text(address, SlideError)
@@ -230,7 +230,7 @@ def _checked_file(address: str) -> Path:
 
 
 def _guess(address: str, remote: bool) -> str:
-    """What a file that no reader opens may be, in words."""
+    """Describe what a file that no reader opens may be."""
     if remote:
         return "no reader can open this address"
     with Path(address).open("rb") as file:

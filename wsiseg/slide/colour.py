@@ -1,4 +1,4 @@
-"""The way of any pixel type and colour model to 8-bit RGB, the same for every box of a slide."""
+"""Conversion of any pixel type and colour model to 8-bit RGB, the same for every box of a slide."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FULL_RANGE = (0.0, 255.0, 128.0, 255.0, 128.0, 255.0)  # and ReferenceBlackWhite
 
 @dataclass(frozen=True, kw_only=True)
 class Colours:
-    """What the samples of a pixel mean, as a file states it.
+    """Meaning of the samples of a pixel, as stated by a file.
 
     Attributes
     ----------
@@ -160,7 +160,7 @@ NAMES = {"palette": "palette", "cmyk": "CMYK", "ycbcr": "YCbCr", "lab": "L*a*b*"
 
 
 def _scale(values: NDArray[Any], bits: int | None) -> tuple[float, float, str]:
-    """Values that become 0 and 255, and a sentence about it where they are not 0 and 255."""
+    """Values that map to 0 and 255, and a warning where they are not 0 and 255."""
     kind = values.dtype
     if kind.kind == "b":
         return 0.0, 1.0, "a binary image, shown as black and white"
@@ -181,7 +181,7 @@ def _scale(values: NDArray[Any], bits: int | None) -> tuple[float, float, str]:
 
 
 def _opacity_scale(sample: NDArray[Any], colours: Colours) -> tuple[float | None, list[str]]:
-    """Value of the opacity that is opaque, ``None`` when there is none to be used; and a sentence about it."""
+    """Value of full opacity, ``None`` when there is none to be used; and a warning about it."""
     if colours.opacity_at is None:
         return None, []
     opacity = sample[..., colours.opacity_at]
@@ -213,14 +213,14 @@ def _shown(channels: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def _from_cmyk(pixels: NDArray[np.uint8], _: Colours) -> NDArray[np.uint8]:
-    """Ink on white paper, without a profile."""
+    """Convert CMYK as ink on white paper, without a profile."""
     ink, black = pixels[..., :3].astype(np.uint16), pixels[..., 3:4].astype(np.uint16)
     rgb: NDArray[np.uint8] = (((255 - ink) * (255 - black) + 127) // 255).astype(np.uint8)
     return rgb
 
 
 def _from_ycbcr(pixels: NDArray[np.uint8], colours: Colours) -> NDArray[np.uint8]:
-    """TIFF 6.0, section 21."""
+    """Convert YCbCr as in TIFF 6.0, section 21."""
     red, green, blue = colours.luma
     black_y, white_y, black_b, white_b, black_r, white_r = colours.reference
     y, cb, cr = np.moveaxis(pixels[..., :3].astype(np.float32), 2, 0)
@@ -234,7 +234,7 @@ def _from_ycbcr(pixels: NDArray[np.uint8], colours: Colours) -> NDArray[np.uint8
 
 
 def _from_lab(pixels: NDArray[np.uint8], _: Colours) -> NDArray[np.uint8]:
-    """CIE L*a*b* as TIFF has it (a* and b* as signed bytes), through Pillow's colour management."""
+    """Convert CIE L*a*b* as in TIFF (a* and b* as signed bytes), through Pillow's colour management."""
     from PIL import Image
 
     height, width = pixels.shape[:2]

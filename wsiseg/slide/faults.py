@@ -1,4 +1,4 @@
-"""What is said when pixels cannot be read: whether the file is damaged, and if it is not, which reader can read it."""
+"""Errors of unreadable pixels: whether the file is damaged, and if not, which reader can read it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def unreadable(info: SlideInfo, level: int, box: Box, error: BaseException) -> S
     Parameters
     ----------
     info
-        Of the slide as its reader opened it.
+        Metadata of the slide as its reader opened it.
     level, box
         What was asked for.
     error

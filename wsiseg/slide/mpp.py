@@ -1,4 +1,4 @@
-"""Microns per pixel: where slides say it, whether to believe it.
+"""Microns per pixel: where slides state it, and whether to trust it.
 
 A wrong scale ruins a run in silence, so everything doubtful becomes a sentence, and `require_cellular` an error.
 """
@@ -85,7 +85,7 @@ def microns_per(unit: str) -> float | None:
 
 
 def from_ome_xml(text: str | None, size_px0: tuple[int, int]) -> PixelSize | None:
-    """PhysicalSizeX/Y of the OME image whose SizeX, SizeY are ``size_px0``; ``None`` when there is none, or its unit is no length."""
+    """PhysicalSizeX/Y of the OME image whose SizeX, SizeY are ``size_px0``; ``None`` when there is none, or its unit is not a length."""
     if not text or "<OME" not in text:
         return None
     try:
@@ -196,7 +196,7 @@ def require_cellular(info: SlideInfo) -> None:
     Parameters
     ----------
     info
-        Of an open slide. A scale that the user gave by ``--mpp`` is believed: it only warns.
+        Metadata of an open slide. A scale given by ``--mpp`` is trusted: it only warns.
 
     Raises
     ------

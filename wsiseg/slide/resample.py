@@ -1,4 +1,4 @@
-"""Levels of the pyramid to model pixels, on one exact grid.
+"""Resampling of pyramid levels to model pixels, on one exact grid.
 
 Pixel i of a level with downsample d covers level-0 [i*d, (i+1)*d); model px i covers [i*scale, (i+1)*scale). The value of a model px
 depends on the slide only, not on the box it was read in: boxes of neighbouring tiles agree where they overlap, but for the rounding of

@@ -1,4 +1,4 @@
-"""Pixels of any TIFF, tile by tile: what its pages store, and the way of that to RGB.
+"""Pixels of any TIFF, tile by tile, and their conversion to RGB.
 
 A level is one page; or one page per channel, where channels are pages of their own; or one page with a plane per sample (planar
 configuration 2). Of a stack (z, time) the first plane is used, with a warning. The orientation tag is never applied: OpenSlide, QuPath and
@@ -146,7 +146,7 @@ class TiffPixels:
         return encoded
 
     def _sample(self, page: Any) -> NDArray[Any]:  # noqa: ANN401
-        """Pixels that stand for the whole slide, (1, n, samples); a single one where nothing hangs on their values."""
+        """Sample of pixels of the whole slide, (1, n, samples); a single one where their values do not matter."""
         level = self._levels[-1]
         samples = level.planes * len(level.pages) if level.planes * len(level.pages) > 1 else int(page.samplesperpixel)
         if page.dtype == np.uint8 and not page.extrasamples:
@@ -166,7 +166,7 @@ class TiffPixels:
                 yield raw
 
     def _cut_short(self) -> tuple[str, ...]:
-        """A sentence when tiles lie beyond the end of the file."""
+        """Warning when tiles lie beyond the end of the file."""
         missing = sum(
             int((offsets + lengths > self._file.size).sum())
             for level in self._levels
@@ -295,7 +295,7 @@ def _require_decoder(page: Any) -> None:  # noqa: ANN401
 
 
 def _colours_of(page: Any, channels: int) -> Colours:  # noqa: ANN401
-    """What the samples of a page mean; ``channels``: pages that make up a pixel."""
+    """Meaning of the samples of a page; ``channels``: pages that make up a pixel."""
     kind, extras = int(page.photometric), [int(extra) for extra in page.extrasamples]
     name = getattr(page.photometric, "name", str(kind))
     samples = int(page.samplesperpixel)
@@ -369,7 +369,7 @@ def _orientation_note(page: Any) -> tuple[str, ...]:  # noqa: ANN401
 
 
 def misread_by_openslide(path: str, vendor: str) -> str | None:
-    """Why OpenSlide would return wrong pixels of a TIFF that it opens, in words; ``None`` when it would not, or the file is not a TIFF.
+    """Reason why OpenSlide would return wrong pixels of a TIFF that it opens; ``None`` when it would not, or the file is not a TIFF.
 
     OpenSlide decodes generic TIFFs with libtiff's RGBA interface: that divides deep samples by 257 whatever they hold, shows signed ones and
     floats wrong or not at all, ignores the difference between opacity and other extra samples, mirrors each tile by the orientation tag in

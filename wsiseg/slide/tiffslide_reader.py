@@ -129,7 +129,7 @@ def open_tiffslide(path: str, mpp: float | None) -> TiffSlideReader:
 
 
 def _source(path: str) -> str | OpenFile:
-    """What TiffSlide is given: it takes ``::`` in the name of a local file for a chain of file systems."""
+    """Source for TiffSlide, which mistakes ``::`` in the name of a local file for a chain of file systems."""
     return OpenFile(LocalFileSystem(), path) if "::" in path and "://" not in path else path
 
 

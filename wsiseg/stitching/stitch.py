@@ -1,4 +1,4 @@
-"""Outlines of all tiles -> cells: overlaps are settled once, for the whole slide, in an order that does not depend on the tiling.
+"""Outlines of all tiles -> cells: overlaps are resolved once, for the whole slide, in an order that does not depend on the tiling.
 
 Every tile hands over the outlines whose prompt lies in its core, each exactly once. Here they are ranked from the best score down (ties: by
 prompt position, a total order); an outline goes when too much of it is already claimed, when it lies in a better one or round it, or when
@@ -44,7 +44,7 @@ _ROUNDS = 50  #: of deciding many outlines at once; what depends on a longer cha
 
 @dataclass(frozen=True)
 class StitchCounts:
-    """What became of the outlines: ``kept + overlapped + clusters + slivers = outlines``."""
+    """Counts of the outlines: ``kept + overlapped + clusters + slivers = outlines``."""
 
     outlines: int
     kept: int
@@ -68,7 +68,7 @@ class Pairs:
     exact: NDArray[np.bool_]
 
     def take(self, chosen: NDArray[np.bool_] | NDArray[np.intp] | slice) -> Pairs:
-        """The chosen ones, in order."""
+        """Select the chosen pairs, in order."""
         return Pairs(self.low[chosen], self.high[chosen], self.shared[chosen], self.exact[chosen])
 
     @staticmethod
@@ -88,7 +88,7 @@ class StitchedCells:
     Attributes
     ----------
     outlines
-        Of all tiles.
+        Outlines of all tiles.
     rows
         Row of each cell among them.
     bounds
@@ -111,7 +111,7 @@ class StitchedCells:
 
     @property
     def descriptor_size(self) -> int:
-        """D."""
+        """Size of a descriptor."""
         return self.outlines.descriptor_size
 
     @property
@@ -164,7 +164,7 @@ def stitch(
     descriptor_size: int,
     cache_bytes: int = CACHE_BYTES,
 ) -> tuple[StitchedCells, StitchCounts]:
-    """Settle overlaps.
+    """Resolve overlaps.
 
     Parameters
     ----------
@@ -179,7 +179,7 @@ def stitch(
     descriptor_size
         D.
     cache_bytes
-        Of :class:`~wsiseg.stitching.outline_store.Outlines`.
+        Cache of the :class:`~wsiseg.stitching.outline_store.OutlineStore`.
 
     Returns
     -------
@@ -280,7 +280,7 @@ def _measured(
     right: NDArray[np.intp],
     config: StitchingConfig,
 ) -> Pairs:
-    """Those that touch, of pairs whose boxes do; what the boxes share stands in for the area."""
+    """Keep the pairs that touch, of those whose boxes do; the overlap of the boxes bounds the shared area."""
     rank, box, area = _rank(numbers), numbers.bounds, numbers.areas
     worse = rank[left] > rank[right]
     low, high = np.where(worse, left, right), np.where(worse, right, left)
@@ -303,7 +303,7 @@ def _decides(
 
 
 def _refine_areas(outlines: OutlineStore, pairs: Pairs, config: StitchingConfig) -> Pairs:
-    """Exact areas where the upper bounds leave something open: too much claimed, one in the other, or a cluster."""
+    """Compute exact areas where the upper bounds do not decide: too much claimed, one in the other, or a cluster."""
     numbers = outlines.numbers
     area, low, high = numbers.areas, pairs.low, pairs.high
     smaller = np.minimum(area[low], area[high])
@@ -329,7 +329,7 @@ def _refine_areas(outlines: OutlineStore, pairs: Pairs, config: StitchingConfig)
 
 
 def resolve_overlaps(area: NDArray[np.float64], pairs: Pairs, config: StitchingConfig) -> tuple[NDArray[np.bool_], int]:
-    """Which rows stay, and how many were clusters.
+    """Choose the rows to keep, and count the clusters.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Work through blocks: here, in processes of this machine, or in those of a cluster. The only package that knows Dask.
+"""Execution of blocks: in this process, in processes of this machine, or on a cluster. The only package that knows Dask.
 
 ``work(tools, blocks, stopped)`` yields a small summary per block; ``setup(number)`` builds the tools (slide, model) once per worker. Plans go out
 and counts come back: no pixel, mask or polygon passes the scheduler. A worker that dies is replaced and its blocks are given out again.

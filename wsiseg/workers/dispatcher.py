@@ -1,4 +1,4 @@
-"""Giving blocks out to a pool of workers and taking summaries back."""
+"""Distribution of blocks to a pool of workers, and collection of their summaries."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ FETCH_S = 5.0  #: a result is some counts; when it takes longer, the worker that
 
 
 class WorkerTraceback(Exception):  # noqa: N818 - as in concurrent.futures: the cause of an error, whose text is the traceback
-    """Where in the worker an exception was raised."""
+    """Traceback of an exception in a worker."""
 
 
 class Dispatcher:
-    """One run's blocks, given out to a pool."""
+    """Dispatcher of one run's blocks to a pool."""
 
     def __init__(self, pool: Pool, work: Callable[..., Iterator[Any]], setup: Callable[[int], Any]) -> None:
         self._pool = pool
@@ -49,7 +49,7 @@ class Dispatcher:
     def summaries(
         self, blocks: Sequence[Any], weight: Callable[[Any], int] | None, stopped: Callable[[], bool]
     ) -> Iterator[Any]:
-        """Of every block, as tasks are done; of those in hand only, once ``stopped`` is true."""
+        """Yield the summary of every block as tasks finish; once ``stopped`` is true, only of those in progress."""
         waiting: deque[list[Any]] | None = None
         stopping, next_end = False, 0.0
         try:

@@ -1,4 +1,4 @@
-"""The client's view of the workers: who is there, who cannot work, and whom to ask for."""
+"""Monitoring of the workers from the client: those present, those that cannot work, those to request."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _SAME = "use the same environment everywhere"
 
 @dataclass(frozen=True)
 class Pool:
-    """Where workers are.
+    """A pool of workers.
 
     Attributes
     ----------
@@ -53,7 +53,7 @@ class Pool:
     replace_lost_workers: Callable[[], object] | None = None
 
     def ask(self, question: Callable[..., Any], *arguments: Any, **options: Any) -> Any:  # noqa: ANN401
-        """A method of the client, or a RunError that the scheduler is gone."""
+        """Call a method of the client; raise RunError when the scheduler is gone."""
         try:
             return question(*arguments, **options)
         except (OSError, CancelledError, AttributeError) as error:  # the last: the client has closed itself
@@ -67,7 +67,7 @@ class Pool:
 
 
 class WorkerMonitor:
-    """The workers that are there now.
+    """Monitor of the workers that are present.
 
     Attributes
     ----------
@@ -83,7 +83,7 @@ class WorkerMonitor:
         self._next_warning = self._next_replacement = self._last_seen + WARN_S
 
     def look(self) -> None:
-        """See who is there, when it is time to.
+        """Update the list of workers when it is due.
 
         Raises
         ------
@@ -113,7 +113,7 @@ class WorkerMonitor:
             self._pool.replace_lost_workers()
 
     def check(self) -> None:
-        """Find out who cannot work.
+        """Find workers that cannot work.
 
         Raises
         ------
@@ -129,7 +129,7 @@ class WorkerMonitor:
         return workers
 
     def _count(self, hosts: Mapping[str, str]) -> None:
-        """Newcomers get the lowest number that is free on their machine."""
+        """Number new workers with the lowest number free on their machine."""
         if len(hosts) != len(self.numbers):
             logger.info("%s: %d workers", self._pool.name, len(hosts))
         self.numbers = {name: number for name, number in self.numbers.items() if name in hosts}

@@ -53,7 +53,7 @@ COLUMNS = ("x", "y", "class", "name", "color")  #: of the table of points
 
 @dataclass
 class QuPathClicks:
-    """Gathers the points of one or more QuPath exports by class."""
+    """Points of one or more QuPath exports, gathered by class."""
 
     source: str
     points: dict[str, list[Point]] = field(default_factory=dict)
@@ -106,7 +106,7 @@ class QuPathClicks:
             self.colors[name] = color
 
     def seeds(self) -> QuPathSeeds:
-        """Everything gathered, checked."""
+        """Check the gathered points and return them as seeds."""
         remedy = (
             "in QuPath select the points, choose a class in the Annotations tab, press 'Set selected', and export again"
         )
@@ -208,14 +208,14 @@ def _features(seeds: Seeds) -> list[dict[str, Any]]:
 
 
 def is_geojson(document: object) -> bool:
-    """Whether a JSON document is QuPath's rather than a seeds.json."""
+    """Tell whether a JSON document is QuPath's rather than a seeds.json."""
     if isinstance(document, dict):
         return "features" in document or str(document.get("type")) in QUPATH_TYPES
     return isinstance(document, list)
 
 
 def is_table(text: str) -> bool:
-    """Whether a text is a table of points, as the .tsv of QuPath's points dialog."""
+    """Tell whether a text is a table of points, as the .tsv of QuPath's points dialog."""
     return text.lstrip()[0] not in "{[" and {"x", "y"} <= set(columns_of(text, COLUMNS))
 
 

@@ -1,4 +1,4 @@
-"""What QuPath (0.4 to 0.7) refuses, or loses in silence, when it imports GeoJSON objects: the rules, as a validator.
+"""Validator of GeoJSON for QuPath (0.4 to 0.7): the rules of what its import refuses or silently drops.
 
 One bad Feature aborts the whole import, with a message that names neither the Feature nor the reason, and a broken entry of a zip
 disappears without any message. Each rule below was measured with QuPath's own reader; the places are given as in
@@ -40,11 +40,11 @@ MAX_PROBLEMS = 100
 
 
 class _Rule(Exception):  # noqa: N818 - not an error of the program: one broken rule of the file being looked at
-    """What is wrong with one member."""
+    """A broken rule: what is wrong with one member."""
 
 
 def validate_geojson(path: Path) -> list[str]:
-    """What would stop QuPath from importing the file, or make it lose something in silence.
+    """List what would stop QuPath from importing the file, or make it silently drop something.
 
     Parameters
     ----------
@@ -133,7 +133,7 @@ def _top_problems(members: dict[str, Any], seen: set[str]) -> Iterator[str]:
 
 
 class _Scanner:
-    """Walks through a JSON text value by value."""
+    """Reader of a JSON text, value by value."""
 
     def __init__(self, text: str) -> None:
         self.text, self.at = text, 0
@@ -146,13 +146,13 @@ class _Scanner:
         return self.text[self.at : self.at + 1]
 
     def next_token(self) -> str:
-        """The next character, passed over."""
+        """Consume the next character."""
         token = self.peek()
         self.at += 1
         return token
 
     def value(self) -> Any:  # noqa: ANN401
-        """The next value, whole."""
+        """Read the next value."""
         self.peek()
         value, self.at = self.decoder.raw_decode(self.text, self.at)
         return value

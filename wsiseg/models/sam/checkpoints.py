@@ -1,4 +1,4 @@
-"""Checkpoints of the SAM family: which file is what, and what is in it. Nothing is run from a file.
+"""Checkpoints of the SAM family: recognising a file and reading its tensors. Nothing is run from a file.
 
 Forms that are read [1]_, by content whatever the name::
 
@@ -57,7 +57,7 @@ class Checkpoint:
     sam
         ``image_encoder.*``, ``prompt_encoder.*``, ``mask_decoder.*``.
     decoder
-        Of the instance decoder, without its copy of the encoder; empty when there is none.
+        Tensors of the instance decoder, without its copy of the encoder; empty when there is none.
     notes
         What was left out, one sentence each.
     """
@@ -145,7 +145,7 @@ def recognise(sam: Mapping[str, Tensor]) -> Architecture:
     Parameters
     ----------
     sam
-        Of a `Checkpoint`.
+        Tensors of a `Checkpoint`.
 
     Returns
     -------
@@ -193,7 +193,7 @@ def _shape(sam: Mapping[str, Tensor], key: str, ndim: int) -> tuple[int, ...]:
 
 
 def _read(path: Path) -> tuple[dict[str, Any], list[str]]:
-    """The dict in a file of any known kind, and notes on what was passed over."""
+    """Read the dict in a file of any known kind, and notes on what was skipped."""
     notes: list[str] = []
     try:
         kind = _kind(path)
@@ -294,7 +294,7 @@ def _states(content: Mapping[Any, Any], place: str = "", depth: int = _DEPTH) ->
 
 
 def _prefixes(tensors: Mapping[str, Tensor], ending: str) -> list[str]:
-    """What stands before ``ending`` in names, ``""`` or with a point at its end; the shortest first."""
+    """Prefixes before ``ending`` in names, empty or ending in a dot; the shortest first."""
     before = {key.removesuffix(ending) for key in tensors if key.endswith(ending)}
     whole = [prefix for prefix in before if not prefix or prefix.endswith(".")]
     return sorted(whole, key=lambda prefix: ("ema" in prefix.lower(), len(prefix), prefix))
@@ -355,7 +355,7 @@ def _decoder_of(states: list[_State], model: _State) -> tuple[dict[str, Tensor],
 def _note_rest(
     content: dict[str, Any], state: _State, holder: _State | None, skipped: list[str], path: Path, notes: list[str]
 ) -> None:
-    """Say what was left out: around the mappings that were taken, in them, and of tensors beside the model's."""
+    """Note what was left out: around the mappings that were used, in them, and beside the model's tensors."""
     within = {state.place, holder.place if holder else state.place}
     taken = within - {""}
     around = {part for place in taken for part in _parents(place)}
@@ -395,7 +395,7 @@ def _is_adapter(key: str) -> bool:
 
 
 def _without_common_prefix(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Parts of a name that every name begins with are removed; so are the constants of the input."""
+    """Remove the common prefix of all names, and the constants of the input."""
     while True:
         tensors = {key: value for key, value in tensors.items() if key not in _STATISTICS}
         firsts = (
@@ -414,7 +414,7 @@ def _without_encoder(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Te
 
 
 def _decoder(content: dict[str, Any], path: Path) -> dict[str, Tensor]:
-    """Of a file that was given as a decoder."""
+    """Read the instance decoder from a file given as one."""
     states = _states(content)
     found = _decoder_of(states, states[0])[0] if states else {}
     if _is_decoder(found):
@@ -437,7 +437,7 @@ def _is_decoder(keys: Mapping[str, Tensor]) -> bool:
 
 
 def _require_sam(sam: dict[str, Tensor], path: Path) -> None:
-    """What is not a whole SAM with a plain ViT is named for what it is."""
+    """Refuse what is not a complete SAM with a plain ViT, naming what it is instead."""
     supported = "pass a SAM checkpoint with a ViT-B, ViT-L or ViT-H encoder"
     if any(_is_adapter(key) for key in sam):
         if _PATCHES not in sam:

@@ -111,7 +111,7 @@ def _biased(q: Tensor, k: Tensor, v: Tensor, attention: Any, size: tuple[int, in
 
 
 def _longer(q: Tensor, k: Tensor, v: Tensor, to_rows: Tensor, to_columns: Tensor) -> Tensor:
-    """For accelerators: q', k' through a fused kernel. All (., S, d)."""
+    """Attend on accelerators: q', k' through a fused kernel. All (., S, d)."""
     tokens, d = q.shape[1:]
     height, width = to_rows.shape[2], to_columns.shape[2]
     fill = -(d + height + width) % 8  # fused kernels want multiples of 8
@@ -123,7 +123,7 @@ def _longer(q: Tensor, k: Tensor, v: Tensor, to_rows: Tensor, to_columns: Tensor
 
 
 def _piecewise(q: Tensor, k: Tensor, v: Tensor, to_rows: Tensor, to_columns: Tensor) -> Tensor:
-    """For the CPU: the logits of some heads, or of some rows of one head, at a time, so that they never leave the cache. All (., S, d)."""
+    """Attend on the CPU: the logits of some heads, or of some rows of one head, at a time, so that they never leave the cache. All (., S, d)."""
     tokens = q.shape[1]
     width = to_columns.shape[2]
     heads = max(_LOGITS // tokens**2, 1)

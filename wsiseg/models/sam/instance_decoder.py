@@ -53,7 +53,7 @@ class _Up(nn.Module):
 
 
 class _Wrapped(nn.Module):
-    """Something under the name ``block``: the checkpoints' names have such layers."""
+    """A module under the name ``block``, as in the checkpoints' names."""
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()

@@ -151,7 +151,7 @@ _BROKEN = (
 
 
 class TorchFile(NamedTuple):
-    """What a file holds, and the foreign classes that were passed over."""
+    """Content of a file, and the names of the foreign classes that were skipped."""
 
     content: Any
     foreign: tuple[str, ...]
@@ -241,7 +241,7 @@ class _HarmError(Exception):
 
 
 class _Inert:
-    """Stands for every foreign class and function, and for what they return."""
+    """Stand-in for every foreign class and function, and for what they return."""
 
     __slots__ = ()
 
@@ -262,7 +262,7 @@ class _Inert:
 
 
 class _OrderedDict(dict[Any, Any]):
-    """Stands for collections.OrderedDict; its attributes (``_metadata`` of a state dict) are dropped."""
+    """Stand-in for collections.OrderedDict; its attributes (``_metadata`` of a state dict) are dropped."""
 
     __slots__ = ()
 
@@ -270,7 +270,7 @@ class _OrderedDict(dict[Any, Any]):
 
 
 class _Tensor:
-    """Stands for torch._utils._rebuild_tensor_v2."""
+    """Stand-in for torch._utils._rebuild_tensor_v2."""
 
     __slots__ = ()
 
@@ -285,7 +285,7 @@ class _Tensor:
 
 
 class _Parameter:
-    """Stands for torch._utils._rebuild_parameter."""
+    """Stand-in for torch._utils._rebuild_parameter."""
 
     __slots__ = ()
 
@@ -294,7 +294,7 @@ class _Parameter:
 
 
 class _Getattr:
-    """Stands for getattr, with which pickles name methods."""
+    """Stand-in for getattr, with which pickles name methods."""
 
     __slots__ = ()
 
@@ -316,7 +316,7 @@ _STAND_INS: dict[str, Any] = {
 
 
 class _Reader(pickle.Unpickler):
-    """Builds the content of data.pkl from stand-ins and tensors; finds no real class and no real function."""
+    """Unpickler that builds data.pkl from stand-ins and tensors, and finds no real class or function."""
 
     def __init__(self, instructions: Any, archive: zipfile.ZipFile, root: str, whole: mmap.mmap) -> None:  # noqa: ANN401
         super().__init__(instructions, encoding="utf-8")
