@@ -357,7 +357,7 @@ class Bank:
 
 @dataclass(frozen=True)
 class TypeSpace:
-    """Distribution of cell types in the descriptors of one model: learned with it (training/fit_types.py), or estimated on a slide (plda.slide_space).
+    """Distribution of cell types in the descriptors of a model: learned with it (training/fit_types.py), or estimated on a slide.
 
     Attributes
     ----------

@@ -201,7 +201,7 @@ def _unsure(kinds: tuple[dict[str, float], ...], names: tuple[str, ...]) -> list
         likely = sorted(share, key=lambda kind: -share[kind])[:2]
         if len(likely) == 2 and share[likely[1]] > _UNSURE:
             said = " or ".join(f"{kind} ({share[kind]:.0%})" for kind in likely)
-            warnings.append(f"the clicks on {name} can be taken for {said}; click another typical cell of it")
+            warnings.append(f"the clicks on {name} could mean {said}; click another typical cell of the type")
     return warnings
 
 
@@ -213,7 +213,7 @@ def _confusable(hypothesis: Hypothesis, names: tuple[str, ...], config: TypingCo
         apart = float(np.sqrt(((hypothesis.means[a] - hypothesis.means[b]) ** 2 / variance).sum()))
         if apart < config.separable:
             warnings.append(
-                f"types {names[a]} and {names[b]} are hardly told apart by this model (distance {apart:.1f}, {config.separable:g} is needed); "
+                f"types {names[a]} and {names[b]} are hard to tell apart for this model (distance {apart:.1f}, {config.separable:g} is needed); "
                 "click a few more typical cells of each"
             )
     return warnings
@@ -226,7 +226,7 @@ def _unclicked(kind: NDArray[np.intp], space: TypeSpace) -> list[str]:
         share = float((kind == k).mean())
         if share >= _MANY:
             warnings.append(
-                f"{share:.0%} of the cells look {name}, a kind without a click, and stay {UNASSIGNED}; click one to have them typed"
+                f"{share:.0%} of the cells look {name}, which none of the clicked types covers, and stay {UNASSIGNED}; click one to have them typed"
             )
     return warnings
 

@@ -17,12 +17,12 @@ from wsiseg.config import CELLULAR_MPP
 # name -> module below wsiseg.cli, and the line shown by `wsiseg --help` (so that help imports nothing else)
 COMMANDS = {
     "run": "Segment and type slides: the whole path.",
-    "merge": "Join the shards of a run.",
-    "type": "Type a finished run again, with other clicks.",
-    "info": "What is known of a slide before a run.",
+    "merge": "Merge the shards of a run.",
+    "type": "Re-type a finished run with other clicks.",
+    "info": "Show a slide's metadata and a run estimate.",
     "seeds": "Check, convert and preview files of clicks.",
     "models": "List, check, import and download models.",
-    "evaluate": "Score outlines and types against a truth.",
+    "evaluate": "Score outlines and types against the truth.",
     "demo": "Write a small real slide with clicks, ready to run.",
     "doctor": "Check what works on this machine.",
 }
@@ -91,9 +91,9 @@ def main() -> None:
     \b
     wsiseg demo ihc                                   writes a small slide and clicks
     wsiseg run slide.svs --seeds seeds.json           segments and types a slide
-    wsiseg COMMAND --help                             tells the rest
+    wsiseg COMMAND --help                             shows all options
 
-    Exit status: 0 done, 1 wrong input or data, 2 wrong usage, 3 not everything is there: run the same command again.
+    Exit status: 0 done, 1 wrong input or data, 2 wrong usage, 3 incomplete: run the same command again.
     """  # noqa: D301 - click's mark for lines that stay as they are
 
 
@@ -103,10 +103,13 @@ def mpp_options(command: click.decorators.FC) -> click.decorators.FC:
     force = click.option(
         "--force-mpp",
         is_flag=True,
-        help=f"Accept an --mpp at which no cell can be found (outside {low:g} to {high:g}).",
+        help=f"Accept an --mpp at which no cells can be found (outside {low:g} to {high:g}).",
     )
     scale = click.option(
-        "--mpp", type=float, metavar="UM", help="Microns per level-0 pixel, when the slide does not say or says wrong."
+        "--mpp",
+        type=float,
+        metavar="UM",
+        help="Microns per level-0 pixel, when the slide states none or a wrong value.",
     )
     return scale(force(command))
 

@@ -40,7 +40,7 @@ def _once(path: Path, handler: logging.Handler) -> None:
         if not said:
             said.append(True)
             click.echo(
-                f"Warning: --log-json {path}: cannot be written ({sys.exc_info()[1]}); the run goes on without it",
+                f"Warning: --log-json {path}: cannot be written ({sys.exc_info()[1]}); the run continues without it",
                 err=True,
             )
 

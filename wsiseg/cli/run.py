@@ -33,27 +33,33 @@ def _choices(field: str) -> click.Choice[str]:
 @click.option(
     "--seeds", metavar="FILE", help="Clicks, one or more per cell type: seeds.json, or points exported from QuPath."
 )
-@click.option("--bank", metavar="FILE", help="bank.safetensors of another slide's run: its clicks type this one.")
+@click.option("--bank", metavar="FILE", help="bank.safetensors of another slide's run: type this slide by its clicks.")
 @click.option(
-    "--out", type=click.Path(path_type=Path), default=Path("wsiseg-out"), show_default=True, help="Folder of all runs."
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("wsiseg-out"),
+    show_default=True,
+    help="Folder for the run folders.",
 )
-@click.option("--method", type=_choices("method"), help=f"How prompts are found.  [default: {_DEFAULT.method}]")
-@click.option("--model", metavar="NAME|PATH", help=f"Model, or a .safetensors file of it.  [default: {_DEFAULT.model}]")
+@click.option("--method", type=_choices("method"), help=f"How cells are found.  [default: {_DEFAULT.method}]")
+@click.option(
+    "--model", metavar="NAME|PATH", help=f"Name of a model, or its .safetensors file.  [default: {_DEFAULT.model}]"
+)
 @mpp_options
 @click.option("--reader", type=_choices("reader"), help=f"Slide library.  [default: {_DEFAULT.reader}]")
-@click.option("--roi", metavar="FILE", help="GeoJSON polygons (QuPath annotations): only cells inside.")
-@click.option("--no-tissue", is_flag=True, help="Look everywhere, not only on tissue.")
+@click.option("--roi", metavar="FILE", help="GeoJSON polygons (QuPath annotations): segment only inside them.")
+@click.option("--no-tissue", is_flag=True, help="Search the whole slide, not only tissue.")
 @click.option(
     "--tile-size",
     type=float,
     metavar="UM",
-    help=f"Side of a tile's core, microns.  [default: {TILE_UM:g}, or what the model takes]",
+    help=f"Side of a tile's core, microns.  [default: {TILE_UM:g}, or the model's input size]",
 )
 @click.option(
     "--halo",
     type=float,
     metavar="UM",
-    help=f"Read around each tile, microns.  [default: {HALO_UM:g}, or what the model needs]",
+    help=f"Margin read around each tile, microns.  [default: {HALO_UM:g}, or what the model needs]",
 )
 @click.option(
     "--format",
@@ -65,7 +71,7 @@ def _choices(field: str) -> click.Choice[str]:
 @click.option(
     "--precision",
     type=_choices("precision"),
-    help=f"Of the encoder.  [default: {_DEFAULT.precision}: bf16 on a GPU, fp32 on the CPU]",
+    help=f"Encoder precision.  [default: {_DEFAULT.precision}: bf16 on a GPU, fp32 on the CPU]",
 )
 @click.option(
     "--batch-size",
@@ -78,31 +84,31 @@ def _choices(field: str) -> click.Choice[str]:
     "max_ram_gb",
     type=float,
     metavar="GB",
-    help="What a process may use; queues and batches are made to fit.",
+    help="Memory limit per process; queues and batches are sized to fit.",
 )
-@click.option("--max-vram", "max_vram_gb", type=float, metavar="GB", help="The same for the GPU.")
+@click.option("--max-vram", "max_vram_gb", type=float, metavar="GB", help="GPU memory limit per process.")
 @click.option(
     "--workers",
     type=click.IntRange(1, 1024),
     metavar="N",
-    help=f"Processes here, or jobs to submit.  [default: {_DEFAULT.workers}]",
+    help=f"Processes on this machine, or jobs to submit.  [default: {_DEFAULT.workers}]",
 )
 @click.option(
     "--scheduler",
     metavar="ADDRESS|NAME",
-    help="tcp://host:port of a Dask scheduler; or slurm, pbs, lsf, sge: jobs are submitted.",
+    help="tcp://host:port of a Dask scheduler; or slurm, pbs, lsf, sge to submit jobs.",
 )
 @click.option(
     "--shard",
     metavar="K/N",
-    help="Do the K-th of N shares: blocks of one slide (then `wsiseg merge`), or slides of several. Or: slurm.",
+    help="Process shard K of N: blocks of one slide (then `wsiseg merge`), or slides of a list; or slurm to take K/N from the job array.",
 )
 @click.option(
     "--slides",
     "slide_list",
     type=click.Path(path_type=Path),
     metavar="CSV",
-    help="List of slides: columns path, mpp, seeds, name.",
+    help="CSV list of slides: columns path, mpp, seeds, name.",
 )
 @click.option(
     "--config",
@@ -116,11 +122,11 @@ def _choices(field: str) -> click.Choice[str]:
     "log_file",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Append what happens as JSON lines; - is stderr.",
+    help="Append events as JSON lines; - is stderr.",
 )
-@click.option("--no-progress", is_flag=True, help="No progress bar (there is none in a pipe anyway).")
-@click.option("-v", "--verbose", count=True, help="Say more; twice for debugging.")
-@click.option("-q", "--quiet", is_flag=True, help="Say nothing but errors.")
+@click.option("--no-progress", is_flag=True, help="No progress bar (never shown in a pipe).")
+@click.option("-v", "--verbose", count=True, help="Verbose; twice for debugging.")
+@click.option("-q", "--quiet", is_flag=True, help="Errors only.")
 @click.pass_context
 def command(
     ctx: click.Context,
@@ -139,9 +145,9 @@ def command(
 ) -> None:
     """Outline every cell of SLIDE and, with --seeds, give each a type.
 
-    Writes OUT/<slide-stem>/cells.parquet, cells.geojson.gz (drop it on the slide in QuPath) and manifest.json. Stopped at any moment, the same
-    command goes on where it was; Ctrl-C, SIGTERM and SIGUSR1 finish the block in hand first. A flag beats the --config file, which beats the
-    default.
+    Writes OUT/<slide-stem>/cells.parquet, cells.geojson.gz (drag it onto the slide in QuPath) and manifest.json. If a run is
+    stopped, the same command resumes it; Ctrl-C, SIGTERM and SIGUSR1 finish the current block first. Flags override the --config
+    file, which overrides the defaults.
 
     \b
     wsiseg run slide.svs --seeds seeds.json
@@ -251,7 +257,7 @@ def _many(
         for row in rows:
             line = f"{Path(row['slide']).name:{width}}  {row['status']:10}  {row['cells']:>9}  {row['tiles_failed']:>13}  {row['seconds']:>8}"
             click.echo(line.rstrip())  # the error was printed when it occurred, and is in summary.csv
-        again = "; the same command again tries the others once more" if bad else ""
+        again = "; run the same command again to retry the others" if bad else ""
         click.echo(f"{len(rows) - len(bad)} of {counted(len(rows), 'slide')} complete{again}")
     failed = sum(row["status"] == "failed" for row in rows)
     return 0 if not bad else 1 if failed == len(rows) else 3
@@ -307,13 +313,13 @@ def report(manifest: dict[str, Any], said: Collection[str] = ()) -> None:
         return
     types = manifest["types"]
     typed = ", ".join(f"{name} {n}" for name, n in types.items() if len(types) > 1)
-    when = "complete already" if manifest.get("already") else f"in {manifest['seconds']['total']:.1f} s"
+    when = "already complete" if manifest.get("already") else f"in {manifest['seconds']['total']:.1f} s"
     click.echo(f"{manifest['folder']}: {counted(counts['cells'], 'cell')}{f' ({typed})' if typed else ''}, {when}")
     if manifest["status"] != "complete":
         again = (
             "run those shards again, then merge"
             if counts["blocks_missing"]
-            else "run the same command again to try them once more"
+            else "run the same command again to retry them"
         )
         failed = counts["tiles_failed"]
         click.echo(

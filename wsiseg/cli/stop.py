@@ -44,11 +44,7 @@ class Stop:
         with contextlib.suppress(
             OSError
         ):  # not through Python's streams: they may be in use, and who reads them may be gone
-            os.write(
-                2,
-                _new_line()
-                + f"{name}: the block in hand is finished, then this stops; once more stops it now\n".encode(),
-            )
+            os.write(2, _new_line() + f"{name}: finishing the current block; repeat to stop immediately\n".encode())
 
 
 def _new_line() -> bytes:

@@ -176,7 +176,7 @@ def _check(options: _Options) -> None:
     for threshold in options.thresholds:
         if not 0 < threshold <= 1:
             raise ConfigError(
-                f"--thresholds: {threshold:g} is no IoU; it must lie above 0 and at most at 1, for example 0.5,0.75"
+                f"--thresholds: {threshold:g} is not an IoU; it must be above 0 and at most 1, for example 0.5,0.75"
             )
 
 
@@ -283,7 +283,7 @@ def _compare(pair: _Pair, options: _Options, notes: list[str]) -> ImageScores:
         and not (len(o.shared) if o is not None else detection is not None and detection.pairs)
     ):
         notes.append(
-            f"{where}: nothing of the prediction meets anything of the truth; check that both have the same origin and scale"
+            f"{where}: the prediction does not overlap the truth anywhere; check that both have the same origin and scale"
         )
     notes += [
         f"{where}: one id for {parts} separate pieces in the {which}; is it a mask of the foreground? Every nucleus needs an id of its own"
@@ -356,11 +356,11 @@ def _overlaps(p: Labels | Outlines, g: Labels | Outlines, where: str, notes: lis
         for cut, n, which in ((cut_g, len(g.polygons), "truth"), (cut_p, len(p.polygons), "prediction")):
             if cut:
                 notes.append(
-                    f"{where}: {cut} of {n} outlines of the {which} lie partly beneath others; the later one was given the place"
+                    f"{where}: {cut} of {n} outlines of the {which} partly overlap others; the overlap was given to the later one"
                 )
         return outline_overlaps(outlines_g, outlines_p)
     if isinstance(p, Labels) and isinstance(g, Labels) and p.ids.shape != g.ids.shape:
-        raise FormatError(f"{where}: {_size(p.ids)} and {_size(g.ids)} px; two label images must be of one size")
+        raise FormatError(f"{where}: {_size(p.ids)} and {_size(g.ids)} px; two label images must have the same size")
     shape = p.ids.shape if isinstance(p, Labels) else g.ids.shape if isinstance(g, Labels) else (0, 0)
     (ids_g, count_g), (ids_p, count_p) = _ids(g, shape), _ids(p, shape)
     return overlaps(ids_g, ids_p, truth_count=count_g, prediction_count=count_p)

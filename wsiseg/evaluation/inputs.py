@@ -135,7 +135,7 @@ def read_side(path: Path, names: Mapping[str, str]) -> Side:
     suffix = suffix_of(path)
     if suffix is None or kind_of(path, FormatError) != "file":
         raise FormatError(
-            f"{path}: {path.suffix or 'a name without suffix'} is no kind of file that can be compared; {KINDS}"
+            f"{path}: {path.suffix or 'a name without suffix'} is not a kind of file that can be compared; {KINDS}"
         )
     if suffix in IMAGES:
         notes: list[str] = []
@@ -402,7 +402,7 @@ def _cleaned(
         )
     if len(xy) and np.abs(xy).max() > FARTHEST_PX:
         raise FormatError(
-            f"{path}: the coordinate {np.abs(xy).max():g} is farther than any slide reaches; px are needed; export the file again"
+            f"{path}: the coordinate {np.abs(xy).max():g} is larger than any slide; px are needed; export the file again"
         )
     broken = np.flatnonzero(area_like & ~shapely.is_valid(geometries))
     out = geometries.copy()

@@ -78,7 +78,7 @@ def restore_bank(path: Path) -> Bank:
         with safe_open(path, framework="numpy") as file:
             clicks = tuple(file.get_tensor(f"clicks.{t}") for t in range(len(bank.names)))
     except (OSError, SafetensorError) as error:
-        raise FormatError(f"{path}: no places of clicks in it; delete it and run the slide's command again") from error
+        raise FormatError(f"{path}: holds no click positions; delete it and run the slide's command again") from error
     return replace(bank, clicks=clicks, from_other_slide=False)
 
 

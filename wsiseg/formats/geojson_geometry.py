@@ -146,7 +146,7 @@ def finite(value: object, place: str, error: type[WsisegError]) -> float:
         )
     if not -FARTHEST_PX <= value <= FARTHEST_PX:
         why = (
-            "is farther than any slide reaches" if abs(value) < float("inf") else "is not finite"
+            "is larger than any slide" if abs(value) < float("inf") else "is not finite"
         )  # (NaN is not below infinity)
         raise error(
             f"{place}: {value if isinstance(value, float) else show(value)} {why}; coordinates are finite numbers, in level-0 px"
@@ -171,7 +171,7 @@ def _ring(ring: object, place: str, error: type[WsisegError]) -> tuple[NDArray[n
         raise error(f"{place}: null, text or a non-finite number among the coordinates; {AGAIN}")
     if np.abs(xy).max() > FARTHEST_PX:
         raise error(
-            f"{place}: the coordinate {np.abs(xy).max():g} is farther than any slide reaches; coordinates are level-0 px; {AGAIN}"
+            f"{place}: the coordinate {np.abs(xy).max():g} is larger than any slide; coordinates are level-0 px; {AGAIN}"
         )
     if len(xy) < 3:
         raise error(f"{place}: a ring has {len(xy)} positions; 3 at least are needed; draw it again")

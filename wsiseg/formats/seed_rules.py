@@ -53,7 +53,7 @@ def check_names(names: list[str], places: list[str]) -> None:
         if not name.strip():
             raise SeedsError(f"{where}: the name is blank; write the name of a cell type")
         if name != name.strip():
-            raise SeedsError(f"{where}: {show(name)} has blanks at its ends; remove them")
+            raise SeedsError(f"{where}: {show(name)} has leading or trailing blanks; remove them")
         if ":" in name:
             raise SeedsError(
                 f"{where}: {show(name)} has a ':', where QuPath splits class names; use a plain name without ':'"
@@ -67,7 +67,7 @@ def check_names(names: list[str], places: list[str]) -> None:
             raise SeedsError(f"{where}: {show(name)} is reserved for cells without a type; choose another name")
         if key in first:
             raise SeedsError(
-                f"{where}: {show(name)} is there twice (as {show(first[key])}, case does not count); join or rename one"
+                f"{where}: {show(name)} appears twice (as {show(first[key])}, case does not count); join or rename one"
             )
         first[key] = name
 
@@ -87,7 +87,7 @@ def check_clicks(kinds: tuple[SeedType, ...], places: list[str]) -> None:
             if point in kind.points:
                 click = f"({point[0]:g}, {point[1]:g})"
                 raise SeedsError(
-                    f"{place}.negative[{index}]: the click {click} is for and against {kind.name!r}; remove one of the two"
+                    f"{place}.negative[{index}]: the click {click} is both for and against {kind.name!r}; remove one of the two"
                 )
 
 

@@ -82,9 +82,7 @@ def _read(path: Path) -> tuple[Seeds, bool]:
             clicks.add_document(document, place)
             continue
         if number:
-            raise SeedsError(
-                f"{place}: a second seeds document; one seeds.json, or QuPath exports only, are allowed in a zip"
-            )
+            raise SeedsError(f"{place}: a second seeds document; a zip may hold one seeds.json, or only QuPath exports")
         return _parse(parse_json(text, place, SeedsError, unique_keys=True), place, str(path)), False
     return clicks.seeds(), True
 
@@ -222,7 +220,7 @@ def convert_seeds(
             )
     elif not from_qupath and not isinstance(seeds, QuPathSeeds):
         warnings.append(
-            f"{target}: written without a look at the slide; if it has bounds (MRXS and some others), QuPath needs --slide here"
+            f"{target}: written without checking the slide; if it has bounds (MRXS and some others), QuPath needs --slide here"
         )
     if from_qupath:
         write_seeds(target, seeds)

@@ -73,7 +73,7 @@ def read_table(
     for name in known:
         if columns.count(name) > 1:
             raise error(
-                f"{place}: line {first_line + 1}: the column {name!r} is there {columns.count(name)} times; each once"
+                f"{place}: line {first_line + 1}: the column {name!r} appears {columns.count(name)} times; name each column once"
             )
     rows: list[tuple[int, dict[str, str]]] = []
     points = commas = False

@@ -162,7 +162,7 @@ def _fill(network: Any, tensors: dict[str, torch.Tensor], path: Path) -> None:  
     broken = [k for k, v in tensors.items() if v.is_floating_point() and not torch.isfinite(v).all()]
     if broken:
         raise WeightsError(
-            f"{path}: {len(broken)} tensors hold NaN or infinity (first: {min(broken)}); the file is damaged: get it again"
+            f"{path}: {len(broken)} tensors hold NaN or infinity (first: {min(broken)}); the file is damaged: download it again"
         )
     network.load_state_dict({k: v.to(wanted[k].dtype) for k, v in tensors.items()}, assign=True)
 

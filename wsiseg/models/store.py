@@ -232,7 +232,7 @@ def _stated(text: str, path: Path) -> tuple[float, str]:
         network, mpp, normalise = "", math.nan, ""
     if network != "sam" or not MPP_RANGE[0] <= mpp <= MPP_RANGE[1] or normalise not in NORMALISE:
         raise WeightsError(
-            f"{path}: its metadata (wsiseg: {' '.join(text.split())[:80]}) are not of this version; import the checkpoint again"
+            f"{path}: its metadata (wsiseg: {' '.join(text.split())[:80]}) belong to another version; import the checkpoint again"
         )
     return mpp, normalise
 
@@ -259,7 +259,7 @@ def absence(name: str, what: str, folder: Path | None = None) -> str:
 
     if name in DOWNLOADS or name in BY_HAND:
         how = "fetch it once with" if name in DOWNLOADS else "its authors' files are listed by"
-        return f"not here yet; {how} `wsiseg models download {name}`"
+        return f"not downloaded yet; {how} `wsiseg models download {name}`"
     here = [*MODELS, *stored_names(folder)]
     near = difflib.get_close_matches(name.lower(), [*here, *DOWNLOADS, *BY_HAND], n=1)
     return f"{what}; {f'did you mean {near[0]}? ' if near else ''}models here: {', '.join(here)}"
@@ -448,9 +448,7 @@ def _require_free(name: str, folder: Path, *, overwrite: bool) -> None:
     if name in MODELS:
         raise ConfigError(f"name {name}: belongs to a model of the package; choose another")
     if kind_of(folder / f"{name}.json", WeightsError) != "nothing" and not overwrite:
-        raise WeightsError(
-            f"{name}: there is a model of this name already; it is replaced only on request; choose another name, or pass --overwrite"
-        )
+        raise WeightsError(f"{name}: a model of this name already exists; choose another name, or pass --overwrite")
 
 
 def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, Any]) -> None:
@@ -552,7 +550,7 @@ def download(
         if file_hash(part) != entry.sha256:
             part.unlink()
             raise WeightsError(
-                f"{entry.address}: what came has another sha256 than is published, and was removed; run the command again"
+                f"{entry.address}: the download's sha256 differs from the published one, and the file was removed; run the command again"
             )
     except OSError as error:
         raise _unwritable(part, error) from error
@@ -581,7 +579,7 @@ def _entry(name: str) -> Download:
         )
     there = ", ".join(DOWNLOADS)
     raise WeightsError(
-        f"{name}: nothing to download under this name; there are {there}; get others by hand, then `wsiseg models import`"
+        f"{name}: no download of this name; available are {there}; get others by hand, then `wsiseg models import`"
     )
 
 
@@ -607,13 +605,13 @@ def _fetch(address: str, part: Path, on_progress: Callable[[int, int], None] | N
         error.close()
         if error.code == 416:  # there is nothing after what we have: the sha256 decides
             return
-        raise WeightsError(f"{address}: the server answers {error.code} {error.reason}; {_BY_ANOTHER_WAY}") from error
+        raise WeightsError(f"{address}: the server answered {error.code} {error.reason}; {_BY_ANOTHER_WAY}") from error
     except (urllib.error.URLError, HTTPException, ConnectionError, TimeoutError, ssl.SSLError) as error:
         reason = " ".join(str(getattr(error, "reason", "") or error).split()) or type(error).__name__
         raise WeightsError(f"{address}: cannot be reached ({reason}); {_BY_ANOTHER_WAY}") from error
     if done < total:
         raise WeightsError(
-            f"{address}: the connection ended after {done} of {total} bytes; run the command again, it goes on from there"
+            f"{address}: the connection ended after {done} of {total} bytes; run the command again to resume"
         )
 
 

@@ -163,7 +163,7 @@ def check_folder(folder: RunFolder, run_hash: str, *, overwrite: bool, retype: s
                 held = f"{folder.path}: holds the same cells with other clicks (seeds {made})"
                 raise RunError(f"{held}; `{retype}` types them again, or pass --overwrite")
             raise RunError(
-                f"{folder.path}: holds a run of another configuration (model {config.get('model')}, method {config.get('method')}, seeds {made}); "
+                f"{folder.path}: holds a run with another configuration (model {config.get('model')}, method {config.get('method')}, seeds {made}); "
                 "pass another --out, or --overwrite to replace it"
             )
     except OSError as error:
@@ -215,7 +215,7 @@ def claim_folder(
         raise RunError(
             f"{out / name}: holds the run of another slide; give another name in the list, or pass another --out"
         )
-    raise RunError(f"{out}: two other slides hold the name of {slide}; pass another --out")
+    raise RunError(f"{out}: two other slides already use the folder of {slide}; pass another --out")
 
 
 def drop_stale_files(folder: RunFolder, names: set[str]) -> None:

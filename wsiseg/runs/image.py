@@ -96,7 +96,7 @@ def open_image_context(
 ) -> tuple[WorkerContext, RunPlan]:
     """Open the context for one image in memory (H, W, 3) at ``config.mpp``, and what its end needs."""
     if config.mpp is None:
-        raise ConfigError("image: microns per pixel are not known; set mpp (for example mpp=0.25)")
+        raise ConfigError("image: the scale is unknown; set mpp (for example mpp=0.25)")
     check(config, "image")
     reader = ArrayReader(image, config.mpp)
     if seeds:

@@ -101,7 +101,7 @@ def plan_run(
     with readable(out, RunError):
         require_text((out / (name or "")).absolute(), RunError)
     if config.seeds is not None and config.bank is not None:
-        raise ConfigError("--bank and --seeds: both say what the types are; pass one of them")
+        raise ConfigError("--bank and --seeds: both define the types; pass only one of them")
     seeds = read_seeds(Path(config.seeds)) if config.seeds is not None else None
     bank = load_bank(Path(config.bank), weights) if config.bank is not None else None
     with contextlib.ExitStack() as stack:
@@ -252,7 +252,7 @@ def load_bank(path: Path, weights: Path) -> Bank:
     bank, note = read_bank(path)
     if note["weights"] != file_hash(weights):
         raise ConfigError(
-            f"--bank {path}: was made with other weights than {weights.name}; pass --model with those, or make the bank again"
+            f"--bank {path}: was made with other weights than those of {weights.name}; pass --model with those, or make the bank again"
         )
     return bank
 

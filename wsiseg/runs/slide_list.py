@@ -66,16 +66,18 @@ def read_list(path: Path, *, force_mpp: bool = False) -> list[Entry]:
     if wrong or "path" not in table.columns:
         found = wrong or f"columns {', '.join(filter(None, table.columns))[:200]}; "
         raise ConfigError(
-            f"{place}: line 1: {found}it must name columns out of {', '.join(COLUMNS)}, each once, with path among them"
+            f"{place}: line 1: {found}it must name columns from {', '.join(COLUMNS)}, each once, with path among them"
         )
     entries = [_entry(row, table, path, line, force_mpp=force_mpp) for line, row in table.rows]
     for what in ("path", "name"):
         given = [value for value in (getattr(e, what) for e in entries) if value]
         twice = [value for value in given if given.count(value) > 1]
         if twice:
-            raise ConfigError(f"--slides {path}: {what} {twice[0][:300]} is there twice; each slide and each name once")
+            raise ConfigError(f"--slides {path}: {what} {twice[0][:300]} appears twice; each slide and each name once")
     if not entries:
-        raise ConfigError(f"--slides {path}: no slide in it; one line per slide below the line that names the columns")
+        raise ConfigError(
+            f"--slides {path}: lists no slides; write one line per slide below the line that names the columns"
+        )
     return entries
 
 
@@ -90,7 +92,7 @@ def _entry(row: dict[str, str], table: TextTable, path: Path, number: int, *, fo
     place = f"--slides {path}: line {number}"
     if row.get(""):
         raise ConfigError(
-            f"{place}: {row[''][:40]!r} is in a column without a name; name all columns in the first line"
+            f"{place}: {row[''][:40]!r} is in a column without a header; name all columns in the first line"
         )
     if not row.get("path"):
         raise ConfigError(f"{place}: no path; give the path of a slide")

@@ -131,7 +131,7 @@ class RunStatistics:
             extra={"event": "stopped", "facts": {"slide": self.slide, "blocks": len(self.blocks)}},
         )
         return InterruptedRunError(
-            f"{self.slide}: stopped {where}; nothing is lost: run the same command again to go on"
+            f"{self.slide}: stopped {where}; nothing is lost: run the same command again to resume"
         )
 
     def end_shard(self, folder: RunFolder, shard: Shard) -> dict[str, Any]:
@@ -214,7 +214,7 @@ class RunStatistics:
         for path in parts:
             if not part_is_current(path, parts_hash):
                 raise RunError(
-                    f"{path}: was changed by another run while this one went on; run the command again, one run per folder"
+                    f"{path}: was changed by another run during this one; run the command again, one run per folder"
                 )
 
     def account(self, plan: RunPlan) -> dict[str, Any]:

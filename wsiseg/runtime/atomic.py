@@ -126,9 +126,7 @@ def require_free(path: Path, error: type[WsisegError], *, overwrite: bool) -> No
     if found == "special":  # which a new file would replace
         raise error(f"{path}: {_NO_FILE}")
     if found == "file" and not overwrite:
-        raise error(
-            f"{path}: there is a file of this name already; it is replaced only on request; give another name, or pass --overwrite"
-        )
+        raise error(f"{path}: the file exists; give another name, or pass --overwrite")
 
 
 def is_abandoned(partial: Path) -> bool:
@@ -162,7 +160,7 @@ def write_json(path: Path, value: object) -> None:
 
 
 def _replace(path: Path, partial: Path, written: os.stat_result) -> None:
-    """Rename. A file server may repeat a request whose reply was lost and find nothing to rename, so the file at the target decides, not the error."""
+    """Rename. A request repeated after a lost reply finds nothing to rename, so the file at the target decides, not the error."""
     try:
         partial.replace(path)
     except OSError:

@@ -65,7 +65,7 @@ def _of_slurm(environment: Mapping[str, str]) -> Shard:
         task, first, last, count = (int(environment[name]) for name in _SLURM)
     except (KeyError, ValueError) as error:
         raise ConfigError(
-            "--shard slurm: this is no task of a SLURM job array; submit with sbatch --array=1-N, or pass --shard K/N"
+            "--shard slurm: this is not a task of a SLURM job array; submit with sbatch --array=1-N, or pass --shard K/N"
         ) from error
     if first not in (0, 1) or last - first + 1 != count:
         raise ConfigError(

@@ -115,7 +115,7 @@ def parse_json(text: str, place: str, error: type[WsisegError], *, unique_keys: 
         if len(members) < len(items):
             keys = [key for key, _ in items]
             twice = next(key for key in keys if keys.count(key) > 1)
-            raise error(f"{place}: the key {twice[:SHOWN]!r} is there twice in one object; keep one of the two")
+            raise error(f"{place}: the key {twice[:SHOWN]!r} appears twice in one object; keep one of the two")
         return members
 
     try:

@@ -35,7 +35,7 @@ _BAR_UM = 10
 #: Directions of a cross's arms; diagonal for a click against the type.
 _ARMS = {False: ((1, 0), (0, 1), (-1, 0), (0, -1)), True: ((0.7, 0.7), (0.7, -0.7), (-0.7, 0.7), (-0.7, -0.7))}
 _LEGEND = (
-    "+ click; x click against the type (outline dashed); outline: the cell that a run takes the click for; under it: name, the click's number, "
+    "+ click; x negative click (outline dashed); outline: the cell that a run matches to the click; under it: name, the click's number, "
     "place in level-0 px, score (predicted IoU x stability). Red frame: a run refuses the click."
 )
 

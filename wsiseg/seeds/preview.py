@@ -157,7 +157,7 @@ def _looked_at(click: _Click, reader: SlideReader, model: PromptableModel, confi
 
 
 def _marked(clicks: list[_Click]) -> tuple[list[_Click], tuple[str, ...]]:
-    """Mark the clicks with their faults, and list the messages of a run in its order: no cell, two types on one cell, no cell under a negative click."""
+    """Mark clicks with their faults, and list a run's messages in order: no cell, two types on one cell, no cell under a negative click."""
     marked = list(clicks)
     found = [(k, c.cell.polygons[0]) for k, c in enumerate(clicks) if c.cell is not None and not c.negative]
     shared = on_one_cell(

@@ -96,7 +96,7 @@ class Batch:
                 f"{place}: out of memory with one tile and {self.prompts} prompts at a time; pass a smaller --tile-size, or --device cpu"
             ) from error
         logger.warning(
-            "%s: out of memory; going on with tiles by %d and prompts by %d", place, self.tiles, self.prompts
+            "%s: out of memory; continuing with batches of %d tiles and %d prompts", place, self.tiles, self.prompts
         )
         if self._device.type == "cuda":
             torch.cuda.empty_cache()

@@ -1,10 +1,10 @@
-"""Mask refinement: each instance is prompted again with its box, its point, and its neighbours' points as background.   Source: APG, unreleased version 2 [1]_.
+"""Mask refinement: instances are prompted again with box, point, and neighbours' points as background.   Source: APG, unreleased version 2 [1]_.
 
 Symbol  here       meaning
 m1, m2             an instance's mask of the first and of the second round, on the same window
 owner   owner      (h, w): which instance each cell of the tile belongs to after the first round, best score first; -1 for none
 
-Steps: settle the first round on the tile  ->  prompt each kept instance with box, point and ``neighbours`` negative points
+Steps: suppress overlaps of the first round on the tile  ->  prompt each kept instance with box, point and ``neighbours`` negative points
        ->  take m2 where IoU(m1, m2) >= ``agree`` and at most ``max_overlap`` of m2 lies on other instances; else m1 stays
 
 Instances that the first round drops here are only left out as neighbours: the stitching decides about them, as always.

@@ -160,7 +160,7 @@ def first_that_decodes(address: str, mpp: float | None, names: list[str], *, hid
             continue
         if hidden_damage and slide.info.format == "generic-tiff" and _hides_damage(address):
             slide.close()
-            refusals.append(f"{name}: does not notice damage in a deflate-compressed TIFF")
+            refusals.append(f"{name}: does not detect damage in a deflate-compressed TIFF")
             continue
         if len(names) == 1 or _decodes(slide):
             if opened is not None:
@@ -236,7 +236,7 @@ def _guess(address: str, remote: bool) -> str:
     with Path(address).open("rb") as file:
         head = file.read(512)
     if head[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
-        return "no reader can open this TIFF: damaged, cut short (compare its size with the original), or of an unknown kind"
+        return "no reader can open this TIFF: damaged, truncated (compare its size with the original), or of an unknown kind"
     if all(byte >= 32 or byte in b"\t\n\r\f" for byte in head):
         return "this is a text file, not a slide"
     return "no reader can open this file"

@@ -186,7 +186,7 @@ def _opacity_scale(sample: NDArray[Any], colours: Colours) -> tuple[float | None
         return None, []
     opacity = sample[..., colours.opacity_at]
     if not opacity.any():
-        return None, ["its opacity is 0 everywhere, as exporters leave it: ignored"]
+        return None, ["its opacity is 0 everywhere, as some exporters write it, and was ignored"]
     _, opaque, _ = _scale(opacity, colours.bits)
     return opaque, ["an opacity channel was blended over white"] if (opacity < opaque).any() else []
 

@@ -37,7 +37,7 @@ def unreadable(info: SlideInfo, level: int, box: Box, error: BaseException) -> S
         return SlideError(f"{info.path}: {info.reader} {what}, but {other} can; pass --reader {other}")
     if isinstance(error, NotImplementedError) or _UNSUPPORTED.search(cause):
         return SlideError(f"{info.path}: {what}; it is stored in a way that is not supported: convert the file")
-    return SlideError(f"{info.path}: {what}; the file is damaged or cut short: copy it again")
+    return SlideError(f"{info.path}: {what}; the file is damaged or truncated: copy it again")
 
 
 def closed(info: SlideInfo) -> SlideError:

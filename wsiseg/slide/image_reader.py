@@ -45,7 +45,7 @@ class TiffReader:
             raise
         except FOREIGN_ERRORS as error:
             raise SlideError(
-                f"damaged, cut short, or of an unknown kind ({' '.join(str(error).split())[:120]})"
+                f"damaged, truncated, or of an unknown kind ({' '.join(str(error).split())[:120]})"
             ) from error
         self._closed = False
 
@@ -181,7 +181,7 @@ def _load(path: str) -> _Loaded:
     except SlideError:
         raise
     except FOREIGN_ERRORS as error:
-        raise SlideError(f"damaged or cut short ({' '.join(str(error).split())[:120]})") from error
+        raise SlideError(f"damaged or truncated ({' '.join(str(error).split())[:120]})") from error
     pixels = pixels[..., None] if pixels.ndim == 2 else pixels
     if pixels.dtype == np.int32 and pixels.min(initial=0) >= 0 and pixels.max(initial=0) < 2**16:
         pixels = pixels.astype(np.uint16)  # how older versions of Pillow hold 16-bit PNG

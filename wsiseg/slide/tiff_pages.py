@@ -140,7 +140,7 @@ class TiffPixels:
             self._file.seek(offset)
             encoded = self._file.read(length)
         if len(encoded) < length:
-            raise ValueError(f"the file ends within tile {at}: {len(encoded)} of {length} bytes")
+            raise ValueError(f"the file ends inside tile {at}: {len(encoded)} of {length} bytes")
         if level.page.compression in JPEG and level.page.jpegheader is None and b"\xff\xd9" not in encoded[-64:]:
             raise ValueError(f"JPEG tile {at} has no end")  # the decoder would fill the rest with grey
         return encoded
@@ -172,7 +172,7 @@ class TiffPixels:
             for level in self._levels
             for offsets, lengths in zip(level.offsets, level.lengths, strict=True)
         )
-        return (f"the file is cut short: {missing} tiles or strips lie beyond its end",) if missing else ()
+        return (f"the file is truncated: {missing} tiles or strips lie beyond its end",) if missing else ()
 
 
 @dataclass(frozen=True, kw_only=True)

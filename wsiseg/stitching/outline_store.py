@@ -150,7 +150,7 @@ class OutlineStore:
         state = now.st_ino, now.st_size, now.st_mtime_ns
         if self._states.setdefault(k, state) != state:
             raise RunError(
-                f"{path}: was changed by another run while this one went on; run the command again, one run per folder"
+                f"{path}: was changed by another run during this one; run the command again, one run per folder"
             )
         return part
 

@@ -186,7 +186,7 @@ def _connection(address: str) -> Iterator[Pool]:
                 stack.callback(_close, client)
         except OSError as error:
             remedy = "start `dask scheduler` there, and see that this machine reaches it"
-            raise RunError(f"--scheduler {address}: nobody answers within {CONNECT_S:.0f} s; {remedy}") from error
+            raise RunError(f"--scheduler {address}: no answer within {CONNECT_S:.0f} s; {remedy}") from error
         except (ValueError, RuntimeError, ImportError) as error:
             remedy = "pass tcp://host:port of a scheduler of the same Dask"
             raise RunError(f"--scheduler {address}: cannot be used ({describe(error)}); {remedy}") from error

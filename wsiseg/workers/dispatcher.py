@@ -101,7 +101,7 @@ class Dispatcher:
                 POLL_S
             )  # a task that waited on the same workers fails with it: the one that was in hand was sent before
             blocks = next(blocks for sent, blocks in self._sent.values() if sent.status == "error")
-            what = f"{names(blocks)}: the worker died {error.allowed_failures + 1} times, most often for lack of memory"
+            what = f"{names(blocks)}: the worker died {error.allowed_failures + 1} times, usually out of memory"
             raise RunError(
                 f"{what}; {self._pool.when_dead}; finished parts are kept, run the same command again"
             ) from error
@@ -109,7 +109,7 @@ class Dispatcher:
             raise self._pool.lost() from error
         except Exception as error:
             self._monitor.check()
-            text = f"a task failed outside of its work ({describe(error)})"
+            text = f"a task failed outside its blocks ({describe(error)})"
             raise RunError(f"{self._pool.name}: {text}; use the same environment everywhere") from error
         del self._sent[future.key]
         yield from outcome.summaries

@@ -90,7 +90,7 @@ class QuPathClicks:
             x, y = (table.number(row.get(axis, "")) for axis in ("x", "y"))
             if x is None or y is None:
                 found = show(f"{row.get('x', '')} {row.get('y', '')}")
-                raise SeedsError(f"{where}: x and y are {found}; two numbers are needed; save them again")
+                raise SeedsError(f"{where}: x and y are {found}; two numbers are needed; save the table again")
             packed = row.get("color", "")
             color = _unpacked(int(packed)) if re.fullmatch(r"-?[0-9]{1,10}", packed) else None
             click = (coordinate(x, where), coordinate(y, where))

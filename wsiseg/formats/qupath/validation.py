@@ -82,7 +82,7 @@ def _zip_names(path: Path) -> list[str]:
     except (OSError, zipfile.BadZipFile):
         return []  # said by read_texts
     ignored = [name for name in names if not name.lower().endswith((".geojson", ".json"))]
-    return [f"{name}: QuPath passes over this entry; call it .geojson" for name in ignored]
+    return [f"{name}: QuPath skips this entry; call it .geojson" for name in ignored]
 
 
 def _document_problems(text: str, seen: set[str]) -> Iterator[str]:
@@ -231,10 +231,10 @@ def _check_id(feature: dict[str, Any], seen: set[str]) -> None:
         key = str(uuid.UUID(feature["id"]))
     except (ValueError, AttributeError, TypeError) as error:
         raise _Rule(
-            f"{feature['id']!r} is no UUID, so QuPath replaces it by a random one; write a UUID or leave it out"
+            f"{feature['id']!r} is not a UUID, so QuPath replaces it by a random one; write a UUID or leave it out"
         ) from error
     if key in seen:
-        raise _Rule(f"{key} stands twice; ids must be unique")
+        raise _Rule(f"{key} appears twice; ids must be unique")
     seen.add(key)
 
 
@@ -242,7 +242,7 @@ def _check_object_type(properties: dict[str, Any]) -> None:
     _check_not_null(properties, "objectType")
     kind = properties.get("objectType", properties.get("object_type", properties.get("type")))
     if kind == "tmaCore":
-        raise _Rule("'tmaCore' is passed over by the import; allowed are detection, cell, annotation, tile")
+        raise _Rule("'tmaCore' is skipped by the import; allowed are detection, cell, annotation, tile")
     if kind not in OBJECT_TYPES:
         found = "missing" if kind is None else repr(kind)
         raise _Rule(f"{found}: the object becomes an annotation; allowed are detection, cell, annotation, tile")
@@ -363,7 +363,7 @@ def _ring(ring: Any) -> NDArray[np.float64]:  # noqa: ANN401
     try:
         xy = np.array([(position[0], position[1]) for position in ring])
     except (TypeError, ValueError, IndexError, KeyError) as error:
-        raise _Rule("a ring is no list of [x, y] positions, which aborts the import") from error
+        raise _Rule("a ring is not a list of [x, y] positions, which aborts the import") from error
     if xy.dtype.kind not in "iuf" or not np.isfinite(xy).all():
         raise _Rule("null, text or a non-finite number among the coordinates aborts the import")
     if not len(xy) or (xy[0] != xy[-1]).any():

@@ -124,7 +124,7 @@ def read_checkpoint(path: Path, decoder: Path | None = None) -> Checkpoint:
     _require_sam(sam, path)
     if decoder:
         if own:
-            notes.append(f"the decoder in {path.name} gives way to {decoder.name}")
+            notes.append(f"the decoder in {path.name} is ignored in favour of {decoder.name}")
         content, more = _read(decoder)
         own = _decoder(content, decoder)
         notes += more
@@ -162,12 +162,12 @@ def recognise(sam: Mapping[str, Tensor]) -> Architecture:
     blocks = {int(found[1]) for key in sam if (found := re.match(r"image_encoder\.blocks\.(\d+)\.", key))}
     if blocks != set(range(len(blocks))) or not blocks:
         raise WeightsError(
-            f"image_encoder.blocks has the numbers {sorted(blocks)}; they must be 0, 1, 2, ...; get the file again"
+            f"image_encoder.blocks has the numbers {sorted(blocks)}; they must be 0, 1, 2, ...; download the file again"
         )
     tables = [_shape(sam, f"image_encoder.blocks.{k}.attn.rel_pos_h", 2) for k in range(len(blocks))]
     head_dim = tables[0][1]
     if not head_dim or dim % head_dim:
-        raise WeightsError(f"width {dim} is no multiple of the heads' width {head_dim}; this is not a SAM encoder")
+        raise WeightsError(f"width {dim} is not a multiple of the heads' width {head_dim}; this is not a SAM encoder")
     rows = [table[0] for table in tables]
     whole = 2 * grid - 1
     windowed = set(rows) - {whole} or {whole}
@@ -235,7 +235,7 @@ def _kind(path: Path) -> str:
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
         raise WeightsError(
-            f"{path}: a web page, not a weight file; the download got an error or a login page: get the file itself"
+            f"{path}: a web page, not a weight file; the download got an error or a login page: download the file itself"
         )
     if text.startswith(b"version https://git-lfs"):
         raise WeightsError(f"{path}: a pointer of Git LFS, not the file itself; run `git lfs pull` where it is from")
@@ -253,7 +253,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     except (SafetensorError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise WeightsError(
-            f"{path}: not a readable safetensors file ({reason}); it may be cut short: get it again"
+            f"{path}: not a readable safetensors file ({reason}); it may be truncated: download it again"
         ) from error
 
 
@@ -309,7 +309,7 @@ def _split(content: dict[str, Any], path: Path, notes: list[str]) -> tuple[dict[
     own = content.get("decoder_state")
     if own is not None and not isinstance(own, Mapping):
         raise WeightsError(
-            f"{path}: decoder_state is a {type(own).__name__}, not a dict of tensors; get the file again"
+            f"{path}: decoder_state is a {type(own).__name__}, not a dict of tensors; download the file again"
         )
     models = [
         (state, prefix)
@@ -486,7 +486,7 @@ def _require_decoder(decoder: dict[str, Tensor], path: Path) -> None:
     if not _is_decoder(decoder):
         shown = ", ".join(sorted(decoder)[:3])
         raise WeightsError(
-            f"{path}: decoder_state is no instance decoder of micro-sam (found: {shown}, ...); pass the checkpoint without it"
+            f"{path}: decoder_state is not an instance decoder of micro-sam (found: {shown}, ...); pass the checkpoint without it"
         )
     channels = decoder["out_conv.weight"].shape[0]
     if channels != _DECODER_CHANNELS:
@@ -501,5 +501,5 @@ def _require_finite(tensors: dict[str, Tensor], path: Path) -> None:
     )
     if broken:
         raise WeightsError(
-            f"{path}: {len(broken)} tensors hold NaN or infinity (first: {broken[0]}); the file is damaged: get it again"
+            f"{path}: {len(broken)} tensors hold NaN or infinity (first: {broken[0]}); the file is damaged: download it again"
         )

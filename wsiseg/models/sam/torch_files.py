@@ -198,7 +198,7 @@ def _read_zip(path: Path) -> TorchFile:
     except _BROKEN as error:
         reason = (str(error).splitlines() or [""])[0] or type(error).__name__
         raise WeightsError(
-            f"{path}: cut short or damaged ({reason}), as after a broken download; get it again"
+            f"{path}: truncated or damaged ({reason}), as after a broken download; download it again"
         ) from error
 
 
@@ -219,7 +219,7 @@ def _root(path: Path, archive: zipfile.ZipFile) -> str:
         raise WeightsError(f"{path}: its numbers have the other byte order; save it again on a machine like this one")
     damaged = archive.testzip()
     if damaged:
-        raise WeightsError(f"{path}: {damaged} in it fails its check sum; the file is damaged: get it again")
+        raise WeightsError(f"{path}: {damaged} in it fails its check sum; the file is damaged: download it again")
     return root
 
 
@@ -344,7 +344,7 @@ class _Reader(pickle.Unpickler):
     def persistent_load(self, pid: Any) -> Tensor | _Inert:  # noqa: ANN401
         kind, dtype, key, _, count = pid
         if kind != "storage":
-            raise ValueError(f"{kind} is no storage")
+            raise ValueError(f"{kind} is not a storage")
         if not isinstance(dtype, torch.dtype):
             return _Inert()
         if key not in self._storages:
