@@ -3,7 +3,7 @@
     python benchmarks/slide_space.py --data DATA [--click-seeds 5]
 
 Checkpoints of the SAM family have no learned space. Here nuclei-compact's descriptors stand in for theirs, its own space taken away: true dots of
-brca_m2c/dev, each image a slide, 1 and 5 clicks per type; macro-F1, mean +- sd over click seeds. `discriminant.slide_space` keeps the main
+brca_m2c/dev, each image a slide, 1 and 5 clicks per type; macro-F1, mean +- sd over click seeds. `plda.slide_space` keeps the main
 directions of the descriptors and takes a share of the variance along the first for that inside the types, in every direction. The first form is
 the default. Directions scaled to the same variance (whitening) were tried first and lost: 0.400 and 0.500 with 32 directions.
 """

@@ -466,7 +466,9 @@ def test_a_complete_download_is_used(server: Server, folder: Path) -> None:
 
 def test_another_file(server: Server, folder: Path) -> None:
     """A wrong sum: nothing of it stays, so that the next try begins anew."""
-    with pytest.raises(WeightsError, match="sha256 differs from the published one, and the file was removed; run the command again"):
+    with pytest.raises(
+        WeightsError, match="sha256 differs from the published one, and the file was removed; run the command again"
+    ):
         download("sam", entry=entry(server, sha256="0" * 64))
     assert files(folder) == []
     (folder / "sam.part").write_bytes(b"of another file")

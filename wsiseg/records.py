@@ -363,30 +363,30 @@ class TypeSpace:
     ----------
     transform
         float32 of shape (D, d): descriptors times this have covariance 1 within a type; below, d is the size of the space.
-    middle, spread
-        (d,): mean and variance of the means of types in general, in the space; a slide's own shift is not in it.
-    kinds
-        (K, d): means of the kinds of cell that the model knows; K = 0 is valid.
-    kind_spread
-        (d,): variance of a kind's mean on one slide about its ``kinds`` row.
-    shift
-        (d,): variance of what all cells of a slide share.
-    kind_names
-        Of the K kinds.
+    mean, between_variance
+        (d,): mean and variance of the means of types in general, in the space, without the slide effect.
+    reference_classes
+        (K, d): means of the classes of cell that the model knows; K = 0 is valid.
+    class_variance
+        (d,): variance of a class mean on one slide about its row in ``reference_classes``.
+    slide_variance
+        (d,): variance of the slide effect, the shift that all cells of a slide share.
+    class_names
+        Names of the K reference classes.
     """
 
     transform: NDArray[np.float32]
-    middle: NDArray[np.float64]
-    spread: NDArray[np.float64]
-    kinds: NDArray[np.float64]
-    kind_spread: NDArray[np.float64]
-    shift: NDArray[np.float64]
-    kind_names: tuple[str, ...] = ()
+    mean: NDArray[np.float64]
+    between_variance: NDArray[np.float64]
+    reference_classes: NDArray[np.float64]
+    class_variance: NDArray[np.float64]
+    slide_variance: NDArray[np.float64]
+    class_names: tuple[str, ...] = ()
 
     def project(self, descriptors: NDArray[np.float16] | NDArray[np.float32]) -> NDArray[np.float32]:
-        """Descriptors (N, D) in the space."""
-        seen: NDArray[np.float32] = descriptors.astype(np.float32) @ self.transform
-        return seen
+        """Project descriptors (N, D) into the space."""
+        projected: NDArray[np.float32] = descriptors.astype(np.float32) @ self.transform
+        return projected
 
 
 @dataclass(frozen=True)
@@ -402,7 +402,7 @@ class Typing:
     codes
         int32 of shape (N,): index into ``names``.
     scores, margins
-        float32 of shape (N,): probability of the likeliest type, in [0, 1], and its lead over the runner-up.
+        float32 of shape (N,): probability of the likeliest type, in [0, 1], and its difference to the second likeliest.
     prototypes
         int32 of shape (N,): the clicked cell of the type that is most similar, counted through all clicks in the order of the seeds;
         -1 for unassigned cells.
@@ -439,13 +439,13 @@ class TypingNotes:
 
     Attributes
     ----------
-    kinds
-        Per type, the probability of each known kind, by name; what is missing to 1 is "none of them".
+    reference_classes
+        Per type, the probability of each reference class, by name; the remainder to 1 is "none of them".
     warnings
-        Sentences about doubtful types and clicks.
+        Messages about ambiguous types and clicks.
     """
 
-    kinds: tuple[dict[str, float], ...] = ()
+    reference_classes: tuple[dict[str, float], ...] = ()
     warnings: tuple[str, ...] = ()
 
 

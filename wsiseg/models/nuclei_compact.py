@@ -44,11 +44,11 @@ HEAD_WIDTH = 16
 LEARNED = 64  #: length of the descriptor's learned half
 MEASURED_SHARE = 0.3  #: weight of the measurements in the cosine of two descriptors; the learned half has the rest
 DESCRIPTOR_SIZE = LEARNED + MEASUREMENTS
-KINDS = (
+REFERENCE_CLASSES = (
     "lymphocyte",
     "tumour or epithelial",
     "stromal",
-)  #: kinds of cell whose place among the descriptors is part of the weights
+)  #: classes of cell whose distribution among the descriptors is part of the weights
 
 # The three generated 1x1 convolutions: (inputs + relative x, y) -> HEAD_WIDTH -> HEAD_WIDTH -> 1.
 _HEAD_SHAPES = ((HEAD_WIDTH, MASK_FEATURES + 2), (HEAD_WIDTH, HEAD_WIDTH), (1, HEAD_WIDTH))
@@ -153,9 +153,9 @@ class NucleiCompact(nn.Module):
         self.pixel_sd: Tensor
         self.register_buffer("pixel_mean", torch.tensor([0.70, 0.55, 0.70]).view(1, 3, 1, 1))
         self.register_buffer("pixel_sd", torch.tensor([0.20, 0.22, 0.17]).view(1, 3, 1, 1))
-        # How types lie in the descriptors; filled in after training (training/fit_types.py).
+        # Distribution of types in the descriptors (`TypeSpace`); filled in after training (training/fit_types.py).
         self.register_buffer("type_transform", torch.eye(DESCRIPTOR_SIZE))
-        self.register_buffer("type_kinds", torch.zeros(len(KINDS), DESCRIPTOR_SIZE))
+        self.register_buffer("type_kinds", torch.zeros(len(REFERENCE_CLASSES), DESCRIPTOR_SIZE))
         self.register_buffer("type_middle", torch.zeros(DESCRIPTOR_SIZE))
         for name in ("type_spread", "type_kind_spread", "type_shift"):
             self.register_buffer(name, torch.ones(DESCRIPTOR_SIZE))
@@ -188,7 +188,15 @@ class NucleiCompact(nn.Module):
         part = {
             k.removeprefix("type_"): v.cpu().double().numpy() for k, v in self.named_buffers() if k.startswith("type_")
         }
-        return TypeSpace(part.pop("transform").astype(np.float32), **part, kind_names=KINDS)
+        return TypeSpace(
+            transform=part["transform"].astype(np.float32),
+            mean=part["middle"],
+            between_variance=part["spread"],
+            reference_classes=part["kinds"],
+            class_variance=part["kind_spread"],
+            slide_variance=part["shift"],
+            class_names=REFERENCE_CLASSES,
+        )
 
     def encode(self, images: Tensor) -> Embeddings:
         """Encode tiles.

@@ -58,7 +58,7 @@ class SamModel(nn.Module):
         ``none``: pixels as they are; ``tile-minmax``: each channel of a tile stretched to 0 to 255 first, as micro-sam does it.
     """
 
-    types: TypeSpace | None = None  # what separates types is found on each slide (discriminant.slide_space)
+    types: TypeSpace | None = None  # what separates types is found on each slide (plda.slide_space)
     supports_full_tile = True
     box_replaces_point = True
     prompts_multiple = CPU_PROMPTS
