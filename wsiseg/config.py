@@ -245,9 +245,9 @@ class TypingConfig:
     Attributes
     ----------
     unknown_kind
-        Prior probability that a clicked type is none of the kinds the model knows.
+        Prior probability that a clicked type is none of the model's reference classes.
     rival_kind, rival_other
-        Weight of a known kind that nobody clicked, and of anything else, beside a clicked type's 1: cells that are rather these stay
+        Weight of a reference class without clicks, and of anything else, relative to a clicked type's 1: cells closer to these stay
         ``unassigned``. Without them every cell gets a clicked type.
     min_score, min_margin
         Probability, and lead over the runner-up, below which a cell stays ``unassigned``. Higher values leave out right and wrong cells alike.
@@ -324,7 +324,7 @@ class RunConfig:
     batch_size
         Tiles encoded together. ``None``: one on a CPU, as many as fit on a GPU.
     max_ram_gb, max_vram_gb
-        What one process may use; queues, caches and batches are made to fit. ``None``: what is there.
+        Memory limit of a process; queues, caches and batches are sized to fit. ``None``: all available memory.
     workers
         Processes on this machine, or jobs of a batch system.
     scheduler
@@ -598,7 +598,7 @@ def _merge(current: Any, mapping: Any, where: str, prefix: str) -> Any:  # noqa:
 
 
 def _cast(value: Any, hint: Any, where: str, name: str) -> Any:  # noqa: ANN401
-    """``value`` as the annotated type of its field, or a sentence."""
+    """Convert ``value`` to the annotated type of its field."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
         return None if value is None else _cast(value, next(a for a in arguments if a is not type(None)), where, name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def counted(number: int, thing: str) -> str:
-    """``1 block``, ``2 blocks``: for sentences."""
+    """Count with a noun, for messages: ``1 block``, ``2 blocks``."""
     return f"{number} {thing}{'' if number == 1 else 's'}"
 
 

@@ -38,7 +38,7 @@ class SlideInfo:
     bounds
         (x, y, width, height) of OpenSlide's non-empty region in level-0 px, which QuPath crops to; ``None`` when the slide has none.
     warnings
-        Sentences about anything doubtful (mpp far from a cell model's, anisotropy, ...).
+        Warnings about anything doubtful (mpp far from a cell model's, anisotropy, ...).
     """
 
     path: str
@@ -340,7 +340,7 @@ class Bank:
     floors
         (T,) float32: similarity (product of the two cosines) from which a place is a candidate of the type.
     foreign
-        The clicks are on another slide; ``clicks`` and ``cells`` say nothing about this one.
+        The clicks are on another slide; ``clicks`` and ``cells`` do not refer to this one.
     """
 
     names: tuple[str, ...]

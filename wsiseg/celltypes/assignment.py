@@ -109,16 +109,16 @@ def assign_types(
     ranked = np.argsort(-p, 1, kind="stable")
     top, second = (np.take_along_axis(p, ranked[:, k : k + 1], 1)[:, 0] for k in (0, 1))
     best = p[:, : len(bank.names)].argmax(1)
-    verdict = (ranked[:, 0] == best) & (top >= config.min_score) & (top - second >= config.min_margin)
+    assigned = (ranked[:, 0] == best) & (top >= config.min_score) & (top - second >= config.min_margin)
     for start in range(0, count, _ROWS):
         part = slice(start, start + _ROWS)
         nearest[part] = _nearest_click(z[part], clicked, best[part])
     back = np.empty(count, np.intp)
     back[order] = np.arange(count)
-    codes = np.where(verdict, best + 1, 0).astype(np.int32)
+    codes = np.where(assigned, best + 1, 0).astype(np.int32)
     scores = np.take_along_axis(p, best[:, None], 1)[:, 0]
     margins = np.where(ranked[:, 0] == best, top - second, 0).astype(np.float32)
-    prototypes = np.where(verdict, nearest, -1).astype(np.int32)
+    prototypes = np.where(assigned, nearest, -1).astype(np.int32)
     typing = Typing(names, colors, codes[back], scores[back], margins[back], prototypes[back])
     reference_classes = tuple(
         {

@@ -117,6 +117,6 @@ def mpp_options(command: click.decorators.FC) -> click.decorators.FC:
 def set_verbosity(verbose: int, quiet: bool) -> None:
     """Log to stderr: warnings by default, more with each ``-v``, errors only with ``-q``."""
     level = logging.ERROR if quiet else max(logging.DEBUG, logging.WARNING - 10 * verbose)
-    # tifffile logs what it thinks of damaged files; our own sentence says it once.
+    # tifffile logs errors of damaged files; our own message reports them once.
     logging.getLogger("tifffile").setLevel(logging.CRITICAL)
     logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)

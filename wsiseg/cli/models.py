@@ -59,10 +59,10 @@ def verify(ctx: click.Context, names: tuple[str, ...]) -> None:
     """Compare the weights of the models NAME, by default all, with the sha256 of their cards."""
     from wsiseg.models.store import verify_all
 
-    verdicts = verify_all(names)
-    for name, wrong in verdicts.items():
+    problems = verify_all(names)
+    for name, wrong in problems.items():
         click.echo(f"Error: {one_line(wrong)}" if wrong else f"{name}: OK", err=bool(wrong))
-    if any(verdicts.values()):
+    if any(problems.values()):
         ctx.exit(1)
 
 

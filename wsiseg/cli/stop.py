@@ -39,7 +39,7 @@ class Stop:
         name = signal.Signals(number).name
         if self._asked:
             signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)  # what is half written is swept up by the next run
+            os.kill(os.getpid(), number)  # the next run removes half-written files
         self._asked = True
         with contextlib.suppress(
             OSError

@@ -90,7 +90,7 @@ class Outlines:
     origin
         (x, y) of those bounds in absolute level-0 px, when the file says.
     notes
-        Sentences about what was passed over or repaired.
+        Warnings about what was skipped or repaired.
     """
 
     polygons: NDArray[np.object_]
@@ -196,12 +196,12 @@ def read_label(path: Path, notes: list[str]) -> NDArray[np.integer]:
     path
         PNG, TIFF or NumPy's ``.npy``.
     notes
-        Gets a sentence where the decoder read the file, but had doubts.
+        Receives a warning where the decoder read the file with doubts.
 
     Raises
     ------
     FormatError
-        It cannot be read, has colours, or its values are no integers.
+        It cannot be read, has colours, or its values are not integers.
     """
     if suffix_of(path) not in IMAGES:
         raise FormatError(f"{path}: not a label image; allowed are .png, .tif, .tiff and .npy")

@@ -179,7 +179,7 @@ def class_quality(
     o
         Overlaps of truth and prediction, all classes.
     truth_types, prediction_types
-        Names of shape (N,) and (M,); the empty name is no class.
+        Names of shape (N,) and (M,); the empty name is not a class.
     """
     good = (o.iou > 0.5) & (truth_types[o.truth] == prediction_types[o.prediction])
     of_hit, iou = truth_types[o.truth[good]], o.iou[good]

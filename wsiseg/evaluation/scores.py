@@ -81,7 +81,7 @@ class Evaluation:
     retention
         Mean of the prediction over mean of the baseline, by metric; empty without a baseline.
     notes
-        Sentences about anything doubtful.
+        Warnings about anything doubtful.
     options
         What was asked for, and versions.
     """

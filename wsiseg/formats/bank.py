@@ -93,7 +93,7 @@ def read_bank(path: Path) -> tuple[Bank, dict[str, Any]]:
     Returns
     -------
     tuple of (Bank, dict)
-        The bank is ``from_other_slide``: its clicks are no places on the slide at hand. The note has ``slide`` and ``weights``.
+        The bank is ``from_other_slide``: its clicks are not positions on this slide. The note has ``slide`` and ``weights``.
 
     Raises
     ------

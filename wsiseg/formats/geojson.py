@@ -187,7 +187,7 @@ class _FeatureText:
         typed = self.typed[codes]
         areas = np.nan_to_num(
             np.round(shapely.area(cells.polygons) * self.um2_per_px, 3)
-        )  # a number in any case: the comma stands after it
+        )  # a number in any case: the comma follows it
         columns: list[bytes | list[bytes]] = [
             b',\n{"type":"Feature","id":"',
             ids,

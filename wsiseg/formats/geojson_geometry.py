@@ -1,6 +1,6 @@
 """Geometry of GeoJSON: the one place that turns ``{"type": ..., "coordinates": ...}`` into points and polygons.
 
-What cannot be meant is refused in a sentence; what can only be meant in one way is read: unclosed rings are closed, and :func:`repaired` makes valid
+Ambiguous input is refused with a message; unambiguous input is read: unclosed rings are closed, and :func:`repaired` makes valid
 what touches or crosses itself. Specification: https://datatracker.ietf.org/doc/html/rfc7946
 """
 

@@ -70,7 +70,7 @@ class Part:
 
     @property
     def failures(self) -> list[str]:
-        """A sentence per tile of the block that could not be read."""
+        """A message per tile of the block that could not be read."""
         return [str(failure) for failure in self.note.get("failures", [])]
 
     @property
@@ -128,7 +128,7 @@ def write_part(
     counts
         Kept, dropped at seams, ...: summed into the manifest.
     failures
-        A sentence per tile that could not be read.
+        A message per tile that could not be read.
     """
     note = {
         "format": FORMAT,

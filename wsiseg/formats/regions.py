@@ -36,7 +36,7 @@ def read_regions(path: Path, info: SlideInfo) -> tuple[shapely.MultiPolygon | sh
     Returns
     -------
     tuple of (shapely.MultiPolygon or shapely.Polygon, list of str)
-        The union of all polygons in absolute level-0 px, cut at the edge of the slide; valid, with an area. And warnings, one sentence each:
+        The union of all polygons in absolute level-0 px, cut at the edge of the slide; valid, with an area. And warnings, one message each:
         what was repaired, closed or left out.
 
     Raises

@@ -38,7 +38,7 @@ class QuPathSeeds(Seeds):
 
 
 def default_colors(stated: Iterable[Color | None]) -> list[Color]:
-    """The colours of types in their order: as stated, else the next of ``PALETTE`` that nobody states (from the 9th on, repeated)."""
+    """Colours of the types in order: as stated, else the next unused one of ``PALETTE`` (repeated from the 9th on)."""
     stated = list(stated)
     free = [color for color in PALETTE if color not in stated] or list(PALETTE)
     missing = iter([free[k % len(free)] for k in range(stated.count(None))])

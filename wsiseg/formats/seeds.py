@@ -100,7 +100,7 @@ def check_seeds(seeds: Seeds, info: SlideInfo) -> tuple[Seeds, list[str]]:
     Returns
     -------
     tuple of (Seeds, list of str)
-        In absolute level-0 px, without repeated clicks; and warnings, one sentence each.
+        In absolute level-0 px, without repeated clicks; and warnings, one message each.
 
     Raises
     ------
@@ -183,7 +183,7 @@ def convert_seeds(
     Returns
     -------
     tuple of (Seeds, list of str)
-        What was written; and warnings, one sentence each.
+        What was written; and warnings, one message each.
 
     Raises
     ------

@@ -182,12 +182,12 @@ def find_card(name: str, folder: Path | None = None) -> ModelCard | None:
 
 
 def card_of_file(path: Path) -> ModelCard:
-    """The card of a safetensors file that is given by its path; its sha256 is empty, for nobody stated one.
+    """The card of a safetensors file that is given by its path; its sha256 is empty, since none is stated.
 
     Parameters
     ----------
     path
-        A file of `import_model`, which says itself what it is; or weights of the package's network, which say nothing.
+        A file of `import_model`, which states what it is; or weights of the bundled network, which do not.
 
     Raises
     ------
@@ -302,15 +302,15 @@ def verify_all(names: tuple[str, ...] = (), folder: Path | None = None) -> dict[
     """
     from wsiseg.models import MODELS
 
-    verdicts = {}
+    problems = {}
     for name in names or [*MODELS, *stored_names(folder)]:
         try:
             verify(known_card(name, folder))
         except WeightsError as error:
-            verdicts[name] = str(error)
+            problems[name] = str(error)
         else:
-            verdicts[name] = ""
-    return verdicts
+            problems[name] = ""
+    return problems
 
 
 def catalogue(folder: Path | None = None) -> list[Listing]:
@@ -431,7 +431,7 @@ def import_model(
             architecture,
             bool(checkpoint.decoder),
         )
-        card_path.unlink(missing_ok=True)  # an old card never stands beside new weights
+        card_path.unlink(missing_ok=True)  # an old card must never be paired with new weights
     with _temporary(card_path) as partial:
         content = {key: getattr(card, key) for key in _CARD_KEYS} | {"weights": weights.name}
         partial.write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -511,7 +511,7 @@ def download(
 ) -> ModelCard:
     """Fetch a published checkpoint, check it, and import it.
 
-    What a broken download has left is kept, and the next one goes on from there.
+    A partial download is kept, and the next call resumes it.
 
     Parameters
     ----------
@@ -538,7 +538,7 @@ def download(
     ConfigError
         The name is not allowed.
     WeightsError
-        There is no such download, it cannot be reached, or what came has another sha256; or as in `import_model`.
+        There is no such download, it cannot be reached, or its sha256 differs; or as in `import_model`.
     """
     folder = folder or models_folder()
     entry = entry or _entry(name)

@@ -20,7 +20,7 @@ Not stated: U1 a box grows by its own width and height, not by the image's; thes
 Compared with micro-sam 1.8.14 on the same masks and scores, at four settings: the same labels in every pixel.
 
 Kept as published: nothing is refused for a low score, and where masks compete the larger one wins, so that a mask of a whole cluster swallows
-its members unless their IoU with it exceeds ``nms``. On slides this is not used: masks are settled best score first. For one image without that
+its members unless their IoU with it exceeds ``nms``. On slides this is not used: overlaps are resolved best score first. For one image without that
 flaw see score_ordered_merge.py.
 
 References
@@ -261,7 +261,7 @@ def filter_and_nms_v1(
     while len(order):
         best, order = int(order[0]), order[1:]
         kept.append(best)
-        # Boxes and areas bound what two masks share, and the bound settles nearly all pairs.
+        # Boxes and areas bound what two masks share, and the bound decides nearly all pairs.
         sides = np.minimum(boxes[order, 2:], boxes[best, 2:]) - np.maximum(boxes[order, :2], boxes[best, :2])
         bound = np.minimum(np.maximum(sides, 0).prod(1), np.minimum(areas[order], areas[best]))
         near = np.flatnonzero(_overlap(bound, areas[order], areas[best], intersection_over_min) > nms)

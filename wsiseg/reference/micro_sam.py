@@ -1,7 +1,7 @@
 """micro-sam's automatic prompts [1]_ and seeded watershed on one image, with its checkpoints, preprocessing and thresholds.
 
 For comparison with the papers, and for checking a checkpoint against the program it comes from. Slides get
-:func:`wsiseg.runs.slide.segment_slide`, which reads at a stated scale, settles masks by score, and does not depend on where tiles lie.
+:func:`wsiseg.runs.slide.segment_slide`, which reads at a stated scale, resolves overlaps by score, and does not depend on tile positions.
 
 References
 ----------

@@ -140,7 +140,7 @@ def check_folder(folder: RunFolder, run_hash: str, *, overwrite: bool, retype: s
     Raises
     ------
     RunError
-        With what is there and what to do.
+        The message says what is in the folder and what to do.
     """
     try:
         found = kind_of(folder.path, RunError)

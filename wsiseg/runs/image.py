@@ -64,7 +64,7 @@ def segment_image(
     cells
         Polygons in px of the image.
     typing
-        One verdict per cell.
+        Types of the cells.
     """
     config = dataclasses.replace(config or RunConfig(), mpp=mpp)
     context, plan = open_image_context(image, config, seeds, model)

@@ -189,7 +189,7 @@ def _digests(slide: str, config: RunConfig, info: SlideInfo, weights: Path) -> t
         "roi": _content_hash(config.roi),
     }
     clicks = _content_hash(config.bank if config.seeds is None else config.seeds)
-    # What is settled after the parts does not make them stale: types, overlaps, and under APG the seeds.
+    # Stages after the parts do not make them stale: types, overlaps, and under APG the seeds.
     segmenting = dataclasses.replace(config, typing=TypingConfig(), stitching=StitchingConfig())
     clicked = {"seeds": clicks} if config.method == "cop" else {}
     segmenting = segmenting if clicked else dataclasses.replace(segmenting, cop=CopConfig())
@@ -247,7 +247,7 @@ def load_bank(path: Path, weights: Path) -> Bank:
     Raises
     ------
     WsisegError
-        It is no bank, or other weights made it.
+        The file is not a bank, or was made with other weights.
     """
     bank, note = read_bank(path)
     if note["weights"] != file_hash(weights):

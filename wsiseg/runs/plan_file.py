@@ -104,7 +104,7 @@ def read_plan(folder: Path, run_hash: str | None = None) -> RunPlan | None:
             return None
         bank = None
         if note["clicks"]:
-            if _digest(folder) != note["clicks_sha256"]:  # another run was begun over this one, and stopped
+            if _digest(folder) != note["clicks_sha256"]:  # another run was started over this one, and stopped
                 return None
             bank = dataclasses.replace(
                 restore_bank(folder / "clicks.safetensors"), cells=read_part(folder / "clicks.cells")[0]

@@ -26,7 +26,7 @@ DENSITY_MM2 = (
     40_000.0,
 )  #: cells per mm2 searched: the emptiest labelled field; a slide that is mostly fat may have fewer, and is told so ..
 #: .. and half as much again as in the fullest
-FEW = 50  #: of fewer cells the median says little, and of so few nobody needs a density that is too high
+FEW = 50  #: cells below which the median area and a high density are not judged
 SMALL_MM2 = 0.1  #: in less tissue than this, a few cells are a low density; a biopsy has ten times as much
 
 
@@ -43,7 +43,7 @@ def implausible(areas_px0: NDArray[np.float64], plan: RunPlan) -> tuple[str, ...
     Returns
     -------
     tuple[str, ...]
-        A sentence per doubt, with the likely reasons; empty for what tissue looks like.
+        A warning per doubt, with the likely reasons; empty for plausible tissue.
     """
     mpp, searched = plan.info.mpp, plan.tissue_mm2
     scale = f"the scale is wrong ({mpp:.4g} microns per pixel, {plan.info.mpp_source})"

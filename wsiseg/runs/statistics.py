@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_NAMED = 8  #: missing blocks that are named in one sentence
+_NAMED = 8  #: missing blocks that are named in one message
 
 
 class RunStatistics:
@@ -37,7 +37,7 @@ class RunStatistics:
     Parameters
     ----------
     slide
-        What the run is called in sentences.
+        Name of the run in messages.
 
     Attributes
     ----------
@@ -144,7 +144,7 @@ class RunStatistics:
             "folder": str(folder.path),
             "run_hash": self._run_hash,
             "counts": self._sums() | {"blocks": len(self.blocks), "blocks_resumed": self._resumed},
-            "failures": self._failure_sentences(),
+            "failures": self._failure_messages(),
             "warnings": [],
         }
         if (
@@ -199,7 +199,7 @@ class RunStatistics:
             if busy:
                 said.append(f"{len(busy)} of them are being worked on ({claims.holder(busy[0])})")
         if self._failures:
-            failures = self._failure_sentences()
+            failures = self._failure_messages()
             said.append(f"{counted(len(failures), 'tile')} could not be read (first: {failures[0]})")
         return "; ".join(said)
 
@@ -221,7 +221,7 @@ class RunStatistics:
         """Summary of the blocks and their cost for the manifest."""
         absent = {name: tiles for name, tiles in plan.tiles.items() if name not in self.blocks}
         failures = [
-            *self._failure_sentences(),
+            *self._failure_messages(),
             *(f"block {name}: none of its tiles was worked on ({tiles})" for name, tiles in absent.items()),
         ]
         counts = self._sums()
@@ -239,7 +239,7 @@ class RunStatistics:
     def _sums(self) -> dict[str, int]:
         return {key: sum(c[key] for c in self.blocks.values()) for key in BLOCK_COUNTS}
 
-    def _failure_sentences(self) -> list[str]:
+    def _failure_messages(self) -> list[str]:
         return [failure for name in sorted(self._failures) for failure in self._failures[name]]
 
     def _cost(self) -> dict[str, Any]:
@@ -256,7 +256,7 @@ class RunStatistics:
 
 
 def interrupt_shard(folder: RunFolder, shard: Shard, run_hash: str) -> None:
-    """Note that a shard which had begun was stopped."""
+    """Record that a started shard was stopped."""
     record = _read_record(_record(folder, shard), run_hash)
     if record.get("status") == "running":
         write_json(_record(folder, shard), record | {"status": "interrupted"})

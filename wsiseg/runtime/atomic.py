@@ -90,7 +90,7 @@ def translate_os_errors(path: Path) -> Iterator[None]:
     Parameters
     ----------
     path
-        Named in the sentence.
+        Named in the message.
 
     Raises
     ------

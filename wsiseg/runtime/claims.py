@@ -6,7 +6,7 @@
     parts/.<name>.claim.taking   the next claim, while its maker takes a dead one over; renamed to it
 
 Claims save work and say whom to wait for. Nothing that is written depends on them: two processes that do the same part all the same write the
-same bytes. What is promised: of any number of processes that take a name at the same moment one gets it; who may be alive keeps its claim.
+same bytes. Guarantee: of any number of processes that claim a name at the same moment, one gets it; a process that may be alive keeps its claim.
 
 Whether an owner is dead is never read from a clock that two machines would have to share. A process that certainly ended on this machine is
 dead at once; any other owner when its claim has not changed for ``dead_after_s`` of the observer's own time.
@@ -37,7 +37,7 @@ DEAD_AFTER_S = 120.0  #: 60 s for which a network file system may answer from it
 
 _ENDING, _TAKING = ".claim", ".taking"
 _VANISHED = {errno.ENOENT, errno.ESTALE}  # removed or replaced by another node; a stale handle is how NFS says it
-_MAX_BYTES = 4096  # more is no claim
+_MAX_BYTES = 4096  # anything larger is not a claim
 
 
 class _State(NamedTuple):
@@ -301,7 +301,7 @@ class Claims:
             try:
                 with path.open("rb", buffering=0) as file:
                     return _State(file.read(_MAX_BYTES), os.fstat(file.fileno()).st_mtime_ns)
-            except PermissionError:  # of another user, who lets nobody read: that it changes is seen all the same
+            except PermissionError:  # of another user and not readable: its changes are still visible
                 return _State(b"", path.stat().st_mtime_ns)
         except OSError as error:
             if error.errno in _VANISHED:

@@ -1,6 +1,6 @@
 """Kind of file at a path, checked before it is opened, and identity of names.
 
-Files that people name are opened through here, so that every refusal of the file system is one sentence, and a pipe or a device, which may never
+Files that people name are opened through here, so that every error of the file system is one message, and a pipe or a device, which may never
 end, is not waited for.
 """
 
@@ -82,7 +82,7 @@ def refusal(problem: OSError) -> str:
 
 
 def require_regular(path: Path) -> None:
-    """Refuse what is not a file, before it is opened: a pipe that nobody writes to never answers, and ``/dev/zero`` never ends.
+    """Refuse what is not a file, before it is opened: a pipe without a writer never answers, and ``/dev/zero`` never ends.
 
     Raises
     ------

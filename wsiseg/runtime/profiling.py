@@ -69,5 +69,5 @@ def peak_bytes_lately() -> int:
         line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM"))
         peak = int(line.split()[1]) * 1024
         _largest[0] = max(_largest[0], peak)
-        _CLEAR.write_text("5")  # Linux: begin the high-water mark anew
+        _CLEAR.write_text("5")  # Linux: reset the high-water mark
     return peak

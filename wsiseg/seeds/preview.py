@@ -44,9 +44,9 @@ class PreviewSummary:
     clicks, drawn, bad
         How many clicks there are, how many of them are on the sheet, and how many a run would refuse.
     faults
-        The sentences with which a run would refuse them, in its order; one for two types on one cell.
+        The errors of a run for them, in its order; one for two types on one cell.
     warnings
-        Sentences about the slide and the seeds.
+        Warnings about the slide and the seeds.
     """
 
     seeds: Seeds
@@ -189,7 +189,7 @@ def _panel(click: _Click, reader: SlideReader, side: int) -> Panel:
     if click.cell is not None:
         outline = lattice.to_model(shapely.get_coordinates(click.cell.polygons[0].exterior)) - (x0, y0)
         score = float(click.cell.scores[0])
-    # The place stands in the caption already: "no cell there; ..." remains of "seeds.json: types[0].points[0] = [5, 5]: no cell there; ...".
+    # The caption already shows the place: "no cell there; ..." remains of "seeds.json: types[0].points[0] = [5, 5]: no cell there; ...".
     fault = click.fault.removeprefix(click.place).partition(": ")[2]
     at = (float(centre[0] - x0), float(centre[1] - y0))
     return Panel(click.kind, click.number, click.negative, click.point, pixels, at, outline, score, fault)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-MOST_TILES = 32  #: beyond, an encoder is not faster on any device, and its memory goes on growing
+MOST_TILES = 32  #: beyond, an encoder is not faster on any device, while its memory keeps growing
 FEWEST_PROMPTS = 8  #: below, decoding is nothing but calls; memory is then the tile's
 READ_BYTES = (
     64 << 20

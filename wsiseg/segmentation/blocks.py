@@ -151,7 +151,7 @@ def segment_blocks(
     blocks
         In any order. A block whose part is there is reported and not repeated; one that another process works on is left out.
     stopped
-        When it turns true, the block in hand is finished and no other begun.
+        When it turns true, the current block is finished and no other is started.
 
     Yields
     ------
@@ -222,7 +222,7 @@ class _TilePipeline:
             elif self.context.claims.take(block.name):
                 self.taken.add(block.name)
                 report = finished_block(self.context.spec, block)
-                if report:  # by who had it until now
+                if report:  # by the process that held the claim
                     self.resumed.append(report)
                     continue
                 yield from (_TileTask(block, number) for number in range(len(block.tiles)))
@@ -241,7 +241,7 @@ class _TilePipeline:
         return _TilePixels(task, None, failure)
 
     def answers(self, read: Iterator[_TilePixels]) -> Iterator[_DecodedTile]:
-        """Masks of the tiles: one batch's prompts are looked for while the next one is encoded."""
+        """Masks of the tiles: one batch's prompts are found while the next one is encoded."""
         with closing(
             prefetch_map(self.prompts, self.encoded(read), threads=self.readers, limit=self.batch.tiles + 1)
         ) as prompted:

@@ -44,7 +44,7 @@ TRUSTED = (
     0.2  #: how far, as a natural logarithm, the size seen on a rung may be from that before the rung counts for little
 )
 MARGIN = 1.2  #: nearer to the ends of the ladder than this there is no estimate
-LEAST_WEIGHT = 10.0  #: of all rungs, about that of 30 nuclei; of fewer the median says nothing
+LEAST_WEIGHT = 10.0  #: of all rungs, about that of 30 nuclei, below which the median is unreliable
 SPREAD = (0.8, 1.6)  #: nine of ten labelled samples have their true scale within these factors of the estimate
 CONTRADICTION = (
     1.7  #: how far a stated scale may be from the estimate before it is doubted: 20x and 40x are a factor of 2
@@ -99,7 +99,7 @@ def estimate_scale(reader: SlideReader) -> ScaleEstimate | None:
     Parameters
     ----------
     reader
-        An open slide; its own microns per pixel are not looked at.
+        An open slide; its own microns per pixel are ignored.
 
     Returns
     -------

@@ -1,7 +1,7 @@
 """Masks -> polygons in slide level-0 px.
 
 Marching squares on the mask's own logits (sub-pixel; no upsampled mask is ever made). This is the one place where pixel centres become the
-corner frame: logit (row, column) stands at ``((column + 0.5) * mask_stride_px, (row + 0.5) * mask_stride_px)`` of its window.
+corner frame: logit (row, column) lies at ``((column + 0.5) * mask_stride_px, (row + 0.5) * mask_stride_px)`` of its window.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def trace(masks: WindowMasks, outer: Box, lattice: Lattice, config: MaskConfig) 
     points = lattice.to_level0(xy * masks.mask_stride_px + np.repeat(corners, count, 0))
     points = np.round(points * GRID) / GRID
     polygons = shapely.polygons(shapely.linearrings(points, indices=np.repeat(np.arange(len(rows)), count)))
-    # The plain form of Douglas and Peucker takes a tenth of the time of the one that keeps polygons valid; the few that break are put right.
+    # The plain form of Douglas and Peucker takes a tenth of the time of the one that keeps polygons valid; the few that become invalid are repaired.
     polygons = _valid(shapely.simplify(polygons, config.simplify_um / lattice.slide_mpp, preserve_topology=False))
     polygons = _rounded(polygons, config.convex_above)
     big = shapely.area(polygons) * lattice.slide_mpp**2 >= config.min_area_um2

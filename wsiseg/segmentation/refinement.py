@@ -1,4 +1,4 @@
-"""Mask refinement: instances are prompted again with box, point, and neighbours' points as background.   Source: APG, unreleased version 2 [1]_.
+"""Mask refinement: instances are prompted again with box, point, and the neighbours' points as background.   Source: APG, unreleased version 2 [1]_.
 
 Symbol  here       meaning
 m1, m2             an instance's mask of the first and of the second round, on the same window
@@ -135,7 +135,7 @@ def _decode(
 ) -> WindowMasks:
     """The second round's masks of ``rows``, on the CPU."""
     points = tile.masks.points_xy[torch.from_numpy(rows)]
-    everyone = np.unique(tile.masks.points_xy.numpy()[kept], axis=0)  # several answers to one point are no neighbours
+    everyone = np.unique(tile.masks.points_xy.numpy()[kept], axis=0)  # several masks of one point are not neighbours
     count = min(config.neighbours, len(everyone) - 1)
     negative = torch.empty(len(rows), 0, 2)
     if count:

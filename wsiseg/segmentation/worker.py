@@ -35,7 +35,7 @@ class RunSpec:
     lattice
         Between model px and level-0 px.
     area
-        Where cells are looked for.
+        Area to search for cells.
     bank
         Prototypes, of runs with clicks.
     parts, parts_hash

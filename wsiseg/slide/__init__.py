@@ -1,7 +1,7 @@
 """Reading slides: one protocol, three readers, and the regions that the models see.
 
 ``open_slide`` is the only place that opens a slide path. It tries OpenSlide (fastest, most vendors), TiffSlide (TIFF-like files OpenSlide
-does not know, and remote paths such as ``s3://``) and plain images, in that order, and ends in one sentence when none of them can.
+does not know, and remote paths such as ``s3://``) and plain images, in that order, and raises one error when none of them can.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def open_slide(
     Returns
     -------
     SlideReader
-        To be closed by the caller. What is doubtful about the slide stands in ``info.warnings``; `require_cellular` makes the
+        To be closed by the caller. Doubts about the slide are in ``info.warnings``; `require_cellular` makes the
         worst of it an error.
 
     Raises
@@ -148,7 +148,7 @@ def first_that_decodes(address: str, mpp: float | None, names: list[str], *, hid
     Raises
     ------
     SlideError
-        No reader opens it; the sentence has the reason of each.
+        No reader opens it; the message gives the reason of each.
     """
     refusals: list[str] = []
     opened: SlideReader | None = None

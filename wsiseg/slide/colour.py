@@ -107,7 +107,7 @@ def plan_rgb(sample: NDArray[Any], colours: Colours | None = None) -> tuple[ToRg
     Parameters
     ----------
     sample
-        The slide or a part of it that stands for all, of shape (h, w, samples).
+        The slide or a representative part of it, of shape (h, w, samples).
     colours
         What its samples mean.
 
@@ -117,7 +117,7 @@ def plan_rgb(sample: NDArray[Any], colours: Colours | None = None) -> tuple[ToRg
         8-bit values are kept. Unsigned integers are divided by the full scale of the smallest usual bit depth (8, 10, 12, 14, 16) that holds
         their largest value. Signed integers and floats without negative values keep 0 as black: up to 1 (floats) or 255 they are taken as
         they are, else their largest value becomes white. Numbers with negative values are stretched from their minimum to their maximum.
-        An opacity that is 0 everywhere is ignored. One sentence about each departure from 8-bit RGB.
+        An opacity that is 0 everywhere is ignored. One message about each departure from 8-bit RGB.
 
     Raises
     ------

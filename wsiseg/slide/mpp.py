@@ -1,6 +1,6 @@
 """Microns per pixel: where slides state it, and whether to trust it.
 
-A wrong scale ruins a run in silence, so everything doubtful becomes a sentence, and `require_cellular` an error.
+A wrong scale silently ruins a run, so every doubt becomes a warning, and `require_cellular` raises an error.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def from_tiff_tags(
     Returns
     -------
     tuple[PixelSize | None, tuple[str, ...]]
-        The size, unless the tags are absent, without unit, or a print resolution; and a sentence in the last case.
+        The size, unless the tags are absent, without unit, or a print resolution; and a warning in the last case.
     """
     try:
         per_unit = [tags[name][0] / tags[name][1] for name in ("XResolution", "YResolution")]
@@ -138,7 +138,7 @@ def from_tiff_tags(
 
 
 def believe_resolution(size: PixelSize) -> tuple[PixelSize | None, tuple[str, ...]]:
-    """Drop a size from resolution tags that is a print resolution, with a sentence that says so."""
+    """Drop a size from resolution tags that is a print resolution, with a warning that says so."""
     if size.mean < PRINT_MPP:
         return size, ()
     return None, (f"its resolution tag, {25400 / size.mean:.0f} dpi, is a print resolution and was ignored",)
@@ -161,7 +161,7 @@ def choose_mpp(
     Returns
     -------
     tuple[float, str, tuple[str, ...]]
-        mpp (NaN when unknown), its source, and a sentence about each doubt.
+        mpp (NaN when unknown), its source, and a warning about each doubt.
     """
     notes = []
     if override is not None:

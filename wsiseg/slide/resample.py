@@ -181,7 +181,7 @@ def whole_downsamples(
 
 
 def uneven_levels(level_sizes: tuple[tuple[int, int], ...]) -> tuple[str, ...]:
-    """A sentence about each level that is not a uniform reduction of level 0 (by more than 2 % and more than 2 px)."""
+    """Warn of each level that is not a uniform reduction of level 0 (by more than 2 % and more than 2 px)."""
     width0, height0 = level_sizes[0]
     notes = []
     for level, (width, height) in enumerate(level_sizes):

@@ -37,7 +37,7 @@ SAMPLE_CHUNKS, SAMPLE_BYTES = (
     256e6,
 )  # at most these of a level decide the scaling of deep pixels and the use of opacity
 LOOKED_AT = (
-    64  # directories of a generic TIFF that are looked at before OpenSlide may read it; a stack shows in the first few
+    64  # directories of a generic TIFF that are examined before OpenSlide may read it; a stack shows in the first few
 )
 WHITE = 255
 
@@ -64,7 +64,7 @@ class TiffPixels:
     level_sizes
         (width, height) of each level.
     notes
-        Sentences about what is left out, converted or damaged.
+        Messages about what is left out, converted or damaged.
 
     Raises
     ------
@@ -218,7 +218,7 @@ def _levels_of(series: tifffile.TiffPageSeries) -> tuple[list[_Level], tuple[str
 
 
 def _first_plane(level: tifffile.TiffPageSeries) -> tuple[tuple[Any, ...], tuple[str, ...]]:
-    """The pages of the first plane of a level, one or one per channel, with a sentence about the planes left out."""
+    """The pages of the first plane of a level, one or one per channel, with a message about the planes left out."""
     inner = str(level.keyframe.axes)
     axes, shape = str(level.axes), level.shape
     if inner not in ("YX", "YXS", "SYX") or not axes.endswith(inner):
@@ -373,7 +373,7 @@ def misread_by_openslide(path: str, vendor: str) -> str | None:
 
     OpenSlide decodes generic TIFFs with libtiff's RGBA interface: that divides deep samples by 257 whatever they hold, shows signed ones and
     floats wrong or not at all, ignores the difference between opacity and other extra samples, mirrors each tile by the orientation tag in
-    its own place, and takes the planes of a stack for levels. Files of scanners are looked at for depth, planes and orientation only.
+    its own place, and takes the planes of a stack for levels. Files of scanners are checked for depth, planes and orientation only.
     """
     try:
         with tifffile.TiffFile(path) as tiff:

@@ -1,7 +1,7 @@
 """Slides through TiffSlide: TIFF-like files that OpenSlide does not know, and remote paths of fsspec.
 
 TiffSlide finds the levels and reads the metadata. The pixels come from `wsiseg.slide.tiff_pages`: TiffSlide's zarr path fills tiles that the
-file marks as absent with black, pads JPEG tiles that end early with grey, and takes the samples of any colour model for RGB, all in silence.
+file marks as absent with black, pads JPEG tiles that end early with grey, and takes the samples of any colour model for RGB, all silently.
 """
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ class TissueMask:
     brightfield
         ``False`` when the background is dark, as in fluorescence.
     warnings
-        Sentences about anything doubtful.
+        Warnings about anything doubtful.
     """
 
     mask: NDArray[np.bool_]

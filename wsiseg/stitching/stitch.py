@@ -59,7 +59,7 @@ class Pairs:
     """Outlines that touch: row of the worse, row of the better, shared area. Sorted by the rank of the worse, then of the better.
 
     ``exact`` is false where ``shared`` is the area that their bounding boxes share, cut to the smaller outline: an upper bound, kept where
-    nothing hangs on more, since an intersection of polygons takes a hundred times as long.
+    it decides, since an intersection of polygons takes a hundred times as long.
     """
 
     low: NDArray[np.intp]

@@ -41,7 +41,7 @@ def map_blocks(
     Parameters
     ----------
     work
-        Works through some blocks and yields a summary for each; ends after the block in hand when its third argument turns true. Blocks come
+        Works through some blocks and yields a summary for each; ends after the current block when its third argument turns true. Blocks come
         again when a worker died: one that is finished already should be cheap.
     blocks
         What to work on; neighbours stay together, the order of the summaries is not promised.
@@ -62,7 +62,7 @@ def map_blocks(
     tools
         This process's own, when it has them already.
     stopped
-        Asked some times a second: when true, no block is begun, and the summaries of those in hand are the last.
+        Polled some times a second: when true, no block is started, and the summaries of those in progress are the last.
 
     Raises
     ------

@@ -46,7 +46,7 @@ _SETTINGS = {
     "distributed.worker.profile.enabled": False,
     "distributed.admin.tick.interval": "500ms",  # 20 ms, Dask's own, costs every process 2 % of a core
 }
-#: Loggers of Dask and below it: what matters of theirs is said here, in sentences.
+#: Loggers of Dask and its dependencies; what matters of theirs is reported here.
 _NOISY = (
     "distributed",
     "distributed.client",
@@ -69,7 +69,7 @@ def check_scheduler(scheduler: str | None, cluster: ClusterConfig | None = None)
     Raises
     ------
     ConfigError
-        It is no address and no batch system; or that system's commands, its Python package or a sensible memory are not here.
+        It is neither an address nor a batch system; or that system's commands, its Python package or a valid memory size are missing.
     """
     if scheduler is None or scheduler.startswith(("tcp://", "tls://", "ucx://", "ws://", "wss://", "inproc://")):
         return
@@ -272,7 +272,7 @@ async def _submit(cluster: Any, jobs: int) -> None:  # noqa: ANN401
     """Submit the jobs that are missing; raises a RuntimeError with what the system's command said."""
     cluster.scale(jobs=jobs)
     try:
-        await cluster._correct_state()  # what scale itself leaves to the event loop, where nobody hears of a refusal
+        await cluster._correct_state()  # scale() leaves this to the event loop, where a refusal is not reported
     finally:
         for name, job in list(cluster.workers.items()):
             if job.job_id is None:
@@ -324,7 +324,7 @@ def scratch_folder(parent: Path | None, *, keep: bool) -> Iterator[Path]:
                 shutil.rmtree(path, ignore_errors=True)
                 time.sleep(0.01)
             if not there:
-                with suppress(OSError):  # somebody else uses it
+                with suppress(OSError):  # in use by another process
                     parent.rmdir()
 
 

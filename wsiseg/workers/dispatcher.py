@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-AHEAD = 2  #: tasks given out per worker: one in hand, and one that is there when it is done
+AHEAD = 2  #: tasks assigned per worker: one in progress, and one queued
 POLL_S = 0.2  #: how late the wish to stop may be noticed
 FETCH_S = 5.0  #: a result is some counts; when it takes longer, the worker that had it is dead
 
@@ -68,11 +68,11 @@ class Dispatcher:
                 with suppress(queue.Empty):
                     yield from self._take(self._back.get(timeout=POLL_S))
                 if stopping and not self._monitor.numbers:
-                    return  # who had blocks in hand is gone
+                    return  # the workers with blocks in progress are gone
         finally:
             if (
                 self._pool.workers == 0 and self._pool.client.status == "running"
-            ):  # these workers stay, but need not go on
+            ):  # these workers stay, but need not continue
                 with suppress(RunError):  # whatever ended the run is what the caller should hear of
                     self._end()
 
@@ -99,7 +99,7 @@ class Dispatcher:
         except KilledWorker as error:
             time.sleep(
                 POLL_S
-            )  # a task that waited on the same workers fails with it: the one that was in hand was sent before
+            )  # a task that waited on the same workers fails with it: the one in progress was sent before
             blocks = next(blocks for sent, blocks in self._sent.values() if sent.status == "error")
             what = f"{names(blocks)}: the worker died {error.allowed_failures + 1} times, usually out of memory"
             raise RunError(

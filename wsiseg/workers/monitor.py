@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-LOOK_S = 1.0  #: between two looks at who is there; sooner when nobody is
-WARN_S = 60.0  #: between two warnings that nobody is there, and two attempts to replace who is lost
+LOOK_S = 1.0  #: between two checks of the workers; sooner when there are none
+WARN_S = 60.0  #: between two warnings that there is no worker, and two attempts to replace lost ones
 
 _SAME = "use the same environment everywhere"
 
@@ -39,9 +39,9 @@ class Pool:
     workers
         How many were asked for; 0 when they are whatever is there.
     when_none, when_dead
-        What to say of it when there is no worker, and when they die.
+        Advice when there is no worker, and when workers die.
     refill
-        Asks again for those that were lost, where nobody else does.
+        Requests lost workers again, where nothing else does.
     """
 
     client: Any
@@ -88,7 +88,7 @@ class WorkerMonitor:
         Raises
         ------
         RunError
-            The scheduler is gone, or somebody is there who cannot work.
+            The scheduler is gone, or a worker cannot work.
         """
         now = time.monotonic()
         if self._pool.client.status != "running":
@@ -140,7 +140,7 @@ class WorkerMonitor:
 
     def _check(self, addresses: list[str], workers: Mapping[str, Any]) -> None:
         client = self._pool.client
-        if self._pool.workers == 0:  # somebody else started them, perhaps in another environment
+        if self._pool.workers == 0:  # started by someone else, perhaps in another environment
             found = self._pool.ask(client.get_versions)
             here, others = _versions(found["client"]), {_called(workers, a): found["workers"].get(a) for a in addresses}
             for who, there in {"the scheduler": found["scheduler"], **others}.items():

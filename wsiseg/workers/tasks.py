@@ -59,7 +59,7 @@ def group(blocks: Sequence[Item], weight: Callable[[Item], int] | None, workers:
 
 
 _tools: dict[str, Any] = {}  # by run
-_ended: set[str] = set()  # runs of which no block is to be begun here
+_ended: set[str] = set()  # runs of which no block is to be started here
 _one_at_a_time = threading.Lock()  # a worker of several threads is given several tasks, but the tools are for one
 
 
@@ -72,7 +72,7 @@ def work_through(recipe: WorkerSetup, numbers: Mapping[str, int], blocks: Sequen
     where = f"worker {name} on {socket.gethostname()}"
 
     def stopped() -> bool:
-        # Dask cannot end a task that runs; it marks it when nobody waits for it any more, for example because the client was killed.
+        # Dask cannot end a task that runs; it marks it when no client waits for it any more, for example because the client was killed.
         task = worker.state.tasks.get(key)
         return recipe.run in _ended or task is None or task.state == "cancelled"
 
@@ -84,9 +84,7 @@ def work_through(recipe: WorkerSetup, numbers: Mapping[str, int], blocks: Sequen
             if recipe.run not in _tools:
                 if torch := sys.modules.get("torch"):
                     torch.set_num_threads(recipe.threads or worker.state.nthreads)
-                for old in list(_tools)[
-                    :-1
-                ]:  # two runs may take turns; of those before them nobody said that they are over
+                for old in list(_tools)[:-1]:  # two runs may take turns; earlier runs were not reported as ended
                     _drop(old)
                 _tools[recipe.run] = recipe.setup(numbers.get(name, len(numbers)))
         except Exception as error:  # noqa: BLE001 - any of them ends the run, in the client
@@ -128,7 +126,7 @@ def identity(value: Any) -> Any:  # noqa: ANN401
 
 
 def describe(error: BaseException) -> str:
-    """Describe an exception in one sentence; a WsisegError is its own description."""
+    """Describe an exception in one line; a WsisegError is its own description."""
     text = " ".join(str(error).split())
     return text if isinstance(error, WsisegError) else f"{type(error).__name__}: {text}".rstrip(": ")
 

@@ -39,7 +39,7 @@ NESTING = {
 MAX_PROBLEMS = 100
 
 
-class _Rule(Exception):  # noqa: N818 - not an error of the program: one broken rule of the file being looked at
+class _Rule(Exception):  # noqa: N818 - not an error of the program: one broken rule of the file being checked
     """A broken rule: what is wrong with one member."""
 
 
@@ -54,7 +54,7 @@ def validate_geojson(path: Path) -> list[str]:
     Returns
     -------
     list of str
-        One sentence per problem, beginning with its place (``features[3].geometry: ...``); empty when QuPath 0.4 to 0.7 imports
+        One message per problem, beginning with its place (``features[3].geometry: ...``); empty when QuPath 0.4 to 0.7 imports
         everything. After ``MAX_PROBLEMS`` the rest is only said to exist.
     """
     problems: list[str] = []

@@ -59,7 +59,7 @@ class Checkpoint:
     decoder
         Tensors of the instance decoder, without its copy of the encoder; empty when there is none.
     notes
-        What was left out, one sentence each.
+        Notes on what was left out, one message each.
     """
 
     sam: dict[str, Tensor]
