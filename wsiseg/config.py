@@ -255,7 +255,7 @@ class TypingConfig:
         Cells of a place share a shift beside the slide's own: its variance, relative to that between slides, on squares of this side. More
         costs accuracy where the clicks are near, less where the stain changes.
     neighbourhood_um
-        How frequent types are is estimated on squares of this side and their neighbours.
+        Side of the squares on which, with their neighbours, the prevalence of types is estimated.
     neighbourhood_cells
         The slide's shares count like this many cells of the square.
     share_rounds
@@ -454,9 +454,9 @@ def from_mapping(mapping: dict[str, Any], where: str, base: RunConfig | None = N
     mapping
         Keys as in :class:`RunConfig`; sections are mappings.
     where
-        What to call the mapping in errors (a file name).
+        Name of the mapping in errors (a file name).
     base
-        What is not mentioned stays as here; defaults when absent.
+        Configuration to update; the defaults when absent.
 
     Raises
     ------
@@ -498,7 +498,7 @@ def check(config: RunConfig, where: str = "configuration") -> None:
     for name, value in _numbers(config):
         low, high = LIMITS[name]
         if not low <= value <= high:  # false for NaN as well
-            raise ConfigError(f"{where}: {name} is {_shown(value)}; it must lie between {low:g} and {high:g}")
+            raise ConfigError(f"{where}: {name} is {_short_repr(value)}; it must lie between {low:g} and {high:g}")
     for name, text in _texts(config):
         if not text.strip():
             raise ConfigError(f"{where}: {name} is empty; give a value, or leave it out")
@@ -517,7 +517,7 @@ def check_mpp(mpp: float | None, *, force: bool = False, where: str = "--mpp") -
     force
         Accept what lies outside of ``CELLULAR_MPP``, as long as it lies in ``FORCED_MPP``.
     where
-        What to call it in the error.
+        Name of the setting in the error.
 
     Raises
     ------
@@ -608,21 +608,23 @@ def _cast(value: Any, hint: Any, where: str, name: str) -> Any:  # noqa: ANN401
         if not isinstance(value, str) or value not in arguments:
             allowed = ", ".join(map(str, arguments))
             raise ConfigError(
-                f"{where}: {name} is {_shown(value)}; {did_you_mean(value, arguments)}choose from {allowed}"
+                f"{where}: {name} is {_short_repr(value)}; {did_you_mean(value, arguments)}choose from {allowed}"
             )
         return value
     if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
         return math.copysign(math.inf, value > 0 or -1) if abs(value) > _LARGEST else float(value)
     if not (isinstance(value, str) if hint is str else type(value) is hint):
         raise ConfigError(
-            f"{where}: {name} is {_shown(value)}; it must be of type {getattr(hint, '__name__', str(hint))}"
+            f"{where}: {name} is {_short_repr(value)}; it must be of type {getattr(hint, '__name__', str(hint))}"
         )
     if hint is str and "\0" in value:
-        raise ConfigError(f"{where}: {name} is {_shown(value)}; a NUL character is not allowed in it; leave it out")
+        raise ConfigError(
+            f"{where}: {name} is {_short_repr(value)}; a NUL character is not allowed in it; leave it out"
+        )
     return value
 
 
-def _shown(value: object) -> str:
+def _short_repr(value: object) -> str:
     """A value in a message: short, in one line, whatever it is."""
     if isinstance(value, int | float) and not isinstance(value, bool):
         return "too large" if abs(value) > _LARGEST else f"{value:g}"

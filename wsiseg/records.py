@@ -26,7 +26,7 @@ class SlideInfo:
     Attributes
     ----------
     path, reader, format
-        Where it is, which reader opened it (``openslide``, ``tiffslide``, ``image``), and the vendor or file format.
+        Path or URL, the reader that opened it (``openslide``, ``tiffslide``, ``image``), and the vendor or file format.
     level_sizes
         (width, height) of each level in its own pixels, level 0 first.
     downsamples
@@ -64,9 +64,9 @@ class Tile:
     Attributes
     ----------
     core
-        What the tile owns: cells whose prompt lies in it. Cores of a plan do not overlap and cover the tissue.
+        Area that the tile owns: cells whose prompt lies in it. Cores of a plan do not overlap and cover the tissue.
     outer
-        What is read: the core and its halo, starting on a multiple of the model's stride. May reach beyond the slide.
+        Area that is read: the core and its halo, starting on a multiple of the model's stride. May reach beyond the slide.
     """
 
     core: Box
@@ -92,7 +92,7 @@ class Embeddings:
     maps
         float of shape (B, 3, h, w): logits of foreground, centre distance, boundary distance; ``None`` when the model has none.
     extra
-        What the model's own decoder needs besides.
+        Further tensors for the model's own decoder.
     """
 
     high: Tensor

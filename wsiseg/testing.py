@@ -56,7 +56,7 @@ class DiscModel:
     Parameters
     ----------
     tile_seconds, prompt_seconds
-        What encoding a tile and decoding a prompt take: the thread sleeps, as it does while a GPU works.
+        Time to encode a tile and to decode a prompt: the thread sleeps, as it does while a GPU works.
     spacing_px, radius_px
         Between the discs, and of each.
     """

@@ -104,7 +104,7 @@ def assign_types(
         z[part] -= shift[here[part]]
         for hypothesis in hypotheses:
             p[part] += np.float32(hypothesis.weight) * posterior(z[part], hypothesis, space, config)
-        _against(p[part], z[part], clicked, negative)
+        _exclude_by_negative_clicks(p[part], z[part], clicked, negative)
     p = _with_local_prevalence(p, xy_um[order], config)
     ranked = np.argsort(-p, 1, kind="stable")
     top, second = (np.take_along_axis(p, ranked[:, k : k + 1], 1)[:, 0] for k in (0, 1))
@@ -135,7 +135,7 @@ def assign_types(
     return typing, TypingNotes(reference_classes, warnings)
 
 
-def _against(
+def _exclude_by_negative_clicks(
     p: NDArray[np.float32],
     z: NDArray[np.float32],
     clicked: list[NDArray[np.float64]],
@@ -144,11 +144,11 @@ def _against(
     """Exclude type t, in place, for cells nearer to a negative click of t than to every click of t; other types are unaffected."""
     for t, against in enumerate(negative):
         if len(against):
-            p[_gaps(z, against).min(1) < _gaps(z, clicked[t]).min(1), t] = 0
+            p[_squared_distances(z, against).min(1) < _squared_distances(z, clicked[t]).min(1), t] = 0
     p /= np.maximum(p.sum(1, keepdims=True), 1e-12)
 
 
-def _gaps(z: NDArray[np.float32], anchors: NDArray[np.float64]) -> NDArray[np.float32]:
+def _squared_distances(z: NDArray[np.float32], anchors: NDArray[np.float64]) -> NDArray[np.float32]:
     """Squared distances to the anchors (n, D), less what all anchors have in common -> (N, n)."""
     a = anchors.astype(np.float32)
     gaps: NDArray[np.float32] = (a**2).sum(1) - 2 * z @ a.T
@@ -162,8 +162,8 @@ def _nearest_click(
     first = np.cumsum([0, *(len(x) for x in clicked)])
     nearest = np.empty(len(z), np.int32)
     for t, anchors in enumerate(clicked):
-        mine = best == t
-        nearest[mine] = first[t] + _gaps(z[mine], anchors).argmin(1)
+        of_type = best == t
+        nearest[of_type] = first[t] + _squared_distances(z[of_type], anchors).argmin(1)
     return nearest
 
 

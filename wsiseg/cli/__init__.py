@@ -62,8 +62,8 @@ class _Commands(click.Group):
         try:
             return super().invoke(ctx)
         except WsisegError as error:
-            said = _Interrupted if isinstance(error, InterruptedRunError) else click.ClickException
-            raise said(one_line(str(error))) from error
+            exception = _Interrupted if isinstance(error, InterruptedRunError) else click.ClickException
+            raise exception(one_line(str(error))) from error
         except MemoryError as error:
             raise click.ClickException(
                 "out of memory; pass --max-ram, a smaller --tile-size or fewer --workers"

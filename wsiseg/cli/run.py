@@ -170,7 +170,7 @@ def command(
         from wsiseg.cli.logs import log_json
 
         log_json(log_file)
-    mine = read_shard(shard, os.environ) if shard is not None else None
+    selected_shard = read_shard(shard, os.environ) if shard is not None else None
     with Stop() as stopped:
         from wsiseg.runs.slide_list import Entry, read_list
 
@@ -181,9 +181,13 @@ def command(
         )
         hidden = no_progress or quiet
         if slide_list is not None or len(slides) > 1:
-            status = _many(entries, config, out, stopped, shard=mine, overwrite=overwrite, hidden=hidden, quiet=quiet)
+            status = _many(
+                entries, config, out, stopped, shard=selected_shard, overwrite=overwrite, hidden=hidden, quiet=quiet
+            )
         else:
-            status = _one(slides[0], config, out, stopped, shard=mine, overwrite=overwrite, hidden=hidden, quiet=quiet)
+            status = _one(
+                slides[0], config, out, stopped, shard=selected_shard, overwrite=overwrite, hidden=hidden, quiet=quiet
+            )
     ctx.exit(status)
 
 
@@ -203,7 +207,7 @@ def _one(
     from wsiseg.runs.slide import segment_slide
 
     with Progress(Path(slide).name, hidden=hidden) as progress:
-        said = _Said(quiet=quiet)
+        printed = _WarningPrinter(quiet=quiet)
         manifest = segment_slide(
             slide,
             config,
@@ -211,11 +215,11 @@ def _one(
             overwrite=overwrite,
             shard=shard,
             on_progress=progress.update,
-            on_warning=said,
+            on_warning=printed,
             stopped=stopped,
         )
     if not quiet:
-        report(manifest, said.warnings)
+        report(manifest, printed.warnings)
     return 3 if manifest["failures"] else 0
 
 
@@ -234,20 +238,20 @@ def _many(
     from wsiseg.cli.progress import Progress
     from wsiseg.runs.slide_list import segment_slides
 
-    rows, said = [], _Said(quiet=quiet)
+    rows, printed = [], _WarningPrinter(quiet=quiet)
     with Progress("", hidden=hidden) as progress:
 
         def follow(slide: str) -> Callable[[int, int, int], None]:
             progress.retitle(Path(slide).name)
-            said.begin(slide)
+            printed.begin(slide)
             return progress.update
 
         for row in segment_slides(
-            entries, config, out, overwrite=overwrite, shard=shard, progress=follow, on_warning=said, stopped=stopped
+            entries, config, out, overwrite=overwrite, shard=shard, progress=follow, on_warning=printed, stopped=stopped
         ):
             rows.append(row)
             if row["manifest"] and not quiet:
-                report(row["manifest"], said.warnings)
+                report(row["manifest"], printed.warnings)
             elif not row["manifest"]:
                 click.echo(f"Error: {row['message']}", err=True)
     bad = [row for row in rows if row["status"] != "complete"]
@@ -280,7 +284,7 @@ def _as_settings(options: dict[str, Any]) -> dict[str, Any]:
     return settings
 
 
-class _Said:
+class _WarningPrinter:
     """Printer of the warnings that come before the work on a slide; keeps them, so that they are not repeated at the end."""
 
     def __init__(self, *, quiet: bool) -> None:
@@ -297,10 +301,10 @@ class _Said:
             click.echo(f"Warning: {self.place}{warning}", err=True)
 
 
-def report(manifest: dict[str, Any], said: Collection[str] = ()) -> None:
-    """Print the outcome of a run, or of a shard; ``said`` holds the warnings already printed."""
+def report(manifest: dict[str, Any], printed: Collection[str] = ()) -> None:
+    """Print the outcome of a run, or of a shard; ``printed`` holds the warnings already printed."""
     for warning in dict.fromkeys(manifest["warnings"]):
-        if warning not in said:
+        if warning not in printed:
             click.echo(f"Warning: {warning}", err=True)
     for failure in manifest["failures"]:
         click.echo(f"Missing: {failure}", err=True)

@@ -207,14 +207,14 @@ def read_label(path: Path, notes: list[str]) -> NDArray[np.integer]:
         raise FormatError(f"{path}: not a label image; allowed are .png, .tif, .tiff and .npy")
     try:
         require_regular(path)
-        with _Overheard() as overheard:
+        with _DecoderLog() as decoder_log:
             pixels = _load(path)
     except UNREADABLE as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise FormatError(f"{path}: not a readable label image ({reason}); copy or export it again") from error
-    if overheard.said:
+    if decoder_log.messages:
         notes.append(
-            f"{path}: may be damaged, the decoder says: {' '.join(overheard.said[0].split())[:200]}; compare it with the original"
+            f"{path}: may be damaged, the decoder says: {' '.join(decoder_log.messages[0].split())[:200]}; compare it with the original"
         )
     if pixels.ndim > 2:
         pixels = np.squeeze(pixels)
@@ -241,17 +241,17 @@ def type_names(names: Mapping[str, str], values: list[Any]) -> NDArray[np.object
     return out if any(out) else None
 
 
-class _Overheard(logging.Handler):
+class _DecoderLog(logging.Handler):
     """Context that collects what the decoders log, so that one warning replaces it."""
 
     loggers = tuple(logging.getLogger(name) for name in ("tifffile", "imagecodecs"))
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
-        self.said: list[str] = []
+        self.messages: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.said.append(record.getMessage())
+        self.messages.append(record.getMessage())
 
     def __enter__(self) -> Self:
         self.before = [(logger.level, logger.propagate) for logger in self.loggers]

@@ -83,7 +83,7 @@ class Evaluation:
     notes
         Warnings about anything doubtful.
     options
-        What was asked for, and versions.
+        Options of the comparison, and versions.
     """
 
     images: tuple[ImageScores, ...]

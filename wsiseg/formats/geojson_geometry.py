@@ -34,7 +34,7 @@ def read_points(geometry: object, place: str, error: type[WsisegError]) -> list[
     geometry
         ``geometry`` of a Feature; collections are searched, ``null`` and what has no points are empty.
     place, error
-        Where the Feature is, and the class to raise when the geometry is malformed.
+        Place of the Feature for messages, and the class to raise when the geometry is malformed.
 
     Returns
     -------
@@ -58,7 +58,7 @@ def read_polygons(geometry: object, place: str, error: type[WsisegError]) -> tup
     geometry
         ``geometry`` of a Feature; collections are searched (QuPath 0.4 and 0.5 write them), ``null`` and what has no area are empty.
     place, error
-        Where the Feature is, and the class to raise when the geometry is malformed.
+        Place of the Feature for messages, and the class to raise when the geometry is malformed.
 
     Returns
     -------

@@ -32,7 +32,7 @@ class CellIds:
     Parameters
     ----------
     slide_key
-        What distinguishes the slide; the writers pass ``provenance.slide``.
+        Identity of the slide; the writers pass ``provenance.slide``.
     """
 
     def __init__(self, slide_key: str) -> None:
@@ -54,7 +54,7 @@ def cell_ids(slide_key: str, cells: Cells) -> list[str]:
     Parameters
     ----------
     slide_key
-        What distinguishes the slide; the writers pass ``provenance.slide``.
+        Identity of the slide; the writers pass ``provenance.slide``.
     cells
         Level-0 px, all of them. Twins (equal prompt and equal polygon bounds) are told apart by their order.
 

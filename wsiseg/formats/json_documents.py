@@ -48,7 +48,7 @@ def read_texts(path: Path, error: type[WsisegError], *, utf8_only: bool = False)
     Yields
     ------
     tuple of (str, str)
-        Where the document is (``seeds.zip: points.geojson``), and its text.
+        Place of the document (``seeds.zip: points.geojson``), and its text.
     """
     content = read_content(path, error)
     if content[:2] == b"\x1f\x8b":
@@ -68,7 +68,7 @@ def iter_features(document: object, place: str, error: type[WsisegError]) -> Ite
     document
         FeatureCollection, array of Features, single Feature, or a bare geometry (given as a Feature without properties).
     place, error
-        Where the document is, and the class to raise when it is none of these, or a member has the wrong type.
+        Place of the document, and the class to raise when it is none of these, or a member has the wrong type.
 
     Yields
     ------

@@ -44,7 +44,7 @@ class Part:
     Attributes
     ----------
     name
-        What to call it in errors.
+        Name of the part in errors.
     table, note
         As in the file.
     """

@@ -183,7 +183,7 @@ def convert_seeds(
     Returns
     -------
     tuple of (Seeds, list of str)
-        What was written; and warnings, one message each.
+        The seeds as written, and warnings, one message each.
 
     Raises
     ------
@@ -195,8 +195,8 @@ def convert_seeds(
     require_free(target, SeedsError, overwrite=overwrite)
     seeds, from_qupath = _read(source)
     with readable(target, SeedsError):
-        itself = target.exists() and target.samefile(source)
-    if itself:
+        same_file = target.exists() and target.samefile(source)
+    if same_file:
         raise SeedsError(
             f"{target}: this is also the file that is read; the clicks would be lost if writing failed; give the new file another name"
         )

@@ -114,10 +114,10 @@ def unknown_columns(columns: Iterable[str], known: tuple[str, ...]) -> str:
 def _head(text: str, known: tuple[str, ...]) -> tuple[int, str, list[str]]:
     """Start of the header line, the delimiter, and the names of the columns."""
     first = _FIRST.match(text)
-    start, said = (first.end(), first["delimiter"]) if first else (0, None)
+    start, stated = (first.end(), first["delimiter"]) if first else (0, None)
     line = text[start:].split("\n", 1)[0][:100_000]
     best: tuple[tuple[int, int], str, list[str]] = ((-1, -1), ",", [])
-    for delimiter in [said] if said in tuple(DELIMITERS) else DELIMITERS:
+    for delimiter in [stated] if stated in tuple(DELIMITERS) else DELIMITERS:
         try:
             cells = next(csv.reader([line], delimiter=delimiter, skipinitialspace=True), [])
         except csv.Error:

@@ -72,7 +72,7 @@ def require_same(
     Raises
     ------
     WeightsError
-        How many are missing, unexpected or misshapen, and the first of each.
+        Tensors are missing, unexpected or misshapen; the message has their number and the first of each.
     """
     shapes = [k for k in wanted.keys() & found.keys() if tuple(wanted[k]) != tuple(found[k])]
     wrong = (

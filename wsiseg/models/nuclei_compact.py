@@ -320,10 +320,10 @@ class NucleiCompact(nn.Module):
         sign = torch.where(
             given, 2 * extras.labels[..., None] - 1, 0
         )  # the weights were trained with 1 inside and -1 outside
-        said = self.point_hint(torch.cat([at, relative, sign], 2)) * given
+        point_hints = self.point_hint(torch.cat([at, relative, sign], 2)) * given
         has_box = extras.boxes.isfinite().all(1, keepdim=True)
         box = torch.where(has_box, (extras.boxes - points_xy.repeat(1, 2)) / _DISTANCE_PX, 0)
-        hidden: Tensor = said.sum(1) + self.box_hint(box) * has_box
+        hidden: Tensor = point_hints.sum(1) + self.box_hint(box) * has_box
         return hidden
 
     def _inside(

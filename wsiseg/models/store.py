@@ -369,7 +369,7 @@ def import_model(
     overwrite
         Replace a model of this name.
     folder
-        Where to; the user's folder by default.
+        Folder to store into; the user's by default.
     on_note
         Called with each remark on what was left out of the checkpoint.
 
@@ -518,7 +518,7 @@ def download(
     name
         One of `DOWNLOADS`; the model is kept under it.
     folder
-        Where to; the user's folder by default.
+        Folder to store into; the user's by default.
     overwrite
         Replace a model of this name.
     on_progress
@@ -526,7 +526,7 @@ def download(
     on_note
         As in `import_model`.
     entry
-        What to fetch, in place of ``DOWNLOADS[name]``.
+        Download to use instead of ``DOWNLOADS[name]``.
 
     Returns
     -------

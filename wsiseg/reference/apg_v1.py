@@ -159,7 +159,7 @@ def stability_v1(
     threshold
         Logit at which a mask is cut.
     offset
-        By how much it is moved up and down.
+        Offset by which it is raised and lowered.
 
     Returns
     -------

@@ -67,7 +67,7 @@ class Canvas:
         Returns
         -------
         bool
-            Whether it was accepted; its number is then ``len(areas)``.
+            True if it was accepted; its number is then ``len(areas)``.
         """
         height, width = self.labels.shape
         left, top = max(-x0, 0), max(-y0, 0)

@@ -42,7 +42,7 @@ def apg_image(
     image
         uint8 RGB of shape (H, W, 3); enlarged or reduced so that its longer side is the network's input.
     model
-        With an instance decoder. Its ``normalise`` says whether the image is stretched first; micro-sam does so (``tile-minmax``).
+        Model with an instance decoder. Its ``normalise`` says whether the image is stretched first; micro-sam does so (``tile-minmax``).
     config
         The published parameters when absent; sizes in pixels of the image.
     merge

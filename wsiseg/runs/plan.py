@@ -50,7 +50,7 @@ class PreparedRun:
     Attributes
     ----------
     plan
-        What stitching and writing need, as `plan_file` keeps it.
+        Plan for stitching and writing, as `plan_file` stores it.
     blocks
         The units of work.
     context
@@ -77,11 +77,11 @@ def plan_run(
     slide
         Path or URL.
     config
-        What to do; ``seeds`` and ``roi`` are paths.
+        Settings; ``seeds`` and ``roi`` are paths.
     out, name
         Folder of all runs, and the name of this one's in it; that of the slide when absent.
     overwrite
-        Whether another run may be replaced.
+        Replace another run.
 
     Returns
     -------
@@ -345,7 +345,7 @@ def survey(
     slide, mpp, force_mpp, reader
         As for :func:`~wsiseg.slide.open_slide`.
     estimate
-        Whether to look at nuclei, which takes some seconds.
+        Estimate the scale from nuclei, which takes some seconds.
     config
         Defaults when absent.
 

@@ -42,7 +42,7 @@ class RunPlan:
     config
         Resolved.
     bank
-        From the clicks; its cells lie in the searched area.
+        Bank made from the clicks; its cells lie in the searched area.
     tiles
         Number of tiles by name of the block, in order.
     run_hash, parts_hash
@@ -56,7 +56,7 @@ class RunPlan:
     warnings
         Warnings about the slide and the clicks.
     target
-        Which file the slide is, links followed (:func:`wsiseg.runtime.paths.target`).
+        Identity of the slide's file, links followed (:func:`wsiseg.runtime.paths.target`).
     """
 
     info: SlideInfo

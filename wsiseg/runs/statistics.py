@@ -46,7 +46,7 @@ class RunStatistics:
     blocks
         Counts of each finished block, by name.
     device
-        Where the model ran.
+        Device of the model.
     """
 
     def __init__(self, slide: str) -> None:

@@ -72,7 +72,7 @@ class Claims:
     Parameters
     ----------
     folder
-        Where the claim files lie; it is made when missing.
+        Folder of the claim files; created if missing.
     heartbeat_s
         Seconds between renewals. The thread needs Python's lock: compiled code that keeps it for long delays a beat.
     dead_after_s
@@ -182,7 +182,7 @@ class Claims:
     def drop_stale(self) -> None:
         """Remove the claims of dead owners and what interrupted takeovers left, as far as the file system lets us.
 
-        What other machines left is removed only if it was met, here or in :meth:`busy` and :meth:`take`, ``dead_after_s`` before.
+        Files of other machines are removed only if they were seen, here or in :meth:`busy` and :meth:`take`, ``dead_after_s`` before.
         """
         for path in list(self.folder.glob(f"*{_ENDING}")):
             name = path.name.removesuffix(_ENDING)

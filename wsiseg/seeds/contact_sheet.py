@@ -47,21 +47,21 @@ class Panel:
     Attributes
     ----------
     kind, number
-        Which type, and which of its clicks (of its negative clicks if ``negative``), as counted in the seeds file.
+        Index of the type, and of its click (of its negative click if ``negative``), in the seeds file.
     negative
-        A click against the type.
+        True for a negative click.
     point
         The click, level-0 px.
     pixels
         uint8 RGB of shape (side, side, 3): what lies around the click.
     click_xy
-        Where the click is in it.
+        Position of the click in the panel.
     outline
         (K, 2), closed: the cell that the click means; ``None`` when there is none.
     score
         Predicted IoU x stability of the outline.
     fault
-        Why a run would refuse the click; empty when it would not.
+        Reason why a run would refuse the click; empty when it would not.
     """
 
     kind: int

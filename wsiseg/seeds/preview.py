@@ -42,7 +42,7 @@ class PreviewSummary:
     seeds
         In absolute level-0 px.
     clicks, drawn, bad
-        How many clicks there are, how many of them are on the sheet, and how many a run would refuse.
+        Numbers of clicks, of those on the sheet, and of those that a run would refuse.
     faults
         The errors of a run for them, in its order; one for two types on one cell.
     warnings
@@ -119,12 +119,12 @@ def preview_seeds(
         info = reader.info
         found, warnings = check_seeds(found, info)
         model = load_model(config.model, config.device, config.precision)
-        listed, clicks = _listed(found), []
+        listed, clicks = _list_clicks(found), []
         for click in listed:
-            clicks.append(_looked_at(click, reader, model, config))
+            clicks.append(_decode_click(click, reader, model, config))
             on_progress(len(clicks), len(listed), sum(c.cell is not None for c in clicks))
-        clicks, faults = _marked(clicks)
-        drawn = _chosen(clicks)
+        clicks, faults = _mark_faults(clicks)
+        drawn = _choose_panels(clicks)
         side = panel_side(len(drawn))
         panels = [_panel(click, reader, side) for click in drawn]
     bad = sum(bool(c.fault) for c in clicks)
@@ -137,7 +137,7 @@ def preview_seeds(
     return PreviewSummary(found, len(clicks), len(drawn), bad, faults, (*info.warnings, *warnings))
 
 
-def _listed(seeds: Seeds) -> list[_Click]:
+def _list_clicks(seeds: Seeds) -> list[_Click]:
     """Every click, type by type, the negative ones of a type last."""
     return [
         _Click(t, i, negative, point, f"{seeds.source}: types[{t}].{'negative' if negative else 'points'}[{i}]")
@@ -147,7 +147,7 @@ def _listed(seeds: Seeds) -> list[_Click]:
     ]
 
 
-def _looked_at(click: _Click, reader: SlideReader, model: PromptableModel, config: RunConfig) -> _Click:
+def _decode_click(click: _Click, reader: SlideReader, model: PromptableModel, config: RunConfig) -> _Click:
     lattice = Lattice(reader.info.mpp, model.mpp)
     try:
         cell = find_clicked(reader, model, click.point, lattice, config, click.place)
@@ -156,7 +156,7 @@ def _looked_at(click: _Click, reader: SlideReader, model: PromptableModel, confi
     return dataclasses.replace(click, cell=cell)
 
 
-def _marked(clicks: list[_Click]) -> tuple[list[_Click], tuple[str, ...]]:
+def _mark_faults(clicks: list[_Click]) -> tuple[list[_Click], tuple[str, ...]]:
     """Mark clicks with their faults, and list a run's messages in order: no cell, two types on one cell, no cell under a negative click."""
     marked = list(clicks)
     found = [(k, c.cell.polygons[0]) for k, c in enumerate(clicks) if c.cell is not None and not c.negative]
@@ -174,7 +174,7 @@ def _marked(clicks: list[_Click]) -> tuple[list[_Click], tuple[str, ...]]:
     return marked, (*positive, *(same_cell(clicks[j].place, clicks[i].place) for i, j in pairs), *negative)
 
 
-def _chosen(clicks: list[_Click]) -> list[_Click]:
+def _choose_panels(clicks: list[_Click]) -> list[_Click]:
     """At most ``MAX_PANELS`` clicks in their order: all bad ones that fit, then the first others."""
     bad_first = sorted(range(len(clicks)), key=lambda k: not clicks[k].fault)[:MAX_PANELS]
     return [clicks[k] for k in sorted(bad_first)]

@@ -64,7 +64,7 @@ class BlockReport:
     resumed
         The part was there already.
     process
-        Which process did it.
+        Process that did the block.
     """
 
     name: str
@@ -203,9 +203,9 @@ class _TilePipeline:
             closing(prefetch_map(self.trace, self.answers(read), threads=1, limit=3)) as traced,
         ):  # before the slide is
             for tile in traced:
-                mine = done.setdefault(tile.task.block.name, [])
-                mine.append(tile)
-                if len(mine) == len(tile.task.block.tiles):
+                finished_tiles = done.setdefault(tile.task.block.name, [])
+                finished_tiles.append(tile)
+                if len(finished_tiles) == len(tile.task.block.tiles):
                     yield done.pop(tile.task.block.name)
                 while self.resumed:
                     yield self.resumed.pop(0)
@@ -361,8 +361,8 @@ def _points(context: WorkerContext, encoded: _EncodedTile) -> NDArray[np.float32
             _one(encoded.embeddings, encoded.place), tile.outer.width, model.mpp, spec.config, spec.bank
         )
     on_slide = points + corner
-    mine: NDArray[np.bool_] = tile.core.contains(on_slide) & spec.area.holds(spec.lattice.to_level0(on_slide))
-    owned: NDArray[np.float32] = points[mine]
+    is_owned: NDArray[np.bool_] = tile.core.contains(on_slide) & spec.area.holds(spec.lattice.to_level0(on_slide))
+    owned: NDArray[np.float32] = points[is_owned]
     return owned
 
 

@@ -39,7 +39,7 @@ def decode(
     model, embeddings
         The model and what its ``encode`` returned.
     tile
-        Which tile of the batch the points lie in.
+        Index in the batch of the points' tile.
     points_xy
         float32 of shape (N, 2), model px of the tile, corner frame.
     config

@@ -46,7 +46,7 @@ def trace(masks: WindowMasks, outer: Box, lattice: Lattice, config: MaskConfig) 
         One polygon per mask: the connected part that holds the prompt (else the largest), without holes. Masks that come out too small are
         left out; order is kept.
     touching
-        How many touch the border of their window: nuclei larger than the model's window, cut there, or things larger than the halo, left out.
+        Number that touch the border of their window: nuclei larger than the model's window, cut there, or things larger than the halo, left out.
     """
     logits = masks.logits.numpy()
     prompts = masks.points_xy.numpy().astype(np.float64)

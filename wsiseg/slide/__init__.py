@@ -43,7 +43,7 @@ class SlideReader(Protocol):
     Attributes
     ----------
     info
-        What is known of the slide.
+        Metadata of the slide.
     """
 
     info: SlideInfo
@@ -102,7 +102,7 @@ def open_slide(
     reader
         A name of `READERS`, or ``auto`` to try them in order.
     require_mpp
-        Whether a slide without microns per pixel is an error; without, its ``info.mpp`` is NaN and ``info.mpp_source`` is ``none``.
+        Treat a slide without microns per pixel as an error; without, its ``info.mpp`` is NaN and ``info.mpp_source`` is ``none``.
 
     Returns
     -------
@@ -143,7 +143,7 @@ def first_that_decodes(address: str, mpp: float | None, names: list[str], *, hid
     names
         Names in `READERS`, in the order to try.
     hidden_damage
-        Whether to leave out a reader that would hide damage in this file.
+        Skip a reader that would hide damage in this file.
 
     Raises
     ------

@@ -63,7 +63,7 @@ class ToRgb:
     Attributes
     ----------
     colours
-        What the samples mean; its ``opacity_at`` is ``None`` when the opacity is ignored.
+        Meaning of the samples; its ``opacity_at`` is ``None`` when the opacity is ignored.
     count
         Samples of colour.
     low, high
@@ -98,7 +98,7 @@ class ToRgb:
         if colours.inverted:
             scaled = 255 - scaled
         convert = _MODELS.get(colours.model)
-        return _shown(scaled) if convert is None else convert(scaled, colours)
+        return _channels_as_rgb(scaled) if convert is None else convert(scaled, colours)
 
 
 def plan_rgb(sample: NDArray[Any], colours: Colours | None = None) -> tuple[ToRgb, tuple[str, ...]]:
@@ -109,7 +109,7 @@ def plan_rgb(sample: NDArray[Any], colours: Colours | None = None) -> tuple[ToRg
     sample
         The slide or a representative part of it, of shape (h, w, samples).
     colours
-        What its samples mean.
+        Meaning of its samples.
 
     Returns
     -------
@@ -203,7 +203,7 @@ def _to_bytes(values: NDArray[np.floating]) -> NDArray[np.uint8]:
     return rounded
 
 
-def _shown(channels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def _channels_as_rgb(channels: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """One channel as grey, two as red and green, more as red, green and blue."""
     if channels.shape[2] == 1:
         return np.repeat(channels, 3, axis=2)

@@ -26,9 +26,9 @@ def unreadable(info: SlideInfo, level: int, box: Box, error: BaseException) -> S
     info
         Metadata of the slide as its reader opened it.
     level, box
-        What was asked for.
+        Requested level and box.
     error
-        What its library said.
+        Error of its library.
     """
     cause = " ".join(str(error).replace(f"{info.path}: ", "").split())[:200] or type(error).__name__
     what = f"cannot read level {level}, x {box.x0} to {box.x1}, y {box.y0} to {box.y1} px ({cause})"

@@ -152,7 +152,7 @@ def choose_mpp(
     Parameters
     ----------
     found
-        What the file says.
+        Size stated by the file.
     override
         ``--mpp``; wins over the file.
     objective

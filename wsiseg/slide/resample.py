@@ -164,7 +164,7 @@ def whole_downsamples(
     level_sizes
         (width, height) of each level, level 0 first.
     stated
-        What the reading library says, kept where no whole number fits.
+        Downsamples stated by the reading library, kept where no whole number fits.
     """
     width0, height0 = level_sizes[0]
     factors = []

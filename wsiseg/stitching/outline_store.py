@@ -67,7 +67,7 @@ class OutlineStore:
     descriptor_size
         D.
     cache_bytes
-        How much of the parts stays in memory.
+        Amount of the parts kept in memory.
     """
 
     def __init__(

@@ -173,7 +173,7 @@ def stitch(
     size_px0
         Slide size; outlines are cut at its border.
     min_area_px0
-        What is smaller after trimming is dropped, level-0 px squared.
+        Smallest area to keep after clipping, level-0 px squared.
     config
         Overlap rules.
     descriptor_size
@@ -186,7 +186,7 @@ def stitch(
     settled
         No two cells overlap by more than rounding; sorted along a Z-order curve of their prompts, so that equal sets give equal files.
     counts
-        For the manifest.
+        Counts for the manifest.
     """
     outlines = OutlineStore(sources, size_px0, descriptor_size, cache_bytes)
     pairs = find_pairs(outlines, config)

@@ -44,7 +44,7 @@ def map_blocks(
         Works through some blocks and yields a summary for each; ends after the current block when its third argument turns true. Blocks come
         again when a worker died: one that is finished already should be cheap.
     blocks
-        What to work on; neighbours stay together, the order of the summaries is not promised.
+        Blocks to process; neighbours stay together, the order of the summaries is not guaranteed.
     setup
         Builds a worker's tools, once; its argument counts the workers of one machine from 0. Tools that have a ``close`` are closed when workers
         outlive the run. With more than one worker, ``work`` and ``setup`` are pickled.
@@ -55,7 +55,7 @@ def map_blocks(
     cluster
         The jobs of a batch system.
     scratch
-        Where a folder is made for what Dask writes, and removed at the end; jobs must see it. It is made and removed itself when it is not there.
+        Parent of a temporary folder for Dask's files, removed at the end; jobs must see it. It is made and removed itself when it is not there.
         After an error the folder of jobs stays, for their logs. ``None``: with other temporary files.
     weight
         Tiles in a block; without it every block is a task of its own.

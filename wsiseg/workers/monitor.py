@@ -35,9 +35,9 @@ class Pool:
     name
         The option that asked for them.
     threads
-        For torch, per worker; ``None``: as many as Dask gave it.
+        Threads for torch, per worker; ``None``: as many as Dask gave it.
     workers
-        How many were asked for; 0 when they are whatever is there.
+        Requested number; 0 for all that are present.
     when_none, when_dead
         Advice when there is no worker, and when workers die.
     refill

@@ -31,7 +31,7 @@ def outline_texts(polygons: NDArray[np.object_], origin: tuple[float, float]) ->
     polygons
         shapely geometries of shape (N,), px; may be invalid.
     origin
-        What is subtracted; on the grid.
+        Offset to subtract; on the grid.
 
     Returns
     -------

@@ -60,7 +60,7 @@ class QuPathClicks:
     negative: dict[str, list[Point]] = field(default_factory=dict)
     colors: dict[str, Color | None] = field(default_factory=dict)
     unclassified: list[str] = field(default_factory=list)
-    passed_over: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
     features: int = 0
     regions: int = 0
 
@@ -72,7 +72,7 @@ class QuPathClicks:
             geometry = feature.get("geometry")
             clicks = read_points(geometry, where, SeedsError)
             if kind_of(geometry) not in ("Point", "MultiPoint") and not clicks:
-                self.passed_over.append(f"{inside} ({kind_of(geometry)})")
+                self.skipped.append(f"{inside} ({kind_of(geometry)})")
                 self.regions += bool(read_polygons(geometry, where, SeedsError)[0])
                 continue
             if clicks:  # "Create points for all classes" leaves empty annotations
@@ -143,10 +143,10 @@ class QuPathClicks:
             notes.append(
                 f"{self.source}: {len(self.unclassified)} point annotations without a class were skipped; {remedy}"
             )
-        if self.passed_over:
-            first = self.passed_over[0]
+        if self.skipped:
+            first = self.skipped[0]
             notes.append(
-                f"{self.source}: {counted(len(self.passed_over), 'object')} other than points skipped, the first is {first}"
+                f"{self.source}: {counted(len(self.skipped), 'object')} other than points skipped, the first is {first}"
             )
         return QuPathSeeds(kinds, self.source, None, tuple(notes))
 

@@ -164,7 +164,7 @@ class PointDecoder:
         corner
             int64 (N, 2): first column and row, in tokens, of each prompt's crop of ``CROP`` tokens; ``None``: the whole grid.
         masks
-            Which of the four answers: ``slice(0, 1)`` the single one, ``slice(1, None)`` the three for ambiguous prompts.
+            Selection among the four masks: ``slice(0, 1)`` the single one, ``slice(1, None)`` the three for ambiguous prompts.
 
         Returns
         -------

@@ -97,7 +97,7 @@ class InstanceDecoder(nn.Module):
     width
         Channels of the coarsest level, 512 in all published checkpoints; halved from level to level.
     transposed
-        How it doubles: transposed convolutions, or bilinear and 1 x 1.
+        Kind of upsampling: transposed convolutions, or bilinear and 1 x 1.
     embedding
         Channels of the image embedding.
     """
