@@ -24,13 +24,13 @@ import shapely
 
 from wsiseg.celltypes.plda import (
     Hypothesis,
-    carry_over,
     infer_hypotheses,
     local_shift,
     posterior,
     slide_space,
     smooth,
     squares,
+    transfer_to_slide,
 )
 from wsiseg.records import UNASSIGNED, Typing, TypingNotes
 
@@ -94,7 +94,7 @@ def assign_types(
     negative = [space.project(x).astype(np.float64) for x in bank.negative]
     if bank.from_other_slide:
         there = hypotheses[0].slide_effect
-        hypotheses = carry_over(hypotheses, z, space, config)
+        hypotheses = transfer_to_slide(hypotheses, z, space, config)
         clicked, negative = ([x + (hypotheses[0].slide_effect - there) for x in cells] for cells in (clicked, negative))
     shift, here = local_shift(z, xy_um[order], hypotheses[0], space, config)
     p = np.zeros((count, len(bank.names) + len(space.reference_classes) + 1), np.float32)

@@ -142,7 +142,7 @@ def _enumerate_assignments(
     return np.stack(rows)
 
 
-def carry_over(
+def transfer_to_slide(
     hypotheses: list[Hypothesis], z: NDArray[np.float32], space: TypeSpace, config: TypingConfig
 ) -> list[Hypothesis]:
     """Transfer the hypotheses of one slide's clicks to the cells of another, whose shift is estimated from those cells.

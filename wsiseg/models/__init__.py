@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from wsiseg.errors import ConfigError, WeightsError
 from wsiseg.models.cards import ModelCard, file_hash, require_same
-from wsiseg.models.store import SAM_NETWORK, absence, card_of_file, find_card
+from wsiseg.models.store import SAM_NETWORK, card_of_file, explain_missing, find_card
 from wsiseg.runtime.paths import kind_of
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def find_weights(model: str) -> tuple[ModelCard, Path]:
     card = find_card(model)
     if card is None:
         raise WeightsError(
-            f"--model {model}: {absence(model, 'no such model and no such file')}; see `wsiseg models list`"
+            f"--model {model}: {explain_missing(model, 'no such model and no such file')}; see `wsiseg models list`"
         )
     return card, card.weights
 

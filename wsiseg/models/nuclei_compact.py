@@ -268,7 +268,7 @@ class NucleiCompact(nn.Module):
         at_point = _at_points(extra, batch_index, points_xy)
         hidden = self.controller[0](at_point)
         if extras is not None:
-            hidden = hidden + self._hint(extra, batch_index, points_xy, extras)
+            hidden = hidden + self._embed_extras(extra, batch_index, points_xy, extras)
         hidden = F.relu(hidden)
         parameters = self.controller[2](hidden)
         snap_px = SNAP_CELLS * MASK_STRIDE_PX
@@ -309,7 +309,9 @@ class NucleiCompact(nn.Module):
             points_xy=points_xy,
         )
 
-    def _hint(self, extra: dict[str, Tensor], batch_index: Tensor, points_xy: Tensor, extras: PromptExtras) -> Tensor:
+    def _embed_extras(
+        self, extra: dict[str, Tensor], batch_index: Tensor, points_xy: Tensor, extras: PromptExtras
+    ) -> Tensor:
         """Contribution of further points and boxes to the controller's hidden layer (N, 192): a sum over points, so their order does not matter."""
         n, k = extras.labels.shape
         relative = (extras.points_xy - points_xy[:, None]) / _DISTANCE_PX

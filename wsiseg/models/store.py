@@ -249,11 +249,11 @@ def known_card(name: str, folder: Path | None = None) -> ModelCard:
 
     card = MODELS.get(name) or find_card(name, folder)
     if card is None:
-        raise WeightsError(f"{name}: {absence(name, 'no such model here', folder)}; see `wsiseg models list`")
+        raise WeightsError(f"{name}: {explain_missing(name, 'no such model here', folder)}; see `wsiseg models list`")
     return card
 
 
-def absence(name: str, what: str, folder: Path | None = None) -> str:
+def explain_missing(name: str, what: str, folder: Path | None = None) -> str:
     """Explain why a model is missing, and how to get it or what was probably meant: for an error that begins with ``what``."""
     from wsiseg.models import MODELS
 

@@ -103,7 +103,7 @@ class RunFolder:
         for name in FINAL_FILES:
             if name not in files:
                 _remove(self.path / name)
-        _sweep(self.path)
+        _remove_leftovers(self.path)
 
     def interrupt(self, run_hash: str) -> None:
         """Note that this run was stopped, if it has not come to its end; it is ``running`` again when it is resumed."""
@@ -149,7 +149,7 @@ def check_folder(folder: RunFolder, run_hash: str, *, overwrite: bool, retype: s
         manifest = folder.read_manifest()
         if overwrite:
             return
-        if manifest is None and found == "folder" and not _only_beginnings(folder):
+        if manifest is None and found == "folder" and not _is_aborted_start(folder):
             raise RunError(
                 f"{folder.path}: holds files but no manifest.json of wsiseg; pass another --out, or --overwrite to use it all the same"
             )
@@ -223,8 +223,8 @@ def drop_stale_files(folder: RunFolder, names: set[str]) -> None:
     for path in folder.parts.glob("*.parquet"):
         if path.stem not in names:
             _remove(path)
-    _sweep(folder.path)
-    _sweep(folder.parts)
+    _remove_leftovers(folder.path)
+    _remove_leftovers(folder.parts)
 
 
 def _remove(path: Path) -> None:
@@ -232,7 +232,7 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _sweep(folder: Path) -> None:
+def _remove_leftovers(folder: Path) -> None:
     """Remove what killed processes left half-written, files and folders."""
     for path in folder.glob(PARTIAL_PATTERN):
         with contextlib.suppress(OSError):  # another process may sweep as well
@@ -289,7 +289,7 @@ def _create(folder: RunFolder, manifest: dict[str, Any], *, exclusive: bool) -> 
     return True
 
 
-def _only_beginnings(folder: RunFolder) -> bool:
+def _is_aborted_start(folder: RunFolder) -> bool:
     """Tell whether a folder without manifest holds nothing but what a run killed at its very start leaves."""
     inside = [p for p in folder.path.rglob("*") if p != folder.parts]
     return all(p.name.startswith(".") and p.suffix == ".partial" for p in inside)

@@ -27,7 +27,7 @@ from wsiseg.runs.plan_file import RunPlan, read_plan
 from wsiseg.runtime.claims import Claims
 from wsiseg.runtime.paths import readable, require_text, target
 from wsiseg.seeds.bank import build_bank
-from wsiseg.segmentation.nuclear_scale import contradiction, estimate_scale, require_scale
+from wsiseg.segmentation.nuclear_scale import estimate_scale, require_scale, scale_contradiction
 from wsiseg.segmentation.worker import RunSpec, WorkerContext
 from wsiseg.slide import open_slide, require_cellular, thumbnail
 from wsiseg.slide.tiling import plan_blocks
@@ -375,7 +375,7 @@ def survey(
             found = estimate_scale(opened)
             facts["mpp by nuclei"] = "no estimate: too few nuclei" if found is None else str(found)
             if found is not None and not math.isnan(info.mpp):
-                warnings += contradiction(info.mpp, found)
+                warnings += scale_contradiction(info.mpp, found)
         if info.mpp_source != "none":
             tissue = find_tissue(*thumbnail(opened, config.tissue.overview_mpp), config.tissue, mpp=info.mpp)
             blocks = plan_blocks(

@@ -104,7 +104,7 @@ def draw_sheet(panels: Sequence[Panel], types: Sequence[SeedType], title: str, u
     by_type = [[p for p in panels if p.kind == t] for t in range(len(types))]
     columns = min(most, max(MIN_COLUMNS, *(len(group) for group in by_type)))
     rows = [(t, group[k : k + columns]) for t, group in enumerate(by_type) for k in range(0, len(group), columns)]
-    pen = _Pen(side, _font(10 if many else 12), _font(14))
+    pen = _SheetStyle(side, _font(10 if many else 12), _font(14))
     width = _GAP + columns * (side + _GAP)
     intro = [
         *_wrap(title, pen.large, width - 2 * _GAP, 3),
@@ -127,7 +127,7 @@ def draw_sheet(panels: Sequence[Panel], types: Sequence[SeedType], title: str, u
 
 
 @dataclass(frozen=True)
-class _Pen:
+class _SheetStyle:
     """Sizes and fonts of one sheet."""
 
     side: int

@@ -56,7 +56,7 @@ def decode(
     cut: list[NDArray[np.float32]] = []
     for start in range(0, len(points_xy), config.prompts_per_batch):
         batch = points_xy[start : start + config.prompts_per_batch]
-        masks = _ask(model, embeddings, tile, batch, config, grid, full_tile=False)
+        masks = _decode_batch(model, embeddings, tile, batch, config, grid, full_tile=False)
         if model.supports_full_tile:
             again = reaches_border(masks)
             # One answer of several may be cut: the others come again with it, and the first time does not count.
@@ -68,7 +68,7 @@ def decode(
     cut_points = np.concatenate(cut) if cut else np.empty((0, 2), np.float32)
     step = max(config.prompts_per_batch // _WHOLE, 1)
     for start in range(0, len(cut_points), step):
-        yield _ask(model, embeddings, tile, cut_points[start : start + step], config, grid, full_tile=True)
+        yield _decode_batch(model, embeddings, tile, cut_points[start : start + step], config, grid, full_tile=True)
 
 
 def reaches_border(masks: WindowMasks) -> Tensor:
@@ -78,7 +78,7 @@ def reaches_border(masks: WindowMasks) -> Tensor:
     return touches
 
 
-def _ask(
+def _decode_batch(
     model: PromptableModel,
     embeddings: Embeddings,
     tile: int,

@@ -116,10 +116,10 @@ def estimate_scale(reader: SlideReader) -> ScaleEstimate | None:
         return None
     model, reach = load_model(MODEL, "cpu"), math.ceil(WINDOW_PX * 0.25 / LADDER[0] / 2) + 2
     around = [Box(x - reach, y - reach, x + reach, y + reach) for x, y in centres]
-    return judge(climb([reader.read(0, box) for box in around], model))
+    return choose_scale(measure_rungs([reader.read(0, box) for box in around], model))
 
 
-def climb(windows: Sequence[NDArray[np.uint8]], model: PromptableModel) -> list[Rung]:
+def measure_rungs(windows: Sequence[NDArray[np.uint8]], model: PromptableModel) -> list[Rung]:
     """Show windows (H, W, 3) of level-0 px to the network at each rung of the ladder; what is far from their centres only at the fine ones."""
     return [_look(windows, mpp, model) for mpp in LADDER]
 
@@ -146,7 +146,7 @@ def _look(windows: Sequence[NDArray[np.uint8]], mpp: float, model: PromptableMod
     return Rung(mpp, np.concatenate(areas), np.concatenate(scores))
 
 
-def judge(rungs: Sequence[Rung]) -> ScaleEstimate | None:
+def choose_scale(rungs: Sequence[Rung]) -> ScaleEstimate | None:
     """Choose the scale from the nuclei found on the ladder; ``None`` when they are too few, or beyond it.
 
     Each rung has its own estimate, the assumed scale times usual over seen diameter. They are averaged (median), weighted by how much was found
@@ -216,7 +216,7 @@ def require_scale(reader: SlideReader) -> None:
     )
 
 
-def contradiction(mpp: float, estimate: ScaleEstimate) -> tuple[str, ...]:
+def scale_contradiction(mpp: float, estimate: ScaleEstimate) -> tuple[str, ...]:
     """Warning when the stated scale contradicts the nuclei; else empty."""
     factor = max(mpp / estimate.mpp, estimate.mpp / mpp)
     if factor < CONTRADICTION:

@@ -63,7 +63,7 @@ def trace(masks: WindowMasks, outer: Box, lattice: Lattice, config: MaskConfig) 
     polygons = shapely.polygons(shapely.linearrings(points, indices=np.repeat(np.arange(len(rows)), count)))
     # The plain form of Douglas and Peucker takes a tenth of the time of the one that keeps polygons valid; the few that become invalid are repaired.
     polygons = _valid(shapely.simplify(polygons, config.simplify_um / lattice.slide_mpp, preserve_topology=False))
-    polygons = _rounded(polygons, config.convex_above)
+    polygons = _convexified(polygons, config.convex_above)
     big = shapely.area(polygons) * lattice.slide_mpp**2 >= config.min_area_um2
     cells = Cells(
         polygons=polygons,
@@ -106,7 +106,7 @@ def _at_border(xy: NDArray[np.float64], count: NDArray[np.intp], shape: tuple[in
     return touches
 
 
-def _rounded(polygons: NDArray[np.object_], convex_above: float) -> NDArray[np.object_]:
+def _convexified(polygons: NDArray[np.object_], convex_above: float) -> NDArray[np.object_]:
     """Outlines that fill at least ``convex_above`` of their convex hull become the hull."""
     hull = shapely.convex_hull(polygons)
     return np.where(shapely.area(polygons) >= convex_above * shapely.area(hull), hull, polygons)

@@ -134,10 +134,10 @@ def from_tiff_tags(
         source = "ImageJ resolution"
     if unit is None:
         return None, ()
-    return believe_resolution(PixelSize(unit / per_unit[0], unit / per_unit[1], source))
+    return drop_print_resolution(PixelSize(unit / per_unit[0], unit / per_unit[1], source))
 
 
-def believe_resolution(size: PixelSize) -> tuple[PixelSize | None, tuple[str, ...]]:
+def drop_print_resolution(size: PixelSize) -> tuple[PixelSize | None, tuple[str, ...]]:
     """Drop a size from resolution tags that is a print resolution, with a warning that says so."""
     if size.mean < PRINT_MPP:
         return size, ()

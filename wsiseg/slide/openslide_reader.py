@@ -12,7 +12,7 @@ from wsiseg.errors import SlideError
 from wsiseg.geometry import Box
 from wsiseg.records import SlideInfo
 from wsiseg.slide.faults import closed, unreadable
-from wsiseg.slide.mpp import PixelSize, believe_resolution, choose_mpp, pixel_size
+from wsiseg.slide.mpp import PixelSize, choose_mpp, drop_print_resolution, pixel_size
 from wsiseg.slide.resample import read_padded, uneven_levels, whole_downsamples
 from wsiseg.slide.tiff_pages import misread_by_openslide
 
@@ -151,7 +151,7 @@ def _pixel_size(properties: Mapping[str, str], vendor: str) -> tuple[PixelSize |
     if found is None:
         return pixel_size(properties.get("aperio.MPP"), None, "aperio.MPP"), ()
     if vendor == "generic-tiff":  # OpenSlide takes it from the resolution tags
-        return believe_resolution(PixelSize(found.x, found.y, "TIFF XResolution"))
+        return drop_print_resolution(PixelSize(found.x, found.y, "TIFF XResolution"))
     return found, ()
 
 

@@ -20,7 +20,7 @@ from tiffslide import TiffSlide
 from wsiseg.errors import SlideError
 from wsiseg.records import SlideInfo
 from wsiseg.slide.faults import closed, unreadable
-from wsiseg.slide.mpp import PixelSize, believe_resolution, choose_mpp, from_ome_xml, from_tiff_tags, pixel_size
+from wsiseg.slide.mpp import PixelSize, choose_mpp, drop_print_resolution, from_ome_xml, from_tiff_tags, pixel_size
 from wsiseg.slide.resample import FOREIGN_ERRORS, read_padded, uneven_levels, whole_downsamples
 from wsiseg.slide.tiff_pages import TiffPixels
 
@@ -157,5 +157,5 @@ def _stated_size(properties: Mapping[str, Any]) -> tuple[PixelSize | None, tuple
     if found is None:
         return None, ()
     if "tiff.XResolution" in properties and not properties.get("philips.PixelSpacing"):
-        return believe_resolution(PixelSize(found.x, found.y, "TIFF XResolution"))
+        return drop_print_resolution(PixelSize(found.x, found.y, "TIFF XResolution"))
     return found, ()

@@ -137,7 +137,7 @@ def find_tissue(
     if brightfield:
         found &= ~_padding(thumbnail)
     small = found.size * pixel_um**2 < SMALL_IMAGE_UM2
-    mask = np.full_like(found, found.any()) if small else _tidy(found, config, pixel_um)
+    mask = np.full_like(found, found.any()) if small else _clean_mask(found, config, pixel_um)
     return TissueMask(mask, scale, brightfield, warnings)
 
 
@@ -204,7 +204,7 @@ def _padding(thumbnail: NDArray[np.uint8]) -> NDArray[np.bool_]:
     return cast("NDArray[np.bool_]", ndimage.binary_dilation(padding, iterations=3))  # its blurred edge
 
 
-def _tidy(found: NDArray[np.bool_], config: TissueConfig, pixel_um: float) -> NDArray[np.bool_]:
+def _clean_mask(found: NDArray[np.bool_], config: TissueConfig, pixel_um: float) -> NDArray[np.bool_]:
     """Add the margin, drop specks, fill holes.
 
     Pieces are joined by their margins before they are weighed, so that the threads of fat tissue stand together; weighed is what

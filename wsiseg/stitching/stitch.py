@@ -212,13 +212,13 @@ def find_pairs(outlines: OutlineStore, config: StitchingConfig) -> Pairs:
     def within(source: int, polygons: NDArray[np.object_], numbers: OutlineTable) -> None:
         left, right = shapely.STRtree(polygons).query(polygons)
         once = left < right
-        inside[source] = _measured(polygons, numbers, left[once], right[once], config)
+        inside[source] = _touching(polygons, numbers, left[once], right[once], config)
 
     outlines.survey(within)
     starts = outlines.starts
     found = [replace(p, low=p.low + starts[k], high=p.high + starts[k]) for k, p in sorted(inside.items())]
     found += prefetch_map(
-        partial(_between, outlines, config), _neighbours(outlines), threads=THREADS, limit=2 * THREADS
+        partial(_candidate_pairs, outlines, config), _neighbours(outlines), threads=THREADS, limit=2 * THREADS
     )
     pairs = Pairs.concatenate(found)
     rank = _rank(outlines.numbers)
@@ -264,16 +264,18 @@ def _meets(bounds: NDArray[np.float64], box: NDArray[np.float64]) -> NDArray[np.
     return met
 
 
-def _between(outlines: OutlineStore, config: StitchingConfig, rows: tuple[NDArray[np.intp], NDArray[np.intp]]) -> Pairs:
+def _candidate_pairs(
+    outlines: OutlineStore, config: StitchingConfig, rows: tuple[NDArray[np.intp], NDArray[np.intp]]
+) -> Pairs:
     """Pairs of one of the first rows with one of the second."""
     mine, both = len(rows[0]), np.concatenate(rows)
     polygons = outlines.polygons(both)
     right, left = shapely.STRtree(polygons[:mine]).query(polygons[mine:])
-    pairs = _measured(polygons, outlines.numbers.take(both), left, right + mine, config)
+    pairs = _touching(polygons, outlines.numbers.take(both), left, right + mine, config)
     return replace(pairs, low=both[pairs.low], high=both[pairs.high])
 
 
-def _measured(
+def _touching(
     polygons: NDArray[np.object_],
     numbers: OutlineTable,
     left: NDArray[np.intp],
@@ -286,13 +288,13 @@ def _measured(
     low, high = np.where(worse, left, right), np.where(worse, right, left)
     sides = np.minimum(box[low, 2:], box[high, 2:]) - np.maximum(box[low, :2], box[high, :2])
     shared = np.minimum(np.maximum(sides, 0).prod(1), np.minimum(area[low], area[high]))
-    touch = _decides(numbers, low, high, config)
+    touch = _certainly_suppressed(numbers, low, high, config)
     rest = np.flatnonzero(~touch)
     touch[rest] = shapely.intersects(polygons[low[rest]], polygons[high[rest]])
     return Pairs(low, high, shared, np.zeros(len(low), bool)).take(touch & (shared > 0))
 
 
-def _decides(
+def _certainly_suppressed(
     numbers: OutlineTable, low: NDArray[np.intp], high: NDArray[np.intp], config: StitchingConfig
 ) -> NDArray[np.bool_]:
     """Pairs whose worse outline certainly goes if the better stays: |A and B| = |A| + |B| - |A or B|, and the union lies in its box."""
@@ -307,7 +309,7 @@ def _refine_areas(outlines: OutlineStore, pairs: Pairs, config: StitchingConfig)
     numbers = outlines.numbers
     area, low, high = numbers.areas, pairs.low, pairs.high
     smaller = np.minimum(area[low], area[high])
-    unsure = ~_decides(numbers, low, high, config)
+    unsure = ~_certainly_suppressed(numbers, low, high, config)
     much = np.bincount(low[unsure], weights=pairs.shared[unsure], minlength=len(area)) > config.max_overlap * area
     needed = unsure & (much[low] | (pairs.shared >= config.nested * smaller))
     held = pairs.shared >= config.contained * smaller

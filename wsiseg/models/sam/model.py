@@ -245,7 +245,7 @@ class SamModel(nn.Module):
         corner = (
             None if full_tile else (torch.floor(points_xy / self.patch).long() - (CROP // 2 - 1)).clamp(0, grid - CROP)
         )
-        logits, quality = self._ask(shared, batch_index, points_xy, extras, corner, answers)
+        logits, quality = self._decode_prompts(shared, batch_index, points_xy, extras, corner, answers)
         count = logits.shape[1]
         corner = torch.zeros(len(points_xy), 2, dtype=torch.long, device=points_xy.device) if corner is None else corner
         batch_index, corner, points_xy = (v.repeat_interleave(count, 0) for v in (batch_index, corner, points_xy))
@@ -262,7 +262,7 @@ class SamModel(nn.Module):
             full_tile=full_tile,
         )
 
-    def _ask(
+    def _decode_prompts(
         self,
         shared: Shared,
         batch_index: Tensor,
