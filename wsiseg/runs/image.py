@@ -86,8 +86,8 @@ def segment_image(
     cells, typing, notes, _ = stitch_and_type(
         [Cells.concatenate(outlines, plan.descriptor_size)], plan, context.model.types, clock
     )
-    for doubt in notes.warnings:
-        logger.warning("%s", doubt)
+    for warning in notes.warnings:
+        logger.warning("%s", warning)
     return cells.take(slice(None)), typing
 
 
@@ -100,9 +100,9 @@ def open_image_context(
     check(config, "image")
     reader = ArrayReader(image, config.mpp)
     if seeds:
-        seeds, doubts = check_seeds(dataclasses.replace(seeds, slide=None), reader.info)
-        for doubt in doubts:
-            logger.warning("%s", doubt)
+        seeds, seed_warnings = check_seeds(dataclasses.replace(seeds, slide=None), reader.info)
+        for warning in seed_warnings:
+            logger.warning("%s", warning)
     model = model or load_model(config.model, config.device, config.precision)
     resolved = resolve(config, config.model, maps=model.has_maps, clicked=seeds is not None)
     lattice = Lattice(config.mpp, model.mpp)

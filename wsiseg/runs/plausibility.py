@@ -43,7 +43,7 @@ def implausible(areas_px0: NDArray[np.float64], plan: RunPlan) -> tuple[str, ...
     Returns
     -------
     tuple[str, ...]
-        A warning per doubt, with the likely reasons; empty for plausible tissue.
+        Warnings with the likely reasons; empty for plausible tissue.
     """
     mpp, searched = plan.info.mpp, plan.tissue_mm2
     scale = f"the scale is wrong ({mpp:.4g} microns per pixel, {plan.info.mpp_source})"
@@ -59,25 +59,25 @@ def implausible(areas_px0: NDArray[np.float64], plan: RunPlan) -> tuple[str, ...
     if not len(areas_px0):
         reasons = f"{scale}, the slide is blank, not H&E or transparent, or masks.min_score ({plan.config.masks.min_score:g}) is too strict"
         return (f"no cell was found in {_mm2(searched)} searched: {reasons}",)
-    doubts = []
+    warnings = []
     median = float(np.median(areas_px0)) * mpp**2
     if len(areas_px0) >= FEW and not MEDIAN_UM2[0] <= median <= MEDIAN_UM2[1]:
-        doubts.append(
+        warnings.append(
             f"the median nuclear area is {median:.3g} um2, tissue has {MEDIAN_UM2[0]:g} to {MEDIAN_UM2[1]:g}: "
             f"is the scale of {mpp:.4g} microns per pixel wrong by about {_factor(median):.2g}x?"
         )
     density = len(areas_px0) / max(searched, 1e-9)
     if density < DENSITY_MM2[0] and searched >= SMALL_MM2:
-        doubts.append(
+        warnings.append(
             f"only {density:.2g} cells per mm2 in {_mm2(searched)} searched, tissue has {DENSITY_MM2[0]:g} to {DENSITY_MM2[1]:,.0f}: {scale}, "
             "most of it is blank, or the slide is not H&E"
         )
     if density > DENSITY_MM2[1] and len(areas_px0) >= FEW:
-        doubts.append(
+        warnings.append(
             f"{density:,.0f} cells per mm2 in {_mm2(searched)} searched, tissue has {DENSITY_MM2[0]:g} to {DENSITY_MM2[1]:,.0f}: {scale}, "
             "or texture is taken for nuclei"
         )
-    return tuple(doubts)
+    return tuple(warnings)
 
 
 def _factor(median_um2: float) -> float:

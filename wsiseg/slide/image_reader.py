@@ -55,10 +55,10 @@ class TiffReader:
         self._pixels = TiffPixels(tiff, series)
         sizes = self._pixels.level_sizes
         tags = {tag.name: tag.value for tag in series.keyframe.tags}
-        found, doubts = from_tiff_tags(tags, tiff.imagej_metadata)
+        found, scale_warnings = from_tiff_tags(tags, tiff.imagej_metadata)
         found = from_ome_xml(tiff.ome_metadata, sizes[0]) or found
         value, source, notes = choose_mpp(found, mpp, None)
-        doubts = () if found else doubts
+        scale_warnings = () if found else scale_warnings
         return SlideInfo(
             path=path,
             reader="image",
@@ -67,7 +67,7 @@ class TiffReader:
             downsamples=whole_downsamples(sizes),
             mpp=value,
             mpp_source=source,
-            warnings=(*doubts, *notes, *self._pixels.notes, *uneven_levels(sizes)),
+            warnings=(*scale_warnings, *notes, *self._pixels.notes, *uneven_levels(sizes)),
         )
 
     def read(self, level: int, box: Box) -> NDArray[np.uint8]:

@@ -48,7 +48,7 @@ class OpenSlideReader:
         sizes = tuple(self._handle.level_dimensions)
         background = properties.get("openslide.background-color", "FFFFFF")
         self._background = np.array([int(background[i : i + 2], 16) for i in (0, 2, 4)], np.uint16)
-        found, doubts = _pixel_size(properties, vendor)
+        found, scale_warnings = _pixel_size(properties, vendor)
         objective = pixel_size(properties.get("openslide.objective-power"), None, "")
         value, source, notes = choose_mpp(found, mpp, objective.x if objective else None)
         self.info = SlideInfo(
@@ -60,7 +60,7 @@ class OpenSlideReader:
             mpp=value,
             mpp_source=source,
             bounds=_bounds(properties),
-            warnings=(*doubts, *notes, *uneven_levels(sizes)),
+            warnings=(*scale_warnings, *notes, *uneven_levels(sizes)),
         )
 
     def read(self, level: int, box: Box) -> NDArray[np.uint8]:

@@ -75,7 +75,7 @@ class TiffSlideReader:
                 f"its parts hold {page.samplesperpixel} samples of {page.dtype} per pixel, which is not supported"
             )
         sizes = tuple((int(width), int(height)) for width, height in slide.level_dimensions)
-        found, doubts = _pixel_size(slide, sizes[0], page)
+        found, scale_warnings = _pixel_size(slide, sizes[0], page)
         objective = pixel_size(properties.get("tiffslide.objective-power"), None, "")
         value, source, notes = choose_mpp(found, mpp, objective.x if objective else None)
         remarks = self._pixels.notes if self._pixels else ()
@@ -87,7 +87,7 @@ class TiffSlideReader:
             downsamples=whole_downsamples(sizes),
             mpp=value,
             mpp_source=source,
-            warnings=(*doubts, *notes, *remarks, *uneven_levels(sizes)),
+            warnings=(*scale_warnings, *notes, *remarks, *uneven_levels(sizes)),
         )
 
     def read(self, level: int, box: Box) -> NDArray[np.uint8]:
