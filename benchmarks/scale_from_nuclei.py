@@ -19,7 +19,7 @@ from PIL import Image
 
 from benchmarks.common import write_results
 from wsiseg.models import load_model
-from wsiseg.segmentation.nuclear_scale import CONTRADICTION, LADDER, WINDOW_PX, WINDOWS, climb, judge
+from wsiseg.segmentation.nuclear_scale import CONTRADICTION, LADDER, WINDOW_PX, WINDOWS, choose_scale, measure_rungs
 
 MIDDLE, QUARTERS = ((0.5, 0.5),), ((0.25, 0.25), (0.75, 0.25), (0.25, 0.75), (0.75, 0.75))
 #: set -> microns per px of its files (nuinsseg's is nominal: its nuclei look like that), and the places of the windows in an image
@@ -116,7 +116,9 @@ def main() -> None:
         if len(groups) > 15:
             groups = dict(list(groups.items())[:: options.every])
         for scale in (scale for scale in SCALES if scale >= mpp):
-            found = [judge(climb(windows_of(group, mpp, places, scale), model)) for group in groups.values()]
+            found = [
+                choose_scale(measure_rungs(windows_of(group, mpp, places, scale), model)) for group in groups.values()
+            ]
             ratios = np.array([estimate.mpp / scale for estimate in found if estimate is not None])
             low, middle, high = np.percentile(ratios, (5, 50, 95)) if len(ratios) else (math.nan,) * 3
             rows.append(

@@ -2,7 +2,7 @@
 # Many slides, one per task. SLIDES.txt has one path per line; what follows RESULTS goes to `wsiseg run`:
 #   sbatch --array=1-$(wc -l < SLIDES.txt) examples/slurm_array.sh SLIDES.txt RESULTS
 # A slide's clicks lie beside it: scan.svs and scan.seeds.json, or scan.geojson exported from QuPath. Without, cells are outlined but not typed.
-# Two minutes before the time limit a task ends by itself, with status 3. Submit the same array again: it goes on where it stood.
+# Two minutes before the time limit a task ends by itself, with status 3. Submit the same array again to resume.
 #SBATCH --job-name=wsiseg
 #SBATCH --cpus-per-task=4
 #SBATCH --mem=16G

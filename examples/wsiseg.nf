@@ -1,6 +1,6 @@
 // Many slides, each in shards, then merged. The list is that of `wsiseg run --slides`: columns path, mpp, seeds; only path is needed.
 //   nextflow run examples/wsiseg.nf --slides slides.csv --out results --shards 4
-// With -resume it goes on. The shards of a slide share its folder, so tasks write into `out` itself, which all nodes must see: no publishDir.
+// With -resume it resumes. The shards of a slide share its folder, so tasks write into `out` itself, which all nodes must see: no publishDir.
 params.slides = 'slides.csv'
 params.out = 'wsiseg-out'
 params.shards = 4
@@ -10,7 +10,7 @@ process SHARD {
     cpus 4
     memory '16 GB'
     time '8 h'
-    errorStrategy { task.exitStatus in [1, 2] ? 'finish' : 'retry' } // wrong input stays wrong; anything else goes on where it stood
+    errorStrategy { task.exitStatus in [1, 2] ? 'finish' : 'retry' } // wrong input stays wrong; anything else resumes
     maxRetries 3
 
     input:

@@ -228,7 +228,7 @@ def test_decoder_within(tmp_path: Path) -> None:
     assert_same(found.decoder, decoder)
     found = read_checkpoint(file, saved(tmp_path / "d.pt", other))
     assert_same(found.decoder, other)
-    assert found.notes == ("the decoder in a.pt gives way to d.pt",)
+    assert found.notes == ("the decoder in a.pt is ignored in favour of d.pt",)
 
 
 def test_safetensors(tmp_path: Path) -> None:
@@ -439,18 +439,18 @@ TENSOR = b"ctorch._utils\n_rebuild_tensor_v2\n(" + STORAGE
         (b"\x80\x04\x8c\x05torch\x8c\x17serialization.os.system\x93.", "asks to run torch.serialization.os.system"),
         (b"\x80\x04\x8c\x07logging\x8c\x09os.system\x93.", "asks to run logging.os.system"),
         (b"(X\x02\x00\x00\x00lsios\nsystem\n.", "asks to run os.system"),  # the INST opcode
-        (b"\x82\x01.", "cut short or damaged"),  # the extension registry
+        (b"\x82\x01.", "truncated or damaged"),  # the extension registry
         # attributes of what the reader hands out
-        (b"ctorch._utils\n_rebuild_tensor_v2\n}X\x01\x00\x00\x00aK\x01sb.", "cut short or damaged"),
-        (b"ctorch._utils\n_rebuild_tensor_v2\nN}X\x08\x00\x00\x00__call__K\x01s\x86b.", "cut short or damaged"),
-        (b"ccollections\nOrderedDict\nN}X\x05\x00\x00\x00itemsK\x01s\x86b.", "cut short or damaged"),
+        (b"ctorch._utils\n_rebuild_tensor_v2\n}X\x01\x00\x00\x00aK\x01sb.", "truncated or damaged"),
+        (b"ctorch._utils\n_rebuild_tensor_v2\nN}X\x08\x00\x00\x00__call__K\x01s\x86b.", "truncated or damaged"),
+        (b"ccollections\nOrderedDict\nN}X\x05\x00\x00\x00itemsK\x01s\x86b.", "truncated or damaged"),
         (b"cother\nThing\nN}X\x0c\x00\x00\x00__setstate__K\x01s\x86b.", "whole pickled model or another object"),
         # tensors beyond their storage: 16 numbers
         (b"}" + b"X\x01\x00\x00\x00a" + TENSOR + b"K\x00K\x11\x85K\x01\x85\x89NtRs.", "more elements than its storage"),
-        (b"}" + b"X\x01\x00\x00\x00a" + TENSOR + b"K\x08K\x09\x85K\x01\x85\x89NtRs.", "cut short or damaged"),
+        (b"}" + b"X\x01\x00\x00\x00a" + TENSOR + b"K\x08K\x09\x85K\x01\x85\x89NtRs.", "truncated or damaged"),
         (
             b"}" + b"X\x01\x00\x00\x00a" + TENSOR + b"J\xff\xff\xff\xffK\x09\x85K\x01\x85\x89NtRs.",
-            "cut short or damaged",
+            "truncated or damaged",
         ),
         (
             b"}" + b"X\x01\x00\x00\x00a" + TENSOR + b"K\x00J\x00\x00\x00\x7f\x85K\x00\x85\x89NtRs.",
@@ -465,7 +465,7 @@ TENSOR = b"ctorch._utils\n_rebuild_tensor_v2\n(" + STORAGE
             "no item named 'a/data/1'",
         ),
         (b"}" + b"X\x01\x00\x00\x00a" + TENSOR + b"K\x00K\x10\x85K\x01\x85\x89NtRs.", "not a SAM checkpoint"),
-        (b"", "cut short or damaged"),
+        (b"", "truncated or damaged"),
         (b"K\x01.", "holds a int, not a dict of tensors"),
     ],
 )
@@ -509,7 +509,7 @@ def test_cut_short(form: str, share: float, tmp_path: Path) -> None:
     whole = file.read_bytes()
     length = min(int(share * len(whole)) + (share > 0), len(whole) - 1)
     file.write_bytes(whole[:length])
-    refused(file, "cut short|is empty|not a checkpoint|old form that is damaged")
+    refused(file, "truncated|is empty|not a checkpoint|old form that is damaged")
 
 
 def test_changed_bytes(tmp_path: Path) -> None:
@@ -600,7 +600,7 @@ ENCODER = {key: value for key, value in SAM.items() if key.startswith("image_enc
             {"model_state": SAM, "decoder_state": tiny_decoder(6)},
             "a decoder with 6 channels; the semantic head is not supported",
         ),
-        ({"model_state": SAM, "decoder_state": {"a": ONE}}, "decoder_state is no instance decoder"),
+        ({"model_state": SAM, "decoder_state": {"a": ONE}}, "decoder_state is not an instance decoder"),
         (
             SAM | {"mask_decoder.iou_token.weight": torch.tensor([1.0, float("nan")])},
             r"1 tensors hold NaN or infinity \(first: mask_decoder.iou",
@@ -613,7 +613,7 @@ ENCODER = {key: value for key, value in SAM.items() if key.startswith("image_enc
         ({k: v for k, v in SAM.items() if "pos_embed" not in k}, "image_encoder.pos_embed is missing"),
         (
             SAM | {"image_encoder.blocks.0.attn.rel_pos_h": torch.zeros(5, 7)},
-            "width 16 is no multiple of the heads' width 7",
+            "width 16 is not a multiple of the heads' width 7",
         ),
         (
             SAM | {"image_encoder.blocks.2.attn.rel_pos_h": torch.zeros(7, 8)},

@@ -69,8 +69,8 @@ def test_import_list_show_verify(checkpoint: Path, folder: Path, wsiseg: Callabl
     assert lines["mine"].endswith("imported")
     assert lines["nuclei-compact"].endswith("in the package")
     assert lines["sam-vit-b"].endswith("to download")
-    assert wsiseg("models", "verify") == (0, "nuclei-compact: fine\nmine: fine\n")
-    assert wsiseg("models", "verify", "mine") == (0, "mine: fine\n")
+    assert wsiseg("models", "verify") == (0, "nuclei-compact: OK\nmine: OK\n")
+    assert wsiseg("models", "verify", "mine") == (0, "mine: OK\n")
 
 
 def test_verify_finds_damage(checkpoint: Path, folder: Path, wsiseg: Callable[..., tuple[int, str]]) -> None:
@@ -81,10 +81,10 @@ def test_verify_finds_damage(checkpoint: Path, folder: Path, wsiseg: Callable[..
     (folder / "b.safetensors").unlink()
     status, said = wsiseg("models", "verify")
     assert status == 1
-    assert said.splitlines()[0] == "nuclei-compact: fine"
+    assert said.splitlines()[0] == "nuclei-compact: OK"
     assert f"Error: {folder / 'a.safetensors'}: sha256 differs from the card of a" in said
     assert f"Error: {folder / 'b.safetensors'}: the weights of b are missing" in said
-    assert "c: fine" in said
+    assert "c: OK" in said
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_verify_finds_damage(checkpoint: Path, folder: Path, wsiseg: Callable[..
         (("import", "{checkpoint}", "--name", "a", "--normalise", "x"), 2, "Invalid value for '--normalise'"),
         (("show", "absent"), 1, "absent: no such model here; models here: nuclei-compact"),
         (("verify", "absent"), 1, "absent: no such model here"),
-        (("download", "absent"), 1, "absent: nothing to download under this name"),
+        (("download", "absent"), 1, "absent: no download of this name"),
         (("download", "vit-h-histopathology"), 1, "vit-h-histopathology: no sha256 of it is published"),
     ],
 )
@@ -129,7 +129,7 @@ def test_overwrite(checkpoint: Path, folder: Path, wsiseg: Callable[..., tuple[i
     assert wsiseg(*command)[0] == 0
     status, said = wsiseg(*command)
     assert status == 1
-    assert "it is replaced only on request; choose another name, or pass --overwrite" in said
+    assert "a model of this name already exists; choose another name, or pass --overwrite" in said
     assert wsiseg(*command, "--overwrite")[0] == 0
 
 
@@ -162,7 +162,7 @@ def test_download_reports(
     monkeypatch.setattr(store, "_fetch", fetch)
     status, said = wsiseg("models", "download", "sam-vit-b")
     assert status == 1
-    assert "another sha256 than is published" in said
+    assert "sha256 differs from the published one" in said
     monkeypatch.setattr(store, "file_hash", lambda _: store.DOWNLOADS["sam-vit-b"].sha256)
     status, said = wsiseg("models", "download", "sam-vit-b")
     assert status == 0

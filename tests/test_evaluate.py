@@ -303,7 +303,7 @@ def test_doubts_are_said(tmp_path: Path) -> None:
 
     truth = geojson(tmp_path / "t.geojson", TRUTH)
     far = geojson(tmp_path / "far.geojson", [(x + 1000, y, "") for x, y, _ in TRUTH])
-    assert "nothing of the prediction meets anything of the truth" in said(far, truth)
+    assert "the prediction does not overlap the truth anywhere" in said(far, truth)
     image = png(tmp_path / "t.png", label(TRUTH))
     assert "1 of 4 outlines lie outside the label image of 90 x 100 px" in said(
         geojson(tmp_path / "4.geojson", [*TRUTH, (500, 0, "")]), image
@@ -311,7 +311,7 @@ def test_doubts_are_said(tmp_path: Path) -> None:
     mask = png(tmp_path / "mask.png", (label(TRUTH) > 0).astype(np.uint8) * 255)
     assert "one id for 3 separate pieces in the prediction; is it a mask of the foreground?" in said(mask, image)
     twice = geojson(tmp_path / "twice.geojson", [*TRUTH, TRUTH[0]])
-    assert "1 of 4 outlines of the prediction lie partly beneath others" in said(twice, truth, "--mpp", "1")
+    assert "1 of 4 outlines of the prediction partly overlap others" in said(twice, truth, "--mpp", "1")
     others = geojson(tmp_path / "o.geojson", [(x, y, "c") for x, y, _ in TRUTH])
     assert "no type in common: c predicted, a, b in the truth" in said(others, truth, "--mpp", "1")
 
@@ -319,7 +319,7 @@ def test_doubts_are_said(tmp_path: Path) -> None:
 def test_wrong_input_is_one_line(tmp_path: Path) -> None:
     image = png(tmp_path / "t.png", label(TRUTH))
     outlines = geojson(tmp_path / "t.geojson", TRUTH)
-    assert "90 x 50 and 90 x 100 px; two label images must be of one size" in fails(
+    assert "90 x 50 and 90 x 100 px; two label images must have the same size" in fails(
         png(tmp_path / "half.png", label(TRUTH)[:50]), image
     )
     assert "a colour image or a stack" in fails(png(tmp_path / "rgb.png", np.zeros((9, 9, 3), np.uint8)), image)
@@ -334,7 +334,7 @@ def test_wrong_input_is_one_line(tmp_path: Path) -> None:
     ):
         assert "nowhere: no such file or folder" in fails(*arguments)
     (tmp_path / "slide.svs").write_bytes(b"II")
-    assert ".svs is no kind of file that can be compared; allowed are .png" in fails(tmp_path / "slide.svs", image)
+    assert ".svs is not a kind of file that can be compared; allowed are .png" in fails(tmp_path / "slide.svs", image)
     for name in ("cut.png", "cut.tif", "cut.npy", "cut.parquet"):
         (tmp_path / name).write_bytes(image.read_bytes()[:40])
         assert "not a readable" in fails(tmp_path / name, image)
@@ -378,11 +378,11 @@ def test_wrong_input_is_one_line(tmp_path: Path) -> None:
         tmp_path / "one", tmp_path / "one", "--pred-types", tmp_path / "two"
     )
     assert "--radius: 0 is not allowed" in fails(image, image, "--radius", 0)
-    assert "1.5 is no IoU" in fails(image, image, "--thresholds", "0.5,1.5")
-    assert "is no list of numbers" in fails(image, image, "--thresholds", "half")
+    assert "1.5 is not an IoU" in fails(image, image, "--thresholds", "0.5,1.5")
+    assert "is not a list of numbers" in fails(image, image, "--thresholds", "half")
     assert "this is a picture (PNG), not text" in fails(image, image, "--classes", image)
     (tmp_path / "there.json").write_text("mine")
-    assert "exists already; give another --json file, or pass --overwrite" in fails(
+    assert "already exists; give another --json file, or pass --overwrite" in fails(
         image, image, "--json", tmp_path / "there.json"
     )
     assert (tmp_path / "there.json").read_text() == "mine"

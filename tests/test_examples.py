@@ -293,8 +293,8 @@ def test_a_task_that_runs_out_of_time_is_requeued_and_goes_on(site: Site) -> Non
     os.kill(task.pid, signal.SIGUSR1)
     _, errors = task.communicate(timeout=60)
     assert task.returncode == 3, errors
-    assert "SIGUSR1: the block in hand is finished" in errors
-    assert "run the same command again to go on" in errors
+    assert "SIGUSR1: finishing the current block" in errors
+    assert "run the same command again to resume" in errors
     assert (site.state / "scontrol").read_text() == "requeue 7_1\n"
     assert not list((site.folder / "signalled").rglob("*.claim"))
     before = {path: path.stat().st_mtime_ns for path in site.parts("signalled")}

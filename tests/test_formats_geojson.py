@@ -297,11 +297,11 @@ BROKEN: list[tuple[str, object, str]] = [
         "'nucleus': the object becomes an annotation",
     ),
     ("objectType null", collection(with_properties(objectType=None)), "objectType: null aborts"),
-    ("tmaCore", collection(with_properties(objectType="tmaCore")), "'tmaCore' is passed over"),
+    ("tmaCore", collection(with_properties(objectType="tmaCore")), "'tmaCore' is skipped"),
     ("id null", collection(feature(id=None)), r"features\[0\]\.id: null aborts"),
-    ("id number", collection(feature(id=17)), r"features\[0\]\.id: 17 is no UUID"),
-    ("id text", collection(feature(id="cell_5")), "'cell_5' is no UUID"),
-    ("id twice", collection(feature(id=UUID), feature(id=UUID)), r"features\[1\]\.id: .* stands twice"),
+    ("id number", collection(feature(id=17)), r"features\[0\]\.id: 17 is not a UUID"),
+    ("id text", collection(feature(id="cell_5")), "'cell_5' is not a UUID"),
+    ("id twice", collection(feature(id=UUID), feature(id=UUID)), r"features\[1\]\.id: .* appears twice"),
     (
         "geometry missing",
         collection({"type": "Feature", "properties": CELL}),
@@ -477,9 +477,9 @@ def test_entries_that_a_zip_import_would_lose(tmp_path: Path) -> None:
         archive.writestr("again.geojson", good)
     problems = validate_geojson(path)
     assert len(problems) == 3
-    assert problems[0] == "notes.md: QuPath passes over this entry; call it .geojson"
+    assert problems[0] == "notes.md: QuPath skips this entry; call it .geojson"
     assert problems[1].startswith("cut.geojson: document: not JSON")
-    assert problems[2] == f"again.geojson: features[0].id: {UUID} stands twice; ids must be unique"
+    assert problems[2] == f"again.geojson: features[0].id: {UUID} appears twice; ids must be unique"
 
 
 def test_files_that_cannot_be_unpacked(tmp_path: Path) -> None:

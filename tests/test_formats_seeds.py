@@ -138,7 +138,7 @@ SCHEMA_ERRORS: list[tuple[object, str]] = [
     (one_type(color=None), r"types\[0\]\.color: null is not a colour"),
     (one_type(name=5), r"types\[0\]\.name: 5 is not text"),
     (one_type(name=""), r"types\[0\]\.name: the name is blank"),
-    (one_type(name=" tumour"), r"types\[0\]\.name: .* blanks at its ends"),
+    (one_type(name=" tumour"), r"types\[0\]\.name: .* leading or trailing blanks"),
     (one_type(name="Tumor: Positive"), r"types\[0\]\.name: .* has a ':', where QuPath splits"),
     (one_type(name="tu\nmour"), r"types\[0\]\.name: .* line break or a control character"),
     (one_type(name="x" * 101), r"types\[0\]\.name: the name has 101 characters; 100 are allowed"),
@@ -146,22 +146,25 @@ SCHEMA_ERRORS: list[tuple[object, str]] = [
     (7, "found 7; a seeds file is an object"),
 ]
 OTHER_ERRORS: list[tuple[object, str]] = [
-    (two_types({}, {"name": "a"}), r'types\[1\]\.name: "a" is there twice'),
-    (two_types({}, {"name": "A"}), r'types\[1\]\.name: "A" is there twice \(as "a", case does not count\)'),
+    (two_types({}, {"name": "a"}), r'types\[1\]\.name: "a" appears twice'),
+    (two_types({}, {"name": "A"}), r'types\[1\]\.name: "A" appears twice \(as "a", case does not count\)'),
     (
         two_types({}, {"points": [[3, 4], [1, 2]]}),
         r"types\[1\]\.points\[1\]: the click \(1, 2\) of 'b' is also a click of 'a' \(types\[0\]\.points\[0\]\)",
     ),
-    (two_types({"negative": [[1, 2]]}, {}), r"types\[0\]\.negative\[0\]: the click \(1, 2\) is for and against 'a'"),
+    (
+        two_types({"negative": [[1, 2]]}, {}),
+        r"types\[0\]\.negative\[0\]: the click \(1, 2\) is both for and against 'a'",
+    ),
     ('{"version":1,"types":[{"name":"a","points":[[NaN,1]]}]}', r"types\[0\]\.points\[0\]: nan is not finite"),
     ('{"version":1,"types":[{"name":"a","points":[[1,-Infinity]]}]}', r"types\[0\]\.points\[0\]: -inf is not finite"),
     (
         f'{{"version":1,"types":[{{"name":"a","points":[[1,{HUGE}]]}}]}}',
-        r"types\[0\]\.points\[0\]: 1000.* is farther than any slide reaches",
+        r"types\[0\]\.points\[0\]: 1000.* is larger than any slide",
     ),
     (
         '{"version":1,"types":[{"name":"a","points":[[1,2]],"points":[[3,4]]}]}',
-        "the key 'points' is there twice in one object",
+        "the key 'points' appears twice in one object",
     ),
     ('{"version":1,\n"types":[}', "not JSON at line 2, column 10"),
     ("clicks", "not JSON at line 1, column 1"),
@@ -378,7 +381,7 @@ def test_nan_literals_and_duplicate_keys_are_tolerated(tmp_path: Path) -> None:
             [point(1, 2, TUMOR), point(1, 2, IMMUNE)],
             r"class 'Immune cells'\.points\[0\]: the click \(1, 2\) of 'Immune cells' is also a click of 'Tumor'",
         ),
-        ([point(1, 2, TUMOR), point(3, 4, "tumor")], r'class: "tumor" is there twice'),
+        ([point(1, 2, TUMOR), point(3, 4, "tumor")], r'class: "tumor" appears twice'),
         ([point(1, 2, "Unassigned")], '"Unassigned" is reserved'),
         ([point(1, 2, 7)], r"features\[0\]\.properties\.classification: 7 is not a class"),
         ([point("a", 2, TUMOR)], r'features\[0\]\.geometry\.coordinates: "a" is not a number'),  # type: ignore[arg-type]

@@ -174,11 +174,11 @@ def test_commands_and_options_exist(page: Path) -> None:
 
 @pytest.mark.parametrize("page", ["seeds.md", "troubleshooting.md"])
 def test_every_sentence_of_the_tables_is_in_the_code(page: str) -> None:
-    """First column of the tables headed "it says": literal pieces of messages."""
+    """First column of the tables headed "message": literal pieces of messages."""
     source = "\n".join(p.read_text() for p in (ROOT / "wsiseg").rglob("*.py")).replace("\\'", "'").replace('\\"', '"')
     pieces = []
     for table in re.findall(
-        r"^\| it says .*?\n\n", (ROOT / "docs" / page).read_text() + "\n\n", re.DOTALL | re.MULTILINE
+        r"^\| message .*?\n\n", (ROOT / "docs" / page).read_text() + "\n\n", re.DOTALL | re.MULTILINE
     ):
         pieces += [
             piece for row in table.strip().splitlines()[2:] for piece in re.findall(r"`([^`]+)`", row.split("|")[1])

@@ -187,7 +187,7 @@ def test_overwrite(tmp_path: Path, checkpoint: Path, folder: Path) -> None:
     """Only on request; and a checkpoint that is refused leaves the old model as it was."""
     first = import_model(checkpoint, "a")
     torch.save(tiny_sam(), checkpoint)
-    with pytest.raises(WeightsError, match="a: there is a model of this name already; it is replaced only on request"):
+    with pytest.raises(WeightsError, match="a: a model of this name already exists; choose another"):
         import_model(checkpoint, "a")
     with pytest.raises(WeightsError, match="no such file"):
         import_model(tmp_path / "absent.pt", "a", overwrite=True)
@@ -350,7 +350,7 @@ def test_card_of_a_file(checkpoint: Path, folder: Path, tmp_path: Path) -> None:
         '{"network": "os:system", "mpp": 1, "normalise": "none"}',
     ):
         save_file(tiny_sam(), copied, metadata={"wsiseg": said})
-        with pytest.raises(WeightsError, match="are not of this version; import the checkpoint again"):
+        with pytest.raises(WeightsError, match="belong to another version; import the checkpoint again"):
             card_of_file(copied)
     copied.write_bytes(b"nothing")
     with pytest.raises(WeightsError, match="not a readable safetensors file"):
@@ -434,7 +434,7 @@ def test_download(server: Server, folder: Path) -> None:
     assert (card.source, card.licence, card.mpp) == (server.address, "Apache-2.0", 0.5)
     assert seen[-1] == (len(server.content), len(server.content))
     assert files(folder) == ["sam.json", "sam.safetensors"]
-    with pytest.raises(WeightsError, match="there is a model of this name already"):
+    with pytest.raises(WeightsError, match="a model of this name already exists"):
         download("sam", entry=entry(server))
     assert len(server.requests) == 1
     assert download("sam", entry=entry(server), overwrite=True) == card
@@ -466,7 +466,9 @@ def test_a_complete_download_is_used(server: Server, folder: Path) -> None:
 
 def test_another_file(server: Server, folder: Path) -> None:
     """A wrong sum: nothing of it stays, so that the next try begins anew."""
-    with pytest.raises(WeightsError, match="another sha256 than is published, and was removed; run the command again"):
+    with pytest.raises(
+        WeightsError, match="sha256 differs from the published one, and the file was removed; run the command again"
+    ):
         download("sam", entry=entry(server, sha256="0" * 64))
     assert files(folder) == []
     (folder / "sam.part").write_bytes(b"of another file")
@@ -480,7 +482,7 @@ def test_server_says_no(status: int, server: Server, folder: Path) -> None:
     server.status = status
     with pytest.raises(
         WeightsError,
-        match=rf"{server.address}: the server answers {status} .*; try again later, or get the file on another machine",
+        match=rf"{server.address}: the server answered {status} .*; try again later, or get the file on another machine",
     ):
         download("sam", entry=entry(server))
     assert files(folder) == []
@@ -519,7 +521,7 @@ def test_published_downloads() -> None:
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
-        ("sam9", "sam9: nothing to download under this name; there are sam-vit-b, sam-vit-l, sam-vit-h"),
+        ("sam9", "sam9: no download of this name; available are sam-vit-b, sam-vit-l, sam-vit-h"),
         (
             "vit-b-histopathology",
             r"no sha256 of it is published.*--decoder DECODER --name vit-b-histopathology --mpp 0.125",

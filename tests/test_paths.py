@@ -555,7 +555,7 @@ def test_a_log_that_fails_is_said_once(slide: Path) -> None:
     done = shell(f"$W run {slide} --mpp 0.25 --out {slide.parent}/out --log-json /dev/full")
     assert done.returncode == 0
     assert [line for line in done.stderr.splitlines() if "greyscale" not in line and "tissue" not in line] == [
-        "Warning: --log-json /dev/full: cannot be written ([Errno 28] No space left on device); the run goes on without it"
+        "Warning: --log-json /dev/full: cannot be written ([Errno 28] No space left on device); the run continues without it"
     ]
 
 

@@ -93,7 +93,7 @@ def test_an_odd_click_is_put_right_by_the_kinds_and_by_the_other_clicks() -> Non
     plain, _ = assign_types(z, places(len(z)), bank, space(kinds=0), TypingConfig(drift=0))
     assert (informed.codes == kinds + 1).mean() > 0.97
     assert (plain.codes == kinds + 1).mean() < (informed.codes == kinds + 1).mean() - 0.02
-    assert infer_hypotheses(list(bank.clicked), space(kinds=2), TypingConfig())[0].kinds == (0, 1)
+    assert infer_hypotheses(list(bank.clicked), space(kinds=2), TypingConfig())[0].classes == (0, 1)
 
 
 def test_types_of_no_known_kind_are_told_apart_by_the_clicks() -> None:
@@ -102,7 +102,7 @@ def test_types_of_no_known_kind_are_told_apart_by_the_clicks() -> None:
     kinds = rng.integers(0, 2, 3000)
     z = (12 * np.eye(SIZE)[5 + kinds] + rng.standard_normal((3000, SIZE))).astype(np.float16)
     bank = bank_of(z, kinds, [0, 1])
-    assert infer_hypotheses([x.astype(float) for x in bank.clicked], space(kinds=2), TypingConfig())[0].kinds == (
+    assert infer_hypotheses([x.astype(float) for x in bank.clicked], space(kinds=2), TypingConfig())[0].classes == (
         -1,
         -1,
     )
@@ -174,7 +174,7 @@ def test_a_stain_that_changes_over_the_slide_is_followed() -> None:
     z[right] += np.float16(3) * np.eye(SIZE, dtype=np.float16)[0] - np.float16(3) * np.eye(SIZE, dtype=np.float16)[1]
     left = np.flatnonzero(~right)
     bank = bank_of(z[left], kinds[left], [0, 1], clicks=5)
-    model = dataclasses.replace(space(kinds=2), shift=np.full(SIZE, 9.0))
+    model = dataclasses.replace(space(kinds=2), slide_variance=np.full(SIZE, 9.0))
     good = [
         (assign_types(z, xy, bank, model, TypingConfig(drift=d))[0].codes == kinds + 1)[right].mean() for d in (0, 0.25)
     ]
@@ -187,7 +187,7 @@ def test_a_click_between_two_kinds_is_called_doubtful() -> None:
     between = 3 * np.eye(SIZE)[0] + 3 * np.eye(SIZE)[1]
     bank = dataclasses.replace(bank_of(z, kinds, [0]), clicked=(between[None].astype(np.float32),))
     _, notes = assign_types(z, places(len(z)), bank, space(kinds=2), TypingConfig())
-    assert any("the clicks on type 0 can be taken for kind" in w for w in notes.warnings)
+    assert any("the clicks on type 0 could mean kind" in w for w in notes.warnings)
 
 
 def test_a_bank_of_another_slide_finds_this_slides_shift() -> None:
@@ -197,7 +197,7 @@ def test_a_bank_of_another_slide_finds_this_slides_shift() -> None:
     displaced = (
         z + np.float16(3) * np.eye(SIZE, dtype=np.float16)[0] - np.float16(3) * np.eye(SIZE, dtype=np.float16)[1]
     ).astype(np.float16)
-    model = dataclasses.replace(space(kinds=2), shift=np.full(SIZE, 9.0))
+    model = dataclasses.replace(space(kinds=2), slide_variance=np.full(SIZE, 9.0))
     here, _ = assign_types(displaced, places(len(z)), bank, model, TypingConfig(drift=0))
     carried, _ = assign_types(
         displaced, places(len(z)), dataclasses.replace(bank, from_other_slide=True), model, TypingConfig()
@@ -242,7 +242,7 @@ def test_types_that_cannot_be_told_apart_are_reported() -> None:
     z = (0.1 * rng.standard_normal((500, SIZE))).astype(np.float16)
     _, notes = assign_types(z, places(500), bank_of(z, np.zeros(500, int), [0, 0]), space(), TypingConfig())
     assert len(notes.warnings) == 1
-    assert "types type 0 and type 0 are hardly told apart" in notes.warnings[0]
+    assert "types type 0 and type 0 are hard to tell apart" in notes.warnings[0]
 
 
 def test_one_type_alone() -> None:
@@ -296,11 +296,11 @@ def test_a_space_is_found_on_the_slide_when_the_weights_have_none() -> None:
     z = (z / np.linalg.norm(z, axis=1, keepdims=True)).astype(np.float16)
     space = slide_space(z)
     assert np.isfinite(space.transform).all()
-    assert (space.spread > 0).all()
+    assert (space.between_variance > 0).all()
     xy = rng.uniform(0, 1000, (600, 2))
     bank = bank_of(z, kinds, [0, 1, 2])
     typing, notes = assign_types(z, xy, bank, None, TypingConfig())
     assert (typing.codes == kinds + 1).mean() > 0.97
-    assert not notes.kinds[0]
+    assert not notes.reference_classes[0]
     few, _ = assign_types(z[:2], xy[:2], bank, None, TypingConfig())
     assert len(few.codes) == 2

@@ -217,7 +217,7 @@ def test_kill_9_loses_nothing(
 
 
 def test_a_broken_part_is_made_again(cmu: Path, config: RunConfig, reference: tuple[Path, dict[str, object]]) -> None:
-    """A part that is cut short or empty is not believed."""
+    """A part that is truncated or empty is not believed."""
     folder = reference[0]
     before = files_of(folder)
     victims = sorted(folder.glob("parts/*.parquet"))[:2]

@@ -45,7 +45,7 @@ def test_names_of_folders(slide: str, folder: str, tmp_path: Path) -> None:
 def test_another_run_is_refused_and_named(tmp_path: Path) -> None:
     folder = claim_folder(tmp_path, "/x/s.svs", manifest("/x/s.svs"), overwrite=False)
     check_folder(folder, "a", overwrite=False)
-    with pytest.raises(RunError, match="holds a run of another configuration"):
+    with pytest.raises(RunError, match="holds a run with another configuration"):
         check_folder(folder, "b", overwrite=False)
     check_folder(folder, "b", overwrite=True)
 
@@ -62,6 +62,6 @@ def test_overwriting_removes_the_final_files_of_the_old_run(tmp_path: Path) -> N
 def test_the_slower_of_two_with_other_settings_is_refused(tmp_path: Path) -> None:
     """Both saw an empty folder; the manifest of the first stays."""
     claim_folder(tmp_path, "/x/s.svs", manifest("/x/s.svs"), overwrite=False)
-    with pytest.raises(RunError, match="holds a run of another configuration"):
+    with pytest.raises(RunError, match="holds a run with another configuration"):
         _create(RunFolder(tmp_path / "s"), manifest("/x/s.svs", "b"), exclusive=True)
     assert RunFolder(tmp_path / "s").read_manifest() == manifest("/x/s.svs")

@@ -26,9 +26,9 @@ from wsiseg.segmentation.nuclear_scale import (
     LADDER,
     Rung,
     ScaleEstimate,
-    contradiction,
+    choose_scale,
     estimate_scale,
-    judge,
+    scale_contradiction,
 )
 from wsiseg.slide import open_slide
 from wsiseg.slide.array_reader import ArrayReader
@@ -193,22 +193,22 @@ def rungs(true: float, count: int = 60, diameter: float = DIAMETER_UM) -> list[R
 
 def test_the_ladder_finds_the_scale_of_usual_nuclei() -> None:
     for true in (0.22, 0.25, 0.35, 0.5, 0.7, 1.0):
-        found = judge(rungs(true))
+        found = choose_scale(rungs(true))
         assert found is not None
         assert found.mpp == pytest.approx(true, rel=0.02)
         assert found.low < true < found.high
-    assert judge(rungs(0.5, count=3)) is None, "too few nuclei"
-    assert judge(rungs(0.09)) is None, "beyond the ladder"
-    assert judge([Rung(mpp, np.empty(0), np.empty(0)) for mpp in LADDER]) is None
-    twice = judge(rungs(0.5, diameter=2 * DIAMETER_UM))
+    assert choose_scale(rungs(0.5, count=3)) is None, "too few nuclei"
+    assert choose_scale(rungs(0.09)) is None, "beyond the ladder"
+    assert choose_scale([Rung(mpp, np.empty(0), np.empty(0)) for mpp in LADDER]) is None
+    twice = choose_scale(rungs(0.5, diameter=2 * DIAMETER_UM))
     assert twice is not None
     assert twice.mpp == pytest.approx(0.25, rel=0.02)
 
 
 def test_a_contradiction_is_a_factor_of_two_and_not_of_a_half() -> None:
     estimate = ScaleEstimate(0.5, 0.35, 0.7)
-    assert contradiction(0.35, estimate) == contradiction(0.8, estimate) == ()
-    (said,) = contradiction(0.25, estimate)
+    assert scale_contradiction(0.35, estimate) == scale_contradiction(0.8, estimate) == ()
+    (said,) = scale_contradiction(0.25, estimate)
     assert said.startswith(
         "0.25 microns per pixel contradicts the nuclei, which suggest about 0.5 (20x; between 0.35 and 0.7)"
     )

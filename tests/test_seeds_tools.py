@@ -234,7 +234,7 @@ def test_absolute_clicks_for_qupath_warn_without_the_slide(tmp_path: Path) -> No
     status, output = wsiseg("seeds", "convert", write(tmp_path / "seeds.json", OWN), tmp_path / "points.geojson")
     assert status == 0
     assert (
-        "written without a look at the slide; if it has bounds (MRXS and some others), QuPath needs --slide here"
+        "written without checking the slide; if it has bounds (MRXS and some others), QuPath needs --slide here"
         in output
     )
     assert "tumour: 1 click, 2 negative" in output
@@ -284,12 +284,8 @@ def test_nothing_is_written_over_or_under_a_wrong_name(tmp_path: Path) -> None:
     folder.mkdir()
     before = {path.name: path.read_bytes() for path in (own, export)}
     cases = [
-        (
-            own,
-            export,
-            "there is a file of this name already; it is replaced only on request; give another name, or pass --overwrite",
-        ),
-        (export, own, "there is a file of this name already"),
+        (own, export, "the file exists; give another name, or pass --overwrite"),
+        (export, own, "the file exists; give another name"),
         (export, folder, "is a folder; a file is written here"),
         (
             own,
@@ -495,7 +491,7 @@ def test_preview_of_qupaths_points_and_what_stops_it(tmp_path: Path, demo: tuple
     drawn = out.read_bytes()
     status, output = wsiseg("seeds", "preview", points, slide, "--out", out)
     assert status == 1
-    assert "there is a file of this name already" in error(output)
+    assert "the file exists; give another name" in error(output)
     assert out.read_bytes() == drawn
     status, output = wsiseg("seeds", "preview", seeds, slide, "--out", out, "--overwrite")
     assert status == 0

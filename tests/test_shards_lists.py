@@ -47,7 +47,7 @@ def test_shards_of_a_slurm_array() -> None:
     assert read_shard("slurm", array(3, 1, 7)) == Shard(3, 7)
     assert read_shard("slurm", array(0, 0, 6)) == Shard(1, 7)
     assert read_shard("2/7", array(3, 1, 9)) == Shard(2, 7), "K/N is what it says, also inside an array"
-    with pytest.raises(ConfigError, match="this is no task of a SLURM job array"):
+    with pytest.raises(ConfigError, match="this is not a task of a SLURM job array"):
         read_shard("slurm", {})
 
 
@@ -89,8 +89,8 @@ def test_addresses_stay_as_they_are(tmp_path: Path) -> None:
         ("a.svs\nb.svs\n", "line 1: column 'a.svs'"),
         ("mpp,name\n0.5,x\n", "with path among them"),
         ("path,mpp,scanner\na.svs,,x\n", "line 1: column 'scanner'"),
-        ("path,path\na,b\n", "each once"),
-        ("path\n", "no slide in it"),
+        ("path,path\na,b\n", "name each column once"),
+        ("path\n", "lists no slides"),
         ("path,mpp\n,0.5\n", "line 2: no path"),
         ("path,mpp\na.svs,half\n", "line 2: mpp 'half' is not a number"),
         ("path,name\na.svs,../up\n", "line 2: name '../up' cannot be a folder's name"),
@@ -100,11 +100,11 @@ def test_addresses_stay_as_they_are(tmp_path: Path) -> None:
         ("path,mpp\na.svs,40\n", "line 2: mpp: 40 looks like a magnification; 40x is about 0.25 microns per pixel"),
         ("path;mpp\na.svs;" + "9" * 50 + ",25\n", "line 2: mpp: 1e+50 is not allowed"),
         ("pathh,mpp\na.svs,0.5\n", "line 1: column 'pathh'; did you mean 'path'? it must name columns"),
-        ("path,\na.svs,x\n", "line 2: 'x' is in a column without a name"),
+        ("path,\na.svs,x\n", "line 2: 'x' is in a column without a header"),
         ("path\na.svs,0.25\n", "line 2: 2 cells for 1 columns"),
         ("path\n" + "x" * 200_000 + "\n", "not a CSV file"),
-        ("path,name\na.svs,x\nb.svs,x\n", "name x is there twice"),
-        ("path\na.svs\na.svs\n", "a.svs is there twice"),
+        ("path,name\na.svs,x\nb.svs,x\n", "name x appears twice"),
+        ("path\na.svs\na.svs\n", "a.svs appears twice"),
     ],
 )
 def test_wrong_lists(tmp_path: Path, text: str, said: str) -> None:
@@ -269,7 +269,7 @@ def test_other_formats_make_a_complete_run_incomplete(
         for again in (False, True):
             status, output = wsiseg("run", demo[0], "--out", tmp_path, "--format", formats)
             assert status == 0
-            assert ("complete already" in output) == again
+            assert ("already complete" in output) == again
             assert {p.name for p in (tmp_path / "ihc").glob("cells.*")} == files[formats]
 
 

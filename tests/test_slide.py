@@ -267,7 +267,7 @@ def test_a_png_cut_short(tmp_path, texture):
     Image.fromarray(texture).save(tmp_path / "a.png")
     data = (tmp_path / "a.png").read_bytes()
     (tmp_path / "a.png").write_bytes(data[: len(data) // 2])
-    with pytest.raises(SlideError, match="damaged or cut short") as error:
+    with pytest.raises(SlideError, match="damaged or truncated") as error:
         open_slide(tmp_path / "a.png", mpp=0.5)
     one_line(error)
 
@@ -329,7 +329,7 @@ def test_a_pyramid_cut_short_says_so_and_fails_where_tiles_are_lost(tmp_path, te
         with pytest.raises(SlideError, match=r"cannot read level 0, x 700 to 768, y 450 to 512"):
             slide.read(0, Box(width - 68, height - 62, width, height))
         if slide.info.reader == "tiffslide":
-            assert any("cut short: 1 tiles" in note for note in slide.info.warnings)
+            assert any("truncated: 1 tiles" in note for note in slide.info.warnings)
 
 
 def test_a_tile_marked_as_absent_is_white(tmp_path, texture):

@@ -228,5 +228,5 @@ def test_a_part_that_changes_on_the_way_is_noticed(tmp_path: Path) -> None:
     write_part(path, crowd(50, 300, seed=1), "hash", {})
     settled, _ = stitch_outlines([path], (300, 300), 1, StitchingConfig(), descriptor_size=3, cache_bytes=0)
     write_part(path, crowd(50, 300, seed=2), "hash", {})
-    with pytest.raises(RunError, match="was changed by another run while this one went on"):
+    with pytest.raises(RunError, match="was changed by another run during this one"):
         settled.take(slice(None))

@@ -114,7 +114,7 @@ def test_columns_beside_those_needed_do_not_matter(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("x,X,y\n1,2,3\n", ["the column 'x' is there 2 times"]),
+        ("x,X,y\n1,2,3\n", ["the column 'x' appears 2 times"]),
         ("xx,y\n1,2\n", ["the columns are xx, y; x and y are needed"]),
         ("x,y\n1e400,2\n", ['line 2: x and y are "1e400"']),
         ("x,y\n1e300,2\n", ['line 2: x and y are "1e300"']),
@@ -176,7 +176,7 @@ def test_json_that_is_refused(tmp_path: Path) -> None:
         ('{"version": 1, "types": [{"name": "a", "points": [[1e400, 2]]}]}', "types[0].points[0]: inf is not finite"),
         (
             '{"version": 1, "types": [{"name": "a", "points": [[1e300, 2]]}]}',
-            "types[0].points[0]: 1e+300 is farther than any slide reaches",
+            "types[0].points[0]: 1e+300 is larger than any slide",
         ),
         ('{"version": 1, "types": [{"name": "a", "points": [[NaN, 2]]}]}', "types[0].points[0]: nan is not finite"),
         ('{"version": 1, "types": [{"name": "\\u0000", "points": [[1, 2]]}]}', "a control character"),

@@ -86,7 +86,7 @@ def test_the_recipe_from_data_to_card_and_on_after_a_stop(data, tmp_path) -> Non
         assert [row["set"] for row in csv.DictReader(stream)] == [
             f"{n}/train" for n in ("tnbc", "dsb2018_histology", "nucls_mini", "brca_m2c")
         ]
-    assert "going on at step 3" in train(data, out, 5)
+    assert "resuming at step 3" in train(data, out, 5)
     assert weights.read_bytes() != first
     assert "5 steps" in (out / "nuclei-compact.md").read_text()
 
@@ -134,10 +134,10 @@ def test_the_type_space_is_found_again(monkeypatch) -> None:
     wide = np.linalg.eigvalsh(within)
     assert 0.15 < wide[0] < 1 < wide[-1] < 1.5
     expected = means[:3] @ space.transform
-    apart = [np.linalg.norm(m[1:] - m[0], axis=1) for m in (space.kinds, expected)]
+    apart = [np.linalg.norm(m[1:] - m[0], axis=1) for m in (space.reference_classes, expected)]
     np.testing.assert_allclose(apart[0], apart[1], rtol=0.05)
-    np.testing.assert_allclose(space.shift, (1.5**2 * (space.transform**2).sum(0)), rtol=0.7)
-    assert space.kind_spread.mean() < 0.1 * space.spread[-3:].mean()
+    np.testing.assert_allclose(space.slide_variance, (1.5**2 * (space.transform**2).sum(0)), rtol=0.7)
+    assert space.class_variance.mean() < 0.1 * space.between_variance[-3:].mean()
 
 
 SCRIPTS = [path for folder in ("training", "benchmarks") for path in sorted((ROOT / folder).rglob("*.py"))]

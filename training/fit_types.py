@@ -1,12 +1,12 @@
-"""Learn how types lie in the finished network's descriptors, from dots of known type; the last step of the recipe, one minute on a CPU.
+"""Fit the distribution of types among the finished network's descriptors, from typed dots; the last step of the recipe, one minute on a CPU.
 
     python -m training.fit_types --data DATA --weights OUT/calibrated.safetensors --out OUT/nuclei-compact.safetensors
 
 Every dot of brca_m2c/train and nucls_mini/train is a click; its descriptor is a sample of its type in its image. Estimated are (names as in
-`wsiseg.records.TypeSpace`): the covariance within a type and image, which `transform` makes the identity; the variance of the types' means in
-general (`spread`); the means of the kinds that both collections know (`kinds`), how far a kind's mean strays from image to image
-(`kind_spread`), and what all types of an image share (`shift`). Both collections weigh the same. Patients of evaluation sets are left
-out as in training. Nothing is random.
+`wsiseg.records.TypeSpace`): the covariance within a type and image, which `transform` makes the identity; the variance of the means of types in
+general (`between_variance`); the means of the classes that both collections know (`reference_classes`), how much a class mean varies between
+images (`class_variance`), and the variance of the shift that all types of an image share (`slide_variance`). Both collections have the same
+weight. Patients of evaluation sets are left out as in training. Nothing is random.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from training.data import load_points
 from wsiseg.models.nuclei_compact import LEARNED, MEASURED_SHARE, NucleiCompact
 from wsiseg.records import TypeSpace
 
-#: Collections with dots: enlargement to the model's scale, and which of `KINDS` each of their types is (the rest is of no known kind).
+#: Collections with dots: enlargement to the model's scale, and which reference class each of their types is (the rest are of none).
 SETS = {"brca_m2c": (2, {1: 0, 2: 1, 3: 2}), "nucls_mini": (1, {1: 1, 2: 2, 3: 0})}
-KINDS = 3
+CLASSES = 3
 MEASURED = (
     0.1  #: share of the measurements in a distance; 0.3, as in the plain cosine, costs 0.01 macro-F1 with one click
 )
@@ -53,7 +53,7 @@ def describe(model: NucleiCompact, data: Path, name: str) -> list[Dots]:
 
 
 def fit(collections: dict[str, list[Dots]]) -> TypeSpace:
-    """Moments of the model in `wsiseg/celltypes/assignment.py`."""
+    """Moments of the model in `wsiseg/celltypes/plda.py`."""
     size = next(iter(collections.values()))[0][0].shape[1]
     weights = np.ones(size)
     if size > LEARNED:
@@ -71,7 +71,7 @@ def fit(collections: dict[str, list[Dots]]) -> TypeSpace:
     means = []  # (image, kind, D), NaN where an image has too few of a kind
     for name, images in collections.items():
         for z, types in images:
-            rows = np.full((KINDS, size), np.nan)
+            rows = np.full((CLASSES, size), np.nan)
             for code, kind in SETS[name][1].items():
                 if (types == code).sum() >= FEWEST:
                     rows[kind] = (z[types == code] @ transform).mean(0)
@@ -117,11 +117,20 @@ def main() -> None:
     tensors = {k: v.clone().contiguous() for k, v in model.state_dict().items()}
     model.ready(torch.device("cpu"), bf16=False)
     space = fit({name: describe(model, options.data, name) for name in SETS})
-    for name in ("transform", "middle", "spread", "kinds", "kind_spread", "shift"):
-        tensors[f"type_{name}"] = torch.from_numpy(getattr(space, name)).float().contiguous()
+    fitted = {
+        "transform": space.transform,
+        "middle": space.mean,
+        "spread": space.between_variance,
+        "kinds": space.reference_classes,
+        "kind_spread": space.class_variance,
+        "shift": space.slide_variance,
+    }  # by their names in the weight file
+    for name, values in fitted.items():
+        tensors[f"type_{name}"] = torch.from_numpy(values).float().contiguous()
     save_file(tensors, options.out)
     print(
-        f"{options.out}: spread {space.spread.sum():.1f}, shift {space.shift.sum():.1f}, kinds stray {space.kind_spread.sum():.1f}"
+        f"{options.out}: variance between types {space.between_variance.sum():.1f}, of the slide {space.slide_variance.sum():.1f}, "
+        f"of a class {space.class_variance.sum():.1f}"
     )
 
 

@@ -261,7 +261,7 @@ def main() -> None:
     model = NucleiCompact().to(device).to(memory_format=torch.channels_last)
     if options.init:
         missing, unexpected = model.load_state_dict(load_file(options.init), strict=False)
-        print(f"begun with {options.init}; not in it: {missing}; not used: {unexpected}", flush=True)
+        print(f"initialised from {options.init}; not in it: {missing}; not used: {unexpected}", flush=True)
     heads = TypeHeads(LEARNED, 64).to(device)
     average = copy.deepcopy(model).eval()
     parameters = [*model.parameters(), *heads.parameters()]
@@ -273,7 +273,7 @@ def main() -> None:
         for name, thing in kept.items():
             thing.load_state_dict(state[name])
         step, before, drawn = state["step"], state["seconds"], state["drawn"]
-        print(f"going on at step {step}", flush=True)
+        print(f"resuming at step {step}", flush=True)
 
     list_images(options.data, options.out)
     outlines = [f for name in MASK_SHARES for f in load_instances(options.data, name)]

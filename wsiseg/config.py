@@ -1,4 +1,4 @@
-"""Every default, once, with its reason. Lengths are microns unless the name says px."""
+"""All settings, each with its default and the reason for it. Lengths are microns unless the name says px."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _UM_OF_1X = 10.0  # scanners have about this over the objective's power
 
 @dataclass(frozen=True)
 class TissueConfig:
-    """Where cells are looked for.
+    """Tissue search: where to look for cells.
 
     Attributes
     ----------
@@ -55,7 +55,7 @@ HALO_UM = 24.0  #: the encoder's receptive field has died away (benchmarks/resul
 
 @dataclass(frozen=True)
 class TilingConfig:
-    """How the slide is cut.
+    """Tiling of the slide.
 
     Attributes
     ----------
@@ -113,7 +113,7 @@ class GridConfig:
 
 @dataclass(frozen=True)
 class SecondRoundConfig:
-    """Prompting every instance once more, with its box and its neighbours' points (refinement.py).
+    """Mask refinement: every instance prompted again with its box and its neighbours' points (refinement.py).
 
     Attributes
     ----------
@@ -185,7 +185,7 @@ COP_FORMS = {
 
 @dataclass(frozen=True)
 class MaskConfig:
-    """Which decoded masks are cells.
+    """Thresholds for decoded masks to count as cells.
 
     Attributes
     ----------
@@ -212,7 +212,7 @@ class MaskConfig:
 
 @dataclass(frozen=True)
 class StitchingConfig:
-    """How overlapping outlines are settled: best score first, as in the merge of APG v2 (micro-sam's ``dev`` branch).
+    """Resolution of overlapping outlines: best score first, as in the merge of APG v2 (micro-sam's ``dev`` branch).
 
     Attributes
     ----------
@@ -224,7 +224,7 @@ class StitchingConfig:
     cluster_size
         See ``contained``.
     nested
-        Of two outlines that share this much of the smaller one, the worse is dropped: no cell lies inside another.
+        Share of the smaller outline at which the worse of two is dropped: no cell lies inside another.
     """
 
     max_overlap: float = setting(0.3, 0, 1)
@@ -235,14 +235,14 @@ class StitchingConfig:
 
 @dataclass(frozen=True)
 class TypingConfig:
-    """From clicks to types. The numbers are priors of the model in assignment.py; benchmarks/results/cop.md has what other values give.
+    """Typing from clicks. The numbers are priors of the model in plda.py; benchmarks/results/cop.md compares other values.
 
     Attributes
     ----------
     unknown_kind
-        Prior probability that a clicked type is none of the kinds the model knows.
+        Prior probability that a clicked type is none of the model's reference classes.
     rival_kind, rival_other
-        Weight of a known kind that nobody clicked, and of anything else, beside a clicked type's 1: cells that are rather these stay
+        Weight of a reference class without clicks, and of anything else, relative to a clicked type's 1: cells closer to these stay
         ``unassigned``. Without them every cell gets a clicked type.
     min_score, min_margin
         Probability, and lead over the runner-up, below which a cell stays ``unassigned``. Higher values leave out right and wrong cells alike.
@@ -250,7 +250,7 @@ class TypingConfig:
         Cells of a place share a shift beside the slide's own: its variance, relative to that between slides, on squares of this side. More
         costs accuracy where the clicks are near, less where the stain changes.
     neighbourhood_um
-        How frequent types are is estimated on squares of this side and their neighbours.
+        Side of the squares on which, with their neighbours, the prevalence of types is estimated.
     neighbourhood_cells
         The slide's shares count like this many cells of the square.
     share_rounds
@@ -319,7 +319,7 @@ class RunConfig:
     batch_size
         Tiles encoded together. ``None``: one on a CPU, as many as fit on a GPU.
     max_ram_gb, max_vram_gb
-        What one process may use; queues, caches and batches are made to fit. ``None``: what is there.
+        Memory limit of a process; queues, caches and batches are sized to fit. ``None``: all available memory.
     workers
         Processes on this machine, or jobs of a batch system.
     scheduler
@@ -377,16 +377,16 @@ REVISION = 4
 
 
 def from_mapping(mapping: dict[str, Any], where: str, base: RunConfig | None = None) -> RunConfig:
-    """``base`` with the values of a nested mapping.
+    """Apply the values of a nested mapping to ``base``.
 
     Parameters
     ----------
     mapping
         Keys as in :class:`RunConfig`; sections are mappings.
     where
-        What to call the mapping in errors (a file name).
+        Name of the mapping in errors (a file name).
     base
-        What is not mentioned stays as here; defaults when absent.
+        Configuration to update; the defaults when absent.
 
     Raises
     ------
@@ -399,7 +399,7 @@ def from_mapping(mapping: dict[str, Any], where: str, base: RunConfig | None = N
 
 
 def read_config(path: Path, base: RunConfig | None = None) -> RunConfig:
-    """A configuration file, TOML or JSON; a manifest of a run is accepted too (its ``config`` member is used)."""
+    """Read a configuration file, TOML or JSON; the manifest of a run is accepted too (its ``config`` member is used)."""
     try:
         text = read_text(path, ConfigError)
     except ConfigError as error:
@@ -415,7 +415,7 @@ def read_config(path: Path, base: RunConfig | None = None) -> RunConfig:
 
 
 def check(config: RunConfig, where: str = "configuration") -> None:
-    """Refuse values of the wrong type, that are not among the allowed ones, or outside their range, and empty texts.
+    """Refuse values of the wrong type, not among the choices or out of range, and empty texts.
 
     Raises
     ------
@@ -439,7 +439,7 @@ def check_mpp(mpp: float | None, *, force: bool = False, where: str = "--mpp") -
     force
         Accept what lies outside of ``CELLULAR_MPP``, as long as it lies in ``FORCED_MPP``.
     where
-        What to call it in the error.
+        Name of the setting in the error.
 
     Raises
     ------

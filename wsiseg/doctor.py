@@ -1,4 +1,4 @@
-"""What works on this machine: readers read, the model encodes; GPU and disk are looked at."""
+"""Check of this machine: the readers read, the model encodes; GPU and disk are examined."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def _gpu() -> Check:
     if torch.cuda.is_available():
         return Check("GPU", ok=True, found=torch.cuda.get_device_name(0), needed=False)
     built = f"was built for CUDA {torch.version.cuda}" if torch.version.cuda else "is a CPU build"
-    found = f"none; torch {torch.__version__} {built}; runs use the CPU"
+    found = f"no GPU found; torch {torch.__version__} {built}; runs use the CPU"
     return Check("GPU", ok=False, found=found, remedy="for a GPU, install a CUDA build of torch", needed=False)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def counted(number: int, thing: str) -> str:
-    """``1 block``, ``2 blocks``: for sentences."""
+    """Count with a noun, for messages: ``1 block``, ``2 blocks``."""
     return f"{number} {thing}{'' if number == 1 else 's'}"
 
 
@@ -27,7 +27,7 @@ class SlideError(WsisegError, OSError):
 
 
 class ConfigError(WsisegError, ValueError):
-    """An option or a configuration file says something that is not allowed."""
+    """An option or a configuration file holds a value that is not allowed."""
 
 
 class SeedsError(WsisegError, ValueError):
@@ -47,4 +47,4 @@ class RunError(WsisegError, OSError):
 
 
 class InterruptedRunError(RunError):
-    """A run was asked to stop and did, after the part in hand; the same command goes on."""
+    """A run was asked to stop and did, after the current block; the same command resumes it."""

@@ -43,14 +43,14 @@ class Box(NamedTuple):
         return Box(self.x0 - margin, self.y0 - margin, self.x1 + margin, self.y1 + margin)
 
     def contains(self, points_xy: NDArray[np.floating]) -> NDArray[np.bool_]:
-        """Which of the points (N, 2) lie in the half-open box -> bool (N,)."""
+        """Test which points (N, 2) lie in the half-open box -> bool (N,)."""
         x, y = points_xy[:, 0], points_xy[:, 1]
         return (x >= self.x0) & (x < self.x1) & (y >= self.y0) & (y < self.y1)
 
 
 @dataclass(frozen=True)
 class Lattice:
-    """Between model px and level-0 px.
+    """Transform between model px and level-0 px.
 
     Attributes
     ----------

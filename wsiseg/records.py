@@ -1,4 +1,4 @@
-"""What travels between the stages: frozen dataclasses with named fields, their shapes, frames and units."""
+"""Records passed between the stages: frozen dataclasses with named fields, their shapes, frames and units."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ UNASSIGNED = "unassigned"  #: the type of a cell that no seed claims; always typ
 
 @dataclass(frozen=True)
 class SlideInfo:
-    """What is known of a slide without reading its pixels.
+    """Metadata of a slide.
 
     Attributes
     ----------
     path, reader, format
-        Where it is, which reader opened it (``openslide``, ``tiffslide``, ``image``), and the vendor or file format.
+        Path or URL, the reader that opened it (``openslide``, ``tiffslide``, ``image``), and the vendor or file format.
     level_sizes
         (width, height) of each level in its own pixels, level 0 first.
     downsamples
@@ -41,7 +41,7 @@ class SlideInfo:
     bounds
         (x, y, width, height) of OpenSlide's non-empty region in level-0 px, which QuPath crops to; ``None`` when the slide has none.
     warnings
-        Sentences about anything doubtful (mpp far from a cell model's, anisotropy, ...).
+        Warnings about anything doubtful (mpp far from a cell model's, anisotropy, ...).
     """
 
     path: str
@@ -67,9 +67,9 @@ class Tile:
     Attributes
     ----------
     core
-        What the tile owns: cells whose prompt lies in it. Cores of a plan do not overlap and cover the tissue.
+        Area that the tile owns: cells whose prompt lies in it. Cores of a plan do not overlap and cover the tissue.
     outer
-        What is read: the core and its halo, starting on a multiple of the model's stride. May reach beyond the slide.
+        Area that is read: the core and its halo, starting on a multiple of the model's stride. May reach beyond the slide.
     """
 
     core: Box
@@ -78,7 +78,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class Block:
-    """Tiles that are worked on, written and resumed together. ``name`` is the stem of the part file."""
+    """Tiles that are processed, written and resumed together. ``name`` is the stem of the part file."""
 
     name: str
     tiles: tuple[Tile, ...]
@@ -95,7 +95,7 @@ class Embeddings:
     maps
         float of shape (B, 3, h, w): logits of foreground, centre distance, boundary distance; ``None`` when the model has none.
     extra
-        What the model's own decoder needs besides.
+        Further tensors for the model's own decoder.
     """
 
     high: Tensor
@@ -106,7 +106,7 @@ class Embeddings:
 
 @dataclass(frozen=True)
 class PromptExtras:
-    """More points and a box of N prompts, beside the point of each. Model px of the tile, corner frame.
+    """Further points and a box for each of N prompts, besides its own point. Model px of the tile, corner frame.
 
     Attributes
     ----------
@@ -216,7 +216,7 @@ class CellSource(Protocol):
 
 
 class CellIndex(CellSource, Protocol):
-    """A :class:`CellSource` in which cells are found by place.
+    """A :class:`CellSource` in which cells are found by position.
 
     Attributes
     ----------
@@ -258,7 +258,7 @@ class Cells:
 
     @property
     def descriptor_size(self) -> int:
-        """D."""
+        """Size of a descriptor."""
         return int(self.descriptors.shape[1])
 
     @property
@@ -377,7 +377,7 @@ class Bank:
     Attributes
     ----------
     names, colors
-        Of the types, in the order of the seeds file.
+        Names and colours of the types, in the order of the seeds file.
     clicks
         Per type, (k, 2) float64: the clicks, level-0 px.
     clicked
@@ -391,7 +391,7 @@ class Bank:
     floors
         (T,) float32: similarity (product of the two cosines) from which a place is a candidate of the type.
     foreign
-        The clicks are on another slide; ``clicks`` and ``cells`` say nothing about this one.
+        The clicks are on another slide; ``clicks`` and ``cells`` do not refer to this one.
     negative_clicks
         Per type, (k, 2) float64: the clicks against it, level-0 px; nothing where they are not known.
     """
@@ -415,41 +415,41 @@ class Bank:
 
 @dataclass(frozen=True)
 class TypeSpace:
-    """How cell types lie in the descriptors of one model: learned with it (training/fit_types.py), or found on a slide (plda.slide_space).
+    """Distribution of cell types in the descriptors of a model: learned with it (training/fit_types.py), or estimated on a slide.
 
     Attributes
     ----------
     transform
         float32 of shape (D, d): descriptors times this have covariance 1 within a type; below, d is the size of the space.
-    middle, spread
-        (d,): mean and variance of the means of types in general, in the space; a slide's own shift is not in it.
-    kinds
-        (K, d): means of the kinds of cell that the model knows; K = 0 is valid.
-    kind_spread
-        (d,): variance of a kind's mean on one slide about its ``kinds`` row.
-    shift
-        (d,): variance of what all cells of a slide share.
-    kind_names
-        Of the K kinds.
+    mean, between_variance
+        (d,): mean and variance of the means of types in general, in the space, without the slide effect.
+    reference_classes
+        (K, d): means of the classes of cell that the model knows; K = 0 is valid.
+    class_variance
+        (d,): variance of a class mean on one slide about its row in ``reference_classes``.
+    slide_variance
+        (d,): variance of the slide effect, the shift that all cells of a slide share.
+    class_names
+        Names of the K reference classes.
     """
 
     transform: NDArray[np.float32]
-    middle: NDArray[np.float64]
-    spread: NDArray[np.float64]
-    kinds: NDArray[np.float64]
-    kind_spread: NDArray[np.float64]
-    shift: NDArray[np.float64]
-    kind_names: tuple[str, ...] = ()
+    mean: NDArray[np.float64]
+    between_variance: NDArray[np.float64]
+    reference_classes: NDArray[np.float64]
+    class_variance: NDArray[np.float64]
+    slide_variance: NDArray[np.float64]
+    class_names: tuple[str, ...] = ()
 
     def project(self, descriptors: NDArray[np.float16] | NDArray[np.float32]) -> NDArray[np.float32]:
-        """Descriptors (N, D) in the space."""
-        seen: NDArray[np.float32] = descriptors.astype(np.float32) @ self.transform
-        return seen
+        """Project descriptors (N, D) into the space."""
+        projected: NDArray[np.float32] = descriptors.astype(np.float32) @ self.transform
+        return projected
 
 
 @dataclass(frozen=True)
 class Typing:
-    """The verdict on each of N cells.
+    """Types of N cells.
 
     Attributes
     ----------
@@ -460,7 +460,7 @@ class Typing:
     codes
         int32 of shape (N,): index into ``names``.
     scores, margins
-        float32 of shape (N,): probability of the likeliest type, in [0, 1], and its lead over the runner-up.
+        float32 of shape (N,): probability of the likeliest type, in [0, 1], and its difference to the second likeliest.
     prototypes
         int32 of shape (N,): the clicked cell of the type that is most similar, counted through all clicks in the order of the seeds;
         -1 for unassigned cells.
@@ -475,7 +475,7 @@ class Typing:
 
     @staticmethod
     def untyped(count: int) -> Typing:
-        """Every cell unassigned: a run without seeds."""
+        """Types of a run without seeds: every cell unassigned."""
         zeros = np.zeros(count, np.float32)
         return Typing(
             (UNASSIGNED,),
@@ -588,23 +588,23 @@ class TypedCells:
 
 @dataclass(frozen=True)
 class TypingNotes:
-    """What typing found out beside the verdicts.
+    """Findings of the typing beyond the types.
 
     Attributes
     ----------
-    kinds
-        Per type, the probability of each known kind, by name; what is missing to 1 is "none of them".
+    reference_classes
+        Per type, the probability of each reference class, by name; the remainder to 1 is "none of them".
     warnings
-        Sentences about doubtful types and clicks.
+        Messages about ambiguous types and clicks.
     """
 
-    kinds: tuple[dict[str, float], ...] = ()
+    reference_classes: tuple[dict[str, float], ...] = ()
     warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """What every output file says of its origin (JSON-able)."""
+    """Origin of the cells, stored in every output file (JSON-able)."""
 
     tool: str
     version: str

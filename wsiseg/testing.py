@@ -25,7 +25,7 @@ VIT_TOY = Architecture(
 
 
 def random_sam(architecture: Architecture, seed: int = 0) -> nn.ModuleDict:
-    """SAM as it is before training, but for what starts at zero or one (positions, norms): that gets values that matter."""
+    """Build an untrained SAM; parameters that start at zero or one (positions, norms) get random values."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         networks = build(architecture).eval().requires_grad_(requires_grad=False)
@@ -56,7 +56,7 @@ class DiscModel:
     Parameters
     ----------
     tile_seconds, prompt_seconds
-        What encoding a tile and decoding a prompt take: the thread sleeps, as it does while a GPU works.
+        Time to encode a tile and to decode a prompt: the thread sleeps, as it does while a GPU works.
     spacing_px, radius_px
         Between the discs, and of each.
     """

@@ -255,8 +255,11 @@ def variants(space: TypeSpace) -> dict[str, tuple[TypeSpace, TypingConfig]]:
         "drift 0.25": moved(drift=0.25),
         "drift 1": moved(drift=1.0),
         "no rivals": moved(rival_kind=1e-9, rival_other=1e-9),
-        "no known kinds": (dataclasses.replace(space, kinds=space.kinds[:0], kind_names=()), base),
-        "no shift": (dataclasses.replace(space, shift=np.full_like(space.shift, 1e-9)), base),
+        "no known kinds": (
+            dataclasses.replace(space, reference_classes=space.reference_classes[:0], class_names=()),
+            base,
+        ),
+        "no shift": (dataclasses.replace(space, slide_variance=np.full_like(space.slide_variance, 1e-9)), base),
     }
     out |= {f"unknown_kind {v:g}": moved(unknown_kind=v) for v in (0.1, 0.3, 0.6, 0.9) if v != base.unknown_kind}
     out |= {

@@ -455,7 +455,7 @@ def test_a_lost_client_and_a_lost_scheduler_end_the_run(remote: Cluster, start, 
 def test_nobody_answers(helper, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clusters, "CONNECT_S", 1.0)
     with pytest.raises(
-        RunError, match=r"^--scheduler tcp://127.0.0.1:9: nobody answers within 1 s; start `dask scheduler` there"
+        RunError, match=r"^--scheduler tcp://127.0.0.1:9: no answer within 1 s; start `dask scheduler` there"
     ):
         list(map_blocks(helper.work, BLOCKS, helper.setup, scheduler="tcp://127.0.0.1:9"))
     with pytest.raises(

@@ -66,7 +66,7 @@ def test_a_signal_finishes_the_block_in_hand(
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 3
     assert signal.Signals(number).name in errors
-    assert "run the same command again to go on" in errors
+    assert "run the same command again to resume" in errors
     assert "Traceback" not in errors
     before = parts(run.folder(tmp_path))
     assert 0 < len(before) < 16
@@ -166,7 +166,7 @@ def test_seven_shards_in_any_order_and_a_merge(
     assert manifest["counts"] == undisturbed[1]["counts"] | {"blocks_resumed": 16}
     again = run(tmp_path)
     assert again.returncode == 0
-    assert "complete already" in again.stdout
+    assert "already complete" in again.stdout
 
 
 def test_merge_with_what_is_there(run: Run, undisturbed: tuple[dict[str, bytes], dict, float], tmp_path: Path) -> None:
@@ -266,7 +266,7 @@ def test_a_list_of_slides(run: Run, tmp_path: Path) -> None:
     before = parts(tmp_path / "out" / "first")
     done = subprocess.run(start, capture_output=True, text=True, check=False, env=run.environment)
     assert done.returncode == 0, done.stderr
-    assert "complete already" in done.stdout
+    assert "already complete" in done.stdout
     assert parts(tmp_path / "out" / "first") == before
     assert "2 of 2 slides complete" in done.stdout
 

@@ -1,1 +1,1 @@
-"""From descriptors and clicks to cell types."""
+"""Cell types from descriptors and clicks."""

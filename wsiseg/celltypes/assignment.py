@@ -1,13 +1,13 @@
-"""From a few clicks to a type for every cell of a slide.
+"""Assignment of a type to every cell of a slide from a few clicks.
 
 Steps:   infer_hypotheses()   what the clicks of all types together mean (plda.py)
-         drift()         what the cells of each place share, taken off
-         posterior()     probability of each type, and of rivals: kinds that nobody clicked, and anything else
-         local shares    how frequent the types are around each cell, by expectation maximisation [1]_; nothing is assumed about the slide
-         verdict         the likeliest, where it is likely enough; a cell that was clicked is what it was clicked as
+         local_shift()        shift that the cells of each place share, removed
+         posterior()          probability of each type, of reference classes without clicks, and of the background
+         local prevalence     frequency of the types around each cell, by expectation maximisation [1]_; nothing is assumed about the slide
+         assignment           the likeliest type, if it is likely enough; a clicked cell has the type it was clicked as
 
-Chain-of-Prompts compares with clicks by cosine and extends the reliable set hop by hop; on descriptors of cells that was measured and lost to
-this (benchmarks/results/cop.md), so it stays where it is strong, in finding the cells (prompts/chain_of_prompts.py).
+Chain-of-Prompts compares with clicks by cosine and extends the reliable set hop by hop; on descriptors of cells this was measured to be less
+accurate (benchmarks/results/cop.md), so it is used only to find cells (prompts/chain_of_prompts.py).
 
 References
 ----------
@@ -23,13 +23,13 @@ import numpy as np
 
 from wsiseg.celltypes.plda import (
     Hypothesis,
-    carry_over,
-    drift,
     infer_hypotheses,
+    local_shift,
     posterior,
     slide_space,
     smooth,
     squares,
+    transfer_to_slide,
 )
 from wsiseg.records import UNASSIGNED, Typing, TypingNotes
 
@@ -41,8 +41,8 @@ if TYPE_CHECKING:
 
 _GREY = (128, 128, 128)
 _ROWS = 65_536  #: cells worked on at once: a few hundred MB at 75 numbers each
-_UNSURE = 0.1  #: probability of a second kind from which a type's clicks are called doubtful
-_MANY = 0.1  #: share of the cells from which an unclicked kind is worth a warning
+_AMBIGUOUS = 0.1  #: probability of a second reference class from which a type's clicks are called ambiguous
+_MANY = 0.1  #: share of the cells from which a reference class without clicks is worth a warning
 
 
 def assign_types(
@@ -61,19 +61,19 @@ def assign_types(
     xy_um
         (N, 2): where the cells are, microns.
     bank
-        The clicked cells' descriptors and the types' names; ``bank.foreign`` when they are of another slide.
+        The clicked cells' descriptors and the types' names; ``bank.from_other_slide`` when they are from another slide.
     space
-        Of the model that made the descriptors; ``None``: found on the slide (plda.slide_space).
+        Type space of the model that made the descriptors; ``None``: estimated on the slide (:func:`plda.slide_space`).
     config
         Priors and thresholds.
 
     Returns
     -------
     typing
-        One verdict per cell; independent of the order of the cells. Scores are p(t | z) with the local share, margins the lead over the
-        runner-up, rivals included.
+        Type of each cell; independent of the order of the cells. Scores are p(t | z) with the local prevalence as prior, margins the
+        difference to the second likeliest class, background classes included.
     notes
-        What the types were taken for, and which cannot be told apart.
+        Reference classes of the types, and warnings about types that cannot be told apart.
     """
     names, colors = (UNASSIGNED, *bank.names), (_GREY, *bank.colors)
     count = len(descriptors)
@@ -82,72 +82,72 @@ def assign_types(
         return Typing(names, colors, np.empty(0, np.int32), empty, empty.copy(), np.empty(0, np.int32)), TypingNotes()
     order = np.lexsort(
         (*descriptors[:, :2].T, xy_um[:, 1], xy_um[:, 0])
-    )  # sums of floats depend on their order; the verdicts must not
+    )  # sums of floats depend on their order; the types must not
     space = space or slide_space(descriptors[order])
     z = np.empty((count, space.transform.shape[1]), np.float32)
     for start in range(0, count, _ROWS):
         rows = order[start : start + _ROWS]
         z[start : start + _ROWS] = space.project(descriptors[rows])
     clicked = [space.project(x).astype(np.float64) for x in bank.clicked]
-    hypotheses = [r for r in infer_hypotheses(clicked, space, config) if r.weight > 1e-3]  # no verdict hangs on less
+    hypotheses = [r for r in infer_hypotheses(clicked, space, config) if r.weight > 1e-3]  # the rest decides no type
     negative = [space.project(x).astype(np.float64) for x in bank.negative]
     if bank.from_other_slide:
-        there = hypotheses[0].shift
-        hypotheses = carry_over(hypotheses, z, space, config)
-        clicked, negative = ([x + (hypotheses[0].shift - there) for x in cells] for cells in (clicked, negative))
-    shift, here = drift(z, xy_um[order], hypotheses[0], space, config)
-    p = np.zeros((count, len(bank.names) + len(space.kinds) + 1), np.float32)
+        there = hypotheses[0].slide_effect
+        hypotheses = transfer_to_slide(hypotheses, z, space, config)
+        clicked, negative = ([x + (hypotheses[0].slide_effect - there) for x in cells] for cells in (clicked, negative))
+    shift, here = local_shift(z, xy_um[order], hypotheses[0], space, config)
+    p = np.zeros((count, len(bank.names) + len(space.reference_classes) + 1), np.float32)
     nearest = np.empty(count, np.int32)
     for start in range(0, count, _ROWS):
         part = slice(start, start + _ROWS)
         z[part] -= shift[here[part]]
         for hypothesis in hypotheses:
             p[part] += np.float32(hypothesis.weight) * posterior(z[part], hypothesis, space, config)
-        _against(p[part], z[part], clicked, negative)
-    p = _with_local_share(p, xy_um[order], config)
+        _exclude_by_negative_clicks(p[part], z[part], clicked, negative)
+    p = _with_local_prevalence(p, xy_um[order], config)
     ranked = np.argsort(-p, 1, kind="stable")
     top, second = (np.take_along_axis(p, ranked[:, k : k + 1], 1)[:, 0] for k in (0, 1))
     best = p[:, : len(bank.names)].argmax(1)
-    verdict = (ranked[:, 0] == best) & (top >= config.min_score) & (top - second >= config.min_margin)
+    assigned = (ranked[:, 0] == best) & (top >= config.min_score) & (top - second >= config.min_margin)
     for start in range(0, count, _ROWS):
         part = slice(start, start + _ROWS)
         nearest[part] = _nearest_click(z[part], clicked, best[part])
     back = np.empty(count, np.intp)
     back[order] = np.arange(count)
-    codes = np.where(verdict, best + 1, 0).astype(np.int32)
+    codes = np.where(assigned, best + 1, 0).astype(np.int32)
     scores = np.take_along_axis(p, best[:, None], 1)[:, 0]
     margins = np.where(ranked[:, 0] == best, top - second, 0).astype(np.float32)
-    prototypes = np.where(verdict, nearest, -1).astype(np.int32)
+    prototypes = np.where(assigned, nearest, -1).astype(np.int32)
     typing = Typing(names, colors, codes[back], scores[back], margins[back], prototypes[back])
-    kinds = tuple(
+    reference_classes = tuple(
         {
-            name: round(sum(r.weight for r in hypotheses if r.kinds[t] == k), 3)
-            for k, name in enumerate(space.kind_names)
+            name: round(sum(r.weight for r in hypotheses if r.classes[t] == k), 3)
+            for k, name in enumerate(space.class_names)
         }
         for t in range(len(bank.names))
     )
-    doubts = (
-        *_unsure(kinds, bank.names),
+    warnings = (
+        *_ambiguous(reference_classes, bank.names),
         *_confusable(hypotheses[0], bank.names, config),
         *_unclicked(ranked[:, 0] - len(bank.names), space),
     )
-    return typing, TypingNotes(kinds, doubts)
+    return typing, TypingNotes(reference_classes, warnings)
 
 
-def _against(
+def _exclude_by_negative_clicks(
     p: NDArray[np.float32],
     z: NDArray[np.float32],
     clicked: list[NDArray[np.float64]],
     negative: list[NDArray[np.float64]],
 ) -> None:
-    """A cell nearer to a negative click of type t than to every click of t is not t; the other types are not touched by it. In place."""
+    """Exclude type t, in place, for cells nearer to a negative click of t than to every click of t; other types are unaffected."""
     for t, against in enumerate(negative):
         if len(against):
-            p[_gaps(z, against).min(1) < _gaps(z, clicked[t]).min(1), t] = 0
+            p[_squared_distances(z, against).min(1) < _squared_distances(z, clicked[t]).min(1), t] = 0
     p /= np.maximum(p.sum(1, keepdims=True), 1e-12)
 
 
-def _gaps(z: NDArray[np.float32], anchors: NDArray[np.float64]) -> NDArray[np.float32]:
+def _squared_distances(z: NDArray[np.float32], anchors: NDArray[np.float64]) -> NDArray[np.float32]:
     """Squared distances to the anchors (n, D), less what all anchors have in common -> (N, n)."""
     a = anchors.astype(np.float32)
     gaps: NDArray[np.float32] = (a**2).sum(1) - 2 * z @ a.T
@@ -157,75 +157,77 @@ def _gaps(z: NDArray[np.float32], anchors: NDArray[np.float64]) -> NDArray[np.fl
 def _nearest_click(
     z: NDArray[np.float32], clicked: list[NDArray[np.float64]], best: NDArray[np.intp]
 ) -> NDArray[np.int32]:
-    """Of the clicks of the cell's best type, the index of the most similar one, counted through all types -> (N,)."""
+    """Index of the most similar click of each cell's best type, counted through all types -> (N,)."""
     first = np.cumsum([0, *(len(x) for x in clicked)])
     nearest = np.empty(len(z), np.int32)
     for t, anchors in enumerate(clicked):
-        mine = best == t
-        nearest[mine] = first[t] + _gaps(z[mine], anchors).argmin(1)
+        of_type = best == t
+        nearest[of_type] = first[t] + _squared_distances(z[of_type], anchors).argmin(1)
     return nearest
 
 
-def _with_local_share(p: NDArray[np.float32], xy_um: NDArray[np.float64], config: TypingConfig) -> NDArray[np.float32]:
-    """Posteriors (N, types and rivals) with the shares around each cell as prior.
+def _with_local_prevalence(
+    p: NDArray[np.float32], xy_um: NDArray[np.float64], config: TypingConfig
+) -> NDArray[np.float32]:
+    """Posteriors (N, types and background classes) with the prevalence around each cell as prior.
 
-    Shares live on squares of ``neighbourhood_um`` and are smoothed over the 3 x 3 around each (weights 1, 2, 1). They are drawn towards the
-    slide's by ``neighbourhood_cells`` cells' worth.
+    The prevalence is estimated on squares of ``neighbourhood_um`` and smoothed over the 3 x 3 around each (weights 1, 2, 1), with the slide's
+    as a prior of ``neighbourhood_cells`` cells.
     """
     here, height, width = squares(xy_um, config.neighbourhood_um)
     types = p.shape[1]
-    share = np.full((height * width, types), 1 / types)
+    prevalence = np.full((height * width, types), 1 / types)
     if config.share_rounds and config.share_temperature != 1:
         p = p ** np.float32(1 / config.share_temperature)
         p /= np.maximum(p.sum(1, keepdims=True), 1e-12)
     out = p
     for _ in range(config.share_rounds):
-        out = p * share[here].astype(np.float32)
+        out = p * prevalence[here].astype(np.float32)
         out /= np.maximum(out.sum(1, keepdims=True), 1e-12)
         count = np.stack(
             [np.bincount(here, weights=out[:, t], minlength=height * width) for t in range(types)], 1
         ).astype(np.float64)
         overall = count.sum(0) / max(count.sum(), 1e-12)
         around = smooth(count.reshape(height, width, types)).reshape(-1, types)
-        share = (around + config.neighbourhood_cells * overall) / np.maximum(
+        prevalence = (around + config.neighbourhood_cells * overall) / np.maximum(
             around.sum(1, keepdims=True) + config.neighbourhood_cells, 1e-12
         )
     return out
 
 
-def _unsure(kinds: tuple[dict[str, float], ...], names: tuple[str, ...]) -> list[str]:
-    """A sentence for each type whose clicks can be taken for two kinds: the types may have changed places."""
+def _ambiguous(reference_classes: tuple[dict[str, float], ...], names: tuple[str, ...]) -> list[str]:
+    """A warning for each type whose clicks fit two reference classes: the types may be swapped."""
     warnings = []
-    for name, share in zip(names, kinds, strict=True):
-        likely = sorted(share, key=lambda kind: -share[kind])[:2]
-        if len(likely) == 2 and share[likely[1]] > _UNSURE:
-            said = " or ".join(f"{kind} ({share[kind]:.0%})" for kind in likely)
-            warnings.append(f"the clicks on {name} can be taken for {said}; click another typical cell of it")
+    for name, classes in zip(names, reference_classes, strict=True):
+        likely = sorted(classes, key=lambda c: -classes[c])[:2]
+        if len(likely) == 2 and classes[likely[1]] > _AMBIGUOUS:
+            said = " or ".join(f"{c} ({classes[c]:.0%})" for c in likely)
+            warnings.append(f"the clicks on {name} could mean {said}; click another typical cell of the type")
     return warnings
 
 
 def _confusable(hypothesis: Hypothesis, names: tuple[str, ...], config: TypingConfig) -> list[str]:
-    """A sentence for each pair of types whose clouds overlap too much."""
+    """A warning for each pair of types whose distributions overlap too much."""
     warnings = []
     for a, b in itertools.combinations(range(len(names)), 2):
         variance = (hypothesis.variances[a] + hypothesis.variances[b]) / 2
         apart = float(np.sqrt(((hypothesis.means[a] - hypothesis.means[b]) ** 2 / variance).sum()))
         if apart < config.separable:
             warnings.append(
-                f"types {names[a]} and {names[b]} are hardly told apart by this model (distance {apart:.1f}, {config.separable:g} is needed); "
+                f"types {names[a]} and {names[b]} are hard to tell apart for this model (distance {apart:.1f}, {config.separable:g} is needed); "
                 "click a few more typical cells of each"
             )
     return warnings
 
 
-def _unclicked(kind: NDArray[np.intp], space: TypeSpace) -> list[str]:
-    """A sentence for each known kind that many cells (index of their best kind: ``kind``) are, and nobody clicked."""
+def _unclicked(best_class: NDArray[np.intp], space: TypeSpace) -> list[str]:
+    """A warning for each reference class that many cells belong to and nobody clicked."""
     warnings = []
-    for k, name in enumerate(space.kind_names):
-        share = float((kind == k).mean())
+    for k, name in enumerate(space.class_names):
+        share = float((best_class == k).mean())
         if share >= _MANY:
             warnings.append(
-                f"{share:.0%} of the cells look {name}, a kind without a click, and stay {UNASSIGNED}; click one to have them typed"
+                f"{share:.0%} of the cells look {name}, which none of the clicked types covers, and stay {UNASSIGNED}; click one to have them typed"
             )
     return warnings
 
@@ -251,14 +253,14 @@ def set_click_labels(typing: Typing, rows: list[NDArray[np.intp]]) -> Typing:
 
 
 def typing_summary(typing: Typing, bank: Bank, notes: TypingNotes) -> dict[str, Any]:
-    """The manifest's account of the types: clicks (numbered as in ``prototypes``), kinds, cells, share unassigned."""
+    """Summary of the types for the manifest: clicks (numbered as in ``prototypes``), reference classes, cells, fraction unassigned."""
     cells = np.bincount(typing.codes, minlength=len(typing.names))
     types = {
         name: {
             "cells": int(cells[t + 1]),
             "clicks": np.round(bank.clicks[t], 2).tolist() if not bank.from_other_slide else len(bank.clicked[t]),
             "negative": len(bank.negative[t]),
-            "kind": notes.kinds[t] if notes.kinds else {},
+            "kind": notes.reference_classes[t] if notes.reference_classes else {},
         }
         for t, name in enumerate(bank.names)
     }

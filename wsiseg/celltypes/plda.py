@@ -1,17 +1,17 @@
-"""The model behind the types: what the clicks say, and what each cell is, in a space where cells of one type are a round cloud.
+"""Probabilistic LDA: what the clicks mean and the type of each cell, in a space where each type is a spherical Gaussian.
 
 Symbol   here                shape     meaning
 z        z                   (N, D)    descriptor seen through ``TypeSpace.transform``: within a type the covariance is the identity
-o        shift               (D,)      what all cells of a slide share (stain, scanner, thickness), N(0, ``space.shift``)
+o        slide_effect        (D,)      shift of all cells of a slide (stain, scanner, thickness), N(0, ``slide_variance``)
 m_t      means               (T, D)    mean of type t on this slide, without o: mu_t + d_t
-mu_t     ``kinds[k]``        (D,)      the kind of cell that t is, d_t ~ N(0, ``kind_spread``); or no known kind: ``middle``, d_t ~ N(0, ``spread``)
-a        Reading             (T,)      which type is which kind; two types are never the same kind
-p        posterior()         (N, .)    of the clicked types, of the kinds that nobody clicked, and of anything else
+mu_t     reference_classes   (D,)      mean of t's class, d_t ~ N(0, ``class_variance``); without class: ``mean``, N(0, ``between_variance``)
+a        Hypothesis.classes  (T,)      reference class of each type, or none; two types are never the same class
+p        posterior()         (N, .)    of the clicked types, of the reference classes without clicks, and of the background
 
-One click is one cell, perhaps an odd one. What is known of kinds of cells corrects it: of two clicks only one can be the lymphocyte. Types of
-no known kind have the wide prior and are told apart by the clicks alone.
+A click is one cell, perhaps an atypical one. The reference classes correct it: of two clicks only one can be the lymphocyte. Types outside
+the reference classes have the wide prior and are told apart by the clicks alone.
 
-This is probabilistic linear discriminant analysis [1]_ with a mixture as the prior of the means and a shift that all types share.
+This is probabilistic linear discriminant analysis [1]_ with a mixture as the prior of the means and a slide effect that all types share.
 
 References
 ----------
@@ -33,42 +33,52 @@ if TYPE_CHECKING:
 
     from wsiseg.config import TypingConfig
 
-_CANDIDATES = (
-    6  #: types that are tried for each known kind; more than that many clicked types of one kind is no use case
-)
-_HYPOTHESES = 16  #: readings that are kept; the rest weighs nothing
-_FEW = 5  #: cells of a type, around a place or on a slide, below which it says nothing about the shift
+_CANDIDATES = 6  #: types that are tried for each reference class
+_HYPOTHESES = 16  #: hypotheses that are kept; the rest have no weight
+_FEW = 5  #: cells of a type, locally or on a slide, below which it is not used to estimate a shift
 _SAMPLE = 50_000  #: cells from which another slide's shift is estimated
-_DRIFT_SAMPLE = 200_000  #: cells from which the shifts of places are estimated; every k-th from left to right
-_ROUNDS, _DRIFT_ROUNDS = 10, 5
+_LOCAL_SAMPLE = 200_000  #: cells from which the local shifts are estimated; every k-th from left to right
+_ROUNDS, _LOCAL_ROUNDS = 10, 5
 _DIRECTIONS, _WITHIN, _SHIFT = (
     32,
     0.25,
     0.1,
-)  #: of a space that is found on the slide itself (benchmarks/results/slide_space.md)
-_LEAST = 0.01  #: of its variances: none is nothing
+)  #: of a space that is estimated on the slide itself (benchmarks/results/slide_space.md)
+_LEAST = 0.01  #: of its variances: none is zero
 
 
 @dataclass(frozen=True)
 class Hypothesis:
-    """One way to understand the clicks. ``kinds``: per type the index of its kind, or -1; means and variances without the shift: (T, D)."""
+    """An interpretation of the clicks.
+
+    Attributes
+    ----------
+    weight
+        Posterior probability.
+    classes
+        Per type the index of its reference class, or -1.
+    slide_effect
+        (D,): shift of all cells of the slide.
+    means, variances
+        (T, D): of the types, without the slide effect.
+    """
 
     weight: float
-    kinds: tuple[int, ...]
-    shift: NDArray[np.float64]
+    classes: tuple[int, ...]
+    slide_effect: NDArray[np.float64]
     means: NDArray[np.float64]
     variances: NDArray[np.float64]
 
 
 def infer_hypotheses(clicked: list[NDArray[np.float64]], space: TypeSpace, config: TypingConfig) -> list[Hypothesis]:
-    """What the clicks may mean, the likeliest first.
+    """Infer what the clicks may mean, the most probable hypothesis first.
 
     Parameters
     ----------
     clicked
         Per type, (n_t, D): the clicked cells in the space.
     space, config
-        Of the model; priors.
+        Type space of the model; priors.
 
     Returns
     -------
@@ -77,30 +87,37 @@ def infer_hypotheses(clicked: list[NDArray[np.float64]], space: TypeSpace, confi
     """
     n = np.array([len(x) for x in clicked], float)[:, None]
     mean = np.stack([x.mean(0) for x in clicked])
-    known = len(space.kinds)
-    prior_mean = np.vstack([space.kinds, space.middle])  # the last row stands for "no known kind", also as index -1
-    prior_variance = np.vstack([*([space.kind_spread] * known), space.spread])
+    known = len(space.reference_classes)
+    prior_mean = np.vstack(
+        [space.reference_classes, space.mean]
+    )  # the last row means "no reference class", also as index -1
+    prior_variance = np.vstack([*([space.class_variance] * known), space.between_variance])
     log_prior = np.log(np.r_[np.full(known, (1 - config.unknown_kind) / max(known, 1)), config.unknown_kind])
-    kinds = _enumerate_assignments(mean, n, space, known)  # (M, T)
-    residual, variance = mean - prior_mean[kinds], prior_variance[kinds] + 1 / n  # (M, T, D)
-    # The shift integrated out: residuals of all types share it.
+    classes = _enumerate_assignments(mean, n, space, known)  # (M, T)
+    residual, variance = mean - prior_mean[classes], prior_variance[classes] + 1 / n  # (M, T, D)
+    # The slide effect is integrated out: the residuals of all types share it.
     precision = (1 / variance).sum(1)
     pull = (residual / variance).sum(1)
-    total = precision + 1 / space.shift
+    total = precision + 1 / space.slide_variance
     evidence = (
-        (residual**2 / variance + np.log(variance)).sum((1, 2)) + (np.log(total * space.shift) - pull**2 / total).sum(1)
+        (residual**2 / variance + np.log(variance)).sum((1, 2))
+        + (np.log(total * space.slide_variance) - pull**2 / total).sum(1)
     ) / -2
-    evidence += log_prior[kinds].sum(1)
+    evidence += log_prior[classes].sum(1)
     order = np.argsort(-evidence, kind="stable")[:_HYPOTHESES]
     weight = np.exp(evidence[order] - evidence[order[0]])
     hypotheses = []
     for k, w in zip(order, weight / weight.sum(), strict=True):
-        shift = pull[k] / total[k]
-        gain = prior_variance[kinds[k]] / variance[k]
-        means = prior_mean[kinds[k]] + gain * (residual[k] - shift)
+        slide_effect = pull[k] / total[k]
+        gain = prior_variance[classes[k]] / variance[k]
+        means = prior_mean[classes[k]] + gain * (residual[k] - slide_effect)
         hypotheses.append(
             Hypothesis(
-                float(w), tuple(int(i) for i in kinds[k]), shift, means, 1 + prior_variance[kinds[k]] * (1 - gain)
+                float(w),
+                tuple(int(i) for i in classes[k]),
+                slide_effect,
+                means,
+                1 + prior_variance[classes[k]] * (1 - gain),
             )
         )
     return hypotheses
@@ -109,9 +126,9 @@ def infer_hypotheses(clicked: list[NDArray[np.float64]], space: TypeSpace, confi
 def _enumerate_assignments(
     mean: NDArray[np.float64], n: NDArray[np.float64], space: TypeSpace, known: int
 ) -> NDArray[np.intp]:
-    """All ways (M, T) to give each known kind to at most one of the types that are nearest to it; -1 for the rest."""
-    variance = space.shift + space.kind_spread + 1 / n
-    far = ((mean[:, None] - space.kinds) ** 2 / variance[:, None]).sum(2)  # (T, known)
+    """Enumerate all ways (M, T) to assign each reference class to at most one of its nearest types; -1 for the rest."""
+    variance = space.slide_variance + space.class_variance + 1 / n
+    far = ((mean[:, None] - space.reference_classes) ** 2 / variance[:, None]).sum(2)  # (T, known)
     near = [[None, *np.argsort(far[:, k], kind="stable")[:_CANDIDATES]] for k in range(known)]
     rows = []
     for chosen in itertools.product(*near):
@@ -125,15 +142,15 @@ def _enumerate_assignments(
     return np.stack(rows)
 
 
-def carry_over(
+def transfer_to_slide(
     hypotheses: list[Hypothesis], z: NDArray[np.float32], space: TypeSpace, config: TypingConfig
 ) -> list[Hypothesis]:
-    """Readings of one slide's clicks for the cells of another, whose shift is found from the cells themselves.
+    """Transfer the hypotheses of one slide's clicks to the cells of another, whose shift is estimated from those cells.
 
     Parameters
     ----------
-    readings
-        Of the slide with the clicks.
+    hypotheses
+        Hypotheses inferred on the slide with the clicks.
     z
         (N, D): cells of the other slide, in the space.
     space, config
@@ -142,27 +159,27 @@ def carry_over(
     Returns
     -------
     list of Hypothesis
-        What was peculiar to the first slide (the deviation of its types from their kinds, its shift) stays behind.
+        Without the slide effect of the first slide and the deviation of its types from their classes.
     """
     z = z[:: max(len(z) // _SAMPLE, 1)].astype(np.float32)
     carried = []
     for hypothesis in hypotheses:
-        known = np.array(hypothesis.kinds) >= 0
-        kinds = np.array(hypothesis.kinds)
-        means = np.where(known[:, None], np.vstack([space.kinds, space.middle])[kinds], hypothesis.means)
-        spread = np.where(
-            known[:, None], space.kind_spread, space.spread / 2
-        )  # half: the first slide's clicks vouch for the type
-        here = Hypothesis(hypothesis.weight, hypothesis.kinds, hypothesis.shift, means, 1 + spread)
+        classes = np.array(hypothesis.classes)
+        known = classes >= 0
+        means = np.where(known[:, None], np.vstack([space.reference_classes, space.mean])[classes], hypothesis.means)
+        deviation = np.where(
+            known[:, None], space.class_variance, space.between_variance / 2
+        )  # half: the first slide's clicks define the type
+        here = Hypothesis(hypothesis.weight, hypothesis.classes, hypothesis.slide_effect, means, 1 + deviation)
         for _ in range(_ROUNDS):
             p = posterior(z, here, space, config)
             p = p[:, : len(means)]
             n = p.sum(0)[:, None]
-            seen = n[:, 0] >= _FEW  # a type that this slide does not have says nothing about its shift
-            variance = spread + 1 / np.maximum(n, 1)
+            seen = n[:, 0] >= _FEW  # a type that is absent from this slide does not tell its slide effect
+            variance = deviation + 1 / np.maximum(n, 1)
             residual = (p.T @ z) / np.maximum(n, 1e-9) - means
-            shift = (residual / variance)[seen].sum(0) / (1 / space.shift + (1 / variance)[seen].sum(0))
-            here = Hypothesis(here.weight, here.kinds, shift, means, here.variances)
+            slide_effect = (residual / variance)[seen].sum(0) / (1 / space.slide_variance + (1 / variance)[seen].sum(0))
+            here = Hypothesis(here.weight, here.classes, slide_effect, means, here.variances)
         carried.append(here)
     return carried
 
@@ -170,10 +187,10 @@ def carry_over(
 def posterior(
     z: NDArray[np.float32], hypothesis: Hypothesis, space: TypeSpace, config: TypingConfig
 ) -> NDArray[np.float32]:
-    """p(. | z) under one reading: (N, T) for the clicked types, (N, K) for the kinds that nobody clicked (0 for the others), (N, 1) for the rest."""
-    free = [k for k in range(len(space.kinds)) if k not in hypothesis.kinds]
-    means = hypothesis.shift + np.vstack([hypothesis.means, space.kinds[free], space.middle])
-    variances = np.vstack([hypothesis.variances, *([1 + space.kind_spread] * len(free)), 1 + space.spread])
+    """p(. | z) under one hypothesis: (N, T) of the clicked types, (N, K) of the classes without clicks (else 0), (N, 1) of the background."""
+    free = [k for k in range(len(space.reference_classes)) if k not in hypothesis.classes]
+    means = hypothesis.slide_effect + np.vstack([hypothesis.means, space.reference_classes[free], space.mean])
+    variances = np.vstack([hypothesis.variances, *([1 + space.class_variance] * len(free)), 1 + space.between_variance])
     weights = np.log(np.r_[np.ones(len(hypothesis.means)), np.full(len(free), config.rival_kind), config.rival_other])
     constant = weights - (np.log(variances) + means**2 / variances).sum(1) / 2
     # (z - m)^2 / v in two matrix products
@@ -186,32 +203,32 @@ def posterior(
     p: NDArray[np.float32] = np.exp(log_p)
     p /= p.sum(1, keepdims=True)
     types = len(hypothesis.means)
-    full = np.zeros((len(z), types + len(space.kinds) + 1), np.float32)
+    full = np.zeros((len(z), types + len(space.reference_classes) + 1), np.float32)
     full[:, [*range(types), *(types + k for k in free), -1]] = p
     return full
 
 
-def drift(
+def local_shift(
     z: NDArray[np.float32], xy_um: NDArray[np.float64], hypothesis: Hypothesis, space: TypeSpace, config: TypingConfig
 ) -> tuple[NDArray[np.float32], NDArray[np.intp]]:
-    """How far the cells around each cell are shifted, beside the slide's own shift: (squares, D), and each cell's square (N,).
+    """Estimate the local shift around each cell, in addition to the slide's own: (squares, D), and each cell's square (N,).
 
-    Squares of ``drift_um`` have a shift each, N(0, ``drift`` x ``space.shift``), found from their cells and those of the 3 x 3 around (weights
-    1, 2, 1) in the same way as another slide's: what all types of a place have in common is shift, the rest is type.
+    Each square of ``drift_um`` has a shift, N(0, ``drift`` x ``slide_variance``), estimated from its cells and those of the 3 x 3 squares
+    around it (weights 1, 2, 1) like the slide effect: what all types of a square have in common is shift, the rest is type.
     """
     if not config.drift:
         return np.zeros((1, z.shape[1]), np.float32), np.zeros(len(z), np.intp)
     here, height, width = squares(xy_um, config.drift_um)
-    step = max(len(z) // _DRIFT_SAMPLE, 1)
+    step = max(len(z) // _LOCAL_SAMPLE, 1)
     seen, place = z[::step], here[::step]
     rows = np.argsort(place, kind="stable")
     seen, place = seen[rows], place[rows]
     filled, first = np.unique(place, return_index=True)
-    free = [k for k in range(len(space.kinds)) if k not in hypothesis.kinds]
-    anchors = hypothesis.shift + np.vstack([hypothesis.means, space.kinds[free]])
+    free = [k for k in range(len(space.reference_classes)) if k not in hypothesis.classes]
+    anchors = hypothesis.slide_effect + np.vstack([hypothesis.means, space.reference_classes[free]])
     columns = [*range(len(hypothesis.means)), *(len(hypothesis.means) + k for k in free)]
     shift = np.zeros((height * width, z.shape[1]))
-    for _ in range(_DRIFT_ROUNDS):
+    for _ in range(_LOCAL_ROUNDS):
         p = posterior(seen - shift[place].astype(np.float32), hypothesis, space, config)[:, columns]
         n = np.zeros((height * width, len(columns), 1))
         total = np.zeros((height * width, len(columns), z.shape[1]))
@@ -219,18 +236,18 @@ def drift(
         for a in range(len(columns)):
             total[filled, a] = np.add.reduceat(p[:, a : a + 1] * seen, first, axis=0)
         n, total = (smooth(x.reshape(height, width, -1)).reshape(x.shape) for x in (n, total))
-        weight = np.where(n >= _FEW, 1 / (space.kind_spread + 1 / np.maximum(n, 1)), 0)
+        weight = np.where(n >= _FEW, 1 / (space.class_variance + 1 / np.maximum(n, 1)), 0)
         shift = ((total / np.maximum(n, 1e-9) - anchors) * weight).sum(1) / (
-            1 / (config.drift * space.shift) + weight.sum(1)
+            1 / (config.drift * space.slide_variance) + weight.sum(1)
         )
     return shift.astype(np.float32), here
 
 
 def slide_space(descriptors: NDArray[np.float16] | NDArray[np.float32]) -> TypeSpace:
-    """A space for a model whose weights do not say how types lie among its descriptors: from the slide's own cells.
+    """Type space for a model whose weights have none: estimated from the slide's own cells.
 
-    Cells of one type are taken for a round cloud whose variance is a share of that of all cells along their main direction; what the cells vary
-    more than that along a direction is between types. No kinds are known, so nothing but the clicks says what a type is.
+    Cells of one type are modelled as a spherical Gaussian whose variance is a share of that of all cells along their main direction; variance
+    beyond that along a direction is between types. There are no reference classes, so only the clicks define a type.
 
     Parameters
     ----------
@@ -254,7 +271,7 @@ def slide_space(descriptors: NDArray[np.float16] | NDArray[np.float32]) -> TypeS
 
 
 def squares(xy_um: NDArray[np.float64], side_um: float) -> tuple[NDArray[np.intp], int, int]:
-    """The square that each place lies in, counted row by row, and how many rows and columns there are."""
+    """Index of the square of each point, row by row, and the numbers of rows and columns."""
     square = np.floor((xy_um - xy_um.min(0)) / side_um).astype(np.intp)
     width, height = square.max(0) + 1
     return square[:, 1] * width + square[:, 0], int(height), int(width)

@@ -17,25 +17,25 @@ from wsiseg.config import CELLULAR_MPP
 # name -> module below wsiseg.cli, and the line shown by `wsiseg --help` (so that help imports nothing else)
 COMMANDS = {
     "run": "Segment and type slides: the whole path.",
-    "merge": "Join the shards of a run.",
-    "type": "Type a finished run again, with other clicks.",
-    "info": "What is known of a slide before a run.",
+    "merge": "Merge the shards of a run.",
+    "type": "Re-type a finished run with other clicks.",
+    "info": "Show a slide's metadata and a run estimate.",
     "seeds": "Check, convert and preview files of clicks.",
     "models": "List, check, import and download models.",
-    "evaluate": "Score outlines and types against a truth.",
+    "evaluate": "Score outlines and types against the truth.",
     "demo": "Write a small real slide with clicks, ready to run.",
     "doctor": "Check what works on this machine.",
 }
 
 
 class _Interrupted(click.ClickException):
-    """Stopped on request: the same command goes on."""
+    """A run stopped on request: the same command resumes it."""
 
     exit_code = 3
 
 
 class _Commands(click.Group):
-    """Loads a command when it is called; turns errors that a user can mend into one line."""
+    """A group that imports a command when it is called, and turns errors that a user can fix into one line."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
         return list(COMMANDS)
@@ -57,22 +57,22 @@ class _Commands(click.Group):
         logging.getLogger("tifffile").setLevel(logging.CRITICAL)
         try:
             Path.cwd()
-        except OSError as error:  # of which torch and others would end the process
+        except OSError as error:  # torch and others would end the process
             raise click.ClickException(
                 f"the current folder is gone ({error.strerror}); change to another one with cd"
             ) from error
         try:
             return super().invoke(ctx)
         except WsisegError as error:
-            said = _Interrupted if isinstance(error, InterruptedRunError) else click.ClickException
-            raise said(one_line(str(error))) from error
+            exception = _Interrupted if isinstance(error, InterruptedRunError) else click.ClickException
+            raise exception(one_line(str(error))) from error
         except MemoryError as error:
             raise click.ClickException(
                 "out of memory; pass --max-ram, a smaller --tile-size or fewer --workers"
             ) from error
 
     def main(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
-        """Run a command; the exit status is that of its work, whatever becomes of the streams."""
+        """Run a command; a failing output stream does not change the exit status of its work."""
         OUTPUT.begin()
         try:
             return super().main(*args, **kwargs)
@@ -93,9 +93,9 @@ def main() -> None:
     \b
     wsiseg demo ihc                                   writes a small slide and clicks
     wsiseg run slide.svs --seeds seeds.json           segments and types a slide
-    wsiseg COMMAND --help                             tells the rest
+    wsiseg COMMAND --help                             shows all options
 
-    Exit status: 0 done, 1 wrong input or data, 2 wrong usage, 3 not everything is there: run the same command again.
+    Exit status: 0 done, 1 wrong input or data, 2 wrong usage, 3 incomplete: run the same command again.
     """  # noqa: D301 - click's mark for lines that stay as they are
 
 
@@ -105,10 +105,13 @@ def mpp_options(command: click.decorators.FC) -> click.decorators.FC:
     force = click.option(
         "--force-mpp",
         is_flag=True,
-        help=f"Accept an --mpp at which no cell can be found (outside {low:g} to {high:g}).",
+        help=f"Accept an --mpp at which no cells can be found (outside {low:g} to {high:g}).",
     )
     scale = click.option(
-        "--mpp", type=float, metavar="UM", help="Microns per level-0 pixel, when the slide does not say or says wrong."
+        "--mpp",
+        type=float,
+        metavar="UM",
+        help="Microns per level-0 pixel, when the slide states none or a wrong value.",
     )
     return scale(force(command))
 

@@ -1,4 +1,4 @@
-"""What holds for every command: an argument that is empty or no name of a file is refused before anything begins."""
+"""Base classes of the commands: an argument that is empty or not a valid file name is refused before any work starts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Command(click.Command):
     """A command that prints its result."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Refuse empty texts, as of ``--seeds "$SEEDS"`` where nobody has set the variable, and names that are not text.
+        """Refuse empty arguments, as from ``--seeds "$SEEDS"`` with an unset variable, and names that are not text.
 
         Raises
         ------
@@ -40,10 +40,10 @@ class Command(click.Command):
 
 
 class Working(Command):
-    """A command that writes files: they are its result, whatever becomes of what it prints."""
+    """A command whose result is the files it writes, not what it prints."""
 
     def invoke(self, ctx: click.Context) -> Any:  # noqa: ANN401
-        """Run it."""
+        """Run the command."""
         OUTPUT.extra = True
         return super().invoke(ctx)
 

@@ -10,7 +10,7 @@ from wsiseg.cli.arguments import Command
 @click.command(cls=Command, short_help="Check what works on this machine.")
 @click.pass_context
 def command(ctx: click.Context) -> None:
-    """Try readers, model, GPU and disk; each failure comes with its remedy. Exit status 1 when something needed is missing."""
+    """Check readers, model, GPU and disk, with a remedy for each failure. Exit status 1 when something required is missing."""
     from wsiseg.doctor import examine
 
     checks = examine()

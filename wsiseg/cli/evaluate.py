@@ -48,16 +48,16 @@ OF_IMAGES = (
 )  # columns of the image table
 
 
-@click.command(cls=Command, short_help="Score outlines and types against a truth.")
+@click.command(cls=Command, short_help="Score outlines and types against the truth.")
 @click.argument("prediction", metavar="PRED", type=click.Path(path_type=Path))
 @click.argument("truth", metavar="TRUTH", type=click.Path(path_type=Path))
 @click.option(
     "--pred-types",
     type=click.Path(path_type=Path),
     metavar="PATH",
-    help="Image of type ids for a label image PRED, or a folder of them.",
+    help="Image of type ids for a label image PRED, or a folder of such images.",
 )
-@click.option("--truth-types", type=click.Path(path_type=Path), metavar="PATH", help="The same for TRUTH.")
+@click.option("--truth-types", type=click.Path(path_type=Path), metavar="PATH", help="As --pred-types, for TRUTH.")
 @click.option(
     "--classes",
     type=click.Path(path_type=Path),
@@ -65,23 +65,23 @@ OF_IMAGES = (
     help='JSON with the names of type ids: {"1": "tumour"}.',
 )
 @click.option(
-    "--mpp", type=float, metavar="UM", help="Microns per px, for types and points; cells.parquet says it itself."
+    "--mpp", type=float, metavar="UM", help="Microns per px, for types and points; cells.parquet states its own."
 )
 @click.option(
-    "--radius", type=float, default=3.0, show_default=True, metavar="UM", help="Centroids this near are the same cell."
+    "--radius", type=float, default=3.0, show_default=True, metavar="UM", help="Centroids within this distance match."
 )
 @click.option(
-    "--thresholds", default="0.5", show_default=True, metavar="LIST", help="IoU at which F1 is wanted, comma-separated."
+    "--thresholds", default="0.5", show_default=True, metavar="LIST", help="IoU thresholds for F1, comma-separated."
 )
 @click.option(
     "--baseline",
     type=click.Path(path_type=Path),
     metavar="PRED2",
-    help="Another prediction; prints the share of its scores that PRED has.",
+    help="Another prediction; prints PRED's scores as a share of its scores.",
 )
-@click.option("--json", "json_file", type=click.Path(path_type=Path), metavar="FILE", help="Write every number.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), metavar="FILE", help="Write all scores to FILE.")
 @click.option("--overwrite", is_flag=True, help="Replace the --json file.")
-@click.option("--summary", is_flag=True, help="Leave out the rows of the single images.")
+@click.option("--summary", is_flag=True, help="Omit per-image rows.")
 def command(
     prediction: Path,
     truth: Path,
@@ -111,13 +111,13 @@ def command(
 
     if json_file is not None:
         if kind_of(json_file, ConfigError) == "file" and not overwrite:
-            raise ConfigError(f"{json_file}: exists already; give another --json file, or pass --overwrite")
+            raise ConfigError(f"{json_file}: already exists; give another --json file, or pass --overwrite")
         require_free(json_file, ConfigError, overwrite=True)
     try:
         levels = tuple(float(text) for text in thresholds.split(","))
     except ValueError as error:
         raise ConfigError(
-            f"--thresholds: {thresholds!r} is no list of numbers; give IoU values such as 0.5,0.75"
+            f"--thresholds: {thresholds!r} is not a list of numbers; give IoU values such as 0.5,0.75"
         ) from error
     scores = evaluate(
         prediction,
@@ -197,7 +197,7 @@ def _number(value: float | None) -> str:
 
 
 def _table(rows: list[list[str]]) -> None:
-    """The first column to the left, numbers to the right."""
+    """Print a table: first column left-aligned, numbers right-aligned."""
     widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
     for row in rows:
         click.echo(

@@ -12,7 +12,7 @@ from wsiseg.cli.arguments import Command
 from wsiseg.config import RunConfig, check_mpp
 
 
-@click.command(cls=Command, short_help="What is known of a slide before a run.")
+@click.command(cls=Command, short_help="Show a slide's metadata and a run estimate.")
 @click.argument("slide")
 @mpp_options
 @click.option(
@@ -21,11 +21,11 @@ from wsiseg.config import RunConfig, check_mpp
 @click.option(
     "--no-estimate", is_flag=True, help="Do not estimate microns per pixel from the nuclei, which takes some seconds."
 )
-@click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(slide: str, mpp: float | None, force_mpp: bool, reader: str, no_estimate: bool, as_json: bool) -> None:
-    """Print what is known of SLIDE: format, size, levels, microns per pixel and where they are from, bounds, tissue, tiles, and what looks doubtful.
+    """Show the metadata of SLIDE and a run estimate: format, size, levels, microns per pixel and their source, bounds, tissue, tiles and warnings.
 
-    "mpp by nuclei" is an estimate from the size of some nuclei, good to about a third: enough to tell 20x from 40x.
+    "mpp by nuclei" is an estimate from the size of some nuclei, accurate to about a third: enough to tell 20x from 40x.
     """
     check_mpp(mpp, force=force_mpp)
     from wsiseg.runs.plan import survey

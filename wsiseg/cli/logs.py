@@ -1,4 +1,4 @@
-"""``--log-json``: one JSON object per line for what happens, for machines to read."""
+"""``--log-json``: events as JSON lines, for machines to read."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ class _Lines(logging.Formatter):
 
 
 def _once(path: Path, handler: logging.Handler) -> None:
-    """Say once that the log cannot be written; the run goes on."""
+    """Warn once that the log cannot be written; the run continues."""
     said: list[bool] = []
 
     def complain(_: logging.LogRecord) -> None:
         if not said:
             said.append(True)
             click.echo(
-                f"Warning: --log-json {path}: cannot be written ({sys.exc_info()[1]}); the run goes on without it",
+                f"Warning: --log-json {path}: cannot be written ({sys.exc_info()[1]}); the run continues without it",
                 err=True,
             )
 

@@ -10,22 +10,22 @@ from wsiseg.cli.arguments import Working
 from wsiseg.cli.streams import one_line
 
 
-@click.command(cls=Working, short_help="Join the shards of a run.")
+@click.command(cls=Working, short_help="Merge the shards of a run.")
 @click.argument("runs", nargs=-1, required=True, metavar="RUN...", type=click.Path(path_type=Path))
 @click.option(
-    "--allow-missing", is_flag=True, help="Write what is there, although blocks are missing; the exit status is 3 then."
+    "--allow-missing", is_flag=True, help="Write the files even if blocks are missing; the exit status is then 3."
 )
 @click.option(
     "--format", "formats", metavar="LIST", help="Files to write, comma-separated.  [default: those of the shards]"
 )
-@click.option("-q", "--quiet", is_flag=True, help="Say nothing but errors.")
+@click.option("-q", "--quiet", is_flag=True, help="Errors only.")
 @click.pass_context
 def command(
     ctx: click.Context, /, runs: tuple[Path, ...], allow_missing: bool, formats: str | None, quiet: bool
 ) -> None:
-    """Stitch, type and write what the shards of `wsiseg run --shard K/N` have left in the folder RUN.
+    """Stitch, type and write the results of the shards of `wsiseg run --shard K/N` in the folder RUN.
 
-    Neither slide nor GPU is needed. An incomplete run is refused, and what is missing is named. Merging again changes nothing.
+    Neither slide nor GPU is needed. An incomplete run is refused with a list of what is missing. Merging again changes nothing.
 
     \b
     wsiseg run slide.svs --seeds seeds.json --shard 1/2

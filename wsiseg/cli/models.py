@@ -17,22 +17,22 @@ if TYPE_CHECKING:
 
 @click.group(cls=Group, short_help="List, check, import and download models.", name="models")
 def command() -> None:
-    """Work with models: the one in the package, and checkpoints of the SAM family that you import once and then call by name.
+    """Manage models: the bundled one, and checkpoints of the SAM family, which are imported once and then used by name.
 
     \b
-    wsiseg models list                                            what is here, and what can be had
-    wsiseg models download sam-vit-b                              fetch a published checkpoint
-    wsiseg models import best.pt --name mine --mpp 0.25           take in your own
+    wsiseg models list                                            models here and available for download
+    wsiseg models download sam-vit-b                              download a published checkpoint
+    wsiseg models import best.pt --name mine --mpp 0.25           import your own
     wsiseg run slide.svs --model mine
 
-    Models are kept below your data folder, or in the folder that the environment variable WSISEG_MODELS names. Nothing is downloaded by any
-    other command.
+    Models are kept below your data folder, or in the folder that the environment variable WSISEG_MODELS names. No other command
+    downloads anything.
     """  # noqa: D301 - click's mark for lines that stay as they are
 
 
-@command.command("list", short_help="What is here, and what can be had.")
+@command.command("list", short_help="List models here and available for download.")
 def list_() -> None:
-    """List name, architecture, microns per pixel, licence, and where the model is."""
+    """List name, architecture, microns per pixel, licence and location of every model."""
     from wsiseg.models.store import catalogue, models_folder
 
     rows = [("name", "architecture", "mpp", "licence", "where")]
@@ -43,7 +43,7 @@ def list_() -> None:
     click.echo(one_line(f"Imported models are in {models_folder()}"), err=True)
 
 
-@command.command(short_help="All that is known of a model.")
+@command.command(short_help="Show the card of a model.")
 @click.argument("name")
 def show(name: str) -> None:
     """Show the card of the model NAME."""
@@ -52,30 +52,25 @@ def show(name: str) -> None:
     _report(known_card(name))
 
 
-@command.command(short_help="Compare weights with their check sums.")
+@command.command(short_help="Verify the checksums of weights.")
 @click.argument("names", nargs=-1, metavar="[NAME...]")
 @click.pass_context
 def verify(ctx: click.Context, names: tuple[str, ...]) -> None:
-    """Compare the weights of the models NAME with the sha256 of their cards; all models without NAME."""
+    """Compare the weights of the models NAME, by default all, with the sha256 of their cards."""
     from wsiseg.models.store import verify_all
 
-    verdicts = verify_all(names)
-    for name, wrong in verdicts.items():
-        click.echo(f"Error: {one_line(wrong)}" if wrong else f"{name}: fine", err=bool(wrong))
-    if any(verdicts.values()):
+    problems = verify_all(names)
+    for name, wrong in problems.items():
+        click.echo(f"Error: {one_line(wrong)}" if wrong else f"{name}: OK", err=bool(wrong))
+    if any(problems.values()):
         ctx.exit(1)
 
 
-@command.command("import", cls=Working, short_help="Take in a checkpoint of the SAM family.")
+@command.command("import", cls=Working, short_help="Import a checkpoint of the SAM family.")
 @click.argument("file", type=click.Path(path_type=Path))
+@click.option("--name", required=True, help="Name for --model: lower-case letters, digits, dots, hyphens, underscores.")
 @click.option(
-    "--name", required=True, help="What --model will take: lower-case letters, digits, dots, hyphens, underscores."
-)
-@click.option(
-    "--decoder",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="The instance decoder, where it is in a file of its own.",
+    "--decoder", type=click.Path(path_type=Path), metavar="FILE", help="Instance decoder, if it is in a separate file."
 )
 @click.option(
     "--mpp",
@@ -83,30 +78,30 @@ def verify(ctx: click.Context, names: tuple[str, ...]) -> None:
     default=0.25,
     show_default=True,
     metavar="UM",
-    help=f"Microns per px of the images that the model takes ({MPP_RANGE[0]:g} to {MPP_RANGE[1]:g}).",
+    help=f"Microns per px of the model's input images ({MPP_RANGE[0]:g} to {MPP_RANGE[1]:g}).",
 )
 @click.option(
     "--licence", default="unknown", show_default=True, metavar="TEXT", help="Licence of the weights, for the card."
 )
-@click.option("--source", default="", metavar="TEXT", help="Where the weights are from, for the card.")
+@click.option("--source", default="", metavar="TEXT", help="Source of the weights, for the card.")
 @click.option(
     "--normalise",
     type=click.Choice(NORMALISE),
     default=NORMALISE[0],
     show_default=True,
-    help="What is done to a tile first.",
+    help="Normalisation of each tile before the model.",
 )
-@click.option("--overwrite", is_flag=True, help="Replace a model of this name.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing model of this name.")
 def import_(
     file: Path, name: str, decoder: Path | None, mpp: float, licence: str, source: str, normalise: str, overwrite: bool
 ) -> None:
-    """Convert the checkpoint FILE and keep it, so that --model takes its name.
+    """Convert the checkpoint FILE and store it under a name for --model.
 
     FILE is a SAM with a ViT-B, ViT-L or ViT-H encoder: as published, fine-tuned (micro-sam, PathoSAM and others), or a training checkpoint
-    (best.pt); .pt, .pth or .safetensors. Nothing in it is run: a file that asks for it is refused.
+    (best.pt); .pt, .pth or .safetensors. Nothing in it is executed: a file that asks for that is refused.
 
-    --mpp is the scale at which the model saw its images in training. A model that took tiles of 512 px at 0.25 um/px, enlarged to 1024 px (PathoSAM),
-    works at 0.125.
+    --mpp is the scale at which the model saw its images in training. A model trained on tiles of 512 px at
+    0.25 um/px, enlarged to 1024 px (PathoSAM), works at 0.125.
 
     \b
     wsiseg models import vit_b_histopathology.pt --decoder vit_b_histopathology_decoder.pt --name patho-b --mpp 0.125
@@ -128,13 +123,13 @@ def import_(
     )
 
 
-@command.command(cls=Working, short_help="Fetch a published checkpoint.")
+@command.command(cls=Working, short_help="Download a published checkpoint.")
 @click.argument("name")
-@click.option("--overwrite", is_flag=True, help="Replace a model of this name.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing model of this name.")
 def download(name: str, overwrite: bool) -> None:
-    """Fetch the published checkpoint NAME (see `wsiseg models list`), compare it with its sha256, and import it.
+    """Download the published checkpoint NAME (see `wsiseg models list`), verify its sha256, and import it.
 
-    When the connection breaks, the same command goes on from there.
+    If the connection breaks, the same command resumes the download.
     """
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn

@@ -34,12 +34,12 @@ class Progress:
         self._unit = unit
 
     def retitle(self, title: str) -> None:
-        """Begin anew, for another slide."""
+        """Restart for another slide."""
         self._start = None
         self._bars.reset(self._task, description=title, total=None, detail="planning")
 
     def update(self, done: int, total: int, cells: int) -> None:
-        """Draw the state; the rate counts from the first call, so that resumed tiles do not flatter it."""
+        """Draw the state; the rate counts from the first call, so that resumed tiles do not inflate it."""
         now = time.monotonic()
         self._start = self._start or (now, done)
         rate = (done - self._start[1]) / max(now - self._start[0], 1e-6)

@@ -33,27 +33,33 @@ def _choices(field: str) -> click.Choice[str]:
 @click.option(
     "--seeds", metavar="FILE", help="Clicks, one or more per cell type: seeds.json, or points exported from QuPath."
 )
-@click.option("--bank", metavar="FILE", help="bank.safetensors of another slide's run: its clicks type this one.")
+@click.option("--bank", metavar="FILE", help="bank.safetensors of another slide's run: type this slide by its clicks.")
 @click.option(
-    "--out", type=click.Path(path_type=Path), default=Path("wsiseg-out"), show_default=True, help="Folder of all runs."
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("wsiseg-out"),
+    show_default=True,
+    help="Folder for the run folders.",
 )
-@click.option("--method", type=_choices("method"), help=f"How prompts are found.  [default: {_DEFAULT.method}]")
-@click.option("--model", metavar="NAME|PATH", help=f"Model, or a .safetensors file of it.  [default: {_DEFAULT.model}]")
+@click.option("--method", type=_choices("method"), help=f"How cells are found.  [default: {_DEFAULT.method}]")
+@click.option(
+    "--model", metavar="NAME|PATH", help=f"Name of a model, or its .safetensors file.  [default: {_DEFAULT.model}]"
+)
 @mpp_options
 @click.option("--reader", type=_choices("reader"), help=f"Slide library.  [default: {_DEFAULT.reader}]")
-@click.option("--roi", metavar="FILE", help="GeoJSON polygons (QuPath annotations): only cells inside.")
-@click.option("--no-tissue", is_flag=True, help="Look everywhere, not only on tissue.")
+@click.option("--roi", metavar="FILE", help="GeoJSON polygons (QuPath annotations): segment only inside them.")
+@click.option("--no-tissue", is_flag=True, help="Search the whole slide, not only tissue.")
 @click.option(
     "--tile-size",
     type=float,
     metavar="UM",
-    help=f"Side of a tile's core, microns.  [default: {TILE_UM:g}, or what the model takes]",
+    help=f"Side of a tile's core, microns.  [default: {TILE_UM:g}, or the model's input size]",
 )
 @click.option(
     "--halo",
     type=float,
     metavar="UM",
-    help=f"Read around each tile, microns.  [default: {HALO_UM:g}, or what the model needs]",
+    help=f"Margin read around each tile, microns.  [default: {HALO_UM:g}, or what the model needs]",
 )
 @click.option(
     "--format",
@@ -65,7 +71,7 @@ def _choices(field: str) -> click.Choice[str]:
 @click.option(
     "--precision",
     type=_choices("precision"),
-    help=f"Of the encoder.  [default: {_DEFAULT.precision}: bf16 on a GPU, fp32 on the CPU]",
+    help=f"Encoder precision.  [default: {_DEFAULT.precision}: bf16 on a GPU, fp32 on the CPU]",
 )
 @click.option(
     "--batch-size",
@@ -78,31 +84,31 @@ def _choices(field: str) -> click.Choice[str]:
     "max_ram_gb",
     type=float,
     metavar="GB",
-    help="What a process may use; queues and batches are made to fit.",
+    help="Memory limit per process; queues and batches are sized to fit.",
 )
-@click.option("--max-vram", "max_vram_gb", type=float, metavar="GB", help="The same for the GPU.")
+@click.option("--max-vram", "max_vram_gb", type=float, metavar="GB", help="GPU memory limit per process.")
 @click.option(
     "--workers",
     type=click.IntRange(1, 1024),
     metavar="N",
-    help=f"Processes here, or jobs to submit.  [default: {_DEFAULT.workers}]",
+    help=f"Processes on this machine, or jobs to submit.  [default: {_DEFAULT.workers}]",
 )
 @click.option(
     "--scheduler",
     metavar="ADDRESS|NAME",
-    help="tcp://host:port of a Dask scheduler; or slurm, pbs, lsf, sge: jobs are submitted.",
+    help="tcp://host:port of a Dask scheduler; or slurm, pbs, lsf, sge to submit jobs.",
 )
 @click.option(
     "--shard",
     metavar="K/N",
-    help="Do the K-th of N shares: blocks of one slide (then `wsiseg merge`), or slides of several. Or: slurm.",
+    help="Process shard K of N: blocks of one slide (then `wsiseg merge`), or slides of a list; or slurm to take K/N from the job array.",
 )
 @click.option(
     "--slides",
     "slide_list",
     type=click.Path(path_type=Path),
     metavar="CSV",
-    help="List of slides: columns path, mpp, seeds, name.",
+    help="CSV list of slides: columns path, mpp, seeds, name.",
 )
 @click.option(
     "--config",
@@ -116,11 +122,11 @@ def _choices(field: str) -> click.Choice[str]:
     "log_file",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Append what happens as JSON lines; - is stderr.",
+    help="Append events as JSON lines; - is stderr.",
 )
-@click.option("--no-progress", is_flag=True, help="No progress bar (there is none in a pipe anyway).")
-@click.option("-v", "--verbose", count=True, help="Say more; twice for debugging.")
-@click.option("-q", "--quiet", is_flag=True, help="Say nothing but errors.")
+@click.option("--no-progress", is_flag=True, help="No progress bar (never shown in a pipe).")
+@click.option("-v", "--verbose", count=True, help="Verbose; twice for debugging.")
+@click.option("-q", "--quiet", is_flag=True, help="Errors only.")
 @click.pass_context
 def command(
     ctx: click.Context,
@@ -139,9 +145,9 @@ def command(
 ) -> None:
     """Outline every cell of SLIDE and, with --seeds, give each a type.
 
-    Writes OUT/<slide-stem>/cells.parquet, cells.geojson.gz (drop it on the slide in QuPath) and manifest.json. Stopped at any moment, the same
-    command goes on where it was; Ctrl-C, SIGTERM and SIGUSR1 finish the block in hand first. A flag beats the --config file, which beats the
-    default.
+    Writes OUT/<slide-stem>/cells.parquet, cells.geojson.gz (drag it onto the slide in QuPath) and manifest.json. If a run is
+    stopped, the same command resumes it; Ctrl-C, SIGTERM and SIGUSR1 finish the current block first. Flags override the --config
+    file, which overrides the defaults.
 
     \b
     wsiseg run slide.svs --seeds seeds.json
@@ -164,7 +170,7 @@ def command(
         from wsiseg.cli.logs import log_json
 
         log_json(log_file)
-    mine = read_shard(shard, os.environ) if shard is not None else None
+    selected_shard = read_shard(shard, os.environ) if shard is not None else None
     with Stop() as stopped:
         from wsiseg.runs.slide_list import Entry, read_list
 
@@ -175,9 +181,13 @@ def command(
         )
         hidden = no_progress or quiet
         if slide_list is not None or len(slides) > 1:
-            status = _many(entries, config, out, stopped, shard=mine, overwrite=overwrite, hidden=hidden, quiet=quiet)
+            status = _many(
+                entries, config, out, stopped, shard=selected_shard, overwrite=overwrite, hidden=hidden, quiet=quiet
+            )
         else:
-            status = _one(slides[0], config, out, stopped, shard=mine, overwrite=overwrite, hidden=hidden, quiet=quiet)
+            status = _one(
+                slides[0], config, out, stopped, shard=selected_shard, overwrite=overwrite, hidden=hidden, quiet=quiet
+            )
     ctx.exit(status)
 
 
@@ -192,12 +202,12 @@ def _one(
     hidden: bool,
     quiet: bool,
 ) -> int:
-    """One slide, or a shard of it; the exit status."""
+    """Run one slide, or a shard of it, and return the exit status."""
     from wsiseg.cli.progress import Progress
     from wsiseg.runs.slide import segment_slide
 
     with Progress(Path(slide).name, hidden=hidden) as progress:
-        said = _Said(quiet=quiet)
+        printed = _WarningPrinter(quiet=quiet)
         manifest = segment_slide(
             slide,
             config,
@@ -205,11 +215,11 @@ def _one(
             overwrite=overwrite,
             shard=shard,
             on_progress=progress.update,
-            on_warning=said,
+            on_warning=printed,
             stopped=stopped,
         )
     if not quiet:
-        report(manifest, said.warnings)
+        report(manifest, printed.warnings)
     return 3 if manifest["failures"] else 0
 
 
@@ -224,24 +234,24 @@ def _many(
     hidden: bool,
     quiet: bool,
 ) -> int:
-    """One slide after the other, and a table at the end; the exit status."""
+    """Run one slide after the other, print a table, and return the exit status."""
     from wsiseg.cli.progress import Progress
     from wsiseg.runs.slide_list import segment_slides
 
-    rows, said = [], _Said(quiet=quiet)
+    rows, printed = [], _WarningPrinter(quiet=quiet)
     with Progress("", hidden=hidden) as progress:
 
         def follow(slide: str) -> Callable[[int, int, int], None]:
             progress.retitle(Path(slide).name)
-            said.begin(slide)
+            printed.begin(slide)
             return progress.update
 
         for row in segment_slides(
-            entries, config, out, overwrite=overwrite, shard=shard, progress=follow, on_warning=said, stopped=stopped
+            entries, config, out, overwrite=overwrite, shard=shard, progress=follow, on_warning=printed, stopped=stopped
         ):
             rows.append(row)
             if row["manifest"] and not quiet:
-                report(row["manifest"], said.warnings)
+                report(row["manifest"], printed.warnings)
             elif not row["manifest"]:
                 click.echo(f"Error: {row['message']}", err=True)
     bad = [row for row in rows if row["status"] != "complete"]
@@ -250,8 +260,8 @@ def _many(
         click.echo(f"\n{'slide':{width}}  status      {'cells':>9}  {'missing tiles':>13}  {'seconds':>8}")
         for row in rows:
             line = f"{Path(row['slide']).name:{width}}  {row['status']:10}  {row['cells']:>9}  {row['tiles_failed']:>13}  {row['seconds']:>8}"
-            click.echo(line.rstrip())  # why it failed was said when it did, and stands in summary.csv
-        again = "; the same command again tries the others once more" if bad else ""
+            click.echo(line.rstrip())  # the error was printed when it occurred, and is in summary.csv
+        again = "; run the same command again to retry the others" if bad else ""
         click.echo(f"{len(rows) - len(bad)} of {counted(len(rows), 'slide')} complete{again}")
     failed = sum(row["status"] == "failed" for row in rows)
     return 0 if not bad else 1 if failed == len(rows) else 3
@@ -274,14 +284,14 @@ def _as_settings(options: dict[str, Any]) -> dict[str, Any]:
     return settings
 
 
-class _Said:
-    """Prints what is doubtful before the work on a slide begins, and keeps it, so that it is not said again at the end."""
+class _WarningPrinter:
+    """Printer of the warnings that come before the work on a slide; keeps them, so that they are not repeated at the end."""
 
     def __init__(self, *, quiet: bool) -> None:
         self.quiet, self.place, self.warnings = quiet, "", list[str]()
 
     def begin(self, slide: str) -> None:
-        """One slide of several, which is named from now on."""
+        """Start one slide of several; it is named in the warnings that follow."""
         self.place = f"{Path(slide).name}: "
         self.warnings.clear()
 
@@ -291,10 +301,10 @@ class _Said:
             click.echo(f"Warning: {self.place}{warning}", err=True)
 
 
-def report(manifest: dict[str, Any], said: Collection[str] = ()) -> None:
-    """What came of a run, or of a shard; ``said`` was printed before."""
+def report(manifest: dict[str, Any], printed: Collection[str] = ()) -> None:
+    """Print the outcome of a run, or of a shard; ``printed`` holds the warnings already printed."""
     for warning in dict.fromkeys(manifest["warnings"]):
-        if warning not in said:
+        if warning not in printed:
             click.echo(f"Warning: {warning}", err=True)
     for failure in manifest["failures"]:
         click.echo(f"Missing: {failure}", err=True)
@@ -307,13 +317,13 @@ def report(manifest: dict[str, Any], said: Collection[str] = ()) -> None:
         return
     types = manifest["types"]
     typed = ", ".join(f"{name} {n}" for name, n in types.items() if len(types) > 1)
-    when = "complete already" if manifest.get("already") else f"in {manifest['seconds']['total']:.1f} s"
+    when = "already complete" if manifest.get("already") else f"in {manifest['seconds']['total']:.1f} s"
     click.echo(f"{manifest['folder']}: {counted(counts['cells'], 'cell')}{f' ({typed})' if typed else ''}, {when}")
     if manifest["status"] != "complete":
         again = (
             "run those shards again, then merge"
             if counts["blocks_missing"]
-            else "run the same command again to try them once more"
+            else "run the same command again to retry them"
         )
         failed = counts["tiles_failed"]
         click.echo(

@@ -23,21 +23,21 @@ _DEFAULT = RunConfig()
 
 @click.group(cls=Group, short_help="Check, convert and preview files of clicks.", name="seeds")
 def command() -> None:
-    """Work with files of clicks: seeds.json, or points exported from QuPath.
+    """Check, convert and preview files of clicks: seeds.json, or points exported from QuPath.
 
     \b
-    wsiseg seeds check clicks.geojson --slide slide.svs          what is in it, and whether it fits the slide
-    wsiseg seeds convert clicks.geojson seeds.json               from QuPath, and back
-    wsiseg seeds preview seeds.json slide.svs --out clicks.png   what each click hits
+    wsiseg seeds check clicks.geojson --slide slide.svs          validate it, and check it against the slide
+    wsiseg seeds convert clicks.geojson seeds.json               convert from QuPath, or back
+    wsiseg seeds preview seeds.json slide.svs --out clicks.png   draw what each click hits
     """  # noqa: D301 - click's mark for lines that stay as they are
 
 
-@command.command(short_help="Say what is in a file of clicks, or what is wrong with it.")
+@command.command(short_help="Validate and summarise a file of clicks.")
 @click.argument("seeds", type=click.Path(path_type=Path))
 @click.option("--slide", help="Also check the clicks against this slide.")
 @mpp_options
 def check(seeds: Path, slide: str | None, mpp: float | None, force_mpp: bool) -> None:
-    """Say what is in SEEDS, or what is wrong with it; with --slide also which clicks lie outside the slide or on glass."""
+    """Validate and summarise SEEDS; with --slide, also report clicks outside the slide or on glass."""
     from wsiseg.errors import SeedsError
     from wsiseg.formats.seeds import check_seeds, read_seeds
 
@@ -61,26 +61,25 @@ def check(seeds: Path, slide: str | None, mpp: float | None, force_mpp: bool) ->
     click.echo(f"{seeds}: OK{'' if slide is None else f' for {slide}'}")
 
 
-@command.command(cls=Working, short_help="QuPath's points to seeds.json, or back.")
+@command.command(cls=Working, short_help="Convert QuPath points to seeds.json, or back.")
 @click.argument("source", metavar="IN", type=click.Path(path_type=Path))
 @click.argument("target", metavar="OUT", type=click.Path(path_type=Path))
 @click.option(
     "--slide",
-    help="Check the clicks against this slide, and count from where OUT needs it: the slide's corner, or QuPath's.",
+    help="Check the clicks against this slide, and use the origin that OUT needs: the slide's corner, or QuPath's.",
 )
 @mpp_options
 @click.option("--overwrite", is_flag=True, help="Replace OUT.")
 def convert(source: Path, target: Path, slide: str | None, mpp: float | None, force_mpp: bool, overwrite: bool) -> None:
-    """Turn points exported from QuPath into a seeds.json, or a seeds.json into points for QuPath.
+    """Convert points exported from QuPath to a seeds.json, or a seeds.json to points for QuPath.
 
-    What IN holds decides, whatever its name: GeoJSON (plain, .gz or .zip) and the points dialog's .tsv become a seeds.json, so OUT ends in
+    The content of IN decides, not its name: GeoJSON (plain, .gz or .zip) and the points dialog's .tsv become a seeds.json, so OUT ends in
     .json; a seeds.json becomes point annotations with classes, so OUT ends in .geojson or .geojson.gz.
 
-    QuPath has no clicks against a type. Such a click is a point of the type's class whose annotation is named "not this type", in both
-    directions.
+    QuPath has no negative clicks. They are written and read as points of the type's class whose annotation is named "not this type".
 
     Give --slide for slides with bounds (MRXS and some others): QuPath counts from the corner of the bounds. Without it no coordinate changes,
-    and a seeds.json made from QuPath's points says that they are still to be moved ("frame": "qupath"); every wsiseg command does that itself.
+    and a seeds.json made from QuPath's points says so ("frame": "qupath"); every wsiseg command then moves them itself.
 
     \b
     wsiseg seeds convert clicks.geojson seeds.json --slide slide.mrxs
@@ -100,12 +99,14 @@ def convert(source: Path, target: Path, slide: str | None, mpp: float | None, fo
     click.echo(f"{target}: written")
 
 
-@command.command(cls=Working, short_help="Draw what each click hits, before a run.")
+@command.command(cls=Working, short_help="Draw the cell that each click hits.")
 @click.argument("seeds", type=click.Path(path_type=Path))
 @click.argument("slide")
-@click.option("--out", required=True, metavar="FILE.png", type=click.Path(path_type=Path), help="The picture to write.")
+@click.option("--out", required=True, metavar="FILE.png", type=click.Path(path_type=Path), help="Picture to write.")
 @mpp_options
-@click.option("--model", metavar="NAME|PATH", help=f"Model, or a .safetensors file of it.  [default: {_DEFAULT.model}]")
+@click.option(
+    "--model", metavar="NAME|PATH", help=f"Name of a model, or its .safetensors file.  [default: {_DEFAULT.model}]"
+)
 @click.option("--device", metavar="NAME", help=f"auto, cpu, cuda or cuda:N.  [default: {_DEFAULT.device}]")
 @click.option(
     "--reader",
@@ -114,12 +115,11 @@ def convert(source: Path, target: Path, slide: str | None, mpp: float | None, fo
 )
 @click.option("--overwrite", is_flag=True, help="Replace FILE.png.")
 def preview(seeds: Path, slide: str, out: Path, overwrite: bool, **options: str | float | bool | None) -> None:
-    """Draw one panel per click of SEEDS on SLIDE: its surroundings, and the outline of the cell that a run takes it for.
+    """Draw one panel per click of SEEDS on SLIDE: its surroundings, and the outline of the cell that a run would match it to.
 
-    A cross marks a click of the type, a diagonal cross a click against it. Under each panel stand the type, the click in level-0 px, and the
+    A cross marks a click of the type, a diagonal cross a negative click. The caption gives the type, the click in level-0 px, and the
     score of the outline (predicted IoU x stability, 0 to 1). A click that a run would refuse has a red frame and the reason: no cell there,
-    or the same cell as a click of another type. The picture is written all the same; then the first of them is the error, and the exit status
-    is 1.
+    or the same cell as a click of another type. The picture is still written; the first fault is then reported as the error, with exit status 1.
 
     \b
     wsiseg seeds preview seeds.json slide.svs --out clicks.png

@@ -1,4 +1,4 @@
-"""Signals: the first asks the run to finish the block in hand, the second ends it at once."""
+"""Signals: the first asks the run to finish the current block, the second ends it immediately."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ SIGNALS = tuple(
 
 
 class Stop:
-    """True once a signal has come. A context: the signals are handled within it."""
+    """Context that handles the signals; its call returns True once one has been received."""
 
     def __init__(self) -> None:
         self._asked = False
         self._before: dict[int, object] = {}
 
     def __call__(self) -> bool:
-        """Whether one has come."""
+        """Tell whether a signal has been received."""
         return self._asked
 
     def __enter__(self) -> Self:
@@ -39,20 +39,16 @@ class Stop:
         name = signal.Signals(number).name
         if self._asked:
             signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)  # what is half written is swept up by the next run
+            os.kill(os.getpid(), number)  # the next run removes half-written files
         self._asked = True
         with contextlib.suppress(
             OSError
         ):  # not through Python's streams: they may be in use, and who reads them may be gone
-            os.write(
-                2,
-                _new_line()
-                + f"{name}: the block in hand is finished, then this stops; once more stops it now\n".encode(),
-            )
+            os.write(2, _new_line() + f"{name}: finishing the current block; repeat to stop immediately\n".encode())
 
 
 def _new_line() -> bytes:
-    """What brings a terminal to the start of an empty line: the progress bar, and the ``^C`` that was typed, stand in the current one."""
+    """Bytes that move a terminal to the start of an empty line: the current one holds the progress bar and the typed ``^C``."""
     if not os.isatty(2):
         return b""
     return b"\n" if os.environ.get("TERM", "dumb") == "dumb" else b"\r\x1b[2K"

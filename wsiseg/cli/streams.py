@@ -1,4 +1,4 @@
-"""Standard output and error that may fail without ending the work: a full disk, a reader that is gone, a descriptor that was closed."""
+"""Standard output and error whose failure does not end the work: a full disk, a closed pipe or descriptor."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class _Lossy(io.RawIOBase):
-    """Writes to ``raw``; what cannot be written is dropped, and the first reason kept in ``problem``."""
+    """A stream that drops what ``raw`` cannot take, and keeps the first reason in ``problem``."""
 
     def __init__(self, raw: io.RawIOBase) -> None:
         self._raw = raw
@@ -37,7 +37,7 @@ class _Lossy(io.RawIOBase):
 
 
 class _Output:
-    """What became of standard output.
+    """State of standard output.
 
     Attributes
     ----------
@@ -50,7 +50,7 @@ class _Output:
         self._raw: _Lossy | None = None
 
     def begin(self) -> None:
-        """A call of the command line begins: make both streams such that they cannot fail; names that are not text are printed with escapes."""
+        """Prepare both streams for a call of the command line: they cannot fail, and names that are not text are printed with escapes."""
         self.extra = False
         if self._raw is not None:
             self._raw.problem = None
@@ -75,7 +75,7 @@ class _Output:
                 stream.reconfigure(errors="backslashreplace")
 
     def lost(self) -> str:
-        """Why what the command was called for did not arrive; empty when it did, or when its reader has read enough."""
+        """Reason why the command's output was lost; empty when it was not, or when its reader closed the pipe."""
         problem = self._raw.problem if self._raw else None
         if problem is None or self.extra or problem.errno == errno.EPIPE:
             return ""

@@ -10,7 +10,7 @@ from wsiseg.cli.arguments import Working
 from wsiseg.cli.streams import one_line
 
 
-@click.command(cls=Working, short_help="Type a finished run again.")
+@click.command(cls=Working, short_help="Re-type a finished run with other clicks.")
 @click.argument("runs", nargs=-1, required=True, metavar="RUN...", type=click.Path(path_type=Path))
 @click.option(
     "--seeds",
@@ -22,9 +22,9 @@ from wsiseg.cli.streams import one_line
     "--bank",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="bank.safetensors of another slide's run: its clicks type this one.",
+    help="bank.safetensors of another slide's run: type RUN by its clicks.",
 )
-@click.option("--model", metavar="NAME|PATH", help="The model of RUN, when it is not the one in the package.")
+@click.option("--model", metavar="NAME|PATH", help="Model of RUN, if it is not the bundled one.")
 @click.option(
     "--format",
     "formats",
@@ -32,7 +32,10 @@ from wsiseg.cli.streams import one_line
     help="Files to write, comma-separated: parquet alone halves the time.  [default: those of RUN]",
 )
 @click.option(
-    "--config", "config_file", type=click.Path(path_type=Path), help="TOML or JSON file; its table `typing` is used."
+    "--config",
+    "config_file",
+    type=click.Path(path_type=Path),
+    help="TOML or JSON file; only its table `typing` is used.",
 )
 @click.pass_context
 def command(
@@ -45,10 +48,10 @@ def command(
     formats: str | None,
     config_file: Path | None,
 ) -> None:
-    """Give the cells of the finished run in folder RUN new types; neither slide nor GPU is needed.
+    """Re-type the cells of the finished run in folder RUN; neither slide nor GPU is needed.
 
     The types in cells.parquet and cells.geojson.gz, bank.safetensors and manifest.json of RUN are replaced; the outlines stay. With --bank, the
-    clicks made on one slide type any number of others.
+    clicks on one slide type any number of others.
 
     \b
     wsiseg type wsiseg-out/slide --seeds more-clicks.json

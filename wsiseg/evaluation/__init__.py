@@ -1,4 +1,4 @@
-"""How good is it: metrics of instance segmentation and typing, each with its formula and source."""
+"""Metrics of instance segmentation and typing, each with its formula and source."""
 
 from wsiseg.evaluation.compare import evaluate
 from wsiseg.evaluation.scores import Evaluation

@@ -54,7 +54,7 @@ def assign(rows: NDArray[np.integer], columns: NDArray[np.integer], weights: NDA
 def _leaders(
     order: NDArray[np.intp], ends: NDArray[np.integer], weights: NDArray[np.float64]
 ) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
-    """Whether an edge is the first of its row, and what the second one of that row weighs (0: there is none)."""
+    """Mark the first edge of each row, with the weight of that row's second one (0: there is none)."""
     first, second = np.zeros(len(ends), bool), np.zeros(len(ends))
     end = ends[order]
     starts = np.flatnonzero(np.concatenate([[True], end[1:] != end[:-1]]))
@@ -65,7 +65,7 @@ def _leaders(
 
 
 def _solve(rows: NDArray[np.integer], columns: NDArray[np.integer], weights: NDArray[np.float64]) -> NDArray[np.intp]:
-    """The same for edges that are in each other's way, group by group."""
+    """Solve the matching for conflicting edges, one connected group at a time."""
     if not len(rows):
         return np.empty(0, np.intp)
     r, c = np.unique(rows, return_inverse=True)[1], np.unique(columns, return_inverse=True)[1]

@@ -1,4 +1,4 @@
-"""Prediction against truth, for one image or many: what `wsiseg evaluate` calls."""
+"""Comparison of a prediction with the truth, for one image or many: what `wsiseg evaluate` calls."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ THRESHOLDS_F1 = (0.5,)  #: IoU
 
 @dataclass(frozen=True)
 class _Pair:
-    """Where one image is, and with which options it is compared."""
+    """Sources of one image, and the options of its comparison."""
 
     name: str
     prediction: Path | NDArray[np.integer]
@@ -189,7 +189,7 @@ def _check(options: _Options) -> None:
     for threshold in options.thresholds:
         if not 0 < threshold <= 1:
             raise ConfigError(
-                f"--thresholds: {threshold:g} is no IoU; it must lie above 0 and at most at 1, for example 0.5,0.75"
+                f"--thresholds: {threshold:g} is not an IoU; it must be above 0 and at most 1, for example 0.5,0.75"
             )
 
 
@@ -296,7 +296,7 @@ def _compare(pair: _Pair, options: _Options, notes: list[str]) -> ImageScores:
         and not (len(o.shared) if o is not None else detection is not None and detection.pairs)
     ):
         notes.append(
-            f"{where}: nothing of the prediction meets anything of the truth; check that both have the same origin and scale"
+            f"{where}: the prediction does not overlap the truth anywhere; check that both have the same origin and scale"
         )
     notes += [
         f"{where}: one id for {parts} separate pieces in the {which}; is it a mask of the foreground? Every nucleus needs an id of its own"
@@ -325,7 +325,7 @@ def _side(source: Path | NDArray[np.integer], types: Path | NDArray[np.integer] 
 
 
 def _in_one_frame(p: Side, g: Side, where: str, notes: list[str]) -> tuple[Side, Side]:
-    """Outlines in QuPath's frame moved by the bounds of the slide, when the other side is absolute."""
+    """Move outlines in QuPath's frame by the bounds of the slide when the other side is absolute."""
     if not isinstance(p, Outlines) or not isinstance(g, Outlines) or p.frame == g.frame:
         return p, g
     origin = p.origin or g.origin
@@ -346,7 +346,7 @@ def _moved(side: Outlines, origin: tuple[float, float]) -> Outlines:
 
 
 def _within(side: Outlines, shape: tuple[int, ...], where: str, notes: list[str]) -> Outlines:
-    """Without the outlines that lie wholly beside the label image: of those the image says nothing."""
+    """Drop the outlines that lie wholly outside the label image: it holds no annotation for them."""
     x0, y0, x1, y1 = shapely.bounds(side.polygons).reshape(-1, 4).T
     kept = (x1 > 0) & (y1 > 0) & (x0 < shape[1]) & (y0 < shape[0])
     if kept.all():
@@ -369,11 +369,11 @@ def _overlaps(p: Labels | Outlines, g: Labels | Outlines, where: str, notes: lis
         for cut, n, which in ((cut_g, len(g.polygons), "truth"), (cut_p, len(p.polygons), "prediction")):
             if cut:
                 notes.append(
-                    f"{where}: {cut} of {n} outlines of the {which} lie partly beneath others; the later one was given the place"
+                    f"{where}: {cut} of {n} outlines of the {which} partly overlap others; the overlap was given to the later one"
                 )
         return outline_overlaps(outlines_g, outlines_p)
     if isinstance(p, Labels) and isinstance(g, Labels) and p.ids.shape != g.ids.shape:
-        raise FormatError(f"{where}: {_size(p.ids)} and {_size(g.ids)} px; two label images must be of one size")
+        raise FormatError(f"{where}: {_size(p.ids)} and {_size(g.ids)} px; two label images must have the same size")
     shape = p.ids.shape if isinstance(p, Labels) else g.ids.shape if isinstance(g, Labels) else (0, 0)
     (ids_g, count_g), (ids_p, count_p) = _ids(g, shape), _ids(p, shape)
     return overlaps(ids_g, ids_p, truth_count=count_g, prediction_count=count_p)
@@ -390,7 +390,7 @@ def _size(image: NDArray[np.integer]) -> str:
 
 
 def _mpp(p: Side, g: Side, options: _Options, where: str) -> float | None:
-    """``--mpp``, else what a file says; two files that disagree are not in one frame."""
+    """Microns per px from ``--mpp``, else from a file; two files that disagree are not in one frame."""
     if options.mpp is not None:
         return options.mpp
     found = [side.mpp for side in (p, g) if isinstance(side, Outlines) and side.mpp is not None]

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-BAND_PX = 4_000_000  #: px looked at together: some 100 MB of working memory whatever the image
+BAND_PX = 4_000_000  #: px processed together: some 100 MB of working memory whatever the image
 PAIRS = 200_000  #: outlines intersected together
 
 
@@ -99,7 +99,7 @@ def pair_counts(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
     """Each pair of values that two images of one shape have at the same place, zeros included, and its px; in ascending order of the pair."""
     top_a, top_b = _top(a), _top(b)
-    if (top_a + 1) * (top_b + 1) > np.iinfo(np.int64).max:  # ids that are hashes, say: number them anew
+    if (top_a + 1) * (top_b + 1) > np.iinfo(np.int64).max:  # large ids, such as hashes: renumber them
         ids_a, ids_b = np.unique(a), np.unique(b)
         i, j, count = pair_counts(np.searchsorted(ids_a, a), np.searchsorted(ids_b, b))
         return ids_a[i].astype(np.int64), ids_b[j].astype(np.int64), count
@@ -145,7 +145,7 @@ def centroids(label: NDArray[np.integer]) -> NDArray[np.float64]:
 
 
 def majority(label: NDArray[np.integer], classes: NDArray[np.integer]) -> NDArray[np.int64]:
-    """The class id that most px of each instance have, in ascending order of id; 0 where no px has one, the lower id of two alike.
+    """Class id of the most px of each instance, in ascending order of id; 0 where no px has one, ties to the lower id.
 
     Raises
     ------
@@ -192,7 +192,7 @@ def outline_overlaps(truth: NDArray[np.object_], prediction: NDArray[np.object_]
 
 
 def disjoint(polygons: NDArray[np.object_]) -> tuple[NDArray[np.object_], int]:
-    """Give every place to one outline, the later one, as a label image does; and count the outlines that lost more than a hundredth.
+    """Clip overlapping outlines in favour of the later one, as a label image does, and count those that lost more than 1 %.
 
     Without this a prediction that outlines a nucleus twice would count its area twice. An outline that lies wholly beneath later ones becomes
     empty and stays in the list: it is one too many, and counts as such.

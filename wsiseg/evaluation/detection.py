@@ -1,4 +1,4 @@
-"""Cells and their types as points: who is found, and as what.
+"""Cells as points: matching by distance, and the counts of types.
 
 A cell of the prediction and one of the truth are the same when their centroids lie within a radius, 3 um by default [1]_, one to one, nearest
 pairs first. Types play no part in that.
@@ -28,7 +28,7 @@ RADIUS_UM = 3.0  #: convention of the field [1]_
 
 @dataclass(frozen=True)
 class Detection:
-    """Who was found as what; the empty name stands for no type. `pool_detections` adds several images.
+    """Counts of matched and unmatched cells by type; the empty name means no type. `pool_detections` adds several images.
 
     Attributes
     ----------
@@ -131,7 +131,7 @@ def detect(
 
 
 def pool_detections(parts: Iterable[Detection]) -> Detection:
-    """Several images taken as one."""
+    """Pool several images into one."""
     pairs: Counter[tuple[str, str]] = Counter()
     missed: Counter[str] = Counter()
     spurious: Counter[str] = Counter()

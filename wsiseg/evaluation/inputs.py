@@ -1,4 +1,4 @@
-"""What can be compared: label images, outlines and points, read from the files that people have.
+"""Inputs of a comparison: label images, outlines and points, and the files they are read from.
 
     .png .tif .tiff .npy               label image: integer ids, 0 = background
     .geojson .json .gz .zip            outlines: QuPath objects, their classification is the type
@@ -90,7 +90,7 @@ class Outlines:
     origin
         (x, y) of those bounds in absolute level-0 px, when the file says.
     notes
-        Sentences about what was passed over or repaired.
+        Warnings about what was skipped or repaired.
     """
 
     polygons: NDArray[np.object_]
@@ -135,7 +135,7 @@ def read_side(path: Path, names: Mapping[str, str]) -> Side:
     suffix = suffix_of(path)
     if suffix is None or kind_of(path, FormatError) != "file":
         raise FormatError(
-            f"{path}: {path.suffix or 'a name without suffix'} is no kind of file that can be compared; {KINDS}"
+            f"{path}: {path.suffix or 'a name without suffix'} is not a kind of file that can be compared; {KINDS}"
         )
     if suffix in IMAGES:
         notes: list[str] = []
@@ -146,7 +146,7 @@ def read_side(path: Path, names: Mapping[str, str]) -> Side:
 
 
 def suffix_of(path: Path) -> str | None:
-    """The suffix that decides how a file is read; ``None``: it is of no kind that can be compared."""
+    """Suffix that decides how a file is read; ``None``: not a supported kind of file."""
     return next((s for s in SUFFIXES if path.name.lower().endswith(s)), None)
 
 
@@ -182,7 +182,7 @@ def files_in(folder: Path) -> dict[str, Path]:
 
 
 def run_file(folder: Path) -> Path | None:
-    """The cells of a folder that `wsiseg run` wrote; ``None`` if it is no such folder."""
+    """Cells of a run folder; ``None`` if the folder is not one."""
     if kind_of(folder, FormatError) != "folder":
         return None
     return next((folder / name for name in RUN_FILES if kind_of(folder / name, FormatError) == "file"), None)
@@ -196,25 +196,25 @@ def read_label(path: Path, notes: list[str]) -> NDArray[np.integer]:
     path
         PNG, TIFF or NumPy's ``.npy``.
     notes
-        Gets a sentence where the decoder read the file, but had doubts.
+        Receives a warning where the decoder read the file with doubts.
 
     Raises
     ------
     FormatError
-        It cannot be read, has colours, or its values are no integers.
+        It cannot be read, has colours, or its values are not integers.
     """
     if suffix_of(path) not in IMAGES:
         raise FormatError(f"{path}: not a label image; allowed are .png, .tif, .tiff and .npy")
     try:
         require_regular(path)
-        with _Overheard() as overheard:
+        with _DecoderLog() as decoder_log:
             pixels = _load(path)
     except UNREADABLE as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise FormatError(f"{path}: not a readable label image ({reason}); copy or export it again") from error
-    if overheard.said:
+    if decoder_log.messages:
         notes.append(
-            f"{path}: may be damaged, the decoder says: {' '.join(overheard.said[0].split())[:200]}; compare it with the original"
+            f"{path}: may be damaged, the decoder says: {' '.join(decoder_log.messages[0].split())[:200]}; compare it with the original"
         )
     if pixels.ndim > 2:
         pixels = np.squeeze(pixels)
@@ -241,17 +241,17 @@ def type_names(names: Mapping[str, str], values: list[Any]) -> NDArray[np.object
     return out if any(out) else None
 
 
-class _Overheard(logging.Handler):
-    """Keeps what the decoders log from stderr: one line of ours says it."""
+class _DecoderLog(logging.Handler):
+    """Context that collects what the decoders log, so that one warning replaces it."""
 
     loggers = tuple(logging.getLogger(name) for name in ("tifffile", "imagecodecs"))
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
-        self.said: list[str] = []
+        self.messages: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.said.append(record.getMessage())
+        self.messages.append(record.getMessage())
 
     def __enter__(self) -> Self:
         self.before = [(logger.level, logger.propagate) for logger in self.loggers]
@@ -391,7 +391,7 @@ def _read_geojson(path: Path, names: Mapping[str, str]) -> Outlines:
 def _cleaned(
     geometries: NDArray[np.object_], path: Path
 ) -> tuple[NDArray[np.object_], NDArray[np.bool_], tuple[str, ...]]:
-    """Valid polygons, which of the geometries they are, and what was done."""
+    """Valid polygons, their indices among the geometries, and notes on repairs."""
     area_like = np.isin(
         shapely.get_type_id(geometries), (shapely.GeometryType.POLYGON, shapely.GeometryType.MULTIPOLYGON)
     )
@@ -405,7 +405,7 @@ def _cleaned(
         )
     if len(xy) and np.abs(xy).max() > FARTHEST_PX:
         raise FormatError(
-            f"{path}: the coordinate {np.abs(xy).max():g} is farther than any slide reaches; px are needed; export the file again"
+            f"{path}: the coordinate {np.abs(xy).max():g} is larger than any slide; px are needed; export the file again"
         )
     broken = np.flatnonzero(area_like & ~shapely.is_valid(geometries))
     out = geometries.copy()

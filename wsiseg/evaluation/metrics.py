@@ -61,7 +61,7 @@ _EPSILON = 1e-9  #: a quotient of px counts that equals a threshold may come out
 
 @dataclass(frozen=True)
 class Quality:
-    """What PQ is made of. ``hits``: pairs of IoU > 0.5, one-to-one by themselves [2]_; ``iou``: the sum of their IoU."""
+    """Components of PQ. ``hits``: pairs of IoU > 0.5, one-to-one by themselves [2]_; ``iou``: the sum of their IoU."""
 
     truth: int
     prediction: int
@@ -99,7 +99,7 @@ class MetricSums:
     hits_msa, hits_f1
         Pairs at IoU >= each of `THRESHOLDS`, and >= each of ``thresholds``, one-to-one.
     thresholds
-        Of F1.
+        IoU thresholds of F1.
     """
 
     quality: Quality
@@ -131,7 +131,7 @@ def tally(o: Overlaps, thresholds: Sequence[float] = (0.5,)) -> MetricSums:
     Parameters
     ----------
     o
-        Of truth and prediction.
+        Overlaps of truth and prediction.
     thresholds
         IoU in (0, 1] at which F1 is wanted.
     """
@@ -147,7 +147,7 @@ def tally(o: Overlaps, thresholds: Sequence[float] = (0.5,)) -> MetricSums:
 
 
 def pool(tallies: Iterable[MetricSums]) -> MetricSums:
-    """The tally of several images taken as one; at least one."""
+    """Add up the sums of one or more images."""
     every = list(tallies)
     return MetricSums(
         pool_quality(t.quality for t in every),
@@ -162,7 +162,7 @@ def pool(tallies: Iterable[MetricSums]) -> MetricSums:
 
 
 def pool_quality(parts: Iterable[Quality]) -> Quality:
-    """The sum of qualities: of one class over images [6]_."""
+    """Add up qualities, as of one class over images [6]_."""
     rows = [dataclasses.astuple(q) for q in parts]
     return Quality(*map(sum, zip(*rows, strict=True))) if rows else Quality(0, 0, 0, 0.0)
 
@@ -170,14 +170,14 @@ def pool_quality(parts: Iterable[Quality]) -> Quality:
 def class_quality(
     o: Overlaps, truth_types: NDArray[np.object_], prediction_types: NDArray[np.object_]
 ) -> dict[str, Quality]:
-    """What PQ of each class is made of: only instances of that class on both sides count.
+    """Components of PQ of each class: only instances of that class on both sides count.
 
     Parameters
     ----------
     o
-        Of truth and prediction, all classes.
+        Overlaps of truth and prediction, all classes.
     truth_types, prediction_types
-        Names of shape (N,) and (M,); the empty name is no class.
+        Names of shape (N,) and (M,); the empty name is not a class.
     """
     good = (o.iou > 0.5) & (truth_types[o.truth] == prediction_types[o.prediction])
     of_hit, iou = truth_types[o.truth[good]], o.iou[good]

@@ -1,4 +1,4 @@
-"""The scores of images and what becomes of them: means, pooled values, scores of types."""
+"""Scores of images, and their means, pooled values and scores per type."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ImageScores:
-    """One image.
+    """Scores of one image.
 
     Attributes
     ----------
@@ -32,7 +32,7 @@ class ImageScores:
     detection
         ``None`` when microns per px are not known.
     points
-        Of a prediction of points on a truth of areas.
+        Hits of predicted points on true areas.
     """
 
     name: str
@@ -70,7 +70,7 @@ class Evaluation:
     images
         In order of name.
     values
-        Of each image, by metric; nan where a metric says nothing of the image.
+        Values of each image, by metric; nan where a metric is undefined for the image.
     means
         Mean over images and its interval, by metric; and ``bpq`` and ``mpq``.
     pooled
@@ -82,9 +82,9 @@ class Evaluation:
     retention
         Mean of the prediction over mean of the baseline, by metric; empty without a baseline.
     notes
-        Sentences about anything doubtful.
+        Warnings about anything doubtful.
     options
-        What was asked for, and versions.
+        Options of the comparison, and versions.
     """
 
     images: tuple[ImageScores, ...]
@@ -102,7 +102,7 @@ class Evaluation:
         return f"Evaluation({counted(len(self.images), 'image')}, pooled: {', '.join(scores)})"
 
     def as_dict(self) -> dict[str, object]:
-        """For JSON."""
+        """Scores as a dict for JSON."""
         return {
             "images": [
                 {"name": i.name, "truth": i.counts[0], "prediction": i.counts[1], **v}
@@ -119,7 +119,7 @@ class Evaluation:
 
 
 def has_types(images: Sequence[ImageScores]) -> bool:
-    """Whether any truth and any prediction has types."""
+    """Tell whether any truth and any prediction has types."""
     pooled = pool_detections(i.detection for i in images if i.detection is not None)
     predicted = {p for _, p in pooled.pairs} | set(pooled.spurious)
     return bool(pooled.classes) and bool(predicted - {""})

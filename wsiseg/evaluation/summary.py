@@ -1,4 +1,4 @@
-"""From scores of images to one number: mean, interval, retention."""
+"""Summaries of the scores of images: mean, interval, retention."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def mean_interval(values: Sequence[float]) -> Interval:
     Parameters
     ----------
     values
-        One per image; nan where the metric says nothing of an image, which is then left out.
+        One per image; nan where the metric is undefined for the image, which is then left out.
 
     References
     ----------
@@ -74,7 +74,7 @@ def retention(values: Sequence[dict[str, float]], baseline: Sequence[dict[str, f
     Parameters
     ----------
     values, baseline
-        Scores by metric, image by image, of the same images. An image that one of the two says nothing of is left out of both means.
+        Scores by metric, image by image, of the same images. An image for which either is undefined is left out of both means.
 
     Returns
     -------

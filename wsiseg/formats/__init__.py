@@ -1,4 +1,4 @@
-"""Everything that reads or writes wsiseg's files. Nothing heavy is imported until a format is used.
+"""Readers and writers of wsiseg's files. Nothing heavy is imported until a format is used.
 
 ``FORMATS`` maps the name given to ``--format`` to its writer; every writer has the signature of
 :func:`wsiseg.formats.geoparquet.write_geoparquet`. ``FILE_NAMES`` is what the writer is asked to write in the output folder.

@@ -1,4 +1,4 @@
-"""bank.safetensors: what the clicks of one slide were, to type the cells of other slides with (``--bank``).
+"""bank.safetensors: the clicks of one slide, for typing the cells of other slides (``--bank``).
 
     tensors    clicked.<t>, negative.<t>   float32 (n, D)   descriptors of the cells clicked as type t, and as not of it
                clicks.<t>, negative_clicks.<t>   float64 (n, 2)   where, level-0 px of the slide that was clicked on
@@ -64,7 +64,7 @@ def write_bank(path: Path, bank: Bank, slide: str, weights: str) -> None:
 
 
 def restore_bank(path: Path) -> Bank:
-    """The bank of a run for the same run, but for its cells: its clicks are on this slide, unless it was a foreign one then.
+    """Restore the bank of a run without its cells: its clicks are on this slide, unless it came from another slide.
 
     Raises
     ------
@@ -80,12 +80,12 @@ def restore_bank(path: Path) -> Bank:
             known = "negative_clicks.0" in file.keys()  # noqa: SIM118 - not a mapping
             against = tuple(file.get_tensor(f"negative_clicks.{t}") for t in range(len(bank.names) * known))
     except (OSError, SafetensorError) as error:
-        raise FormatError(f"{path}: no places of clicks in it; delete it and run the slide's command again") from error
+        raise FormatError(f"{path}: holds no click positions; delete it and run the slide's command again") from error
     return replace(bank, clicks=clicks, negative_clicks=against, from_other_slide=False)
 
 
 def read_bank(path: Path) -> tuple[Bank, dict[str, Any]]:
-    """What :func:`write_bank` wrote.
+    """Read a file of :func:`write_bank`.
 
     Parameters
     ----------
@@ -95,7 +95,7 @@ def read_bank(path: Path) -> tuple[Bank, dict[str, Any]]:
     Returns
     -------
     tuple of (Bank, dict)
-        The bank is ``from_other_slide``: its clicks are no places on the slide at hand. The note has ``slide`` and ``weights``.
+        The bank is ``from_other_slide``: its clicks are not positions on this slide. The note has ``slide`` and ``weights``.
 
     Raises
     ------

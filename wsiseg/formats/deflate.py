@@ -1,4 +1,4 @@
-"""DEFLATE in pieces that are compressed side by side: one member of a gzip file, or the entries of a zip.
+"""Parallel DEFLATE in pieces: one member of a gzip file, or the entries of a zip.
 
 Every piece of ``PIECE`` bytes is compressed on its own and ends on a byte (Z_SYNC_FLUSH); an empty last block ends the stream. That is what
 ``pigz --independent`` writes, and to a reader it is one stream. The bytes depend on the text and the level alone: not on the threads, nor on
@@ -35,7 +35,7 @@ def write_gzip(file: BinaryIO, texts: Iterable[bytes], level: int) -> None:
     texts
         The content, in portions of any size.
     level
-        Of zlib, 1 to 9.
+        zlib's compression level, 1 to 9.
     """
     stream = _Deflate(level)
     file.write(GZIP_HEADER)

@@ -64,7 +64,7 @@ def write_geojson(path: Path, cells: CellSource, typing: Typing, info: SlideInfo
         Level-0 px, read once and never all at a time; cells of equal prompts are neighbours. A polygon that vanishes on the 0.25-px grid is
         left out, and logged; of one that falls apart the largest part stays.
     typing
-        Of the same cells.
+        Types of the same cells.
     info
         Gives microns per pixel, and the bounds that the coordinates are made relative to.
     provenance
@@ -133,7 +133,7 @@ def _write_zip(partial: Path, stem: str, text: _FeatureText) -> int:
 
 
 class _Batch(NamedTuple):
-    """Some rows as lines, fewer where a cell vanished; ``text`` begins with the comma after the line before."""
+    """Rows as lines of text, fewer where a cell vanished; ``text`` begins with the comma after the line before."""
 
     rows: int
     lines: int
@@ -187,7 +187,7 @@ class _FeatureText:
         typed = self.typed[codes]
         areas = np.nan_to_num(
             np.round(shapely.area(cells.polygons) * self.um2_per_px, 3)
-        )  # a number in any case: the comma stands after it
+        )  # a number in any case: the comma follows it
         columns: list[bytes | list[bytes]] = [
             b',\n{"type":"Feature","id":"',
             ids,
@@ -209,7 +209,7 @@ class _FeatureText:
 
 
 def _interleaved(columns: list[bytes | list[bytes]], lines: int) -> bytes:
-    """Line after line; a column is a list, or the same in every line."""
+    """Interleave columns line by line; a column is a list, or one text for every line."""
     pieces = [b""] * (lines * len(columns))
     for k, column in enumerate(columns):
         pieces[k :: len(columns)] = [column] * lines if isinstance(column, bytes) else column

@@ -1,6 +1,6 @@
 """Geometry of GeoJSON: the one place that turns ``{"type": ..., "coordinates": ...}`` into points and polygons.
 
-What cannot be meant is refused in a sentence; what can only be meant in one way is read: unclosed rings are closed, and :func:`repaired` makes valid
+Ambiguous input is refused with a message; unambiguous input is read: unclosed rings are closed, and :func:`repaired` makes valid
 what touches or crosses itself. Specification: https://datatracker.ietf.org/doc/html/rfc7946
 """
 
@@ -34,7 +34,7 @@ def read_points(geometry: object, place: str, error: type[WsisegError]) -> list[
     geometry
         ``geometry`` of a Feature; collections are searched, ``null`` and what has no points are empty.
     place, error
-        Where the Feature is, and the class to raise when the geometry is malformed.
+        Place of the Feature for messages, and the class to raise when the geometry is malformed.
 
     Returns
     -------
@@ -58,7 +58,7 @@ def read_polygons(geometry: object, place: str, error: type[WsisegError]) -> tup
     geometry
         ``geometry`` of a Feature; collections are searched (QuPath 0.4 and 0.5 write them), ``null`` and what has no area are empty.
     place, error
-        Where the Feature is, and the class to raise when the geometry is malformed.
+        Place of the Feature for messages, and the class to raise when the geometry is malformed.
 
     Returns
     -------
@@ -139,14 +139,14 @@ def _position(value: object, place: str, error: type[WsisegError]) -> tuple[floa
 
 
 def finite(value: object, place: str, error: type[WsisegError]) -> float:
-    """A coordinate as a number that can be a place on a slide, or a sentence."""
+    """Check that a coordinate is a finite number that fits on a slide."""
     if not isinstance(value, int | float) or isinstance(value, bool):
         raise error(
             f"{place}: {show(value)} is not a number; coordinates are finite numbers, in level-0 px, without quotes"
         )
     if not -FARTHEST_PX <= value <= FARTHEST_PX:
         why = (
-            "is farther than any slide reaches" if abs(value) < float("inf") else "is not finite"
+            "is larger than any slide" if abs(value) < float("inf") else "is not finite"
         )  # (NaN is not below infinity)
         raise error(
             f"{place}: {value if isinstance(value, float) else show(value)} {why}; coordinates are finite numbers, in level-0 px"
@@ -173,7 +173,7 @@ def _ring(ring: object, place: str, error: type[WsisegError]) -> tuple[NDArray[n
         raise error(f"{place}: null, text or a non-finite number among the coordinates; {AGAIN}")
     if np.abs(xy).max() > FARTHEST_PX:
         raise error(
-            f"{place}: the coordinate {np.abs(xy).max():g} is farther than any slide reaches; coordinates are level-0 px; {AGAIN}"
+            f"{place}: the coordinate {np.abs(xy).max():g} is larger than any slide; coordinates are level-0 px; {AGAIN}"
         )
     if len(xy) < 3:
         raise error(f"{place}: a ring has {len(xy)} positions; 3 at least are needed; draw it again")

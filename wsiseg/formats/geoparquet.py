@@ -73,7 +73,7 @@ def write_geoparquet(path: Path, cells: CellSource, typing: Typing, info: SlideI
         Level-0 px, already in the order of the file (sorted in space, so that row groups are compact, and cells of equal prompts neighbours);
         N = 0 is valid. Read once and never all at a time.
     typing
-        Of the same cells.
+        Types of the same cells.
     info
         Gives microns per pixel and the bounds.
     provenance
@@ -104,7 +104,7 @@ def write_geoparquet(path: Path, cells: CellSource, typing: Typing, info: SlideI
 
 
 def _writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
-    """With the statistics by which readers skip row groups; those of ids, outlines and descriptors help nobody and take time."""
+    """Writer with statistics only for the columns by which readers skip row groups."""
     leaves = [name for name in schema.names if name not in ("id", "bbox", "geometry", "descriptor")] + [
         f"bbox.{corner}" for corner in CORNERS
     ]
@@ -121,7 +121,7 @@ def _numbered(cells: CellSource) -> Iterator[tuple[int, Cells]]:
 
 
 def read_geoparquet(path: Path) -> tuple[Cells, Typing, dict[str, object]]:
-    """What :func:`write_geoparquet` wrote.
+    """Read a file of :func:`write_geoparquet`.
 
     Parameters
     ----------
@@ -234,7 +234,7 @@ class CellTable:
             return Cells(polygons_from_wkb(geometry), points, scores, descriptors_from(table, self.descriptor_size))
 
     def typing(self) -> Typing:
-        """The verdicts in the file."""
+        """Types stored in the file."""
         with as_format_error(self.path):
             names = tuple(str(kind["name"]) for kind in self.note["types"])
             colors = tuple((int(r), int(g), int(b)) for r, g, b in (kind["color"] for kind in self.note["types"]))
@@ -305,13 +305,13 @@ def _with_new_name(schema: pa.Schema) -> pa.Schema:
 
 
 def _row_groups(path: Path, columns: list[str]) -> Iterator[pa.Table]:
-    """Some columns of a file, one row group after the other; the next is read ahead."""
+    """Yield the row groups of some columns of a file; the next is read ahead."""
     with as_format_error(path), pq.ParquetFile(path) as file:
         yield from prefetch_map(lambda group: file.read_row_group(group, columns=columns), range(file.num_row_groups))
 
 
 def _cut(tables: Iterable[pa.Table], rows: int) -> Iterator[pa.Table]:
-    """The same rows, ``rows`` at a time, the last ones fewer."""
+    """Rechunk tables to ``rows`` rows each, fewer in the last."""
     held: list[pa.Table] = []
     for table in tables:
         held.append(table)
@@ -326,7 +326,7 @@ def _cut(tables: Iterable[pa.Table], rows: int) -> Iterator[pa.Table]:
 
 @contextmanager
 def as_format_error(path: Path) -> Iterator[None]:
-    """Errors in the file, in one line."""
+    """Turn errors in the file into one-line errors."""
     try:
         yield
     except KeyError as error:
@@ -341,7 +341,7 @@ def as_format_error(path: Path) -> Iterator[None]:
 
 
 def write_retyped(path: Path, source: CellTable, typing: Typing, provenance: Provenance) -> None:
-    """The same cells in the same order with other types, atomically.
+    """Write the same cells in the same order with other types, atomically.
 
     Parameters
     ----------
@@ -350,7 +350,7 @@ def write_retyped(path: Path, source: CellTable, typing: Typing, provenance: Pro
     source
         The cells; their other columns are copied as they are, one row group after the other.
     typing
-        Of the same cells.
+        Types of the same cells.
     provenance
         Version, hash and details of the new types.
     """

@@ -32,7 +32,7 @@ class CellIds:
     Parameters
     ----------
     slide_key
-        What distinguishes the slide; the writers pass ``provenance.slide``.
+        Identity of the slide; the writers pass ``provenance.slide``.
     """
 
     def __init__(self, slide_key: str) -> None:
@@ -54,7 +54,7 @@ def cell_ids(slide_key: str, cells: Cells) -> list[str]:
     Parameters
     ----------
     slide_key
-        What distinguishes the slide; the writers pass ``provenance.slide``.
+        Identity of the slide; the writers pass ``provenance.slide``.
     cells
         Level-0 px, all of them. Twins (equal prompt and equal polygon bounds) are told apart by their order.
 
@@ -75,7 +75,7 @@ def _names(cells: Cells) -> list[bytes]:
 
 
 def _numbered(names: list[bytes]) -> list[bytes]:
-    """The names, with its number at every one that has been there before."""
+    """Number the names that occurred before."""
     if len(set(names)) == len(names):
         return names
     seen: dict[bytes, int] = {}
@@ -88,7 +88,7 @@ def _numbered(names: list[bytes]) -> list[bytes]:
 
 
 def _run_at_end(names: list[bytes]) -> list[bytes]:
-    """The last names, as far as they have one prompt."""
+    """Trailing names that share one prompt."""
     start = len(names)
     while start and names[start - 1][:_PROMPT_BYTES] == names[-1][:_PROMPT_BYTES]:
         start -= 1
@@ -96,7 +96,7 @@ def _run_at_end(names: list[bytes]) -> list[bytes]:
 
 
 def _uuid_texts(digests: bytes) -> NDArray[np.bytes_]:
-    """What uuid.uuid5 makes of SHA-1 digests, all at once in a fifth of its time."""
+    """Format SHA-1 digests as version-5 UUIDs, all at once in a fifth of the time of uuid.uuid5."""
     numbers = np.frombuffer(digests, np.uint8).reshape(-1, 20)[:, :16].copy()
     numbers[:, 6] = numbers[:, 6] & 0x0F | 0x50
     numbers[:, 8] = numbers[:, 8] & 0x3F | 0x80

@@ -1,4 +1,4 @@
-"""JSON that people bring: plain, gzip (also multi-member) or a zip of documents, recognised by content."""
+"""JSON documents of users: plain, gzip (also multi-member) or a zip of documents, recognised by content."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def read_texts(path: Path, error: type[WsisegError], *, utf8_only: bool = False)
     Yields
     ------
     tuple of (str, str)
-        Where the document is (``seeds.zip: points.geojson``), and its text.
+        Place of the document (``seeds.zip: points.geojson``), and its text.
     """
     content = read_content(path, error)
     if content[:2] == b"\x1f\x8b":
@@ -68,7 +68,7 @@ def iter_features(document: object, place: str, error: type[WsisegError]) -> Ite
     document
         FeatureCollection, array of Features, single Feature, or a bare geometry (given as a Feature without properties).
     place, error
-        Where the document is, and the class to raise when it is none of these, or a member has the wrong type.
+        Place of the document, and the class to raise when it is none of these, or a member has the wrong type.
 
     Yields
     ------
@@ -109,7 +109,7 @@ def class_name(value: object, place: str, error: type[WsisegError]) -> str:
     Raises
     ------
     WsisegError
-        Of the class ``error``: it is not a classification.
+        An ``error``: the value is not a classification.
     """
     parts: list[str] = []
     while isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""Part files: the cells of one block of tiles, as they come from the device. Private to a run; ``cells.parquet`` is for everybody.
+"""Part files: the outlines of one block of tiles before stitching. Private to a run; ``cells.parquet`` is the public file.
 
     Parquet, zstd, one row per cell, page checksums
       geometry    binary      WKB polygon, level-0 px
@@ -44,7 +44,7 @@ class Part:
     Attributes
     ----------
     name
-        What to call it in errors.
+        Name of the part in errors.
     table, note
         As in the file.
     """
@@ -60,17 +60,17 @@ class Part:
 
     @property
     def nbytes(self) -> int:
-        """Of the columns."""
+        """Size of the columns."""
         return int(self.table.nbytes)
 
     @property
     def counts(self) -> dict[str, int]:
-        """Of the block."""
+        """Counts of the block."""
         return {str(name): int(count) for name, count in self.note["counts"].items()}
 
     @property
     def failures(self) -> list[str]:
-        """A sentence per tile of the block that could not be read."""
+        """A message per tile of the block that could not be read."""
         return [str(failure) for failure in self.note.get("failures", [])]
 
     @property
@@ -80,7 +80,7 @@ class Part:
 
     @property
     def scores(self) -> NDArray[np.float32]:
-        """(N,)."""
+        """Scores (N,)."""
         scores: NDArray[np.float32] = self.table["score"].to_numpy().astype(np.float32)
         return scores
 
@@ -103,7 +103,7 @@ class Part:
         return descriptors_from(self.table, int(self.note["descriptor_size"]))[rows]
 
     def cells(self) -> Cells:
-        """All of it."""
+        """All cells of the part."""
         return Cells(
             self.polygons(),
             self.points_xy,
@@ -122,13 +122,13 @@ def write_part(
     path
         ``parts/<block name>.parquet``.
     cells
-        Of one block, level-0 px; N = 0 is valid.
+        Cells of one block, level-0 px; N = 0 is valid.
     config_hash
-        Of everything that decides the cells; :func:`part_is_current` compares it.
+        Hash of everything that decides the cells; :func:`part_is_current` compares it.
     counts
         Tiles, tiles that could not be read, prompts, masks larger than the window, outlines: summed into the manifest.
     failures
-        A sentence per tile that could not be read.
+        A message per tile that could not be read.
     """
     note = {
         "format": FORMAT,
@@ -157,7 +157,7 @@ def _table(cells: Cells) -> pa.Table:
 
 
 def open_part(path: Path, columns: tuple[str, ...] | None = None) -> Part:
-    """A part, read but not decoded.
+    """Open a part without decoding its polygons.
 
     Parameters
     ----------
@@ -192,7 +192,7 @@ def open_part(path: Path, columns: tuple[str, ...] | None = None) -> Part:
 
 
 def read_part(path: Path) -> tuple[Cells, dict[str, int]]:
-    """The cells of a part and its counts, exactly as written.
+    """Read the cells of a part and its counts, exactly as written.
 
     Raises
     ------
@@ -208,7 +208,7 @@ def _unreadable(name: str, error: Exception) -> FormatError:
 
 
 def part_is_current(path: Path, config_hash: str) -> bool:
-    """Whether the part is there, complete, and made with this configuration.
+    """Tell whether the part exists, is complete, and was made with this configuration.
 
     Parameters
     ----------

@@ -31,12 +31,12 @@ def read_regions(path: Path, info: SlideInfo) -> tuple[shapely.MultiPolygon | sh
     path
         GeoJSON, plain, .gz or .zip: FeatureCollection, array, Feature, or a bare geometry.
     info
-        Of the slide: its bounds are added to the coordinates, its size limits them.
+        The slide: its bounds are added to the coordinates, its size limits them.
 
     Returns
     -------
     tuple of (shapely.MultiPolygon or shapely.Polygon, list of str)
-        The union of all polygons in absolute level-0 px, cut at the edge of the slide; valid, with an area. And warnings, one sentence each:
+        The union of all polygons in absolute level-0 px, cut at the edge of the slide; valid, with an area. And warnings, one message each:
         what was repaired, closed or left out.
 
     Raises

@@ -1,4 +1,4 @@
-"""What every file of clicks keeps to, seeds.json and QuPath's points alike: names, numbers, colours, and no click that contradicts another."""
+"""Rules of every file of clicks, seeds.json and QuPath's points alike: names, numbers, colours, no contradicting clicks."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class QuPathSeeds(Seeds):
 
 
 def default_colors(stated: Iterable[Color | None]) -> list[Color]:
-    """The colours of types in their order: as stated, else the next of ``PALETTE`` that nobody states (from the 9th on, repeated)."""
+    """Colours of the types in order: as stated, else the next unused one of ``PALETTE`` (repeated from the 9th on)."""
     stated = list(stated)
     free = [color for color in PALETTE if color not in stated] or list(PALETTE)
     missing = iter([free[k % len(free)] for k in range(stated.count(None))])
@@ -53,7 +53,7 @@ def check_names(names: list[str], places: list[str]) -> None:
         if not name.strip():
             raise SeedsError(f"{where}: the name is blank; write the name of a cell type")
         if name != name.strip():
-            raise SeedsError(f"{where}: {show(name)} has blanks at its ends; remove them")
+            raise SeedsError(f"{where}: {show(name)} has leading or trailing blanks; remove them")
         if ":" in name:
             raise SeedsError(
                 f"{where}: {show(name)} has a ':', where QuPath splits class names; use a plain name without ':'"
@@ -67,7 +67,7 @@ def check_names(names: list[str], places: list[str]) -> None:
             raise SeedsError(f"{where}: {show(name)} is reserved for cells without a type; choose another name")
         if key in first:
             raise SeedsError(
-                f"{where}: {show(name)} is there twice (as {show(first[key])}, case does not count); join or rename one"
+                f"{where}: {show(name)} appears twice (as {show(first[key])}, case does not count); join or rename one"
             )
         first[key] = name
 
@@ -87,22 +87,22 @@ def check_clicks(kinds: tuple[SeedType, ...], places: list[str]) -> None:
             if point in kind.points:
                 click = f"({point[0]:g}, {point[1]:g})"
                 raise SeedsError(
-                    f"{place}.negative[{index}]: the click {click} is for and against {kind.name!r}; remove one of the two"
+                    f"{place}.negative[{index}]: the click {click} is both for and against {kind.name!r}; remove one of the two"
                 )
 
 
 def coordinate(value: object, place: str) -> float:
-    """A coordinate of a click, or a sentence."""
+    """Check a coordinate of a click."""
     return finite(value, place, SeedsError)
 
 
 def is_number(value: object) -> bool:
-    """Whether a JSON value is a number; ``true`` is none."""
+    """Tell whether a JSON value is a number; ``true`` is not."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def short(point: Point) -> list[float]:
-    """A click for JSON: whole numbers without ``.0``."""
+    """Format a click for JSON: whole numbers without ``.0``."""
     return [int(number) if float(number).is_integer() else float(number) for number in point]
 
 

@@ -115,9 +115,7 @@ def _read(path: Path) -> tuple[Seeds, bool]:
             clicks.add_document(document, place)
             continue
         if number:
-            raise SeedsError(
-                f"{place}: a second seeds document; one seeds.json, or QuPath exports only, are allowed in a zip"
-            )
+            raise SeedsError(f"{place}: a second seeds document; a zip may hold one seeds.json, or only QuPath exports")
         return _parse(parse_json(text, place, SeedsError, unique_keys=True), place, str(path)), False
     return clicks.seeds(), True
 
@@ -130,12 +128,12 @@ def check_seeds(seeds: Seeds, info: SlideInfo) -> tuple[Seeds, list[str]]:
     seeds
         From :func:`read_seeds`; not modified.
     info
-        Of the slide.
+        The slide.
 
     Returns
     -------
     tuple of (Seeds, list of str)
-        In absolute level-0 px, without repeated clicks; and warnings, one sentence each.
+        In absolute level-0 px, without repeated clicks; and warnings, one message each.
 
     Raises
     ------
@@ -209,7 +207,7 @@ def convert_seeds(
     target
         ``.json`` for QuPath's points, ``.geojson`` or ``.geojson.gz`` for a seeds.json.
     info
-        Of the slide: the clicks are checked against it, and come out absolute in a seeds.json, relative to its OpenSlide bounds for
+        The slide: the clicks are checked against it, and come out absolute in a seeds.json, relative to its OpenSlide bounds for
         QuPath. Without it coordinates are written as they are, and a seeds.json of QuPath's points says ``"frame": "qupath"``.
     overwrite
         Replace ``target``.
@@ -217,7 +215,7 @@ def convert_seeds(
     Returns
     -------
     tuple of (Seeds, list of str)
-        What was written; and warnings, one sentence each.
+        The seeds as written, and warnings, one message each.
 
     Raises
     ------
@@ -229,8 +227,8 @@ def convert_seeds(
     require_free(target, SeedsError, overwrite=overwrite)
     seeds, from_qupath = _read(source)
     with readable(target, SeedsError):
-        itself = target.exists() and target.samefile(source)
-    if itself:
+        same_file = target.exists() and target.samefile(source)
+    if same_file:
         raise SeedsError(
             f"{target}: this is also the file that is read; the clicks would be lost if writing failed; give the new file another name"
         )
@@ -254,7 +252,7 @@ def convert_seeds(
             )
     elif not from_qupath and not isinstance(seeds, QuPathSeeds):
         warnings.append(
-            f"{target}: written without a look at the slide; if it has bounds (MRXS and some others), QuPath needs --slide here"
+            f"{target}: written without checking the slide; if it has bounds (MRXS and some others), QuPath needs --slide here"
         )
     if from_qupath:
         write_seeds(target, seeds)

@@ -1,4 +1,4 @@
-"""Tables that people bring as text: comma, semicolon or tab, decimal point or comma, any case of names, as spreadsheets write them."""
+"""Text tables of users: comma, semicolon or tab, decimal point or comma, any case of names, as spreadsheets write them."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def read_table(
     Parameters
     ----------
     text, place
-        Of :func:`wsiseg.runtime.text.decode`, and the file.
+        A text from :func:`wsiseg.runtime.text.decode`, and the name of its file.
     error
         The class to raise when it is not such a table.
     known
@@ -73,7 +73,7 @@ def read_table(
     for name in known:
         if columns.count(name) > 1:
             raise error(
-                f"{place}: line {first_line + 1}: the column {name!r} is there {columns.count(name)} times; each once"
+                f"{place}: line {first_line + 1}: the column {name!r} appears {columns.count(name)} times; name each column once"
             )
     rows: list[tuple[int, dict[str, str]]] = []
     points = commas = False
@@ -112,12 +112,12 @@ def unknown_columns(columns: Iterable[str], known: tuple[str, ...]) -> str:
 
 
 def _head(text: str, known: tuple[str, ...]) -> tuple[int, str, list[str]]:
-    """Where the first line begins, the delimiter, and the names of the columns."""
+    """Start of the header line, the delimiter, and the names of the columns."""
     first = _FIRST.match(text)
-    start, said = (first.end(), first["delimiter"]) if first else (0, None)
+    start, stated = (first.end(), first["delimiter"]) if first else (0, None)
     line = text[start:].split("\n", 1)[0][:100_000]
     best: tuple[tuple[int, int], str, list[str]] = ((-1, -1), ",", [])
-    for delimiter in [said] if said in tuple(DELIMITERS) else DELIMITERS:
+    for delimiter in [stated] if stated in tuple(DELIMITERS) else DELIMITERS:
         try:
             cells = next(csv.reader([line], delimiter=delimiter, skipinitialspace=True), [])
         except csv.Error:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from wsiseg.errors import ConfigError, WeightsError
 from wsiseg.models.cards import ModelCard, file_hash, require_same
-from wsiseg.models.store import SAM_NETWORK, absence, card_of_file, find_card
+from wsiseg.models.store import SAM_NETWORK, card_of_file, explain_missing, find_card
 from wsiseg.runtime.paths import kind_of
 
 if TYPE_CHECKING:
@@ -63,13 +63,13 @@ def find_weights(model: str) -> tuple[ModelCard, Path]:
     card = find_card(model)
     if card is None:
         raise WeightsError(
-            f"--model {model}: {absence(model, 'no such model and no such file')}; see `wsiseg models list`"
+            f"--model {model}: {explain_missing(model, 'no such model and no such file')}; see `wsiseg models list`"
         )
     return card, card.weights
 
 
 def pick_device(device: str) -> torch.device:
-    """``auto`` -> the first GPU, else the CPU.
+    """Resolve a device name; ``auto`` is the first GPU, else the CPU.
 
     Raises
     ------
@@ -136,7 +136,7 @@ def load_model(model: str, device: str = "auto", precision: str = "auto") -> Pro
 
 
 def load_types(model: str) -> TypeSpace | None:
-    """How types lie in a model's descriptors; ``None`` when its weights do not say. A SAM checkpoint is not read for that."""
+    """Load the type space of a model; ``None`` when its weights have none. A SAM checkpoint is not read for that."""
     if find_weights(model)[0].network == SAM_NETWORK:
         return None
     return load_model(model, "cpu").types
@@ -167,7 +167,7 @@ def _fill(network: Any, tensors: dict[str, torch.Tensor], path: Path) -> None:  
     broken = [k for k, v in tensors.items() if v.is_floating_point() and not torch.isfinite(v).all()]
     if broken:
         raise WeightsError(
-            f"{path}: {len(broken)} tensors hold NaN or infinity (first: {min(broken)}); the file is damaged: get it again"
+            f"{path}: {len(broken)} tensors hold NaN or infinity (first: {min(broken)}); the file is damaged: download it again"
         )
     network.load_state_dict({k: v.to(wanted[k].dtype) for k, v in tensors.items()}, assign=True)
 

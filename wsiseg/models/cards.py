@@ -1,4 +1,4 @@
-"""Models as data: what a model is, where its weights lie, and what they are allowed for."""
+"""Model cards: what a model is, where its weights are, and their licence."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ModelCard:
-    """One model.
+    """Card of a model.
 
     Attributes
     ----------
@@ -27,9 +27,9 @@ class ModelCard:
     weights
         The safetensors file.
     sha256
-        Of that file, hexadecimal.
+        sha256 of that file, hexadecimal.
     licence, source
-        Of the weights.
+        Licence and source of the weights.
     mpp
         Microns per model px.
     normalise
@@ -72,7 +72,7 @@ def require_same(
     Raises
     ------
     WeightsError
-        How many are missing, unexpected or misshapen, and the first of each.
+        Tensors are missing, unexpected or misshapen; the message has their number and the first of each.
     """
     shapes = [k for k in wanted.keys() & found.keys() if tuple(wanted[k]) != tuple(found[k])]
     wrong = (

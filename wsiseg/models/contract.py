@@ -1,4 +1,4 @@
-"""What a model must offer: the one contract that every stage and every model shares."""
+"""Interface of a model, shared by every stage and every model."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ class PromptableModel(Protocol):
     descriptor_size
         Length of a cell's descriptor.
     types
-        How types lie in the descriptors; ``None`` when the weights do not say.
+        Type space of the descriptors; ``None`` when the weights have none.
     device
-        Where the weights are.
+        Device of the weights.
     """
 
     mpp: float

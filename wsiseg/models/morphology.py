@@ -1,4 +1,4 @@
-"""What can be measured of a nucleus without having learnt it: size, elongation and stain, inside its mask and just around it."""
+"""Hand-crafted features of a nucleus: size, elongation and stain, inside its mask and just around it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``nuclei-compact``: a small promptable network for nuclei in H&E, the model in the box.
+"""``nuclei-compact``: a small promptable network for nuclei in H&E, the bundled model.
 
 One pass over the tile gives a feature pyramid; every prompt after that costs a few small matrix products::
 
@@ -44,11 +44,11 @@ HEAD_WIDTH = 16
 LEARNED = 64  #: length of the descriptor's learned half
 MEASURED_SHARE = 0.3  #: weight of the measurements in the cosine of two descriptors; the learned half has the rest
 DESCRIPTOR_SIZE = LEARNED + MEASUREMENTS
-KINDS = (
+REFERENCE_CLASSES = (
     "lymphocyte",
     "tumour or epithelial",
     "stromal",
-)  #: kinds of cell whose place among the descriptors is part of the weights
+)  #: classes of cell whose distribution among the descriptors is part of the weights
 
 # The three generated 1x1 convolutions: (inputs + relative x, y) -> HEAD_WIDTH -> HEAD_WIDTH -> 1.
 _HEAD_SHAPES = ((HEAD_WIDTH, MASK_FEATURES + 2), (HEAD_WIDTH, HEAD_WIDTH), (1, HEAD_WIDTH))
@@ -154,20 +154,20 @@ class NucleiCompact(nn.Module):
         self.pixel_sd: Tensor
         self.register_buffer("pixel_mean", torch.tensor([0.70, 0.55, 0.70]).view(1, 3, 1, 1))
         self.register_buffer("pixel_sd", torch.tensor([0.20, 0.22, 0.17]).view(1, 3, 1, 1))
-        # How types lie in the descriptors; filled in after training (training/fit_types.py).
+        # Distribution of types in the descriptors (`TypeSpace`); filled in after training (training/fit_types.py).
         self.register_buffer("type_transform", torch.eye(DESCRIPTOR_SIZE))
-        self.register_buffer("type_kinds", torch.zeros(len(KINDS), DESCRIPTOR_SIZE))
+        self.register_buffer("type_kinds", torch.zeros(len(REFERENCE_CLASSES), DESCRIPTOR_SIZE))
         self.register_buffer("type_middle", torch.zeros(DESCRIPTOR_SIZE))
         for name in ("type_spread", "type_kind_spread", "type_shift"):
             self.register_buffer(name, torch.ones(DESCRIPTOR_SIZE))
 
     @classmethod
     def of(cls, card: ModelCard, tensors: dict[str, Tensor]) -> Self:  # noqa: ARG003
-        """The network for a weight file; there is one form of it."""
+        """Build the network for a weight file; there is one form of it."""
         return cls()
 
     def ready(self, device: torch.device, *, bf16: bool) -> Self:
-        """Make it ready for inference: batch norms folded into their convolutions, frozen, on ``device``."""
+        """Prepare for inference: batch norms folded into their convolutions, frozen, on ``device``."""
         self.eval().requires_grad_(requires_grad=False)
         for module in list(self.modules()):
             if isinstance(module, nn.Sequential):
@@ -180,16 +180,24 @@ class NucleiCompact(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
         return self.pixel_mean.device
 
     @property
     def types(self) -> TypeSpace:
-        """How types lie in the descriptors."""
+        """Type space of the descriptors."""
         part = {
             k.removeprefix("type_"): v.cpu().double().numpy() for k, v in self.named_buffers() if k.startswith("type_")
         }
-        return TypeSpace(part.pop("transform").astype(np.float32), **part, kind_names=KINDS)
+        return TypeSpace(
+            transform=part["transform"].astype(np.float32),
+            mean=part["middle"],
+            between_variance=part["spread"],
+            reference_classes=part["kinds"],
+            class_variance=part["kind_spread"],
+            slide_variance=part["shift"],
+            class_names=REFERENCE_CLASSES,
+        )
 
     def encode(self, images: Tensor) -> Embeddings:
         """Encode tiles.
@@ -237,7 +245,7 @@ class NucleiCompact(nn.Module):
         Parameters
         ----------
         embeddings
-            Of :meth:`encode`.
+            Result of :meth:`encode`.
         batch_index
             int64 of shape (N,): which of the B tiles each point lies in.
         points_xy
@@ -248,7 +256,7 @@ class NucleiCompact(nn.Module):
         multimask
             Give ``MASKS`` answers for every prompt instead of one: 3N masks, prompt by prompt. ``quality`` says which is best.
         full_tile
-            Of no effect: this network sees the window only.
+            Ignored: this network sees the window only.
 
         Returns
         -------
@@ -261,7 +269,7 @@ class NucleiCompact(nn.Module):
         at_point = _at_points(extra, batch_index, points_xy)
         hidden = self.controller[0](at_point)
         if extras is not None:
-            hidden = hidden + self._hint(extra, batch_index, points_xy, extras)
+            hidden = hidden + self._embed_extras(extra, batch_index, points_xy, extras)
         hidden = F.relu(hidden)
         parameters = self.controller[2](hidden)
         snap_px = SNAP_CELLS * MASK_STRIDE_PX
@@ -302,7 +310,9 @@ class NucleiCompact(nn.Module):
             points_xy=points_xy,
         )
 
-    def _hint(self, extra: dict[str, Tensor], batch_index: Tensor, points_xy: Tensor, extras: PromptExtras) -> Tensor:
+    def _embed_extras(
+        self, extra: dict[str, Tensor], batch_index: Tensor, points_xy: Tensor, extras: PromptExtras
+    ) -> Tensor:
         """Contribution of further points and boxes to the controller's hidden layer (N, 192): a sum over points, so their order does not matter."""
         n, k = extras.labels.shape
         relative = (extras.points_xy - points_xy[:, None]) / _DISTANCE_PX
@@ -313,16 +323,16 @@ class NucleiCompact(nn.Module):
         sign = torch.where(
             given, 2 * extras.labels[..., None] - 1, 0
         )  # the weights were trained with 1 inside and -1 outside
-        said = self.point_hint(torch.cat([at, relative, sign], 2)) * given
+        point_hints = self.point_hint(torch.cat([at, relative, sign], 2)) * given
         has_box = extras.boxes.isfinite().all(1, keepdim=True)
         box = torch.where(has_box, (extras.boxes - points_xy.repeat(1, 2)) / _DISTANCE_PX, 0)
-        hidden: Tensor = said.sum(1) + self.box_hint(box) * has_box
+        hidden: Tensor = point_hints.sum(1) + self.box_hint(box) * has_box
         return hidden
 
     def _inside(
         self, embeddings: Embeddings, batch_index: Tensor, origin: Tensor, features: Tensor, logits: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """What lies inside each mask: pooled F_l and mask features (N, 80), standardised measurements (N, 11), signs of quality (N, 8)."""
+        """Features inside each mask: pooled F_l and mask features (N, 80), standardised measurements (N, 11), signs of quality (N, 8)."""
         hard = (logits.detach() > 0).to(logits.dtype)
         area = hard.sum((1, 2)).clamp_min(1)
         coarse = F.avg_pool2d(hard[:, None], SNAP_CELLS)
@@ -347,7 +357,7 @@ class NucleiCompact(nn.Module):
 
 
 def _silent(inputs: int, hidden: int, *, bias: bool) -> nn.Sequential:
-    """Two layers into the controller's hidden one that say nothing until training gives them a meaning."""
+    """Two layers into the controller's hidden layer, initialised to contribute nothing."""
     last = nn.Linear(hidden, 192, bias=bias)
     nn.init.zeros_(last.weight)
     if bias:

@@ -102,7 +102,7 @@ _BY_HAND_MPP = 0.125
 
 @dataclass(frozen=True)
 class Listing:
-    """A model that is here, or could be."""
+    """A model that is available here or for download."""
 
     name: str
     architecture: str
@@ -112,7 +112,7 @@ class Listing:
 
 
 def models_folder() -> Path:
-    """Where the user's models lie: ``$WSISEG_MODELS``, or below the user's data folder."""
+    """Folder of the user's models: ``$WSISEG_MODELS``, or below the user's data folder."""
     chosen = os.environ.get("WSISEG_MODELS")
     return Path(chosen) if chosen else platformdirs.user_data_path("wsiseg") / "models"
 
@@ -182,12 +182,12 @@ def find_card(name: str, folder: Path | None = None) -> ModelCard | None:
 
 
 def card_of_file(path: Path) -> ModelCard:
-    """The card of a safetensors file that is given by its path; its sha256 is empty, for nobody stated one.
+    """The card of a safetensors file that is given by its path; its sha256 is empty, since none is stated.
 
     Parameters
     ----------
     path
-        A file of `import_model`, which says itself what it is; or weights of the package's network, which say nothing.
+        A file of `import_model`, which states what it is; or weights of the bundled network, which do not.
 
     Raises
     ------
@@ -232,7 +232,7 @@ def _stated(text: str, path: Path) -> tuple[float, str]:
         network, mpp, normalise = "", math.nan, ""
     if network != "sam" or not MPP_RANGE[0] <= mpp <= MPP_RANGE[1] or normalise not in NORMALISE:
         raise WeightsError(
-            f"{path}: its metadata (wsiseg: {' '.join(text.split())[:80]}) are not of this version; import the checkpoint again"
+            f"{path}: its metadata (wsiseg: {' '.join(text.split())[:80]}) belong to another version; import the checkpoint again"
         )
     return mpp, normalise
 
@@ -249,17 +249,17 @@ def known_card(name: str, folder: Path | None = None) -> ModelCard:
 
     card = MODELS.get(name) or find_card(name, folder)
     if card is None:
-        raise WeightsError(f"{name}: {absence(name, 'no such model here', folder)}; see `wsiseg models list`")
+        raise WeightsError(f"{name}: {explain_missing(name, 'no such model here', folder)}; see `wsiseg models list`")
     return card
 
 
-def absence(name: str, what: str, folder: Path | None = None) -> str:
-    """Why there is no model of this name, and how to get it or what was probably meant: for an error that begins with ``what``."""
+def explain_missing(name: str, what: str, folder: Path | None = None) -> str:
+    """Explain why a model is missing, and how to get it or what was probably meant: for an error that begins with ``what``."""
     from wsiseg.models import MODELS
 
     if name in DOWNLOADS or name in BY_HAND:
         how = "fetch it once with" if name in DOWNLOADS else "its authors' files are listed by"
-        return f"not here yet; {how} `wsiseg models download {name}`"
+        return f"not downloaded yet; {how} `wsiseg models download {name}`"
     here = [*MODELS, *stored_names(folder)]
     near = difflib.get_close_matches(name.lower(), [*here, *DOWNLOADS, *BY_HAND], n=1)
     return f"{what}; {f'did you mean {near[0]}? ' if near else ''}models here: {', '.join(here)}"
@@ -293,7 +293,7 @@ def verify_all(names: tuple[str, ...] = (), folder: Path | None = None) -> dict[
     names
         Which; all when empty.
     folder
-        Of the user's models.
+        Folder of the user's models.
 
     Returns
     -------
@@ -302,15 +302,15 @@ def verify_all(names: tuple[str, ...] = (), folder: Path | None = None) -> dict[
     """
     from wsiseg.models import MODELS
 
-    verdicts = {}
+    problems = {}
     for name in names or [*MODELS, *stored_names(folder)]:
         try:
             verify(known_card(name, folder))
         except WeightsError as error:
-            verdicts[name] = str(error)
+            problems[name] = str(error)
         else:
-            verdicts[name] = ""
-    return verdicts
+            problems[name] = ""
+    return problems
 
 
 def catalogue(folder: Path | None = None) -> list[Listing]:
@@ -363,20 +363,20 @@ def import_model(
     mpp
         Microns per px of the images that the model takes, as it was trained.
     licence, source
-        Of the weights; kept in the card.
+        Licence and source of the weights; kept in the card.
     normalise
         ``none`` or ``tile-minmax``: what the model expects to be done to a tile.
     overwrite
         Replace a model of this name.
     folder
-        Where to; the user's folder by default.
+        Folder to store into; the user's by default.
     on_note
         Called with each remark on what was left out of the checkpoint.
 
     Returns
     -------
     ModelCard
-        Of the model, ready for ``--model``.
+        Card of the model, ready for ``--model``.
 
     Raises
     ------
@@ -431,7 +431,7 @@ def import_model(
             architecture,
             bool(checkpoint.decoder),
         )
-        card_path.unlink(missing_ok=True)  # an old card never stands beside new weights
+        card_path.unlink(missing_ok=True)  # an old card must never be paired with new weights
     with _temporary(card_path) as partial:
         content = {key: getattr(card, key) for key in _CARD_KEYS} | {"weights": weights.name}
         partial.write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -448,9 +448,7 @@ def _require_free(name: str, folder: Path, *, overwrite: bool) -> None:
     if name in MODELS:
         raise ConfigError(f"name {name}: belongs to a model of the package; choose another")
     if kind_of(folder / f"{name}.json", WeightsError) != "nothing" and not overwrite:
-        raise WeightsError(
-            f"{name}: there is a model of this name already; it is replaced only on request; choose another name, or pass --overwrite"
-        )
+        raise WeightsError(f"{name}: a model of this name already exists; choose another name, or pass --overwrite")
 
 
 def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, Any]) -> None:
@@ -474,7 +472,7 @@ def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, Any]) -> N
 
 @contextmanager
 def _temporary(path: Path) -> Iterator[Path]:
-    """A name in the same folder that becomes ``path`` when the block ends well, so that ``path`` is whole or not there."""
+    """Temporary name that becomes ``path`` when the block succeeds, so that ``path`` is complete or absent."""
     partial = path.parent / f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.partial"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -513,14 +511,14 @@ def download(
 ) -> ModelCard:
     """Fetch a published checkpoint, check it, and import it.
 
-    What a broken download has left is kept, and the next one goes on from there.
+    A partial download is kept, and the next call resumes it.
 
     Parameters
     ----------
     name
         One of `DOWNLOADS`; the model is kept under it.
     folder
-        Where to; the user's folder by default.
+        Folder to store into; the user's by default.
     overwrite
         Replace a model of this name.
     on_progress
@@ -528,19 +526,19 @@ def download(
     on_note
         As in `import_model`.
     entry
-        What to fetch, in place of ``DOWNLOADS[name]``.
+        Download to use instead of ``DOWNLOADS[name]``.
 
     Returns
     -------
     ModelCard
-        Of the model, ready for ``--model``.
+        Card of the model, ready for ``--model``.
 
     Raises
     ------
     ConfigError
         The name is not allowed.
     WeightsError
-        There is no such download, it cannot be reached, or what came has another sha256; or as in `import_model`.
+        There is no such download, it cannot be reached, or its sha256 differs; or as in `import_model`.
     """
     folder = folder or models_folder()
     entry = entry or _entry(name)
@@ -552,7 +550,7 @@ def download(
         if file_hash(part) != entry.sha256:
             part.unlink()
             raise WeightsError(
-                f"{entry.address}: what came has another sha256 than is published, and was removed; run the command again"
+                f"{entry.address}: the download's sha256 differs from the published one, and the file was removed; run the command again"
             )
     except OSError as error:
         raise _unwritable(part, error) from error
@@ -581,12 +579,12 @@ def _entry(name: str) -> Download:
         )
     there = ", ".join(DOWNLOADS)
     raise WeightsError(
-        f"{name}: nothing to download under this name; there are {there}; get others by hand, then `wsiseg models import`"
+        f"{name}: no download of this name; available are {there}; get others by hand, then `wsiseg models import`"
     )
 
 
 def _fetch(address: str, part: Path, on_progress: Callable[[int, int], None] | None) -> None:
-    """Fetch what ``part`` does not have yet."""
+    """Fetch the bytes that ``part`` does not have yet."""
     done = part.stat().st_size if part.exists() else 0
     headers = {"User-Agent": "wsiseg"} | ({"Range": f"bytes={done}-"} if done else {})
     request = urllib.request.Request(address, headers=headers)  # noqa: S310 - addresses are ours, and https
@@ -607,13 +605,13 @@ def _fetch(address: str, part: Path, on_progress: Callable[[int, int], None] | N
         error.close()
         if error.code == 416:  # there is nothing after what we have: the sha256 decides
             return
-        raise WeightsError(f"{address}: the server answers {error.code} {error.reason}; {_BY_ANOTHER_WAY}") from error
+        raise WeightsError(f"{address}: the server answered {error.code} {error.reason}; {_BY_ANOTHER_WAY}") from error
     except (urllib.error.URLError, HTTPException, ConnectionError, TimeoutError, ssl.SSLError) as error:
         reason = " ".join(str(getattr(error, "reason", "") or error).split()) or type(error).__name__
         raise WeightsError(f"{address}: cannot be reached ({reason}); {_BY_ANOTHER_WAY}") from error
     if done < total:
         raise WeightsError(
-            f"{address}: the connection ended after {done} of {total} bytes; run the command again, it goes on from there"
+            f"{address}: the connection ended after {done} of {total} bytes; run the command again to resume"
         )
 
 

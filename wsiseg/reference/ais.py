@@ -43,7 +43,7 @@ class AisConfig:
     centre, boundary
         A marker's pixels have both smoothed distances below these.
     foreground_sigma, distance_sigma
-        Of the Gaussian for the foreground, and for the two distances; 0 leaves a map as it is.
+        Sigma of the Gaussian for the foreground, and for the two distances; 0 leaves a map as it is.
     min_size
         Smaller objects are dropped.
     """
@@ -64,7 +64,7 @@ def ais_labels(
     Parameters
     ----------
     f, c, b
-        Of shape (h, w), probabilities.
+        Maps of shape (h, w), probabilities.
     config
         The published parameters when absent.
 

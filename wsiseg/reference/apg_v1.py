@@ -20,7 +20,7 @@ Not stated: U1 a box grows by its own width and height, not by the image's; thes
 Compared with micro-sam 1.8.14 on the same masks and scores, at four settings: the same labels in every pixel.
 
 Kept as published: nothing is refused for a low score, and where masks compete the larger one wins, so that a mask of a whole cluster swallows
-its members unless their IoU with it exceeds ``nms``. On slides this is not used: masks are settled best score first. For one image without that
+its members unless their IoU with it exceeds ``nms``. On slides this is not used: overlaps are resolved best score first. For one image without that
 flaw see score_ordered_merge.py.
 
 References
@@ -117,7 +117,7 @@ def prompts_v1(
     Parameters
     ----------
     f, c, b
-        Of shape (h, w), probabilities; not smoothed.
+        Maps of shape (h, w), probabilities; not smoothed.
     foreground, centre, boundary
         Thresholds.
 
@@ -150,16 +150,16 @@ def prompts_v1(
 def stability_v1(
     logits: NDArray[np.floating], threshold: float = ApgV1.mask_threshold, offset: float = 1.0
 ) -> NDArray[np.float64]:
-    """How little a mask changes with its threshold.
+    """Stability of masks under a change of their threshold.
 
     Parameters
     ----------
     logits
-        Of shape (N, h, w).
+        Logits of shape (N, h, w).
     threshold
-        Of the mask.
+        Logit at which a mask is cut.
     offset
-        By how much it is moved up and down.
+        Offset by which it is raised and lowered.
 
     Returns
     -------
@@ -231,14 +231,14 @@ def filter_and_nms_v1(
     nms: float = ApgV1.nms,
     intersection_over_min: bool = ApgV1.intersection_over_min,
 ) -> NDArray[np.intp]:
-    """Masks that are large enough and not one that is there already (steps 6 and 7).
+    """Filter masks by area and suppress duplicates (steps 6 and 7).
 
     Parameters
     ----------
     masks
         bool of shape (N, h, w), or their cut-outs.
     iou_pred, stability
-        Of shape (N,); their product is the score.
+        Arrays of shape (N,); their product is the score.
     min_size
         Area that a mask must exceed, px.
     nms
@@ -261,7 +261,7 @@ def filter_and_nms_v1(
     while len(order):
         best, order = int(order[0]), order[1:]
         kept.append(best)
-        # Boxes and areas bound what two masks share, and the bound settles nearly all pairs.
+        # Boxes and areas bound what two masks share, and the bound decides nearly all pairs.
         sides = np.minimum(boxes[order, 2:], boxes[best, 2:]) - np.maximum(boxes[order, :2], boxes[best, :2])
         bound = np.minimum(np.maximum(sides, 0).prod(1), np.minimum(areas[order], areas[best]))
         near = np.flatnonzero(_overlap(bound, areas[order], areas[best], intersection_over_min) > nms)
@@ -330,12 +330,12 @@ def segment_v1(
     config: ApgV1 | None = None,
     decode_boxes: Decoder | None = None,
 ) -> NDArray[np.int32]:
-    """The whole method on one image. Full-size masks are held for one batch at a time.
+    """Run the whole method on one image. Full-size masks are held for one batch at a time.
 
     Parameters
     ----------
     f, c, b
-        Of shape (h, w), probabilities.
+        Maps of shape (h, w), probabilities.
     decode
         Takes points (n, 2) of :func:`prompts_v1`, n <= ``config.batch``; gives logits (n, h, w) and predicted IoU (n,), one mask per point.
     config

@@ -76,7 +76,7 @@ def chain_image(
     box = Box(0, 0, *(net.input_px or round_up(n, net.stride_px) for n in (width, height)))
     if max(width, height) > min(box.width, box.height) and net.input_px:
         raise ConfigError(
-            f"image: {width} x {height} px at the model's scale, more than its input of {net.input_px} px; cut the image"
+            f"image: {width} x {height} px at the model's scale, more than its input of {net.input_px} px; crop the image"
         )
     pixels = read_region(context.reader, box, lattice)
     embeddings = net.encode(torch.from_numpy(pixels).permute(2, 0, 1)[None].to(net.device))

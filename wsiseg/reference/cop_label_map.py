@@ -8,7 +8,7 @@ Guard:   a mask that lies on two or more accepted ones joins what is apart, and 
 NMS:     a mask whose IoU with an accepted one exceeds 0.5 is that one again, and is refused
 Paint:   an accepted mask takes the pixels where its score is higher than what is there
 
-On slides this is not used: outlines are settled as polygons, best score first, so that no tile's order matters (stitch.py).
+On slides this is not used: overlaps are resolved among polygons, best score first, so that the order of tiles does not matter (stitch.py).
 
 References
 ----------
@@ -49,7 +49,7 @@ class Canvas:
 
     @staticmethod
     def blank(height: int, width: int) -> Canvas:
-        """Nothing painted yet."""
+        """An empty canvas."""
         return Canvas(np.zeros((height, width), np.int32), np.full((height, width), -1, np.float32))
 
     def insert(self, mask: NDArray[np.bool_], score: float, x0: int, y0: int) -> bool:
@@ -62,12 +62,12 @@ class Canvas:
         score
             Predicted IoU.
         x0, y0
-            Of the window's outer corner on the canvas.
+            Outer corner of the window on the canvas.
 
         Returns
         -------
         bool
-            Whether it was accepted; its number is then ``len(areas)``.
+            True if it was accepted; its number is then ``len(areas)``.
         """
         height, width = self.labels.shape
         left, top = max(-x0, 0), max(-y0, 0)

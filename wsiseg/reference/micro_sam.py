@@ -1,7 +1,7 @@
-"""One image, as micro-sam does it: automatic prompts [1]_ and the seeded watershed, with its checkpoints, its preprocessing and its thresholds.
+"""micro-sam's automatic prompts [1]_ and seeded watershed on one image, with its checkpoints, preprocessing and thresholds.
 
 For comparison with the papers, and for checking a checkpoint against the program it comes from. Slides get
-:func:`wsiseg.runs.slide.segment_slide`, which reads at a stated scale, settles masks by score, and does not depend on where tiles lie.
+:func:`wsiseg.runs.slide.segment_slide`, which reads at a stated scale, resolves overlaps by score, and does not depend on tile positions.
 
 References
 ----------
@@ -42,7 +42,7 @@ def apg_image(
     image
         uint8 RGB of shape (H, W, 3); enlarged or reduced so that its longer side is the network's input.
     model
-        With an instance decoder. Its ``normalise`` says whether the image is stretched first; micro-sam does so (``tile-minmax``).
+        Model with an instance decoder. Its ``normalise`` says whether the image is stretched first; micro-sam does so (``tile-minmax``).
     config
         The published parameters when absent; sizes in pixels of the image.
     merge
@@ -104,7 +104,7 @@ def ais_image(image: NDArray[np.uint8], model: PromptableModel, config: AisConfi
 
 
 class _Seen:
-    """An encoded image, with micro-sam's way from its pixels to the network's input and back."""
+    """An encoded image, with micro-sam's transforms from its pixels to the network's input and back."""
 
     def __init__(self, image: NDArray[np.uint8], model: PromptableModel) -> None:
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:

@@ -17,7 +17,7 @@ Limits: L1 a cluster's mask that scores better than all its members comes first,
 are refused. L2 what a kept mask got need not be connected.
 Not stated: U1 a prompt counts as covered by the pixels it got, whether or not its point lies in the mask.
 
-On slides this is not used: outlines are settled as polygons, best score first, so that no tile's order matters (stitch.py).
+On slides this is not used: overlaps are resolved among polygons, best score first, so that the order of tiles does not matter (stitch.py).
 
 References
 ----------
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ScoreMerge:
-    """When a mask is refused. Sizes are in pixels of the image.
+    """Conditions for refusing a mask. Sizes are in pixels of the image.
 
     Attributes
     ----------
@@ -83,15 +83,15 @@ def merge_by_score(
     boxes
         Half-open, inside the image.
     scores
-        Of shape (N,): the best is visited first, of equal ones the lower index.
+        Shape (N,): the best is visited first, ties by the lower index.
     prompts
-        Of shape (N, 2), any frame: masks with the same prompt are of the same component.
+        Shape (N, 2), any frame: masks with the same prompt belong to the same component.
     shape
         Height and width of the image.
     config
         Defaults when absent.
     iou_pred
-        Of shape (N,), for ``score_threshold``; ``scores`` when absent.
+        Shape (N,), for ``score_threshold``; ``scores`` when absent.
 
     Returns
     -------
@@ -126,6 +126,6 @@ def merge_by_score(
 
 
 def _covered(taken: NDArray[np.int32], areas: list[int], cover: float) -> list[int]:
-    """Places in ``areas`` of which more than the share ``cover`` is among the labels (n,) that lie under a mask."""
+    """Indices in ``areas`` of the labels of which more than the share ``cover`` lies under a mask, whose pixels have labels ``taken`` (n,)."""
     numbers, counts = np.unique(taken, return_counts=True)
     return [n - 1 for n, count in zip(numbers.tolist(), counts.tolist(), strict=True) if count / areas[n - 1] > cover]

@@ -1,1 +1,1 @@
-"""A slide's run from start to finish: plan, order of work, files, account."""
+"""A slide's run from start to finish: plan, order of work, files, manifest."""

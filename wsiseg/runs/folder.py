@@ -87,7 +87,7 @@ class RunFolder:
         return content if ours else None
 
     def is_complete(self, run_hash: str, formats: Sequence[str]) -> bool:
-        """Whether this very run has ended well, and the files of these formats, and no others, are there."""
+        """Tell whether this very run is complete, with the files of these formats and no others."""
         manifest = self.read_manifest()
         if not manifest or manifest["run_hash"] != run_hash or manifest.get("status") != Status.COMPLETE:
             return False
@@ -104,7 +104,7 @@ class RunFolder:
         for name in FINAL_FILES:
             if name not in files:
                 _remove(self.path / name)
-        _sweep(self.path)
+        _remove_leftovers(self.path)
 
     def interrupt(self, run_hash: str) -> None:
         """Note that this run was stopped, if it has not come to its end; it is ``running`` again when it is resumed."""
@@ -125,12 +125,12 @@ def find_folder(out: Path, slide: str, name: str | None = None) -> RunFolder:
 
 
 def check_folder(folder: RunFolder, run_hash: str, *, overwrite: bool, retype: str = "") -> None:
-    """Refuse a folder that holds another run, or something that is no run; touches nothing.
+    """Refuse a folder that holds another run, or anything that is not a run; changes nothing.
 
     Parameters
     ----------
     folder
-        Of :func:`find_folder`.
+        Folder from :func:`find_folder`.
     run_hash
         Digest of everything that decides the result.
     overwrite
@@ -141,7 +141,7 @@ def check_folder(folder: RunFolder, run_hash: str, *, overwrite: bool, retype: s
     Raises
     ------
     RunError
-        With what is there and what to do.
+        The message says what is in the folder and what to do.
     """
     try:
         found = kind_of(folder.path, RunError)
@@ -150,7 +150,7 @@ def check_folder(folder: RunFolder, run_hash: str, *, overwrite: bool, retype: s
         manifest = folder.read_manifest()
         if overwrite:
             return
-        if manifest is None and found == "folder" and not _only_beginnings(folder):
+        if manifest is None and found == "folder" and not _is_aborted_start(folder):
             raise RunError(
                 f"{folder.path}: holds files but no manifest.json of wsiseg; pass another --out, or --overwrite to use it all the same"
             )
@@ -164,7 +164,7 @@ def check_folder(folder: RunFolder, run_hash: str, *, overwrite: bool, retype: s
                 held = f"{folder.path}: holds the same cells with other clicks (seeds {made})"
                 raise RunError(f"{held}; `{retype}` types them again, or pass --overwrite")
             raise RunError(
-                f"{folder.path}: holds a run of another configuration (model {config.get('model')}, method {config.get('method')}, seeds {made}); "
+                f"{folder.path}: holds a run with another configuration (model {config.get('model')}, method {config.get('method')}, seeds {made}); "
                 "pass another --out, or --overwrite to replace it"
             )
     except OSError as error:
@@ -181,7 +181,7 @@ def claim_folder(
     out, slide, name
         As for :func:`find_folder`.
     manifest
-        Of a run that begins; it is created exclusively, which is the claim. That of the same run, begun earlier, stays.
+        Manifest of a starting run; creating it exclusively is the claim. That of the same run, started earlier, stays.
     overwrite
         Give up an earlier run with another configuration. Its finished parts are used again where they are the same.
 
@@ -216,7 +216,7 @@ def claim_folder(
         raise RunError(
             f"{out / name}: holds the run of another slide; give another name in the list, or pass another --out"
         )
-    raise RunError(f"{out}: two other slides hold the name of {slide}; pass another --out")
+    raise RunError(f"{out}: two other slides already use the folder of {slide}; pass another --out")
 
 
 def drop_stale_files(folder: RunFolder, names: set[str]) -> None:
@@ -224,8 +224,8 @@ def drop_stale_files(folder: RunFolder, names: set[str]) -> None:
     for path in folder.parts.glob("*.parquet"):
         if path.stem not in names:
             _remove(path)
-    _sweep(folder.path)
-    _sweep(folder.parts)
+    _remove_leftovers(folder.path)
+    _remove_leftovers(folder.parts)
 
 
 def _remove(path: Path) -> None:
@@ -233,7 +233,7 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _sweep(folder: Path) -> None:
+def _remove_leftovers(folder: Path) -> None:
     """Remove what killed processes left half-written, files and folders."""
     for path in folder.glob(PARTIAL_PATTERN):
         with contextlib.suppress(OSError):  # another process may sweep as well
@@ -242,7 +242,7 @@ def _sweep(folder: Path) -> None:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what takes part in the result."""
+    """Versions of the program and libraries behind the result."""
     found = {"python": platform.python_version()}
     for library in _LIBRARIES:
         with contextlib.suppress(PackageNotFoundError):
@@ -263,7 +263,7 @@ def _candidates(out: Path, slide: str, called: str | None) -> tuple[RunFolder, R
 
 
 def _is_of(manifest: dict[str, Any], slide: str) -> bool:
-    """Whether a run is of this slide: the files that the names lead to are compared, for links move and names have two forms."""
+    """Tell whether a run is of this slide: the files behind the names are compared, since links move and names have two forms."""
     path = manifest["slide"].get("path")
     known = manifest["slide"].get("target")
     return path == slide or (known or (isinstance(path, str) and target(path))) == target(slide)
@@ -290,8 +290,8 @@ def _create(folder: RunFolder, manifest: dict[str, Any], *, exclusive: bool) -> 
     return True
 
 
-def _only_beginnings(folder: RunFolder) -> bool:
-    """Whether a folder without manifest holds nothing but what a run killed at its very start leaves."""
+def _is_aborted_start(folder: RunFolder) -> bool:
+    """Tell whether a folder without manifest holds nothing but what a run killed at its very start leaves."""
     inside = [p for p in folder.path.rglob("*") if p != folder.parts]
     return all(p.name.startswith(".") and p.suffix == ".partial" for p in inside)
 

@@ -1,4 +1,4 @@
-"""The same path for one image in memory: no files, no folder, no tissue search."""
+"""Segmentation and typing of one image in memory: no files, no folder, no tissue search."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def segment_image(
     cells
         Polygons in px of the image.
     typing
-        One verdict per cell.
+        Types of the cells.
     """
     config = dataclasses.replace(config or RunConfig(), mpp=mpp)
     context, plan = open_image_context(image, config, seeds, model)
@@ -92,15 +92,15 @@ def segment_image(
 def open_image_context(
     image: NDArray[np.uint8], config: RunConfig, seeds: Seeds | None = None, model: PromptableModel | None = None
 ) -> tuple[WorkerContext, RunPlan]:
-    """The tools for one image in memory (H, W, 3) at ``config.mpp``, and what its end needs."""
+    """Open the context for one image in memory (H, W, 3) at ``config.mpp``, and what its end needs."""
     if config.mpp is None:
-        raise ConfigError("image: microns per pixel are not known; set mpp (for example mpp=0.25)")
+        raise ConfigError("image: the scale is unknown; set mpp (for example mpp=0.25)")
     check(config, "image")
     reader = ArrayReader(image, config.mpp)
     if seeds:
-        seeds, doubts = check_seeds(dataclasses.replace(seeds, slide=None), reader.info)
-        for doubt in doubts:
-            logger.warning("%s", doubt)
+        seeds, seed_warnings = check_seeds(dataclasses.replace(seeds, slide=None), reader.info)
+        for warning in seed_warnings:
+            logger.warning("%s", warning)
     model = model or load_model(config.model, config.device, config.precision)
     resolved = resolve(config, config.model, maps=model.has_maps, clicked=seeds is not None)
     lattice = Lattice(config.mpp, model.mpp)

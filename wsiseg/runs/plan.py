@@ -1,4 +1,4 @@
-"""Everything that can be wrong is found here, before anything is written or any long work starts: slide, seeds, region, model, folder."""
+"""Planning of a run: slide, seeds, region, model and folder are checked before anything is written or long work starts."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from wsiseg.runs.plan_file import RunPlan, read_plan
 from wsiseg.runtime.claims import Claims
 from wsiseg.runtime.paths import readable, require_text, target
 from wsiseg.seeds.bank import build_bank
-from wsiseg.segmentation.nuclear_scale import contradiction, estimate_scale, require_scale
+from wsiseg.segmentation.nuclear_scale import estimate_scale, require_scale, scale_contradiction
 from wsiseg.segmentation.worker import RunSpec, WorkerContext
 from wsiseg.slide import open_slide, require_cellular, thumbnail
 from wsiseg.slide.tiling import plan_blocks
@@ -51,7 +51,7 @@ class PreparedRun:
     Attributes
     ----------
     plan
-        What stitching and writing need, as `plan_file` keeps it.
+        Plan for stitching and writing, as `plan_file` stores it.
     blocks
         The units of work.
     context
@@ -84,13 +84,13 @@ def plan_run(
     slide
         Path or URL.
     config
-        What to do; ``seeds`` and ``roi`` are paths.
+        Settings; ``seeds`` and ``roi`` are paths.
     out, name
         Folder of all runs, and the name of this one's in it; that of the slide when absent.
     clicks
         Seeds that are in no file; in place of ``config.seeds``.
     overwrite
-        Whether another run may be replaced.
+        Replace another run.
 
     Returns
     -------
@@ -110,7 +110,7 @@ def plan_run(
     with readable(out, RunError):
         require_text((out / (name or "")).absolute(), RunError)
     if config.seeds is not None and config.bank is not None:
-        raise ConfigError("--bank and --seeds: both say what the types are; pass one of them")
+        raise ConfigError("--bank and --seeds: both define the types; pass only one of them")
     seeds = read_seeds(Path(config.seeds)) if config.seeds is not None else clicks
     bank = load_bank(Path(config.bank), weights) if config.bank is not None else None
     with contextlib.ExitStack() as stack:
@@ -205,7 +205,7 @@ def _digests(slide: str, config: RunConfig, info: SlideInfo, weights: Path, clic
         "weights": file_hash(weights),
         "roi": _content_hash(config.roi),
     }
-    # What is settled after the parts does not make them stale: types, overlaps, and under APG the seeds.
+    # Stages after the parts do not make them stale: types, overlaps, and under APG the seeds.
     segmenting = dataclasses.replace(config, typing=TypingConfig(), stitching=StitchingConfig())
     clicked = {"seeds": clicks} if config.method == "cop" else {}
     segmenting = segmenting if clicked else dataclasses.replace(segmenting, cop=CopConfig())
@@ -213,7 +213,7 @@ def _digests(slide: str, config: RunConfig, info: SlideInfo, weights: Path, clic
 
 
 def _retype(folder: RunFolder, config: RunConfig, parts_hash: str) -> str:
-    """The command that does what a run would, when the folder holds the same cells and only the clicks are others; else nothing."""
+    """Command that retypes the folder, when it holds the same cells and only the clicks differ; else empty."""
     manifest = folder.read_manifest() or {}
     same = {"stitching": dataclasses.asdict(config.stitching), "typing": dataclasses.asdict(config.typing)}
     if manifest.get("parts_hash") != parts_hash or any(
@@ -263,18 +263,18 @@ def load_bank(path: Path, weights: Path) -> Bank:
     Raises
     ------
     WsisegError
-        It is no bank, or other weights made it.
+        The file is not a bank, or was made with other weights.
     """
     bank, note = read_bank(path)
     if note["weights"] != file_hash(weights):
         raise ConfigError(
-            f"--bank {path}: was made with other weights than {weights.name}; pass --model with those, or make the bank again"
+            f"--bank {path}: was made with other weights than those of {weights.name}; pass --model with those, or make the bank again"
         )
     return bank
 
 
 def resolve(config: RunConfig, model: str, *, maps: bool, clicked: bool, chains: bool = True) -> RunConfig:
-    """The configuration without ``auto`` in what decides the result.
+    """Resolve ``auto`` in every setting that decides the result.
 
     ``--method auto`` is automatic prompts where the model has instance maps: with them they type better on typed data than Chain-of-Prompts as
     the way in (docs/methods.md has the table). Without maps the clicks lead to the cells; without clicks, or with a bank that no chain was run for,
@@ -322,7 +322,7 @@ def _content_hash(path: str | None) -> str:
 
 
 def describe(plan: RunPlan) -> dict[str, Any]:
-    """The manifest's account of what goes in."""
+    """Summary of a run's inputs for the manifest."""
     info, config = plan.info, plan.config
     return {
         "slide": {
@@ -354,14 +354,14 @@ def survey(
     estimate: bool = True,
     config: RunConfig | None = None,
 ) -> dict[str, Any]:
-    """What `wsiseg info` prints: facts of a slide, the scale that its nuclei suggest, its tissue and the tiles of a default run.
+    """Collect what `wsiseg info` prints: metadata, the scale that the nuclei suggest, tissue, and the tiles of a default run.
 
     Parameters
     ----------
     slide, mpp, force_mpp, reader
         As for :func:`~wsiseg.slide.open_slide`.
     estimate
-        Whether to look at nuclei, which takes some seconds.
+        Estimate the scale from nuclei, which takes some seconds.
     config
         Defaults when absent.
 
@@ -391,7 +391,7 @@ def survey(
             found = estimate_scale(opened)
             facts["mpp by nuclei"] = "no estimate: too few nuclei" if found is None else str(found)
             if found is not None and not math.isnan(info.mpp):
-                warnings += contradiction(info.mpp, found)
+                warnings += scale_contradiction(info.mpp, found)
         if info.mpp_source != "none":
             tissue = find_tissue(*thumbnail(opened, config.tissue.overview_mpp), config.tissue, mpp=info.mpp)
             blocks = plan_blocks(

@@ -1,4 +1,4 @@
-"""parts/plan.json and parts/clicks.*: what the end of a run needs beside its parts, so that `merge` needs neither slide nor GPU.
+"""parts/plan.json and parts/clicks.*: what the end of a run needs besides its parts, so that `merge` needs neither slide nor GPU.
 
     plan.json           JSON: slide, resolved settings, names of all blocks with their tiles, digests, length of a descriptor
     clicks.safetensors  the bank, where there are clicks (formats/bank.py): every shard of a run types by the same one
@@ -33,20 +33,20 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What is settled before the first tile is read.
+    """Plan of a run, fixed before the first tile is read.
 
     Attributes
     ----------
     info
-        Of the slide.
+        Metadata of the slide.
     config
         Resolved.
     bank
-        From the clicks; its cells lie in the searched area.
+        Bank made from the clicks; its cells lie in the searched area.
     tiles
         Number of tiles by name of the block, in order.
     run_hash, parts_hash
-        Of everything that decides the result, and the parts.
+        Hashes of everything that decides the result, and of everything that decides the parts.
     weights
         sha256 of the model's.
     descriptor_size
@@ -54,11 +54,11 @@ class RunPlan:
     tissue_mm2
         Area that is searched, as far as it is known.
     warnings
-        Of the slide and the clicks.
+        Warnings about the slide and the clicks.
     target
-        Which file the slide is, links followed (:func:`wsiseg.runtime.paths.target`).
+        Identity of the slide's file, links followed (:func:`wsiseg.runtime.paths.target`).
     seeds
-        What clicks that are in no file are called; empty for those of a file.
+        Name of clicks that are in no file; empty for those of a file.
     """
 
     info: SlideInfo
@@ -93,7 +93,7 @@ def write_plan(folder: Path, plan: RunPlan) -> None:
 
 
 def read_plan(folder: Path, run_hash: str | None = None) -> RunPlan | None:
-    """What :func:`write_plan` wrote; ``None`` when nothing of this run (``run_hash``) is there.
+    """Read the files of :func:`write_plan`; ``None`` when there are none of this run (``run_hash``).
 
     Raises
     ------
@@ -107,7 +107,7 @@ def read_plan(folder: Path, run_hash: str | None = None) -> RunPlan | None:
             return None
         bank = None
         if note["clicks"]:
-            if _digest(folder) != note["clicks_sha256"]:  # another run was begun over this one, and stopped
+            if _digest(folder) != note["clicks_sha256"]:  # another run was started over this one, and stopped
                 return None
             bank = dataclasses.replace(
                 restore_bank(folder / "clicks.safetensors"), cells=read_part(folder / "clicks.cells")[0]

@@ -1,4 +1,4 @@
-"""What came of a run, against what tissue has: a wrong scale or a stain that is not H&E ends in few, tiny or huge cells, never in an error.
+"""Plausibility of a run's cells: a wrong scale or a stain other than H&E ends in few, tiny or huge cells, never in an error.
 
 The limits are from the labelled images of TNBC and NuInsSeG (some 700 fields of 0.01 to 0.02 mm2, 32 kinds of tissue, drawn by hand); the median
 nucleus of a field has 9 to 96 um2 in 98 of 100 of them, and there are 95 to 28 000 nuclei per mm2 (benchmarks/results/scale_from_nuclei.md).
@@ -26,24 +26,24 @@ DENSITY_MM2 = (
     40_000.0,
 )  #: cells per mm2 searched: the emptiest labelled field; a slide that is mostly fat may have fewer, and is told so ..
 #: .. and half as much again as in the fullest
-FEW = 50  #: of fewer cells the median says little, and of so few nobody needs a density that is too high
+FEW = 50  #: cells below which the median area and a high density are not judged
 SMALL_MM2 = 0.1  #: in less tissue than this, a few cells are a low density; a biopsy has ten times as much
 
 
 def implausible(areas_px0: NDArray[np.float64], plan: RunPlan) -> tuple[str, ...]:
-    """Doubts about the cells of a whole run.
+    """List warnings about the cells of a whole run.
 
     Parameters
     ----------
     areas_px0
-        Of the cells (N,), level-0 px squared.
+        Areas of the cells (N,), level-0 px squared.
     sheet
-        Of the run.
+        Plan of the run.
 
     Returns
     -------
     tuple[str, ...]
-        A sentence per doubt, with the likely reasons; empty for what tissue looks like.
+        Warnings with the likely reasons; empty for plausible tissue.
     """
     mpp, searched = plan.info.mpp, plan.tissue_mm2
     scale = f"the scale is wrong ({mpp:.4g} microns per pixel, {plan.info.mpp_source})"
@@ -59,29 +59,29 @@ def implausible(areas_px0: NDArray[np.float64], plan: RunPlan) -> tuple[str, ...
     if not len(areas_px0):
         reasons = f"{scale}, the slide is blank, not H&E or transparent, or masks.min_score ({plan.config.masks.min_score:g}) is too strict"
         return (f"no cell was found in {_mm2(searched)} searched: {reasons}",)
-    doubts = []
+    warnings = []
     median = float(np.median(areas_px0)) * mpp**2
     if len(areas_px0) >= FEW and not MEDIAN_UM2[0] <= median <= MEDIAN_UM2[1]:
-        doubts.append(
+        warnings.append(
             f"the median nuclear area is {median:.3g} um2, tissue has {MEDIAN_UM2[0]:g} to {MEDIAN_UM2[1]:g}: "
             f"is the scale of {mpp:.4g} microns per pixel wrong by about {_factor(median):.2g}x?"
         )
     density = len(areas_px0) / max(searched, 1e-9)
     if density < DENSITY_MM2[0] and searched >= SMALL_MM2:
-        doubts.append(
+        warnings.append(
             f"only {density:.2g} cells per mm2 in {_mm2(searched)} searched, tissue has {DENSITY_MM2[0]:g} to {DENSITY_MM2[1]:,.0f}: {scale}, "
             "most of it is blank, or the slide is not H&E"
         )
     if density > DENSITY_MM2[1] and len(areas_px0) >= FEW:
-        doubts.append(
+        warnings.append(
             f"{density:,.0f} cells per mm2 in {_mm2(searched)} searched, tissue has {DENSITY_MM2[0]:g} to {DENSITY_MM2[1]:,.0f}: {scale}, "
             "or texture is taken for nuclei"
         )
-    return tuple(doubts)
+    return tuple(warnings)
 
 
 def _factor(median_um2: float) -> float:
-    """How far the scale is off when the median nucleus has this area, in either direction."""
+    """Factor by which the scale is off when the median nucleus has this area, in either direction."""
     ratio = math.sqrt(NUCLEUS_UM2 / median_um2)
     return max(ratio, 1 / ratio)
 

@@ -36,7 +36,7 @@ SUMMARY = ("slide", "status", "cells", "tiles", "tiles_failed", "seconds", "fold
 
 @dataclass(frozen=True)
 class Entry:
-    """One slide of a list; what is ``None`` is as for all."""
+    """One slide of a list; ``None`` means the setting of the whole call."""
 
     path: str
     mpp: float | None = None
@@ -45,7 +45,7 @@ class Entry:
 
 
 def read_list(path: Path, *, force_mpp: bool = False) -> list[Entry]:
-    """The slides of a list.
+    """Read a list of slides.
 
     Parameters
     ----------
@@ -65,16 +65,18 @@ def read_list(path: Path, *, force_mpp: bool = False) -> list[Entry]:
     if wrong or "path" not in table.columns:
         found = wrong or f"columns {', '.join(filter(None, table.columns))[:200]}; "
         raise ConfigError(
-            f"{place}: line 1: {found}it must name columns out of {', '.join(COLUMNS)}, each once, with path among them"
+            f"{place}: line 1: {found}it must name columns from {', '.join(COLUMNS)}, each once, with path among them"
         )
     entries = [_entry(row, table, path, line, force_mpp=force_mpp) for line, row in table.rows]
     for what in ("path", "name"):
         given = [value for value in (getattr(e, what) for e in entries) if value]
         twice = [value for value in given if given.count(value) > 1]
         if twice:
-            raise ConfigError(f"--slides {path}: {what} {twice[0][:300]} is there twice; each slide and each name once")
+            raise ConfigError(f"--slides {path}: {what} {twice[0][:300]} appears twice; each slide and each name once")
     if not entries:
-        raise ConfigError(f"--slides {path}: no slide in it; one line per slide below the line that names the columns")
+        raise ConfigError(
+            f"--slides {path}: lists no slides; write one line per slide below the line that names the columns"
+        )
     return entries
 
 
@@ -89,7 +91,7 @@ def _entry(row: dict[str, str], table: TextTable, path: Path, number: int, *, fo
     place = f"--slides {path}: line {number}"
     if row.get(""):
         raise ConfigError(
-            f"{place}: {row[''][:40]!r} is in a column without a name; name all columns in the first line"
+            f"{place}: {row[''][:40]!r} is in a column without a header; name all columns in the first line"
         )
     if not row.get("path"):
         raise ConfigError(f"{place}: no path; give the path of a slide")
@@ -124,12 +126,12 @@ def segment_slides(
     on_warning: Callable[[str], None] = lambda _: None,
     stopped: Callable[[], bool] = lambda: False,
 ) -> Iterator[dict[str, Any]]:
-    """Segment slides one after the other; what is complete is passed over, so the same call again repeats only what failed.
+    """Segment slides one after the other; complete ones are skipped, so repeating the call repeats only what failed.
 
     Parameters
     ----------
     entries
-        Of :func:`read_list`.
+        Entries from :func:`read_list`.
     config, out, overwrite, on_warning, stopped
         As for :func:`~wsiseg.runs.slide.segment_slide`.
     shard

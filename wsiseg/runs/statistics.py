@@ -1,4 +1,4 @@
-"""What came of the blocks of a run: counts, failures, seconds, memory; of this process, or of all shards together."""
+"""Statistics of a run's blocks: counts, failures, seconds, memory; of this process, or of all shards together."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_NAMED = 8  #: missing blocks that are named in one sentence
+_NAMED = 8  #: missing blocks that are named in one message
 
 
 class RunStatistics:
-    """Adds up the reports of blocks.
+    """Sums of the reports of blocks.
 
     Parameters
     ----------
     slide
-        What the run is called in sentences.
+        Name of the run in messages.
 
     Attributes
     ----------
@@ -47,7 +47,7 @@ class RunStatistics:
     blocks
         Counts of each finished block, by name.
     device
-        Where the model ran.
+        Device of the model.
     """
 
     def __init__(self, slide: str) -> None:
@@ -64,16 +64,16 @@ class RunStatistics:
 
     @property
     def tiles(self) -> int:
-        """Of the finished blocks."""
+        """Number in the finished blocks."""
         return sum(c["tiles"] for c in self.blocks.values())
 
     @property
     def outlines(self) -> int:
-        """Of the finished blocks."""
+        """Number in the finished blocks."""
         return sum(c["outlines"] for c in self.blocks.values())
 
     def begin(self, device: torch.device, folder: RunFolder, plan: RunPlan, shard: Shard | None) -> None:
-        """The first block is about to be worked on."""
+        """Record the start, before the first block."""
         self.device, self._run_hash = str(device), plan.run_hash
         facts = {"slide": self.slide, "device": self.device, "folder": str(folder.path)}
         if shard:
@@ -87,7 +87,7 @@ class RunStatistics:
         logger.info("%s: begins", self.slide, extra={"event": "begin", "facts": facts})
 
     def add(self, report: BlockReport) -> None:
-        """One block more."""
+        """Add the report of a block."""
         self._count(report.name, report.counts, report.failures)
         self.clock.add(report.seconds)
         self._resumed += report.resumed
@@ -120,7 +120,7 @@ class RunStatistics:
             self._failures[name] = failures
 
     def interrupted(self, blocks: int | None = None) -> InterruptedRunError:
-        """What to raise when the run was asked to stop; ``blocks`` is how many there are, before they are all done."""
+        """Error to raise when the run was asked to stop; ``blocks`` is the number of blocks while some are unfinished."""
         where = (
             "while its files were written"
             if blocks is None
@@ -132,11 +132,11 @@ class RunStatistics:
             extra={"event": "stopped", "facts": {"slide": self.slide, "blocks": len(self.blocks)}},
         )
         return InterruptedRunError(
-            f"{self.slide}: stopped {where}; nothing is lost: run the same command again to go on"
+            f"{self.slide}: stopped {where}; nothing is lost: run the same command again to resume"
         )
 
     def end_shard(self, folder: RunFolder, shard: Shard) -> dict[str, Any]:
-        """The shard's blocks are done: writes what it cost beside the parts, for the merge, and returns it."""
+        """Write the costs of a finished shard beside the parts, for the merge, and return them."""
         record = self._cost() | {
             "status": Status.SHARD,
             "shard": str(shard),
@@ -145,7 +145,7 @@ class RunStatistics:
             "folder": str(folder.path),
             "run_hash": self._run_hash,
             "counts": self._sums() | {"blocks": len(self.blocks), "blocks_resumed": self._resumed},
-            "failures": self._failure_sentences(),
+            "failures": self._failure_messages(),
             "warnings": [],
         }
         if (
@@ -180,7 +180,7 @@ class RunStatistics:
         return missing
 
     def describe_missing(self, folder: RunFolder, missing: list[str], plan: RunPlan, claims: Claims) -> str:
-        """Which blocks are missing, of which shards, who works on them, and which have tiles that could not be read."""
+        """Describe missing blocks: of which shards, who works on them, and which have unreadable tiles."""
         said = []
         absent = [name for name in missing if name not in self.blocks]
         if absent:
@@ -200,12 +200,12 @@ class RunStatistics:
             if busy:
                 said.append(f"{len(busy)} of them are being worked on ({claims.holder(busy[0])})")
         if self._failures:
-            failures = self._failure_sentences()
+            failures = self._failure_messages()
             said.append(f"{counted(len(failures), 'tile')} could not be read (first: {failures[0]})")
         return "; ".join(said)
 
     def require_current(self, parts: Sequence[Path], parts_hash: str) -> None:
-        """Refuse parts that somebody has changed since they were counted.
+        """Refuse parts that changed since they were counted.
 
         Raises
         ------
@@ -215,14 +215,14 @@ class RunStatistics:
         for path in parts:
             if not part_is_current(path, parts_hash):
                 raise RunError(
-                    f"{path}: was changed by another run while this one went on; run the command again, one run per folder"
+                    f"{path}: was changed by another run during this one; run the command again, one run per folder"
                 )
 
     def account(self, plan: RunPlan) -> dict[str, Any]:
-        """The manifest's account of what came of the blocks and what it cost."""
+        """Summary of the blocks and their cost for the manifest."""
         absent = {name: tiles for name, tiles in plan.tiles.items() if name not in self.blocks}
         failures = [
-            *self._failure_sentences(),
+            *self._failure_messages(),
             *(f"block {name}: none of its tiles was worked on ({tiles})" for name, tiles in absent.items()),
         ]
         counts = self._sums()
@@ -240,7 +240,7 @@ class RunStatistics:
     def _sums(self) -> dict[str, int]:
         return {key: sum(c[key] for c in self.blocks.values()) for key in BLOCK_COUNTS}
 
-    def _failure_sentences(self) -> list[str]:
+    def _failure_messages(self) -> list[str]:
         return [failure for name in sorted(self._failures) for failure in self._failures[name]]
 
     def _cost(self) -> dict[str, Any]:
@@ -257,7 +257,7 @@ class RunStatistics:
 
 
 def interrupt_shard(folder: RunFolder, shard: Shard, run_hash: str) -> None:
-    """Note that a shard which had begun was stopped."""
+    """Record that a started shard was stopped."""
     record = _read_record(_record(folder, shard), run_hash)
     if record.get("status") == Status.RUNNING:
         write_json(_record(folder, shard), record | {"status": Status.INTERRUPTED})
@@ -268,7 +268,7 @@ def _record(folder: RunFolder, shard: Shard) -> Path:
 
 
 def _read_record(path: Path, run_hash: str) -> dict[str, Any]:
-    """What a shard of this run has left; of another run, nothing."""
+    """Read the record of a shard of this run; nothing for another run."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -1,1 +1,1 @@
-"""What a run needs of the machine: claims, whole files, processes, time and memory."""
+"""Services of the machine: claims, atomic files, processes, time and memory."""

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all: temporary name in the same folder, fsync, rename, fsync of the folder."""
+"""Atomic files, complete or absent: temporary name in the same folder, fsync, rename, fsync of the folder."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ _NO_FILE = "a pipe, a device or a socket; a file is written here; give another n
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary name that becomes ``path`` when the block ends well.
+    """Temporary name that becomes ``path`` when the block succeeds.
 
     Parameters
     ----------
@@ -85,12 +85,12 @@ def partial_name(name: str) -> str:
 
 @contextmanager
 def translate_os_errors(path: Path) -> Iterator[None]:
-    """In one line what the file system refuses while ``path`` is written.
+    """Turn errors of the file system while ``path`` is written into one line.
 
     Parameters
     ----------
     path
-        Named in the sentence.
+        Named in the message.
 
     Raises
     ------
@@ -109,12 +109,12 @@ def translate_os_errors(path: Path) -> Iterator[None]:
 
 
 def require_free(path: Path, error: type[WsisegError], *, overwrite: bool) -> None:
-    """Refuse to replace a file that nobody asked to replace.
+    """Refuse to replace a file without ``overwrite``.
 
     Parameters
     ----------
     path
-        Of the file that will be written.
+        File that will be written.
     error
         The class to raise.
     overwrite
@@ -126,13 +126,11 @@ def require_free(path: Path, error: type[WsisegError], *, overwrite: bool) -> No
     if found == "special":  # which a new file would replace
         raise error(f"{path}: {_NO_FILE}")
     if found == "file" and not overwrite:
-        raise error(
-            f"{path}: there is a file of this name already; it is replaced only on request; give another name, or pass --overwrite"
-        )
+        raise error(f"{path}: the file exists; give another name, or pass --overwrite")
 
 
 def is_abandoned(partial: Path) -> bool:
-    """Whether the writer of a temporary file is gone: its process on this machine has ended, or the file is of another one and a day old.
+    """Tell whether the writer of a temporary file is gone: its process here has ended, or the file is of another machine and a day old.
 
     Another container is another machine, and so is one of which a name tells the host alone, as wsiseg once wrote them.
     """
@@ -162,7 +160,7 @@ def write_json(path: Path, value: object) -> None:
 
 
 def _replace(path: Path, partial: Path, written: os.stat_result) -> None:
-    """Rename. A server whose answer was lost is asked again and finds nothing to rename: what stands in the place decides, not the error."""
+    """Rename. A request repeated after a lost reply finds nothing to rename, so the file at the target decides, not the error."""
     try:
         partial.replace(path)
     except OSError:
@@ -185,7 +183,7 @@ def _is_in_place(path: Path, written: os.stat_result) -> bool:
 
 
 def _sync(path: Path, flags: int) -> os.stat_result:
-    """Bring a file or folder to the disk; what it is."""
+    """Flush a file or folder to the disk, and return its identity."""
     descriptor = os.open(path, flags)
     try:
         os.fsync(descriptor)

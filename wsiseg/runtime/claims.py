@@ -1,4 +1,4 @@
-"""Who works on which part, among processes that share nothing but a folder: job-array tasks on several nodes, one command started twice.
+"""Claims on parts among processes that share only a folder: job-array tasks on several nodes, one command started twice.
 
 ::
 
@@ -6,7 +6,7 @@
     parts/.<name>.claim.taking   the next claim, while its maker takes a dead one over; renamed to it
 
 Claims save work and say whom to wait for. Nothing that is written depends on them: two processes that do the same part all the same write the
-same bytes. What is promised: of any number of processes that take a name at the same moment one gets it; who may be alive keeps its claim.
+same bytes. Guarantee: of any number of processes that claim a name at the same moment, one gets it; a process that may be alive keeps its claim.
 
 Whether an owner is dead is never read from a clock that two machines would have to share. A process that certainly ended on this machine is
 dead at once; any other owner when its claim has not changed for ``dead_after_s`` of the observer's own time.
@@ -37,11 +37,11 @@ DEAD_AFTER_S = 120.0  #: 60 s for which a network file system may answer from it
 
 _ENDING, _TAKING = ".claim", ".taking"
 _VANISHED = {errno.ENOENT, errno.ESTALE}  # removed or replaced by another node; a stale handle is how NFS says it
-_MAX_BYTES = 4096  # more is no claim
+_MAX_BYTES = 4096  # anything larger is not a claim
 
 
 class _State(NamedTuple):
-    """What an observer compares: any change is a sign of life."""
+    """State of a claim file as an observer compares it: any change is a sign of life."""
 
     content: bytes
     mtime_ns: int
@@ -49,7 +49,7 @@ class _State(NamedTuple):
 
 @dataclass(frozen=True)
 class _Owner:
-    """Who wrote a claim."""
+    """Owner of a claim."""
 
     host: str
     pid: int
@@ -72,7 +72,7 @@ class Claims:
     Parameters
     ----------
     folder
-        Where the claim files lie; it is made when missing.
+        Folder of the claim files; created if missing.
     heartbeat_s
         Seconds between renewals. The thread needs Python's lock: compiled code that keeps it for long delays a beat.
     dead_after_s
@@ -93,14 +93,14 @@ class Claims:
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> Self:
-        """Begin to renew."""
+        """Start renewing."""
         self._stop.clear()
         self._thread = threading.Thread(target=self._run, name="wsiseg-claims", daemon=True)
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Release all claims; what cannot be removed now is dead when this process is."""
+        """Release all claims; one that cannot be removed now counts as dead when this process ends."""
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
@@ -113,7 +113,7 @@ class Claims:
         Parameters
         ----------
         name
-            Of the part; ``<name>.claim`` is a file name.
+            Name of the part; ``<name>.claim`` is a file name.
 
         Returns
         -------
@@ -137,7 +137,7 @@ class Claims:
         return won
 
     def release(self, name: str) -> None:
-        """Give a name back. A claim that another process took over stays, and so does one that the file system keeps; neither is an error."""
+        """Release a name. A claim that another process took over stays, and so does one that the file system keeps; neither is an error."""
         with self._lock:
             held = self._held.pop(name, None)
         if held is None:
@@ -148,7 +148,7 @@ class Claims:
                 path.unlink(missing_ok=True)
 
     def holder(self, name: str) -> str | None:
-        """Who has a name, dead or alive, this process included, as in ``node7, process 4711``; ``None`` when nobody has."""
+        """Holder of a name, dead or alive, this process included, as in ``node7, process 4711``; ``None`` when there is none."""
         path = self._path(name)
         with translate_os_errors(path):
             state = self._look(path)
@@ -158,7 +158,7 @@ class Claims:
         return f"{owner.host}, process {owner.pid}"
 
     def busy(self, names: Iterable[str]) -> list[str]:
-        """Which of the names another process that may be alive has, in their order; an owner is watched from the first call that meets it."""
+        """Names held by another process that may be alive, in their order; an owner is observed from the first call that finds it."""
         with translate_os_errors(self.folder):
             try:
                 there = set(os.listdir(self.folder))  # noqa: PTH208 -- names are all that is needed of thousands
@@ -173,7 +173,7 @@ class Claims:
     def drop_stale(self) -> None:
         """Remove the claims of dead owners and what interrupted takeovers left, as far as the file system lets us.
 
-        What other machines left is removed only if it was met, here or in :meth:`busy` and :meth:`take`, ``dead_after_s`` before.
+        Files of other machines are removed only if they were seen, here or in :meth:`busy` and :meth:`take`, ``dead_after_s`` before.
         """
         for path in list(self.folder.glob(f"*{_ENDING}")):
             name = path.name.removesuffix(_ENDING)
@@ -197,7 +197,7 @@ class Claims:
         return False
 
     def _take_over(self, path: Path, dead: _State, owner: _Owner) -> bool:
-        """Put our claim in the place of a dead one.
+        """Replace a dead claim by ours.
 
         The next claim is made beside it, which only one process can do, and renamed over it if it still is what was seen dead. So the place is
         never free for a third, and an observer that was itself suspended here finds its file gone, or renames the next one's for it. An owner
@@ -255,16 +255,16 @@ class Claims:
         return os.open(path, flags, 0o666)
 
     def _content(self, owner: _Owner) -> bytes:
-        """Of the same length with every beat: rewriting it in place needs no room on the disk and is never half a claim."""
+        """Content of a claim, of the same length at every heartbeat: rewriting it in place needs no disk space and is never half a claim."""
         return json.dumps({**dataclasses.asdict(owner), "beat": f"{self._heartbeats:010d}"}).encode() + b"\n"
 
     def _is_alive(self, path: Path) -> bool:
-        """Whether there is a claim whose owner may be alive."""
+        """Tell whether there is a claim whose owner may be alive."""
         state = self._look(path)
         return state is not None and not self._is_dead(path, state)
 
     def _is_dead(self, path: Path, state: _State | None) -> bool:
-        """Whether the owner of what was found at ``path`` is dead; the first look at a state begins the observation."""
+        """Tell whether the owner of the claim at ``path`` is dead; the first look at a state starts the observation."""
         if state is None:
             return False
         owner = _owner(state)
@@ -278,7 +278,7 @@ class Claims:
         return now - since >= self._dead_after_s
 
     def _clock(self) -> float:
-        """Seconds in which this process was awake: no step, between beats or looks, counts for more than two beats."""
+        """Seconds in which this process was awake: no step between heartbeats or looks counts for more than two heartbeats."""
         with self._lock:
             now = time.monotonic()
             self._awake_s += min(now - self._last, 2 * self._heartbeat_s)
@@ -287,12 +287,12 @@ class Claims:
 
     @staticmethod
     def _look(path: Path) -> _State | None:
-        """What is at ``path``; ``None``: nothing. Opened each time: network file systems ask the server then."""
+        """State of the file at ``path``; ``None``: there is none. Opened each time, so that network file systems ask the server."""
         try:
             try:
                 with path.open("rb", buffering=0) as file:
                     return _State(file.read(_MAX_BYTES), os.fstat(file.fileno()).st_mtime_ns)
-            except PermissionError:  # of another user, who lets nobody read: that it changes is seen all the same
+            except PermissionError:  # of another user and not readable: its changes are still visible
                 return _State(b"", path.stat().st_mtime_ns)
         except OSError as error:
             if error.errno in _VANISHED:
@@ -337,7 +337,7 @@ class Claims:
 
 
 def _owner(state: _State | None) -> _Owner | None:
-    """Who wrote a claim; ``None`` when it is damaged, as by a process killed between creating and writing it."""
+    """Read the owner of a claim; ``None`` when it is damaged, as by a process killed between creating and writing it."""
     try:
         found: Any = json.loads(state.content) if state else None
     except (ValueError, RecursionError):

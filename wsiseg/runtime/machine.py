@@ -1,4 +1,4 @@
-"""Which process this is, in words that mean the same on another node, and whether a process of this machine still runs."""
+"""Identity of this process, valid on other nodes too, and whether a process of this machine still runs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _PROC = Path("/proc")
 
 
 def host() -> str:
-    """The host's name: for sentences, never compared alone."""
+    """Host name, for messages; never compared alone."""
     return platform.node() or "host"
 
 
@@ -26,7 +26,7 @@ def cores() -> int:
 
 @functools.cache
 def space() -> str:
-    """Where process ids mean the same: host, boot, pid namespace and time namespace, in one line.
+    """Scope of process ids: host, boot, pid namespace and time namespace, in one line.
 
     Two containers may share a host's name, two machines a container image, and pid 7 is another process in each of them. Where this machine
     does not tell, every process gets a space of its own: nothing is compared then.
@@ -51,20 +51,20 @@ def label() -> str:
 
 
 def started(pid: int) -> int | None:
-    """When a process of this space began, in the kernel's ticks; ``None`` where this machine does not tell (macOS)."""
+    """Start time of a process of this space, in the kernel's ticks; ``None`` where it is unavailable (macOS)."""
     found = _state(pid)
     return found[1] if found else None
 
 
 def is_gone(pid: int, start: int | None) -> bool:
-    """Whether a process of this space has certainly ended.
+    """Tell whether a process of this space has certainly ended.
 
     Parameters
     ----------
     pid
         Its number, greater than 0.
     start
-        Of :func:`started`: the number may belong to another process by now.
+        Result of :func:`started`: the id may belong to another process by now.
     """
     try:
         os.kill(pid, 0)

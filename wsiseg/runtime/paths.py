@@ -1,6 +1,6 @@
-"""What there is under a path, asked before anything is opened; and when two names are the same name.
+"""Kind of file at a path, checked before it is opened, and identity of names.
 
-Files that people name are opened through here, so that every refusal of the file system is one sentence, and a pipe or a device, which may never
+Files that people name are opened through here, so that every error of the file system is one message, and a pipe or a device, which may never
 end, is not waited for.
 """
 
@@ -30,12 +30,12 @@ _SPECIAL = (
 
 
 def kind_of(path: Path, error: type[WsisegError]) -> Kind:
-    """What there is, a symbolic link followed; ``special`` is a pipe, a device or a socket.
+    """Kind of file, symbolic links followed; ``special`` is a pipe, a device or a socket.
 
     Raises
     ------
     WsisegError
-        Of the class ``error``: the file system does not say.
+        An ``error``: the file system does not say.
     """
     with readable(path, error):
         mode = _mode(path)
@@ -50,7 +50,7 @@ def names_in(folder: Path, error: type[WsisegError]) -> list[str]:
     Raises
     ------
     WsisegError
-        Of the class ``error``: the folder cannot be listed.
+        An ``error``: the folder cannot be listed.
     """
     with readable(folder, error):
         mode = _mode(folder)
@@ -59,12 +59,12 @@ def names_in(folder: Path, error: type[WsisegError]) -> list[str]:
 
 @contextmanager
 def readable(path: Path, error: type[WsisegError]) -> Iterator[None]:
-    """In one sentence what the file system refuses while ``path`` is looked at or read.
+    """Turn errors of the file system while ``path`` is examined or read into one line.
 
     Raises
     ------
     WsisegError
-        Of the class ``error``, in place of OSError.
+        An ``error`` in place of OSError.
     """
     try:
         yield
@@ -75,14 +75,14 @@ def readable(path: Path, error: type[WsisegError]) -> Iterator[None]:
 
 
 def refusal(problem: OSError) -> str:
-    """What the file system refused and what to do, without the path."""
+    """Message for an error of the file system, with the remedy, without the path."""
     if isinstance(problem, PermissionError):
         return "no permission to read it; change the file's permissions or run as a user who may"
     return f"cannot be read ({problem.strerror or problem}); check the disk and the path"
 
 
 def require_regular(path: Path) -> None:
-    """Refuse what is not a file, before it is opened: a pipe that nobody writes to never answers, and ``/dev/zero`` never ends.
+    """Refuse what is not a file, before it is opened: a pipe without a writer never answers, and ``/dev/zero`` never ends.
 
     Raises
     ------
@@ -126,7 +126,7 @@ def require_text(path: str | Path, error: type[WsisegError]) -> None:
     Raises
     ------
     WsisegError
-        Of the class ``error``: the name is not text in the encoding of this system, or holds a NUL character.
+        An ``error``: the name is not text in the encoding of this system, or holds a NUL character.
     """
     name = os.fspath(path)
     if "\0" in name:
@@ -150,7 +150,7 @@ def normal(name: str) -> str:
 
 
 def target(slide: str) -> str:
-    """What decides whether two names are the same slide: the absolute path with symbolic links followed, or the URL; in one form."""
+    """Identity of a slide by its name: the absolute path with symbolic links followed, or the URL; in one form."""
     return slide if "://" in slide else normal(os.path.realpath(slide))
 
 

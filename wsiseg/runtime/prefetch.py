@@ -1,4 +1,4 @@
-"""Stages that overlap, with little between them: the one way in which threads are used here."""
+"""Overlapping stages with bounded queues: the one way in which threads are used here."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Result = TypeVar("Result")
 def prefetch_map(
     function: Callable[[Item], Result], items: Iterable[Item], *, threads: int = 1, limit: int = 2
 ) -> Generator[Result, None, None]:
-    """``map(function, items)``, worked on ahead of who asks.
+    """``map(function, items)``, computed ahead of the consumer.
 
     Parameters
     ----------
@@ -26,14 +26,14 @@ def prefetch_map(
     items
         Taken from the caller's thread, one by one, no more than ``limit`` before their turn.
     threads
-        How many items are worked on at once.
+        Number of items processed concurrently.
     limit
         Items that are being worked on or wait to be taken: the bound on memory, whatever the number of items.
 
     Yields
     ------
     Result
-        In the order of the items. An exception of ``function`` is raised when its item's turn comes; nothing is begun after that. However it
+        In the order of the items. An exception of ``function`` is raised when its item's turn comes; no item is started after that. However it
         ends, no thread is left at work, and ``items`` is closed if it is a generator.
     """
     pool = ThreadPoolExecutor(threads)

@@ -1,4 +1,4 @@
-"""What a run costs: seconds per stage, and peak memory."""
+"""Cost of a run: seconds per stage, and peak memory."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _largest = [0]  # of the peaks that were read and reset
 
 
 class Clock:
-    """Adds up wall seconds by stage name, from any thread."""
+    """Wall seconds summed by stage name, from any thread."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
@@ -43,7 +43,7 @@ class Clock:
                 self.seconds[stage] += value
 
     def take(self) -> dict[str, float]:
-        """What has been added since the last call."""
+        """Return the seconds added since the last call."""
         with self._lock:
             seconds = dict(self.seconds)
             self.seconds.clear()
@@ -57,7 +57,7 @@ def peak_bytes() -> int:
 
 
 def trim_memory() -> None:
-    """Return freed memory to the system, where it can: what the network left must not stand beside what stitching and writing need."""
+    """Return freed memory to the system where possible, so that the network's does not add to that of stitching and writing."""
     with contextlib.suppress(OSError, AttributeError):  # glibc only
         ctypes.CDLL(None).malloc_trim(0)
 
@@ -69,5 +69,5 @@ def peak_bytes_lately() -> int:
         line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM"))
         peak = int(line.split()[1]) * 1024
         _largest[0] = max(_largest[0], peak)
-        _CLEAR.write_text("5")  # Linux: begin the high-water mark anew
+        _CLEAR.write_text("5")  # Linux: reset the high-water mark
     return peak

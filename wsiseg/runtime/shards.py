@@ -1,4 +1,4 @@
-"""``--shard K/N``: which of N equal processes does what, without any of them knowing of the others."""
+"""``--shard K/N``: division of the work among N equal processes that do not communicate."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def read_shard(text: str, environment: Mapping[str, str]) -> Shard:
     Parameters
     ----------
     text
-        Of ``--shard``.
+        Value of ``--shard``.
     environment
         Where SLURM's variables are.
 
@@ -65,7 +65,7 @@ def _of_slurm(environment: Mapping[str, str]) -> Shard:
         task, first, last, count = (int(environment[name]) for name in _SLURM)
     except (KeyError, ValueError) as error:
         raise ConfigError(
-            "--shard slurm: this is no task of a SLURM job array; submit with sbatch --array=1-N, or pass --shard K/N"
+            "--shard slurm: this is not a task of a SLURM job array; submit with sbatch --array=1-N, or pass --shard K/N"
         ) from error
     if first not in (0, 1) or last - first + 1 != count:
         raise ConfigError(

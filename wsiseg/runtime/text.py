@@ -1,4 +1,4 @@
-"""Text that people bring, whatever program wrote it: bytes to text, text to JSON, and words that are nearly right."""
+"""Text of users, whatever program wrote it: bytes to text, text to JSON, and suggestions for misspelt words."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def read_content(path: Path, error: type[WsisegError]) -> bytes:
     Raises
     ------
     WsisegError
-        Of the class ``error``: it cannot be read, is too large, or begins as a picture or another known kind of file does.
+        An ``error``: it cannot be read, is too large, or begins as a picture or another known kind of file does.
     """
     require_text(path, error)
     try:
@@ -80,7 +80,7 @@ def decode(content: bytes, place: str, error: type[WsisegError], *, utf8_only: b
     Raises
     ------
     WsisegError
-        Of the class ``error``: not text, in another encoding, empty, or with NUL characters.
+        An ``error``: not text, in another encoding, empty, or with NUL characters.
     """
     _refuse_kinds(content[:512], place, error, _PACKED)
     encoding = "utf-8" if utf8_only else next((name for mark, name in _MARKS if content.startswith(mark)), "utf-8")
@@ -115,7 +115,7 @@ def parse_json(text: str, place: str, error: type[WsisegError], *, unique_keys: 
         if len(members) < len(items):
             keys = [key for key, _ in items]
             twice = next(key for key in keys if keys.count(key) > 1)
-            raise error(f"{place}: the key {twice[:SHOWN]!r} is there twice in one object; keep one of the two")
+            raise error(f"{place}: the key {twice[:SHOWN]!r} appears twice in one object; keep one of the two")
         return members
 
     try:

@@ -1,1 +1,1 @@
-"""From clicks to the cells they mean, and pictures of them."""
+"""Matching of clicks to cells, and pictures of them."""

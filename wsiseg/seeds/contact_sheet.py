@@ -35,7 +35,7 @@ _BAR_UM = 10
 #: Directions of a cross's arms; diagonal for a click against the type.
 _ARMS = {False: ((1, 0), (0, 1), (-1, 0), (0, -1)), True: ((0.7, 0.7), (0.7, -0.7), (-0.7, 0.7), (-0.7, -0.7))}
 _LEGEND = (
-    "+ click; x click against the type (outline dashed); outline: the cell that a run takes the click for; under it: name, the click's number, "
+    "+ click; x negative click (outline dashed); outline: the cell that a run matches to the click; under it: name, the click's number, "
     "place in level-0 px, score (predicted IoU x stability). Red frame: a run refuses the click."
 )
 
@@ -47,21 +47,21 @@ class Panel:
     Attributes
     ----------
     kind, number
-        Which type, and which of its clicks (of its negative clicks if ``negative``), as counted in the seeds file.
+        Index of the type, and of its click (of its negative click if ``negative``), in the seeds file.
     negative
-        A click against the type.
+        True for a negative click.
     point
         The click, level-0 px.
     pixels
         uint8 RGB of shape (side, side, 3): what lies around the click.
     click_xy
-        Where the click is in it.
+        Position of the click in the panel.
     outline
         (K, 2), closed: the cell that the click means; ``None`` when there is none.
     score
         Predicted IoU x stability of the outline.
     fault
-        Why a run would refuse the click; empty when it would not.
+        Reason why a run would refuse the click; empty when it would not.
     """
 
     kind: int
@@ -104,7 +104,7 @@ def draw_sheet(panels: Sequence[Panel], types: Sequence[SeedType], title: str, u
     by_type = [[p for p in panels if p.kind == t] for t in range(len(types))]
     columns = min(most, max(MIN_COLUMNS, *(len(group) for group in by_type)))
     rows = [(t, group[k : k + columns]) for t, group in enumerate(by_type) for k in range(0, len(group), columns)]
-    pen = _Pen(side, _font(10 if many else 12), _font(14))
+    pen = _SheetStyle(side, _font(10 if many else 12), _font(14))
     width = _GAP + columns * (side + _GAP)
     intro = [
         *_wrap(title, pen.large, width - 2 * _GAP, 3),
@@ -127,7 +127,7 @@ def draw_sheet(panels: Sequence[Panel], types: Sequence[SeedType], title: str, u
 
 
 @dataclass(frozen=True)
-class _Pen:
+class _SheetStyle:
     """Sizes and fonts of one sheet."""
 
     side: int
@@ -255,7 +255,7 @@ def _printable(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) ->
 
 
 def _shortened(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float) -> str:
-    """As much of the beginning as fits, with ``...`` where something is left out."""
+    """Beginning of a text, as much as fits, with ``...`` where it is cut."""
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(f"{text}...") > width:

@@ -19,7 +19,7 @@ _LOOK_MPP = 0.5  #: the thinnest nucleus is 4 px wide
 
 
 def clicks_on_glass(reader: SlideReader, seeds: Seeds, config: RunConfig) -> tuple[str, ...]:
-    """Which clicks a run would refuse because nothing is there.
+    """List the clicks that a run would refuse because there is no tissue.
 
     Parameters
     ----------
@@ -33,7 +33,7 @@ def clicks_on_glass(reader: SlideReader, seeds: Seeds, config: RunConfig) -> tup
     Returns
     -------
     tuple[str, ...]
-        A sentence per click. Empty on a dark background, where this cannot tell. A click on tissue may still miss every nucleus, which
+        A message per click. Empty on a dark background, where glass cannot be recognised. A click on tissue may still miss every nucleus, which
         `wsiseg seeds preview` shows.
     """
     overview, _ = thumbnail(reader, config.tissue.overview_mpp)

@@ -1,4 +1,4 @@
-"""What each click of a seeds file hits, as one picture: a bad click is seen before hours are spent."""
+"""Preview of the cells that the clicks of a seeds file hit, as one picture: a bad click is seen before a long run."""
 
 from __future__ import annotations
 
@@ -35,18 +35,18 @@ MAX_PANELS = 640  #: on one sheet; the bad clicks first
 
 @dataclass(frozen=True)
 class PreviewSummary:
-    """What was drawn.
+    """Summary of a preview.
 
     Attributes
     ----------
     seeds
         In absolute level-0 px.
     clicks, drawn, bad
-        How many clicks there are, how many of them are on the sheet, and how many a run would refuse.
+        Numbers of clicks, of those on the sheet, and of those that a run would refuse.
     faults
-        The sentences with which a run would refuse them, in its order; one for two types on one cell.
+        The errors of a run for them, in its order; one for two types on one cell.
     warnings
-        Sentences about the slide and the seeds.
+        Warnings about the slide and the seeds.
     """
 
     seeds: Seeds
@@ -59,7 +59,7 @@ class PreviewSummary:
 
 @dataclass(frozen=True)
 class _Click:
-    """A click and what came of it: a cell, a fault, or both."""
+    """A click and its result: a cell, a fault, or both."""
 
     kind: int
     number: int
@@ -119,12 +119,12 @@ def preview_seeds(
         info = reader.info
         found, warnings = check_seeds(found, info)
         model = load_model(config.model, config.device, config.precision)
-        listed, clicks = _listed(found), []
+        listed, clicks = _list_clicks(found), []
         for click in listed:
-            clicks.append(_looked_at(click, reader, model, config))
+            clicks.append(_decode_click(click, reader, model, config))
             on_progress(len(clicks), len(listed), sum(c.cell is not None for c in clicks))
-        clicks, faults = _marked(clicks)
-        drawn = _chosen(clicks)
+        clicks, faults = _mark_faults(clicks)
+        drawn = _choose_panels(clicks)
         side = panel_side(len(drawn))
         panels = [_panel(click, reader, side) for click in drawn]
     bad = sum(bool(c.fault) for c in clicks)
@@ -137,7 +137,7 @@ def preview_seeds(
     return PreviewSummary(found, len(clicks), len(drawn), bad, faults, (*info.warnings, *warnings))
 
 
-def _listed(seeds: Seeds) -> list[_Click]:
+def _list_clicks(seeds: Seeds) -> list[_Click]:
     """Every click, type by type, the negative ones of a type last."""
     return [
         _Click(t, i, negative, point, f"{seeds.source}: types[{t}].{'negative' if negative else 'points'}[{i}]")
@@ -147,7 +147,7 @@ def _listed(seeds: Seeds) -> list[_Click]:
     ]
 
 
-def _looked_at(click: _Click, reader: SlideReader, model: PromptableModel, config: RunConfig) -> _Click:
+def _decode_click(click: _Click, reader: SlideReader, model: PromptableModel, config: RunConfig) -> _Click:
     lattice = Lattice(reader.info.mpp, model.mpp)
     try:
         cell = find_clicked(reader, model, click.point, lattice, config, click.place)
@@ -156,8 +156,8 @@ def _looked_at(click: _Click, reader: SlideReader, model: PromptableModel, confi
     return dataclasses.replace(click, cell=cell)
 
 
-def _marked(clicks: list[_Click]) -> tuple[list[_Click], tuple[str, ...]]:
-    """The clicks with every fault, and what a run would say, in its order: no cell, two types on one cell, no cell under a negative click."""
+def _mark_faults(clicks: list[_Click]) -> tuple[list[_Click], tuple[str, ...]]:
+    """Mark clicks with their faults, and list a run's messages in order: no cell, two types on one cell, no cell under a negative click."""
     marked = list(clicks)
     found = [(k, c.cell.polygons[0]) for k, c in enumerate(clicks) if c.cell is not None and not c.negative]
     shared = on_one_cell(
@@ -174,7 +174,7 @@ def _marked(clicks: list[_Click]) -> tuple[list[_Click], tuple[str, ...]]:
     return marked, (*positive, *(same_cell(clicks[j].place, clicks[i].place) for i, j in pairs), *negative)
 
 
-def _chosen(clicks: list[_Click]) -> list[_Click]:
+def _choose_panels(clicks: list[_Click]) -> list[_Click]:
     """At most ``MAX_PANELS`` clicks in their order: all bad ones that fit, then the first others."""
     bad_first = sorted(range(len(clicks)), key=lambda k: not clicks[k].fault)[:MAX_PANELS]
     return [clicks[k] for k in sorted(bad_first)]
@@ -189,7 +189,7 @@ def _panel(click: _Click, reader: SlideReader, side: int) -> Panel:
     if click.cell is not None:
         outline = lattice.to_model(shapely.get_coordinates(click.cell.polygons[0].exterior)) - (x0, y0)
         score = float(click.cell.scores[0])
-    # The place stands in the caption already: "no cell there; ..." remains of "seeds.json: types[0].points[0] = [5, 5]: no cell there; ...".
+    # The caption already shows the place: "no cell there; ..." remains of "seeds.json: types[0].points[0] = [5, 5]: no cell there; ...".
     fault = click.fault.removeprefix(click.place).partition(": ")[2]
     at = (float(centre[0] - x0), float(centre[1] - y0))
     return Panel(click.kind, click.number, click.negative, click.point, pixels, at, outline, score, fault)

@@ -1,1 +1,1 @@
-"""From the pixels of tiles to outlines in part files."""
+"""Segmentation: pixels of tiles to outlines in part files."""

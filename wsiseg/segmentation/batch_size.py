@@ -1,4 +1,4 @@
-"""How much is worked on at once: as many tiles and prompts as fit, and fewer when they turn out not to."""
+"""Batch sizes: as many tiles and prompts as fit into memory, fewer when memory runs out."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-MOST_TILES = 32  #: beyond, an encoder is not faster on any device, and its memory goes on growing
+MOST_TILES = 32  #: beyond, an encoder is not faster on any device, while its memory keeps growing
 FEWEST_PROMPTS = 8  #: below, decoding is nothing but calls; memory is then the tile's
 READ_BYTES = (
     64 << 20
@@ -31,7 +31,7 @@ class Batch:
     config
         ``batch_size`` (``None``: found here), ``masks.prompts_per_batch``, ``max_ram_gb``, ``max_vram_gb``.
     device
-        Of the model.
+        Device of the model.
 
     Notes
     -----
@@ -54,13 +54,13 @@ class Batch:
             torch.cuda.reset_peak_memory_stats(device)
 
     def read_ahead(self, tile_bytes: int) -> int:
-        """How many tiles may wait to be worked on."""
+        """Number of tiles that may be read ahead."""
         budget: float = READ_BYTES * (4 if self._device.type == "cuda" else 1)
         budget = min(budget, self.max_ram / 16) if self.max_ram else budget
         return int(min(max(budget // tile_bytes, 2), 2 * MOST_TILES)) + self.tiles
 
     def learn(self) -> None:
-        """To be called when a batch is done: keeps the memory within what was allowed."""
+        """Adapt to the memory of a finished batch: keeps it within what is allowed."""
         if self._measure:
             self._measure = False
             free, _ = torch.cuda.mem_get_info(self._device)
@@ -84,7 +84,7 @@ class Batch:
             torch.cuda.reset_peak_memory_stats(self._device)
 
     def halve(self, place: str, error: Exception) -> None:
-        """Less at once, after memory ran out.
+        """Halve the batch after memory ran out.
 
         Raises
         ------
@@ -96,13 +96,13 @@ class Batch:
                 f"{place}: out of memory with one tile and {self.prompts} prompts at a time; pass a smaller --tile-size, or --device cpu"
             ) from error
         logger.warning(
-            "%s: out of memory; going on with tiles by %d and prompts by %d", place, self.tiles, self.prompts
+            "%s: out of memory; continuing with batches of %d tiles and %d prompts", place, self.tiles, self.prompts
         )
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
     def _smaller(self) -> bool:
-        """Half the tiles, else half the prompts; whether there was anything to halve."""
+        """Halve the tiles, else the prompts; False when there was nothing to halve."""
         if self.tiles > 1:
             self.tiles //= 2
         elif self.prompts > FEWEST_PROMPTS:
@@ -113,7 +113,7 @@ class Batch:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory ran out, on a GPU or here."""
+    """Tell whether an exception means that memory ran out, on a GPU or here."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(

@@ -51,20 +51,20 @@ READERS = 4  #: threads that read; one core decodes 60 Mpx/s, a large GPU asks f
 
 @dataclass(frozen=True)
 class BlockReport:
-    """What a block sends back: counts and seconds, never cells.
+    """Report of a block: counts and seconds, never cells.
 
     Attributes
     ----------
     counts, failures
-        Of the block; a sentence per tile that could not be read.
+        Counts of the block; a message per tile that could not be read.
     seconds
         Per stage, since the report before.
     peak_bytes, peak_device_bytes
-        Of the process, so far.
+        Peak memory of the process so far.
     resumed
         The part was there already.
     process
-        Which process did it.
+        Process that did the block.
     """
 
     name: str
@@ -91,7 +91,7 @@ class _TileTask:
 
 @dataclass(frozen=True)
 class _TilePixels:
-    """A tile's pixels (H, W, 3), or why there are none."""
+    """A tile's pixels (H, W, 3), or the reason why there are none."""
 
     task: _TileTask
     pixels: NDArray[np.uint8] | None
@@ -142,16 +142,16 @@ def finished_block(spec: RunSpec, block: Block, *, failed: bool = False) -> Bloc
 def segment_blocks(
     context: WorkerContext, blocks: Sequence[Block], stopped: Callable[[], bool]
 ) -> Iterator[BlockReport]:
-    """Work through blocks.
+    """Segment blocks.
 
     Parameters
     ----------
     tools
-        Of this process.
+        Context of this process.
     blocks
         In any order. A block whose part is there is reported and not repeated; one that another process works on is left out.
     stopped
-        When it turns true, the block in hand is finished and no other begun.
+        When it turns true, the current block is finished and no other is started.
 
     Yields
     ------
@@ -170,7 +170,7 @@ def segment_blocks(
 def segment_tile(
     tile: Tile, pixels: NDArray[np.uint8], context: WorkerContext, clock: Clock
 ) -> tuple[Cells, dict[str, int]]:
-    """One tile, start to finish: pixels (H, W, 3) of ``tile.outer`` -> the outlines that ``tile.core`` owns, level-0 px."""
+    """Segment one tile: pixels (H, W, 3) of ``tile.outer`` -> the outlines that ``tile.core`` owns, level-0 px."""
     batch = Batch(context.spec.config, context.model.device)
     (encoded,) = _encode(
         context, [_TilePixels(_TileTask(dataclasses.replace(_NO_BLOCK, tiles=(tile,)), 0), pixels)], batch, clock
@@ -203,16 +203,16 @@ class _TilePipeline:
             closing(prefetch_map(self.trace, self.answers(read), threads=1, limit=3)) as traced,
         ):  # before the slide is
             for tile in traced:
-                mine = done.setdefault(tile.task.block.name, [])
-                mine.append(tile)
-                if len(mine) == len(tile.task.block.tiles):
+                finished_tiles = done.setdefault(tile.task.block.name, [])
+                finished_tiles.append(tile)
+                if len(finished_tiles) == len(tile.task.block.tiles):
                     yield done.pop(tile.task.block.name)
                 while self.resumed:
                     yield self.resumed.pop(0)
         yield from self.resumed
 
     def tasks(self, blocks: Sequence[Block]) -> Iterator[_TileTask]:
-        """Tiles of the blocks that are this process's to do."""
+        """Tiles of the blocks that this process has claimed."""
         for block in blocks:
             if self.stopped():
                 return
@@ -222,7 +222,7 @@ class _TilePipeline:
             elif self.context.claims.take(block.name):
                 self.taken.add(block.name)
                 report = finished_block(self.context.spec, block)
-                if report:  # by who had it until now
+                if report:  # by the process that held the claim
                     self.resumed.append(report)
                     continue
                 yield from (_TileTask(block, number) for number in range(len(block.tiles)))
@@ -241,7 +241,7 @@ class _TilePipeline:
         return _TilePixels(task, None, failure)
 
     def answers(self, read: Iterator[_TilePixels]) -> Iterator[_DecodedTile]:
-        """Masks of the tiles: one batch's prompts are looked for while the next one is encoded."""
+        """Masks of the tiles: one batch's prompts are found while the next one is encoded."""
         with closing(
             prefetch_map(self.prompts, self.encoded(read), threads=self.readers, limit=self.batch.tiles + 1)
         ) as prompted:
@@ -303,7 +303,7 @@ class _TilePipeline:
 
 
 def _encode(context: WorkerContext, group: list[_TilePixels], batch: Batch, clock: Clock) -> list[_EncodedTile]:
-    """Encode tiles together; in two halves when memory does not do."""
+    """Encode tiles together; in two halves when memory runs out."""
     if not group:
         return []
     try:
@@ -323,7 +323,7 @@ def _encode(context: WorkerContext, group: list[_TilePixels], batch: Batch, cloc
 def _decode(
     context: WorkerContext, tile: _EncodedTile, points: NDArray[np.float32], batch: Batch, clock: Clock
 ) -> _DecodedTile:
-    """Masks of a tile's prompts, on the CPU; fewer prompts at a time when memory does not do."""
+    """Decode masks of a tile's prompts, on the CPU; fewer prompts at a time when memory runs out."""
     if tile.embeddings is None:
         return _DecodedTile(tile.read.task, [], 0, tile.read.failure)
     while True:
@@ -361,8 +361,8 @@ def _points(context: WorkerContext, encoded: _EncodedTile) -> NDArray[np.float32
             _one(encoded.embeddings, encoded.place), tile.outer.width, model.mpp, spec.config, spec.bank
         )
     on_slide = points + corner
-    mine: NDArray[np.bool_] = tile.core.contains(on_slide) & spec.area.holds(spec.lattice.to_level0(on_slide))
-    owned: NDArray[np.float32] = points[mine]
+    is_owned: NDArray[np.bool_] = tile.core.contains(on_slide) & spec.area.holds(spec.lattice.to_level0(on_slide))
+    owned: NDArray[np.float32] = points[is_owned]
     return owned
 
 

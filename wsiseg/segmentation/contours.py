@@ -59,7 +59,7 @@ class Rings:
         return count
 
     def enclose(self, points_xy: NDArray[np.floating]) -> NDArray[np.bool_]:
-        """Which rings enclose their image's point (N, 2), by the even-odd rule -> bool (R,)."""
+        """Test which rings enclose their image's point (N, 2), by the even-odd rule -> bool (R,)."""
         ring = np.repeat(np.arange(len(self.first)), self.count)
         x, y = (self.xy - points_xy[self.image[ring]]).T
         following = self.following()
@@ -82,7 +82,7 @@ def zero_rings(images: NDArray[np.float32]) -> Rings:
     Parameters
     ----------
     images
-        Of shape (N, h, w); > 0 is inside. Their outermost rows and columns must be outside, so that every ring closes.
+        Images of shape (N, h, w); > 0 is inside. Their outermost rows and columns must be outside, so that every ring closes.
 
     Returns
     -------

@@ -39,7 +39,7 @@ def decode(
     model, embeddings
         The model and what its ``encode`` returned.
     tile
-        Which tile of the batch the points lie in.
+        Index in the batch of the points' tile.
     points_xy
         float32 of shape (N, 2), model px of the tile, corner frame.
     config
@@ -50,13 +50,13 @@ def decode(
     Yields
     ------
     WindowMasks
-        Of the points whose predicted IoU x stability reaches ``config.min_score``, in order; those that a model has to be asked for again,
+        Masks of the points whose predicted IoU x stability reaches ``config.min_score``, in order; those that a model has to decode again,
         because they reach the border of their window, come last, from left to right, and of equal points once.
     """
     cut: list[NDArray[np.float32]] = []
     for start in range(0, len(points_xy), config.prompts_per_batch):
         batch = points_xy[start : start + config.prompts_per_batch]
-        masks = _ask(model, embeddings, tile, batch, config, grid, full_tile=False)
+        masks = _decode_batch(model, embeddings, tile, batch, config, grid, full_tile=False)
         if model.supports_full_tile:
             again = reaches_border(masks)
             # One answer of several may be cut: the others come again with it, and the first time does not count.
@@ -68,17 +68,17 @@ def decode(
     cut_points = np.concatenate(cut) if cut else np.empty((0, 2), np.float32)
     step = max(config.prompts_per_batch // _WHOLE, 1)
     for start in range(0, len(cut_points), step):
-        yield _ask(model, embeddings, tile, cut_points[start : start + step], config, grid, full_tile=True)
+        yield _decode_batch(model, embeddings, tile, cut_points[start : start + step], config, grid, full_tile=True)
 
 
 def reaches_border(masks: WindowMasks) -> Tensor:
-    """Which masks touch the border of their window -> bool (N,)."""
+    """Find masks that touch the border of their window -> bool (N,)."""
     inside = masks.logits > 0
     touches: Tensor = inside[:, :, 0].any(1) | inside[:, :, -1].any(1) | inside[:, 0].any(1) | inside[:, -1].any(1)
     return touches
 
 
-def _ask(
+def _decode_batch(
     model: PromptableModel,
     embeddings: Embeddings,
     tile: int,

@@ -1,4 +1,4 @@
-"""Microns per pixel from the nuclei themselves.
+"""Estimate of microns per pixel from the nuclei.
 
 A few windows of tissue are shown to the packaged network at a ladder of assumed scales. Near the right one it finds nuclei, and their median
 diameter says by how much the assumption is off: the diameter that it sees grows with the assumed scale, that of nuclei is known.
@@ -44,7 +44,7 @@ TRUSTED = (
     0.2  #: how far, as a natural logarithm, the size seen on a rung may be from that before the rung counts for little
 )
 MARGIN = 1.2  #: nearer to the ends of the ladder than this there is no estimate
-LEAST_WEIGHT = 10.0  #: of all rungs, about that of 30 nuclei; of fewer the median says nothing
+LEAST_WEIGHT = 10.0  #: of all rungs, about that of 30 nuclei, below which the median is unreliable
 SPREAD = (0.8, 1.6)  #: nine of ten labelled samples have their true scale within these factors of the estimate
 CONTRADICTION = (
     1.7  #: how far a stated scale may be from the estimate before it is doubted: 20x and 40x are a factor of 2
@@ -61,7 +61,7 @@ RICH = 0.3  #: squares with this share of the richest one's are candidates: the 
 
 @dataclass(frozen=True)
 class Rung:
-    """What the network found at one assumed scale, in all windows.
+    """Nuclei that the network found at one assumed scale, in all windows.
 
     Attributes
     ----------
@@ -99,7 +99,7 @@ def estimate_scale(reader: SlideReader) -> ScaleEstimate | None:
     Parameters
     ----------
     reader
-        An open slide; its own microns per pixel are not looked at.
+        An open slide; its own microns per pixel are ignored.
 
     Returns
     -------
@@ -116,10 +116,10 @@ def estimate_scale(reader: SlideReader) -> ScaleEstimate | None:
         return None
     model, reach = load_model(MODEL, "cpu"), math.ceil(WINDOW_PX * 0.25 / LADDER[0] / 2) + 2
     around = [Box(x - reach, y - reach, x + reach, y + reach) for x, y in centres]
-    return judge(climb([reader.read(0, box) for box in around], model))
+    return choose_scale(measure_rungs([reader.read(0, box) for box in around], model))
 
 
-def climb(windows: Sequence[NDArray[np.uint8]], model: PromptableModel) -> list[Rung]:
+def measure_rungs(windows: Sequence[NDArray[np.uint8]], model: PromptableModel) -> list[Rung]:
     """Show windows (H, W, 3) of level-0 px to the network at each rung of the ladder; what is far from their centres only at the fine ones."""
     return [_look(windows, mpp, model) for mpp in LADDER]
 
@@ -146,8 +146,8 @@ def _look(windows: Sequence[NDArray[np.uint8]], mpp: float, model: PromptableMod
     return Rung(mpp, np.concatenate(areas), np.concatenate(scores))
 
 
-def judge(rungs: Sequence[Rung]) -> ScaleEstimate | None:
-    """The scale from what was found on the ladder; ``None`` when that is too little, or beyond the ladder.
+def choose_scale(rungs: Sequence[Rung]) -> ScaleEstimate | None:
+    """Choose the scale from the nuclei found on the ladder; ``None`` when they are too few, or beyond it.
 
     Each rung has its own estimate, the assumed scale times usual over seen diameter. They are averaged (median), weighted by how much was found
     there (times the median area, since a window holds fewer nuclei the coarser it is taken to be), and by how close to the usual its size is: far
@@ -216,8 +216,8 @@ def require_scale(reader: SlideReader) -> None:
     )
 
 
-def contradiction(mpp: float, estimate: ScaleEstimate) -> tuple[str, ...]:
-    """A sentence when the stated scale cannot be that of the nuclei; else nothing."""
+def scale_contradiction(mpp: float, estimate: ScaleEstimate) -> tuple[str, ...]:
+    """Warning when the stated scale contradicts the nuclei; else empty."""
     factor = max(mpp / estimate.mpp, estimate.mpp / mpp)
     if factor < CONTRADICTION:
         return ()

@@ -1,7 +1,7 @@
 """Masks -> polygons in slide level-0 px.
 
 Marching squares on the mask's own logits (sub-pixel; no upsampled mask is ever made). This is the one place where pixel centres become the
-corner frame: logit (row, column) stands at ``((column + 0.5) * mask_stride_px, (row + 0.5) * mask_stride_px)`` of its window.
+corner frame: logit (row, column) lies at ``((column + 0.5) * mask_stride_px, (row + 0.5) * mask_stride_px)`` of its window.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def trace(masks: WindowMasks, outer: Box, lattice: Lattice, config: MaskConfig) 
     Parameters
     ----------
     masks
-        Of one tile, on the CPU.
+        Masks of one tile, on the CPU.
     outer
         The tile's outer box, model px of the slide.
     lattice
@@ -46,7 +46,7 @@ def trace(masks: WindowMasks, outer: Box, lattice: Lattice, config: MaskConfig) 
         One polygon per mask: the connected part that holds the prompt (else the largest), without holes. Masks that come out too small are
         left out; order is kept.
     touching
-        How many touch the border of their window: nuclei larger than the model's window, cut there, or things larger than the halo, left out.
+        Number that touch the border of their window: nuclei larger than the model's window, cut there, or things larger than the halo, left out.
     """
     logits = masks.logits.numpy()
     prompts = masks.points_xy.numpy().astype(np.float64)
@@ -61,9 +61,9 @@ def trace(masks: WindowMasks, outer: Box, lattice: Lattice, config: MaskConfig) 
     points = lattice.to_level0(xy * masks.mask_stride_px + np.repeat(corners, count, 0))
     points = np.round(points * GRID) / GRID
     polygons = shapely.polygons(shapely.linearrings(points, indices=np.repeat(np.arange(len(rows)), count)))
-    # The plain form of Douglas and Peucker takes a tenth of the time of the one that keeps polygons valid; the few that break are put right.
+    # The plain form of Douglas and Peucker takes a tenth of the time of the one that keeps polygons valid; the few that become invalid are repaired.
     polygons = _valid(shapely.simplify(polygons, config.simplify_um / lattice.slide_mpp, preserve_topology=False))
-    polygons = _rounded(polygons, config.convex_above)
+    polygons = _convexified(polygons, config.convex_above)
     big = shapely.area(polygons) * lattice.slide_mpp**2 >= config.min_area_um2
     cells = Cells(
         polygons=polygons,
@@ -97,7 +97,7 @@ def _outlines(
 
 
 def _at_border(xy: NDArray[np.float64], count: NDArray[np.intp], shape: tuple[int, ...]) -> NDArray[np.bool_]:
-    """Which outlines (n,) of windows of ``shape`` cells run along the window's border, beyond the middle of the last cell."""
+    """Find outlines (n,) of windows of ``shape`` grid pixels that run along the window's border, beyond the centre of the last pixel."""
     if not len(count):
         return np.empty(0, bool)
     first = np.cumsum(count) - count
@@ -106,7 +106,7 @@ def _at_border(xy: NDArray[np.float64], count: NDArray[np.intp], shape: tuple[in
     return touches
 
 
-def _rounded(polygons: NDArray[np.object_], convex_above: float) -> NDArray[np.object_]:
+def _convexified(polygons: NDArray[np.object_], convex_above: float) -> NDArray[np.object_]:
     """Outlines that fill at least ``convex_above`` of their convex hull become the hull."""
     hull = shapely.convex_hull(polygons)
     return np.where(shapely.area(polygons) >= convex_above * shapely.area(hull), hull, polygons)

@@ -1,10 +1,10 @@
-"""Ask again, knowing more: each instance's box, its point, and its neighbours' points as "not this".   Source: APG, unreleased version 2 [1]_.
+"""Mask refinement: instances are prompted again with box, point, and the neighbours' points as background.   Source: APG, unreleased version 2 [1]_.
 
 Symbol  here       meaning
 m1, m2             an instance's mask of the first and of the second round, on the same window
 owner   owner      (h, w): which instance each cell of the tile belongs to after the first round, best score first; -1 for none
 
-Steps: settle the first round on the tile  ->  prompt each kept instance with box, point and ``neighbours`` negative points
+Steps: suppress overlaps of the first round on the tile  ->  prompt each kept instance with box, point and ``neighbours`` negative points
        ->  take m2 where IoU(m1, m2) >= ``agree`` and at most ``max_overlap`` of m2 lies on other instances; else m1 stays
 
 Instances that the first round drops here are only left out as neighbours: the stitching decides about them, as always.
@@ -52,7 +52,7 @@ def refine_masks(
     size_px
         Side of the tile, model px.
     batches
-        Of the first round, on the CPU; masks on the whole tile stay as they are.
+        Masks of the first round, on the CPU; masks on the whole tile stay as they are.
     masks_config, config
         ``prompts_per_batch``; thresholds.
     which
@@ -83,7 +83,7 @@ def refine_masks(
 
 
 class _Tile:
-    """The first round, settled on the tile's cells."""
+    """Masks of the first round on the tile's grid, overlaps suppressed."""
 
     def __init__(self, masks: WindowMasks, size_px: int) -> None:
         self.masks = masks
@@ -117,7 +117,7 @@ class _Tile:
         return (x + columns[0]) * cell, (y + lines[0]) * cell, (x + columns[-1] + 1) * cell, (y + lines[-1] + 1) * cell
 
     def accepts(self, row: int, second: NDArray[np.bool_], config: SecondRoundConfig) -> bool:
-        """Whether the second mask is the same instance and keeps off the others."""
+        """Tell whether the second mask is the same instance and does not overlap the others."""
         first, owner = self.inside[row], self.window(row)
         same = (first & second).sum() / max((first | second).sum(), 1)
         elsewhere = (second & (owner >= 0) & (owner != row)).sum() / max(second.sum(), 1)
@@ -135,7 +135,7 @@ def _decode(
 ) -> WindowMasks:
     """The second round's masks of ``rows``, on the CPU."""
     points = tile.masks.points_xy[torch.from_numpy(rows)]
-    everyone = np.unique(tile.masks.points_xy.numpy()[kept], axis=0)  # several answers to one point are no neighbours
+    everyone = np.unique(tile.masks.points_xy.numpy()[kept], axis=0)  # several masks of one point are not neighbours
     count = min(config.neighbours, len(everyone) - 1)
     negative = torch.empty(len(rows), 0, 2)
     if count:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RunSpec:
-    """One run as every worker needs to know it; picklable.
+    """Description of a run for the workers; picklable.
 
     Attributes
     ----------
@@ -35,7 +35,7 @@ class RunSpec:
     lattice
         Between model px and level-0 px.
     area
-        Where cells are looked for.
+        Area to search for cells.
     bank
         Prototypes, of runs with clicks.
     parts, parts_hash
@@ -53,7 +53,7 @@ class RunSpec:
 
 @dataclass(frozen=True)
 class WorkerContext:
-    """What a worker process opens once: the slide, the model, and the claims on the blocks that it works on."""
+    """Resources of a worker process, opened once: the slide, the model, and the claims on its blocks."""
 
     spec: RunSpec
     reader: SlideReader
@@ -67,7 +67,7 @@ class WorkerContext:
 
 
 def open_worker_context(spec: RunSpec, number: int = 0) -> WorkerContext:
-    """The slide and model of worker ``number``; where there are several GPUs, each worker has its own."""
+    """Open the slide and model of worker ``number``; where there are several GPUs, each worker has its own."""
     config = spec.config
     reader = open_slide(spec.slide, mpp=config.mpp, force_mpp=config.force_mpp, reader=config.reader)
     device = config.device

@@ -1,7 +1,7 @@
 """Reading slides: one protocol, three readers, and the regions that the models see.
 
 ``open_slide`` is the only place that opens a slide path. It tries OpenSlide (fastest, most vendors), TiffSlide (TIFF-like files OpenSlide
-does not know, and remote paths such as ``s3://``) and plain images, in that order, and ends in one sentence when none of them can.
+does not know, and remote paths such as ``s3://``) and plain images, in that order, and raises one error when none of them can.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class SlideReader(Protocol):
     Attributes
     ----------
     info
-        What is known of the slide.
+        Metadata of the slide.
     """
 
     info: SlideInfo
@@ -102,12 +102,12 @@ def open_slide(
     reader
         A name of `READERS`, or ``auto`` to try them in order.
     require_mpp
-        Whether a slide without microns per pixel is an error; without, its ``info.mpp`` is NaN and ``info.mpp_source`` is ``none``.
+        Treat a slide without microns per pixel as an error; without, its ``info.mpp`` is NaN and ``info.mpp_source`` is ``none``.
 
     Returns
     -------
     SlideReader
-        To be closed by the caller. What is doubtful about the slide stands in ``info.warnings``; `require_cellular` makes the
+        To be closed by the caller. Doubts about the slide are in ``info.warnings``; `require_cellular` makes the
         worst of it an error.
 
     Raises
@@ -141,14 +141,14 @@ def first_that_decodes(address: str, mpp: float | None, names: list[str], *, hid
     address, mpp
         As for `open_slide`.
     names
-        Of `READERS`, in the order to try.
+        Names in `READERS`, in the order to try.
     hidden_damage
-        Whether to leave out a reader that would hide damage in this file.
+        Skip a reader that would hide damage in this file.
 
     Raises
     ------
     SlideError
-        No reader opens it; the sentence has the reason of each.
+        No reader opens it; the message gives the reason of each.
     """
     refusals: list[str] = []
     opened: SlideReader | None = None
@@ -160,7 +160,7 @@ def first_that_decodes(address: str, mpp: float | None, names: list[str], *, hid
             continue
         if hidden_damage and slide.info.format == "generic-tiff" and _hides_damage(address):
             slide.close()
-            refusals.append(f"{name}: does not notice damage in a deflate-compressed TIFF")
+            refusals.append(f"{name}: does not detect damage in a deflate-compressed TIFF")
             continue
         if len(names) == 1 or _decodes(slide):
             if opened is not None:
@@ -181,7 +181,7 @@ def first_that_decodes(address: str, mpp: float | None, names: list[str], *, hid
 
 
 def _decodes(slide: SlideReader) -> bool:
-    """Whether the first tile of the slide can be decoded."""
+    """Tell whether the first tile of the slide can be decoded."""
     from wsiseg.geometry import Box
 
     try:
@@ -197,7 +197,7 @@ def _load(name: str) -> Callable[[str, float | None], SlideReader]:
 
 
 def _hides_damage(path: str) -> bool:
-    """Whether OpenSlide would fill damaged tiles of this generic TIFF in silence: libtiff repeats grey after a deflate error."""
+    """Tell whether OpenSlide would silently fill damaged tiles of this generic TIFF: libtiff repeats grey after a deflate error."""
     import tifffile
 
     try:
@@ -208,7 +208,7 @@ def _hides_damage(path: str) -> bool:
 
 
 def _checked_file(address: str) -> Path:
-    """The path of a readable file; anything else is refused, before a reader turns it into a riddle."""
+    """Check that a path is a readable file, before a reader fails on it with an obscure error."""
     if not address.strip():
         raise SlideError("the path of the slide is empty; give a file")
     require_text(address, SlideError)
@@ -230,13 +230,13 @@ def _checked_file(address: str) -> Path:
 
 
 def _guess(address: str, remote: bool) -> str:
-    """What a file that no reader opens may be, in words."""
+    """Describe what a file that no reader opens may be."""
     if remote:
         return "no reader can open this address"
     with Path(address).open("rb") as file:
         head = file.read(512)
     if head[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
-        return "no reader can open this TIFF: damaged, cut short (compare its size with the original), or of an unknown kind"
+        return "no reader can open this TIFF: damaged, truncated (compare its size with the original), or of an unknown kind"
     if all(byte >= 32 or byte in b"\t\n\r\f" for byte in head):
         return "this is a text file, not a slide"
     return "no reader can open this file"

@@ -41,7 +41,7 @@ class ArrayReader:
         return read_padded(box, self.info.size_px0, lambda b: self._image[b.y0 : b.y1, b.x0 : b.x1])
 
     def close(self) -> None:
-        """Nothing to close."""
+        """Do nothing: there is nothing to close."""
 
     def __enter__(self) -> Self:
         return self

@@ -1,4 +1,4 @@
-"""The way of any pixel type and colour model to 8-bit RGB, the same for every box of a slide."""
+"""Conversion of any pixel type and colour model to 8-bit RGB, the same for every box of a slide."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FULL_RANGE = (0.0, 255.0, 128.0, 255.0, 128.0, 255.0)  # and ReferenceBlackWhite
 
 @dataclass(frozen=True, kw_only=True)
 class Colours:
-    """What the samples of a pixel mean, as a file states it.
+    """Meaning of the samples of a pixel, as stated by a file.
 
     Attributes
     ----------
@@ -65,7 +65,7 @@ class ToRgb:
     Attributes
     ----------
     colours
-        What the samples mean; its ``opacity_at`` is ``None`` when the opacity is ignored.
+        Meaning of the samples; its ``opacity_at`` is ``None`` when the opacity is ignored.
     count
         Samples of colour.
     low, high
@@ -113,7 +113,7 @@ class ToRgb:
         if colours.inverted:
             scaled = 255 - scaled
         convert = _MODELS.get(colours.model)
-        return _shown(scaled) if convert is None else convert(scaled, colours)
+        return _channels_as_rgb(scaled) if convert is None else convert(scaled, colours)
 
 
 def plan_rgb(sample: NDArray[Any], colours: Colours | None = None) -> tuple[ToRgb, tuple[str, ...]]:
@@ -122,9 +122,9 @@ def plan_rgb(sample: NDArray[Any], colours: Colours | None = None) -> tuple[ToRg
     Parameters
     ----------
     sample
-        The slide or a part of it that stands for all, of shape (h, w, samples).
+        The slide or a representative part of it, of shape (h, w, samples).
     colours
-        What its samples mean.
+        Meaning of its samples.
 
     Returns
     -------
@@ -132,7 +132,7 @@ def plan_rgb(sample: NDArray[Any], colours: Colours | None = None) -> tuple[ToRg
         8-bit values are kept. Unsigned integers are divided by the full scale of the smallest usual bit depth (8, 10, 12, 14, 16) that holds
         their largest value. Signed integers and floats without negative values keep 0 as black: up to 1 (floats) or 255 they are taken as
         they are, else their largest value becomes white. Numbers with negative values are stretched from their minimum to their maximum.
-        An opacity that is 0 everywhere is ignored. One sentence about each departure from 8-bit RGB.
+        An opacity that is 0 everywhere is ignored. One message about each departure from 8-bit RGB.
 
     Raises
     ------
@@ -177,7 +177,7 @@ NAMES = {"palette": "palette", "cmyk": "CMYK", "ycbcr": "YCbCr", "lab": "L*a*b*"
 
 
 def _scale(values: NDArray[Any], bits: int | None) -> tuple[float, float, str]:
-    """Values that become 0 and 255, and a sentence about it where they are not 0 and 255."""
+    """Values that map to 0 and 255, and a warning where they are not 0 and 255."""
     kind = values.dtype
     if kind.kind == "b":
         return 0.0, 1.0, "a binary image, shown as black and white"
@@ -198,12 +198,12 @@ def _scale(values: NDArray[Any], bits: int | None) -> tuple[float, float, str]:
 
 
 def _opacity_scale(sample: NDArray[Any], colours: Colours) -> tuple[float | None, list[str]]:
-    """Value of the opacity that is opaque, ``None`` when there is none to be used; and a sentence about it."""
+    """Value of full opacity, ``None`` when there is none to be used; and a warning about it."""
     if colours.opacity_at is None:
         return None, []
     opacity = sample[..., colours.opacity_at]
     if not opacity.any():
-        return None, ["its opacity is 0 everywhere, as exporters leave it: ignored"]
+        return None, ["its opacity is 0 everywhere, as some exporters write it, and was ignored"]
     _, opaque, _ = _scale(opacity, colours.bits)
     return opaque, ["an opacity channel was blended over white"] if (opacity < opaque).any() else []
 
@@ -220,7 +220,7 @@ def _to_bytes(values: NDArray[np.floating]) -> NDArray[np.uint8]:
     return rounded
 
 
-def _shown(channels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def _channels_as_rgb(channels: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """One channel as grey, two as red and green, more as red, green and blue."""
     if channels.shape[2] == 1:
         return np.repeat(channels, 3, axis=2)
@@ -230,14 +230,14 @@ def _shown(channels: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def _from_cmyk(pixels: NDArray[np.uint8], _: Colours) -> NDArray[np.uint8]:
-    """Ink on white paper, without a profile."""
+    """Convert CMYK as ink on white paper, without a profile."""
     ink, black = pixels[..., :3].astype(np.uint16), pixels[..., 3:4].astype(np.uint16)
     rgb: NDArray[np.uint8] = (((255 - ink) * (255 - black) + 127) // 255).astype(np.uint8)
     return rgb
 
 
 def _from_ycbcr(pixels: NDArray[np.uint8], colours: Colours) -> NDArray[np.uint8]:
-    """TIFF 6.0, section 21."""
+    """Convert YCbCr as in TIFF 6.0, section 21."""
     red, green, blue = colours.luma
     black_y, white_y, black_b, white_b, black_r, white_r = colours.reference
     y, cb, cr = np.moveaxis(pixels[..., :3].astype(np.float32), 2, 0)
@@ -251,7 +251,7 @@ def _from_ycbcr(pixels: NDArray[np.uint8], colours: Colours) -> NDArray[np.uint8
 
 
 def _from_lab(pixels: NDArray[np.uint8], _: Colours) -> NDArray[np.uint8]:
-    """CIE L*a*b* as TIFF has it (a* and b* as signed bytes), through Pillow's colour management."""
+    """Convert CIE L*a*b* as in TIFF (a* and b* as signed bytes), through Pillow's colour management."""
     from PIL import Image
 
     height, width = pixels.shape[:2]

@@ -1,4 +1,4 @@
-"""What is said when pixels cannot be read: whether the file is damaged, and if it is not, which reader can read it."""
+"""Errors of unreadable pixels: whether the file is damaged, and if not, which reader can read it."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def unreadable(info: SlideInfo, level: int, box: Box, error: BaseException) -> S
     Parameters
     ----------
     info
-        Of the slide as its reader opened it.
+        Metadata of the slide as its reader opened it.
     level, box
-        What was asked for.
+        Requested level and box.
     error
-        What its library said.
+        Error of its library.
     """
     cause = " ".join(str(error).replace(f"{info.path}: ", "").split())[:200] or type(error).__name__
     what = f"cannot read level {level}, x {box.x0} to {box.x1}, y {box.y0} to {box.y1} px ({cause})"
@@ -37,7 +37,7 @@ def unreadable(info: SlideInfo, level: int, box: Box, error: BaseException) -> S
         return SlideError(f"{info.path}: {info.reader} {what}, but {other} can; pass --reader {other}")
     if isinstance(error, NotImplementedError) or _UNSUPPORTED.search(cause):
         return SlideError(f"{info.path}: {what}; it is stored in a way that is not supported: convert the file")
-    return SlideError(f"{info.path}: {what}; the file is damaged or cut short: copy it again")
+    return SlideError(f"{info.path}: {what}; the file is damaged or truncated: copy it again")
 
 
 def closed(info: SlideInfo) -> SlideError:

@@ -45,7 +45,7 @@ class TiffReader:
             raise
         except FOREIGN_ERRORS as error:
             raise SlideError(
-                f"damaged, cut short, or of an unknown kind ({' '.join(str(error).split())[:120]})"
+                f"damaged, truncated, or of an unknown kind ({' '.join(str(error).split())[:120]})"
             ) from error
         self._closed = False
 
@@ -55,10 +55,10 @@ class TiffReader:
         self._pixels = TiffPixels(tiff, series)
         sizes = self._pixels.level_sizes
         tags = {tag.name: tag.value for tag in series.keyframe.tags}
-        found, doubts = from_tiff_tags(tags, tiff.imagej_metadata)
+        found, scale_warnings = from_tiff_tags(tags, tiff.imagej_metadata)
         found = from_ome_xml(tiff.ome_metadata, sizes[0]) or found
         value, source, notes = choose_mpp(found, mpp, None)
-        doubts = () if found else doubts
+        scale_warnings = () if found else scale_warnings
         return SlideInfo(
             path=path,
             reader="image",
@@ -67,7 +67,7 @@ class TiffReader:
             downsamples=whole_downsamples(sizes),
             mpp=value,
             mpp_source=source,
-            warnings=(*doubts, *notes, *self._pixels.notes, *uneven_levels(sizes)),
+            warnings=(*scale_warnings, *notes, *self._pixels.notes, *uneven_levels(sizes)),
         )
 
     def read(self, level: int, box: Box) -> NDArray[np.uint8]:
@@ -191,7 +191,7 @@ def _load(path: str) -> _Loaded:
     except SlideError:
         raise
     except FOREIGN_ERRORS as error:
-        raise SlideError(f"damaged or cut short ({' '.join(str(error).split())[:120]})") from error
+        raise SlideError(f"damaged or truncated ({' '.join(str(error).split())[:120]})") from error
     pixels = pixels[..., None] if pixels.ndim == 2 else pixels
     if pixels.dtype == np.int32 and pixels.min(initial=0) >= 0 and pixels.max(initial=0) < 2**16:
         pixels = pixels.astype(np.uint16)  # how older versions of Pillow hold 16-bit PNG

@@ -1,6 +1,6 @@
-"""Microns per pixel: where slides say it, whether to believe it.
+"""Microns per pixel: where slides state it, and whether to trust it.
 
-A wrong scale ruins a run in silence, so everything doubtful becomes a sentence, and `require_cellular` an error.
+A wrong scale silently ruins a run, so every doubt becomes a warning, and `require_cellular` raises an error.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def microns_per(unit: str) -> float | None:
 
 
 def from_ome_xml(text: str | None, size_px0: tuple[int, int]) -> PixelSize | None:
-    """PhysicalSizeX/Y of the OME image whose SizeX, SizeY are ``size_px0``; ``None`` when there is none, or its unit is no length."""
+    """PhysicalSizeX/Y of the OME image whose SizeX, SizeY are ``size_px0``; ``None`` when there is none, or its unit is not a length."""
     if not text or "<OME" not in text:
         return None
     try:
@@ -119,7 +119,7 @@ def from_tiff_tags(
     Returns
     -------
     tuple[PixelSize | None, tuple[str, ...]]
-        The size, unless the tags are absent, without unit, or a print resolution; and a sentence in the last case.
+        The size, unless the tags are absent, without unit, or a print resolution; and a warning in the last case.
     """
     try:
         per_unit = [tags[name][0] / tags[name][1] for name in ("XResolution", "YResolution")]
@@ -134,11 +134,11 @@ def from_tiff_tags(
         source = "ImageJ resolution"
     if unit is None:
         return None, ()
-    return believe_resolution(PixelSize(unit / per_unit[0], unit / per_unit[1], source))
+    return drop_print_resolution(PixelSize(unit / per_unit[0], unit / per_unit[1], source))
 
 
-def believe_resolution(size: PixelSize) -> tuple[PixelSize | None, tuple[str, ...]]:
-    """Drop a size from resolution tags that is a print resolution, with a sentence that says so."""
+def drop_print_resolution(size: PixelSize) -> tuple[PixelSize | None, tuple[str, ...]]:
+    """Drop a size from resolution tags that is a print resolution, with a warning that says so."""
     if size.mean < PRINT_MPP:
         return size, ()
     return None, (f"its resolution tag, {25400 / size.mean:.0f} dpi, is a print resolution and was ignored",)
@@ -152,7 +152,7 @@ def choose_mpp(
     Parameters
     ----------
     found
-        What the file says.
+        Size stated by the file.
     override
         ``--mpp``; wins over the file.
     objective
@@ -161,7 +161,7 @@ def choose_mpp(
     Returns
     -------
     tuple[float, str, tuple[str, ...]]
-        mpp (NaN when unknown), its source, and a sentence about each doubt.
+        mpp (NaN when unknown), its source, and a warning about each doubt.
     """
     notes = []
     if override is not None:
@@ -196,7 +196,7 @@ def require_cellular(info: SlideInfo) -> None:
     Parameters
     ----------
     info
-        Of an open slide. A scale that the user gave by ``--mpp`` is believed: it only warns.
+        Metadata of an open slide. A scale given by ``--mpp`` is trusted: it only warns.
 
     Raises
     ------

@@ -12,7 +12,7 @@ from wsiseg.errors import SlideError
 from wsiseg.geometry import Box
 from wsiseg.records import SlideInfo
 from wsiseg.slide.faults import closed, unreadable
-from wsiseg.slide.mpp import PixelSize, believe_resolution, choose_mpp, pixel_size
+from wsiseg.slide.mpp import PixelSize, choose_mpp, drop_print_resolution, pixel_size
 from wsiseg.slide.resample import read_padded, uneven_levels, whole_downsamples
 from wsiseg.slide.tiff_pages import misread_by_openslide
 
@@ -48,7 +48,7 @@ class OpenSlideReader:
         sizes = tuple(self._handle.level_dimensions)
         background = properties.get("openslide.background-color", "FFFFFF")
         self._background = np.array([int(background[i : i + 2], 16) for i in (0, 2, 4)], np.uint16)
-        found, doubts = _pixel_size(properties, vendor)
+        found, scale_warnings = _pixel_size(properties, vendor)
         objective = pixel_size(properties.get("openslide.objective-power"), None, "")
         value, source, notes = choose_mpp(found, mpp, objective.x if objective else None)
         self.info = SlideInfo(
@@ -60,7 +60,7 @@ class OpenSlideReader:
             mpp=value,
             mpp_source=source,
             bounds=_bounds(properties),
-            warnings=(*doubts, *notes, *uneven_levels(sizes)),
+            warnings=(*scale_warnings, *notes, *uneven_levels(sizes)),
         )
 
     def read(self, level: int, box: Box) -> NDArray[np.uint8]:
@@ -151,7 +151,7 @@ def _pixel_size(properties: Mapping[str, str], vendor: str) -> tuple[PixelSize |
     if found is None:
         return pixel_size(properties.get("aperio.MPP"), None, "aperio.MPP"), ()
     if vendor == "generic-tiff":  # OpenSlide takes it from the resolution tags
-        return believe_resolution(PixelSize(found.x, found.y, "TIFF XResolution"))
+        return drop_print_resolution(PixelSize(found.x, found.y, "TIFF XResolution"))
     return found, ()
 
 

@@ -1,4 +1,4 @@
-"""Levels of the pyramid to model pixels, on one exact grid.
+"""Resampling of pyramid levels to model pixels, on one exact grid.
 
 Pixel i of a level with downsample d covers level-0 [i*d, (i+1)*d); model px i covers [i*scale, (i+1)*scale). The value of a model px
 depends on the slide only, not on the box it was read in: boxes of neighbouring tiles agree where they overlap, but for the rounding of
@@ -164,7 +164,7 @@ def whole_downsamples(
     level_sizes
         (width, height) of each level, level 0 first.
     stated
-        What the reading library says, kept where no whole number fits.
+        Downsamples stated by the reading library, kept where no whole number fits.
     """
     width0, height0 = level_sizes[0]
     factors = []
@@ -181,7 +181,7 @@ def whole_downsamples(
 
 
 def uneven_levels(level_sizes: tuple[tuple[int, int], ...]) -> tuple[str, ...]:
-    """A sentence about each level that is not a uniform reduction of level 0 (by more than 2 % and more than 2 px)."""
+    """Warn of each level that is not a uniform reduction of level 0 (by more than 2 % and more than 2 px)."""
     width0, height0 = level_sizes[0]
     notes = []
     for level, (width, height) in enumerate(level_sizes):

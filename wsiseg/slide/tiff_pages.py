@@ -1,4 +1,4 @@
-"""Pixels of any TIFF, tile by tile: what its pages store, and the way of that to RGB.
+"""Pixels of any TIFF, tile by tile, and their conversion to RGB.
 
 A level is one page; or one page per channel, where channels are pages of their own; or one page with a plane per sample (planar
 configuration 2). Of a stack (z, time) the first plane is used, with a warning. The orientation tag is never applied: OpenSlide, QuPath and
@@ -39,7 +39,7 @@ SAMPLE_CHUNKS, SAMPLE_BYTES = (
     256e6,
 )  # at most these of a level decide the scaling of deep pixels and the use of opacity
 LOOKED_AT = (
-    64  # directories of a generic TIFF that are looked at before OpenSlide may read it; a stack shows in the first few
+    64  # directories of a generic TIFF that are examined before OpenSlide may read it; a stack shows in the first few
 )
 WHITE = 255
 
@@ -66,7 +66,7 @@ class TiffPixels:
     level_sizes
         (width, height) of each level.
     notes
-        Sentences about what is left out, converted or damaged.
+        Messages about what is left out, converted or damaged.
 
     Raises
     ------
@@ -145,7 +145,7 @@ class TiffPixels:
             self._file.seek(offset)
             encoded = self._file.read(length)
         if len(encoded) < length:
-            raise ValueError(f"the file ends within tile {at}: {len(encoded)} of {length} bytes")
+            raise ValueError(f"the file ends inside tile {at}: {len(encoded)} of {length} bytes")
         if level.page.compression in JPEG and level.page.jpegheader is None and b"\xff\xd9" not in encoded[-64:]:
             raise ValueError(f"JPEG tile {at} has no end")  # the decoder would fill the rest with grey
         return encoded
@@ -199,13 +199,13 @@ class TiffPixels:
                 yield index, raw
 
     def _cut_short(self) -> tuple[str, ...]:
-        """A sentence when tiles lie beyond the end of the file."""
+        """Warning when tiles lie beyond the end of the file."""
         missing = sum(
             int((offsets + lengths > self._file.size).sum())
             for level in self._levels
             for offsets, lengths in zip(level.offsets, level.lengths, strict=True)
         )
-        return (f"the file is cut short: {missing} tiles or strips lie beyond its end",) if missing else ()
+        return (f"the file is truncated: {missing} tiles or strips lie beyond its end",) if missing else ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -257,7 +257,7 @@ def _levels_of(series: tifffile.TiffPageSeries) -> tuple[list[_Level], tuple[str
 
 
 def _first_plane(level: tifffile.TiffPageSeries) -> tuple[tuple[Any, ...], tuple[str, ...]]:
-    """The pages of the first plane of a level, one or one per channel, with a sentence about the planes left out."""
+    """The pages of the first plane of a level, one or one per channel, with a message about the planes left out."""
     inner = str(level.keyframe.axes)
     axes, shape = str(level.axes), level.shape
     if inner not in ("YX", "YXS", "SYX") or not axes.endswith(inner):
@@ -336,7 +336,7 @@ def _require_decoder(page: Any) -> None:  # noqa: ANN401
 
 
 def _colours_of(page: Any, channels: int) -> Colours:  # noqa: ANN401
-    """What the samples of a page mean; ``channels``: pages that make up a pixel."""
+    """Meaning of the samples of a page; ``channels``: pages that make up a pixel."""
     kind, extras = int(page.photometric), [int(extra) for extra in page.extrasamples]
     name = getattr(page.photometric, "name", str(kind))
     samples = int(page.samplesperpixel)
@@ -437,11 +437,11 @@ def _orientation_note(levels: list[_Level]) -> tuple[str, ...]:
 
 
 def misread_by_openslide(path: str, vendor: str) -> str | None:
-    """Why OpenSlide would return wrong pixels of a TIFF that it opens, in words; ``None`` when it would not, or the file is not a TIFF.
+    """Reason why OpenSlide would return wrong pixels of a TIFF that it opens; ``None`` when it would not, or the file is not a TIFF.
 
     OpenSlide decodes generic TIFFs with libtiff's RGBA interface: that divides deep samples by 257 whatever they hold, shows signed ones and
     floats wrong or not at all, ignores the difference between opacity and other extra samples, mirrors each tile by the orientation tag in
-    its own place, and takes the planes of a stack for levels. Files of scanners are looked at for depth, planes and orientation only.
+    its own place, and takes the planes of a stack for levels. Files of scanners are checked for depth, planes and orientation only.
     """
     plain = vendor == "generic-tiff"
     try:

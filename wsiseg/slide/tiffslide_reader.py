@@ -1,7 +1,7 @@
 """Slides through TiffSlide: TIFF-like files that OpenSlide does not know, and remote paths of fsspec.
 
 TiffSlide finds the levels and reads the metadata. The pixels come from `wsiseg.slide.tiff_pages`: TiffSlide's zarr path fills tiles that the
-file marks as absent with black, pads JPEG tiles that end early with grey, and takes the samples of any colour model for RGB, all in silence.
+file marks as absent with black, pads JPEG tiles that end early with grey, and takes the samples of any colour model for RGB, all silently.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tiffslide import TiffSlide
 from wsiseg.errors import SlideError
 from wsiseg.records import SlideInfo
 from wsiseg.slide.faults import closed, unreadable
-from wsiseg.slide.mpp import PixelSize, believe_resolution, choose_mpp, from_ome_xml, from_tiff_tags, pixel_size
+from wsiseg.slide.mpp import PixelSize, choose_mpp, drop_print_resolution, from_ome_xml, from_tiff_tags, pixel_size
 from wsiseg.slide.resample import FOREIGN_ERRORS, read_padded, uneven_levels, whole_downsamples
 from wsiseg.slide.tiff_pages import TiffPixels
 
@@ -75,7 +75,7 @@ class TiffSlideReader:
                 f"its parts hold {page.samplesperpixel} samples of {page.dtype} per pixel, which is not supported"
             )
         sizes = tuple((int(width), int(height)) for width, height in slide.level_dimensions)
-        found, doubts = _pixel_size(slide, sizes[0], page)
+        found, scale_warnings = _pixel_size(slide, sizes[0], page)
         objective = pixel_size(properties.get("tiffslide.objective-power"), None, "")
         value, source, notes = choose_mpp(found, mpp, objective.x if objective else None)
         remarks = self._pixels.notes if self._pixels else ()
@@ -87,7 +87,7 @@ class TiffSlideReader:
             downsamples=whole_downsamples(sizes),
             mpp=value,
             mpp_source=source,
-            warnings=(*doubts, *notes, *remarks, *uneven_levels(sizes)),
+            warnings=(*scale_warnings, *notes, *remarks, *uneven_levels(sizes)),
         )
 
     def read(self, level: int, box: Box) -> NDArray[np.uint8]:
@@ -129,7 +129,7 @@ def open_tiffslide(path: str, mpp: float | None) -> TiffSlideReader:
 
 
 def _source(path: str) -> str | OpenFile:
-    """What TiffSlide is given: it takes ``::`` in the name of a local file for a chain of file systems."""
+    """Source for TiffSlide, which mistakes ``::`` in the name of a local file for a chain of file systems."""
     return OpenFile(LocalFileSystem(), path) if "::" in path and "://" not in path else path
 
 
@@ -157,5 +157,5 @@ def _stated_size(properties: Mapping[str, Any]) -> tuple[PixelSize | None, tuple
     if found is None:
         return None, ()
     if "tiff.XResolution" in properties and not properties.get("philips.PixelSpacing"):
-        return believe_resolution(PixelSize(found.x, found.y, "TIFF XResolution"))
+        return drop_print_resolution(PixelSize(found.x, found.y, "TIFF XResolution"))
     return found, ()

@@ -49,7 +49,7 @@ def plan_blocks(
     reach_px
         The halo is at least this (half of the model's mask window).
     input_px
-        What the model takes, when that is one size: cores are what the halo leaves of it.
+        Input size of a model with a fixed one: a core is this less the halo.
     wanted
         Called with a core's box in level-0 px ``(x0, y0, x1, y1)``; tiles for which it is false are left out.
 

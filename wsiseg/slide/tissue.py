@@ -1,4 +1,4 @@
-"""Where the tissue is, from an overview of the slide.
+"""Tissue detection on an overview of the slide.
 
 A missed piece of tissue is lost cells, a false one costs a few tiles: thresholds are low, edges get a margin. Nothing found is a valid
 answer: a blank slide has an empty mask.
@@ -54,7 +54,7 @@ SMALL_IMAGE_UM2 = 1e6  # a field of view has its subject everywhere; leaving par
 
 @dataclass(frozen=True)
 class TissueMask:
-    """Which parts of a slide hold tissue.
+    """Mask of the tissue of a slide.
 
     Attributes
     ----------
@@ -65,7 +65,7 @@ class TissueMask:
     brightfield
         ``False`` when the background is dark, as in fluorescence.
     warnings
-        Sentences about anything doubtful.
+        Warnings about anything doubtful.
     """
 
     mask: NDArray[np.bool_]
@@ -74,14 +74,14 @@ class TissueMask:
     warnings: tuple[str, ...]
 
     def covers(self, x0: float, y0: float, x1: float, y1: float) -> bool:
-        """Whether any tissue lies in a box of level-0 px; ``False`` beyond the mask."""
+        """Tell whether any tissue lies in a box of level-0 px; ``False`` beyond the mask."""
         height, width = self.mask.shape
         left, top = max(math.floor(x0 / self.scale), 0), max(math.floor(y0 / self.scale), 0)
         right, bottom = min(math.ceil(x1 / self.scale), width), min(math.ceil(y1 / self.scale), height)
         return right > left and bottom > top and bool(self.mask[top:bottom, left:right].any())
 
     def __reduce__(self) -> tuple[object, ...]:
-        """Travels packed: 10 MB of a large slide are some 10 kB."""
+        """Pickle packed: 10 MB of a large slide become some 10 kB."""
         return _unpack, (
             zlib.compress(np.packbits(self.mask).tobytes()),
             self.mask.shape,
@@ -137,7 +137,7 @@ def find_tissue(
     if brightfield:
         found &= ~_padding(thumbnail)
     small = found.size * pixel_um**2 < SMALL_IMAGE_UM2
-    mask = np.full_like(found, found.any()) if small else _tidy(found, config, pixel_um)
+    mask = np.full_like(found, found.any()) if small else _clean_mask(found, config, pixel_um)
     return TissueMask(mask, scale, brightfield, warnings)
 
 
@@ -152,7 +152,7 @@ def _background(thumbnail: NDArray[np.uint8]) -> tuple[bool, tuple[str, ...]]:
 
 
 def is_brightfield(thumbnail: NDArray[np.uint8]) -> bool:
-    """Whether an overview (h, w, 3) has a bright background."""
+    """Tell whether an overview (h, w, 3) has a bright background."""
     return _background(thumbnail)[0]
 
 
@@ -164,7 +164,7 @@ def glass_white(thumbnail: NDArray[np.uint8] | NDArray[np.float32]) -> NDArray[n
 
 
 def is_glass(pixels: NDArray[np.uint8], white: NDArray[np.float64]) -> bool:
-    """Whether nothing at all is on the pixels (h, w, 3), where glass has the colour ``white``."""
+    """Tell whether the pixels (h, w, 3) are empty glass, which has the colour ``white``."""
     from scipy import ndimage
 
     return float(_stain(ndimage.gaussian_filter(pixels.astype(np.float32), (1.0, 1.0, 0.0)), white).max()) < STAIN_FLOOR
@@ -204,7 +204,7 @@ def _padding(thumbnail: NDArray[np.uint8]) -> NDArray[np.bool_]:
     return cast("NDArray[np.bool_]", ndimage.binary_dilation(padding, iterations=3))  # its blurred edge
 
 
-def _tidy(found: NDArray[np.bool_], config: TissueConfig, pixel_um: float) -> NDArray[np.bool_]:
+def _clean_mask(found: NDArray[np.bool_], config: TissueConfig, pixel_um: float) -> NDArray[np.bool_]:
     """Add the margin, drop specks, fill holes.
 
     Pieces are joined by their margins before they are weighed, so that the threads of fat tissue stand together; weighed is what
@@ -229,13 +229,13 @@ def _tidy(found: NDArray[np.bool_], config: TissueConfig, pixel_um: float) -> ND
 
 @dataclass(frozen=True)
 class SearchArea:
-    """Where cells are looked for: tissue (``None``: everywhere), cut by a region of interest (``None``: no cut), level-0 px."""
+    """Area to search for cells: tissue (``None``: everywhere), cut by a region of interest (``None``: no cut), level-0 px."""
 
     tissue: TissueMask | None
     region: shapely.Geometry | None
 
     def wanted(self, x0: float, y0: float, x1: float, y1: float) -> bool:
-        """Whether a box may hold cells."""
+        """Tell whether a box may hold cells."""
         if self.region is not None and not self.region.intersects(shapely.box(x0, y0, x1, y1)):
             return False
         return self.tissue is None or self.tissue.covers(x0, y0, x1, y1)
@@ -249,7 +249,7 @@ class SearchArea:
         return float(min(whole, tissue, region))
 
     def holds(self, points_xy: NDArray[np.floating]) -> NDArray[np.bool_]:
-        """Which of the points (N, 2) lie inside -> bool (N,). Cells are kept by this, not by tile, so that the tiling does not show."""
+        """Test which points (N, 2) lie inside -> bool (N,). Cells are kept by this, not by tile, so that the tiling does not show."""
         inside = np.ones(len(points_xy), bool)
         if self.tissue is not None:
             height, width = self.tissue.mask.shape

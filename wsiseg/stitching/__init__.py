@@ -1,1 +1,1 @@
-"""From the outlines of all tiles to the cells of a slide."""
+"""Stitching of the outlines of all tiles into the cells of a slide."""

@@ -1,4 +1,4 @@
-"""The outlines of all tiles, by row number: a few numbers of each in memory (80 bytes), polygons and descriptors where they lie, in the part files.
+"""Outlines of all tiles, by row number: a few numbers of each in memory (80 bytes), polygons and descriptors in the part files.
 
 A row is an outline's place in the parts, one part after the other. Whoever needs polygons asks for rows; what was read lately stays in a cache
 of bounded size, so memory does not grow with a slide's polygons.
@@ -36,7 +36,7 @@ THREADS = min(machine.cores(), 8)
 
 @dataclass(frozen=True)
 class OutlineTable:
-    """What is kept of N outlines, in the order of the rows; lengths in level-0 px."""
+    """Numbers kept of N outlines, in the order of the rows; lengths in level-0 px."""
 
     points_xy: NDArray[np.float64]
     scores: NDArray[np.float32]
@@ -44,7 +44,7 @@ class OutlineTable:
     areas: NDArray[np.float64]
 
     def take(self, rows: NDArray[np.intp]) -> OutlineTable:
-        """Those of ``rows``."""
+        """Select ``rows``."""
         return OutlineTable(self.points_xy[rows], self.scores[rows], self.bounds[rows], self.areas[rows])
 
     @staticmethod
@@ -67,7 +67,7 @@ class OutlineStore:
     descriptor_size
         D.
     cache_bytes
-        How much of the parts stays in memory.
+        Amount of the parts kept in memory.
     """
 
     def __init__(
@@ -123,7 +123,7 @@ class OutlineStore:
     def _by_part(
         self, rows: NDArray[np.intp], columns: tuple[str, ...]
     ) -> Iterator[tuple[NDArray[np.intp], Part, NDArray[np.intp]]]:
-        """For each part that holds some of ``rows``: their positions among them, the part, and their places in it."""
+        """Group ``rows`` by part: positions among ``rows``, the part, and places in it."""
         owner = np.searchsorted(self.starts, rows, side="right") - 1
         order = np.argsort(owner, kind="stable")
         parts, firsts = np.unique(owner[order], return_index=True)
@@ -144,18 +144,18 @@ class OutlineStore:
         return part
 
     def _open(self, k: int, path: Path, columns: tuple[str, ...]) -> Part:
-        """A part file, which must stay the same as long as its rows are spoken of."""
+        """Open a part file, which must not change as long as its rows are in use."""
         part = open_part(path, columns)
         now = path.stat()
         state = now.st_ino, now.st_size, now.st_mtime_ns
         if self._states.setdefault(k, state) != state:
             raise RunError(
-                f"{path}: was changed by another run while this one went on; run the command again, one run per folder"
+                f"{path}: was changed by another run during this one; run the command again, one run per folder"
             )
         return part
 
     def _cut(self, polygons: NDArray[np.object_]) -> NDArray[np.object_]:
-        """Polygons without what reaches beyond the slide."""
+        """Clip polygons to the slide."""
         width, height = self._size
         bounds = shapely.bounds(polygons).reshape(-1, 4)
         out = (bounds[:, 0] < 0) | (bounds[:, 1] < 0) | (bounds[:, 2] > width) | (bounds[:, 3] > height)

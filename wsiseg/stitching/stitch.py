@@ -1,4 +1,4 @@
-"""Outlines of all tiles -> cells: overlaps are settled once, for the whole slide, in an order that does not depend on the tiling.
+"""Outlines of all tiles -> cells: overlaps are resolved once, for the whole slide, in an order that does not depend on the tiling.
 
 Every tile hands over the outlines whose prompt lies in its core, each exactly once. Here they are ranked from the best score down (ties: by
 prompt position, a total order); an outline goes when too much of it is already claimed, when it lies in a better one or round it, or when
@@ -44,7 +44,7 @@ _ROUNDS = 50  #: of deciding many outlines at once; what depends on a longer cha
 
 @dataclass(frozen=True)
 class StitchCounts:
-    """What became of the outlines: ``kept + overlapped + clusters + slivers = outlines``."""
+    """Counts of the outlines: ``kept + overlapped + clusters + slivers = outlines``."""
 
     outlines: int
     kept: int
@@ -67,7 +67,7 @@ class Pairs:
     shared: NDArray[np.float64]
 
     def take(self, chosen: NDArray[np.bool_] | NDArray[np.intp] | slice) -> Pairs:
-        """The chosen ones, in order."""
+        """Select the chosen pairs, in order."""
         return Pairs(self.low[chosen], self.high[chosen], self.shared[chosen])
 
     @staticmethod
@@ -85,7 +85,7 @@ class StitchedCells:
     Attributes
     ----------
     outlines
-        Of all tiles.
+        Outlines of all tiles.
     rows
         Row of each cell among them.
     bounds
@@ -108,7 +108,7 @@ class StitchedCells:
 
     @property
     def descriptor_size(self) -> int:
-        """D."""
+        """Size of a descriptor."""
         return self.outlines.descriptor_size
 
     @property
@@ -161,7 +161,7 @@ def stitch(
     descriptor_size: int,
     cache_bytes: int = CACHE_BYTES,
 ) -> tuple[StitchedCells, StitchCounts]:
-    """Settle overlaps.
+    """Resolve overlaps.
 
     Parameters
     ----------
@@ -170,20 +170,20 @@ def stitch(
     size_px0
         Slide size; outlines are cut at its border.
     min_area_px0
-        What is smaller after trimming is dropped, level-0 px squared.
+        Smallest area to keep after clipping, level-0 px squared.
     config
         Overlap rules.
     descriptor_size
         D.
     cache_bytes
-        Of :class:`~wsiseg.stitching.outline_store.Outlines`.
+        Cache of the :class:`~wsiseg.stitching.outline_store.OutlineStore`.
 
     Returns
     -------
     settled
         No two cells overlap by more than rounding; sorted along a Z-order curve of their prompts, so that equal sets give equal files.
     counts
-        For the manifest.
+        Counts for the manifest.
     """
     outlines = OutlineStore(sources, size_px0, descriptor_size, cache_bytes)
     pairs = find_pairs(outlines, config)
@@ -209,13 +209,13 @@ def find_pairs(outlines: OutlineStore, config: StitchingConfig) -> Pairs:
     def within(source: int, polygons: NDArray[np.object_], numbers: OutlineTable) -> None:
         left, right = shapely.STRtree(polygons).query(polygons)
         once = left < right
-        inside[source] = _measured(polygons, numbers, left[once], right[once], config)
+        inside[source] = _touching(polygons, numbers, left[once], right[once], config)
 
     outlines.survey(within)
     starts = outlines.starts
     found = [replace(p, low=p.low + starts[k], high=p.high + starts[k]) for k, p in sorted(inside.items())]
     found += prefetch_map(
-        partial(_between, outlines, config), _neighbours(outlines), threads=THREADS, limit=2 * THREADS
+        partial(_candidate_pairs, outlines, config), _neighbours(outlines), threads=THREADS, limit=2 * THREADS
     )
     pairs = Pairs.concatenate(found)
     rank = _rank(outlines.numbers)
@@ -261,35 +261,37 @@ def _meets(bounds: NDArray[np.float64], box: NDArray[np.float64]) -> NDArray[np.
     return met
 
 
-def _between(outlines: OutlineStore, config: StitchingConfig, rows: tuple[NDArray[np.intp], NDArray[np.intp]]) -> Pairs:
+def _candidate_pairs(
+    outlines: OutlineStore, config: StitchingConfig, rows: tuple[NDArray[np.intp], NDArray[np.intp]]
+) -> Pairs:
     """Pairs of one of the first rows with one of the second."""
     mine, both = len(rows[0]), np.concatenate(rows)
     polygons = outlines.polygons(both)
     right, left = shapely.STRtree(polygons[:mine]).query(polygons[mine:])
-    pairs = _measured(polygons, outlines.numbers.take(both), left, right + mine, config)
+    pairs = _touching(polygons, outlines.numbers.take(both), left, right + mine, config)
     return replace(pairs, low=both[pairs.low], high=both[pairs.high])
 
 
-def _measured(
+def _touching(
     polygons: NDArray[np.object_],
     numbers: OutlineTable,
     left: NDArray[np.intp],
     right: NDArray[np.intp],
     config: StitchingConfig,
 ) -> Pairs:
-    """Those that touch, of pairs whose boxes do; what the boxes share stands in for the area."""
+    """Keep the pairs that touch, of those whose boxes do; the overlap of the boxes bounds the shared area."""
     rank, box, area = _rank(numbers), numbers.bounds, numbers.areas
     worse = rank[left] > rank[right]
     low, high = np.where(worse, left, right), np.where(worse, right, left)
     sides = np.minimum(box[low, 2:], box[high, 2:]) - np.maximum(box[low, :2], box[high, :2])
     shared = np.minimum(np.maximum(sides, 0).prod(1), np.minimum(area[low], area[high]))
-    touch = _decides(numbers, low, high, config)
+    touch = _certainly_suppressed(numbers, low, high, config)
     rest = np.flatnonzero(~touch)
     touch[rest] = shapely.intersects(polygons[low[rest]], polygons[high[rest]])
     return Pairs(low, high, shared).take(touch & (shared > 0))
 
 
-def _decides(
+def _certainly_suppressed(
     numbers: OutlineTable, low: NDArray[np.intp], high: NDArray[np.intp], config: StitchingConfig
 ) -> NDArray[np.bool_]:
     """Pairs whose worse outline certainly goes if the better stays: |A and B| = |A| + |B| - |A or B|, and the union lies in its box."""
@@ -300,11 +302,11 @@ def _decides(
 
 
 def _refine_areas(outlines: OutlineStore, pairs: Pairs, config: StitchingConfig) -> Pairs:
-    """Exact areas where the upper bounds leave something open: too much claimed, one in the other, or a cluster."""
+    """Compute exact areas where the upper bounds do not decide: too much claimed, one in the other, or a cluster."""
     numbers = outlines.numbers
     area, low, high = numbers.areas, pairs.low, pairs.high
     smaller = np.minimum(area[low], area[high])
-    unsure = ~_decides(numbers, low, high, config)
+    unsure = ~_certainly_suppressed(numbers, low, high, config)
     much = np.bincount(low[unsure], weights=pairs.shared[unsure], minlength=len(area)) > config.max_overlap * area
     needed = unsure & (much[low] | (pairs.shared >= config.nested * smaller))
     held = pairs.shared >= config.contained * smaller
@@ -326,7 +328,7 @@ def _refine_areas(outlines: OutlineStore, pairs: Pairs, config: StitchingConfig)
 
 
 def resolve_overlaps(area: NDArray[np.float64], pairs: Pairs, config: StitchingConfig) -> tuple[NDArray[np.bool_], int]:
-    """Which rows stay, and how many were clusters.
+    """Choose the rows to keep, and count the clusters.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Work through blocks: here, in processes of this machine, or in those of a cluster. The only package that knows Dask.
+"""Execution of blocks: in this process, in processes of this machine, or on a cluster. The only package that knows Dask.
 
 ``work(tools, blocks, stopped)`` yields a small summary per block; ``setup(number)`` builds the tools (slide, model) once per worker. Plans go out
 and counts come back: no pixel, mask or polygon passes the scheduler. A worker that dies is replaced and its blocks are given out again.
@@ -41,10 +41,10 @@ def map_blocks(
     Parameters
     ----------
     work
-        Works through some blocks and yields a summary for each; ends after the block in hand when its third argument turns true. Blocks come
+        Works through some blocks and yields a summary for each; ends after the current block when its third argument turns true. Blocks come
         again when a worker died: one that is finished already should be cheap.
     blocks
-        What to work on; neighbours stay together, the order of the summaries is not promised.
+        Blocks to process; neighbours stay together, the order of the summaries is not guaranteed.
     setup
         Builds a worker's tools, once; its argument counts the workers of one machine from 0. Tools that have a ``close`` are closed when workers
         outlive the run. With more than one worker, ``work`` and ``setup`` are pickled.
@@ -55,14 +55,14 @@ def map_blocks(
     cluster
         The jobs of a batch system.
     scratch
-        Where a folder is made for what Dask writes, and removed at the end; jobs must see it. It is made and removed itself when it is not there.
+        Parent of a temporary folder for Dask's files, removed at the end; jobs must see it. It is made and removed itself when it is not there.
         After an error the folder of jobs stays, for their logs. ``None``: with other temporary files.
     weight
         Tiles in a block; without it every block is a task of its own.
     tools
         This process's own, when it has them already.
     stopped
-        Asked some times a second: when true, no block is begun, and the summaries of those in hand are the last.
+        Polled some times a second: when true, no block is started, and the summaries of those in progress are the last.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""Where workers come from: processes of this machine, a scheduler that somebody started, or the jobs of a batch system."""
+"""Pools of workers: processes of this machine, an existing Dask scheduler, or the jobs of a batch system."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ _SETTINGS = {
     "distributed.worker.profile.enabled": False,
     "distributed.admin.tick.interval": "500ms",  # 20 ms, Dask's own, costs every process 2 % of a core
 }
-#: Loggers of Dask and below it: what matters of theirs is said here, in sentences.
+#: Loggers of Dask and its dependencies; what matters of theirs is reported here.
 _NOISY = (
     "distributed",
     "distributed.client",
@@ -59,7 +59,7 @@ _NOISY = (
 
 
 def is_batch(scheduler: str | None) -> bool:
-    """Whether this is the name of a batch system."""
+    """Tell whether this is the name of a batch system."""
     return scheduler in _BATCH
 
 
@@ -69,7 +69,7 @@ def check_scheduler(scheduler: str | None, cluster: ClusterConfig | None = None)
     Raises
     ------
     ConfigError
-        It is no address and no batch system; or that system's commands, its Python package or a sensible memory are not here.
+        It is neither an address nor a batch system; or that system's commands, its Python package or a valid memory size are missing.
     """
     if scheduler is None or scheduler.startswith(("tcp://", "tls://", "ucx://", "ws://", "wss://", "inproc://")):
         return
@@ -94,7 +94,7 @@ def check_scheduler(scheduler: str | None, cluster: ClusterConfig | None = None)
 
 @contextmanager
 def open_pool(workers: int, scheduler: str | None, settings: ClusterConfig, scratch: Path) -> Iterator[Pool]:
-    """The workers that were asked for; those that were started for it end with it.
+    """Open the requested pool; workers started for it end with it.
 
     Raises
     ------
@@ -130,7 +130,7 @@ def open_pool(workers: int, scheduler: str | None, settings: ClusterConfig, scra
 
 @contextmanager
 def _processes(workers: int, before_spawn: dict[str, str]) -> Iterator[Pool]:
-    """Processes of this machine. They listen on 127.0.0.1 only, on ports that the system chooses: two runs never meet."""
+    """Start processes of this machine. They listen on 127.0.0.1 only, on ports that the system chooses: two runs never meet."""
     import distributed
 
     with ExitStack() as stack:
@@ -176,7 +176,7 @@ def _processes(workers: int, before_spawn: dict[str, str]) -> Iterator[Pool]:
 
 @contextmanager
 def _connection(address: str) -> Iterator[Pool]:
-    """The workers of somebody's scheduler."""
+    """Connect to the workers of an existing scheduler."""
     import distributed
 
     with ExitStack() as stack:
@@ -186,7 +186,7 @@ def _connection(address: str) -> Iterator[Pool]:
                 stack.callback(_close, client)
         except OSError as error:
             remedy = "start `dask scheduler` there, and see that this machine reaches it"
-            raise RunError(f"--scheduler {address}: nobody answers within {CONNECT_S:.0f} s; {remedy}") from error
+            raise RunError(f"--scheduler {address}: no answer within {CONNECT_S:.0f} s; {remedy}") from error
         except (ValueError, RuntimeError, ImportError) as error:
             remedy = "pass tcp://host:port of a scheduler of the same Dask"
             raise RunError(f"--scheduler {address}: cannot be used ({describe(error)}); {remedy}") from error
@@ -202,7 +202,7 @@ def _connection(address: str) -> Iterator[Pool]:
 
 @contextmanager
 def _jobs(workers: int, system: str, settings: ClusterConfig, scratch: Path) -> Iterator[Pool]:
-    """Jobs of a batch system, of one worker each; the scheduler is in this process."""
+    """Submit jobs of a batch system, of one worker each; the scheduler is in this process."""
     import dask
     import distributed
 
@@ -272,7 +272,7 @@ async def _submit(cluster: Any, jobs: int) -> None:  # noqa: ANN401
     """Submit the jobs that are missing; raises a RuntimeError with what the system's command said."""
     cluster.scale(jobs=jobs)
     try:
-        await cluster._correct_state()  # what scale itself leaves to the event loop, where nobody hears of a refusal
+        await cluster._correct_state()  # scale() leaves this to the event loop, where a refusal is not reported
     finally:
         for name, job in list(cluster.workers.items()):
             if job.job_id is None:
@@ -280,7 +280,7 @@ async def _submit(cluster: Any, jobs: int) -> None:  # noqa: ANN401
 
 
 def _last_words(error: RuntimeError) -> str:
-    """What a batch system's command printed, from the error of dask-jobqueue."""
+    """Output of a batch system's command, from the error of dask-jobqueue."""
     return " ".join(str(error).split("stderr:")[-1].split()) or describe(error)
 
 
@@ -308,7 +308,7 @@ def _close(what: Any) -> None:  # noqa: ANN401
 
 @contextmanager
 def scratch_folder(parent: Path | None, *, keep: bool) -> Iterator[Path]:
-    """A new folder for what Dask writes, in another that is made and removed if need be; with ``keep`` they stay when something went wrong."""
+    """Create a folder for Dask's files, in another that is created and removed as needed; with ``keep`` they stay after an error."""
     parent = Path(tempfile.gettempdir()) if parent is None else parent.absolute()
     there = parent.exists()
     parent.mkdir(parents=True, exist_ok=True)
@@ -324,13 +324,13 @@ def scratch_folder(parent: Path | None, *, keep: bool) -> Iterator[Path]:
                 shutil.rmtree(path, ignore_errors=True)
                 time.sleep(0.01)
             if not there:
-                with suppress(OSError):  # somebody else uses it
+                with suppress(OSError):  # in use by another process
                     parent.rmdir()
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Dask's own words with -vv only."""
+    """Show Dask's own log with -vv only."""
     import distributed  # noqa: F401 - it sets its loggers up when it is imported
 
     loggers = [] if logger.isEnabledFor(logging.DEBUG) else [logging.getLogger(name) for name in _NOISY]
@@ -346,7 +346,7 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def _without_warnings() -> Iterator[None]:
-    """Dask warns of versions, which are checked here, and of ports and addresses, of which any will do."""
+    """Silence Dask's warnings about versions, which are checked here, and about ports and addresses, of which any will do."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -354,7 +354,7 @@ def _without_warnings() -> Iterator[None]:
 
 @contextmanager
 def _environment(*names: str, **changes: str) -> Iterator[None]:
-    """Some variables of the environment, changed or to be changed by others, as before at the end."""
+    """Set variables of the environment, and restore them at the end."""
     before = {name: os.environ.get(name) for name in (*names, *changes)}
     os.environ.update(changes)
     try:
@@ -369,7 +369,7 @@ def _environment(*names: str, **changes: str) -> Iterator[None]:
 
 @contextmanager
 def _signals_held_back() -> Iterator[None]:
-    """Threads and processes that are started now never get SIGINT, SIGTERM or SIGUSR1: they may reach all processes at once, but one decides."""
+    """Block SIGINT, SIGTERM and SIGUSR1 in threads and processes started now: the signals may reach all of them, but one decides."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1})
     try:
         yield

@@ -1,4 +1,4 @@
-"""Giving blocks out to a pool of workers and taking summaries back."""
+"""Distribution of blocks to a pool of workers, and collection of their summaries."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-AHEAD = 2  #: tasks given out per worker: one in hand, and one that is there when it is done
+AHEAD = 2  #: tasks assigned per worker: one in progress, and one queued
 POLL_S = 0.2  #: how late the wish to stop may be noticed
 FETCH_S = 5.0  #: a result is some counts; when it takes longer, the worker that had it is dead
 
 
 class WorkerTraceback(Exception):  # noqa: N818 - as in concurrent.futures: the cause of an error, whose text is the traceback
-    """Where in the worker an exception was raised."""
+    """Traceback of an exception in a worker."""
 
 
 class Dispatcher:
-    """One run's blocks, given out to a pool."""
+    """Dispatcher of one run's blocks to a pool."""
 
     def __init__(self, pool: Pool, work: Callable[..., Iterator[Any]], setup: Callable[[int], Any]) -> None:
         self._pool = pool
@@ -49,7 +49,7 @@ class Dispatcher:
     def summaries(
         self, blocks: Sequence[Any], weight: Callable[[Any], int] | None, stopped: Callable[[], bool]
     ) -> Iterator[Any]:
-        """Of every block, as tasks are done; of those in hand only, once ``stopped`` is true."""
+        """Yield the summary of every block as tasks finish; once ``stopped`` is true, only of those in progress."""
         waiting: deque[list[Any]] | None = None
         stopping, next_end = False, 0.0
         try:
@@ -68,11 +68,11 @@ class Dispatcher:
                 with suppress(queue.Empty):
                     yield from self._take(self._back.get(timeout=POLL_S))
                 if stopping and not self._monitor.numbers:
-                    return  # who had blocks in hand is gone
+                    return  # the workers with blocks in progress are gone
         finally:
             if (
                 self._pool.workers == 0 and self._pool.client.status == "running"
-            ):  # these workers stay, but need not go on
+            ):  # these workers stay, but need not continue
                 with suppress(RunError):  # whatever ended the run is what the caller should hear of
                     self._end()
 
@@ -99,9 +99,9 @@ class Dispatcher:
         except KilledWorker as error:
             time.sleep(
                 POLL_S
-            )  # a task that waited on the same workers fails with it: the one that was in hand was sent before
+            )  # a task that waited on the same workers fails with it: the one in progress was sent before
             blocks = next(blocks for sent, blocks in self._sent.values() if sent.status == "error")
-            what = f"{names(blocks)}: the worker died {error.allowed_failures + 1} times, most often for lack of memory"
+            what = f"{names(blocks)}: the worker died {error.allowed_failures + 1} times, usually out of memory"
             raise RunError(
                 f"{what}; {self._pool.when_dead}; finished parts are kept, run the same command again"
             ) from error
@@ -109,7 +109,7 @@ class Dispatcher:
             raise self._pool.lost() from error
         except Exception as error:
             self._monitor.check()
-            text = f"a task failed outside of its work ({describe(error)})"
+            text = f"a task failed outside its blocks ({describe(error)})"
             raise RunError(f"{self._pool.name}: {text}; use the same environment everywhere") from error
         del self._sent[future.key]
         yield from outcome.summaries

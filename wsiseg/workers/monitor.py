@@ -1,4 +1,4 @@
-"""The client's view of the workers: who is there, who cannot work, and whom to ask for."""
+"""Monitoring of the workers from the client: those present, those that cannot work, those to request."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-LOOK_S = 1.0  #: between two looks at who is there; sooner when nobody is
-WARN_S = 60.0  #: between two warnings that nobody is there, and two attempts to replace who is lost
+LOOK_S = 1.0  #: between two checks of the workers; sooner when there are none
+WARN_S = 60.0  #: between two warnings that there is no worker, and two attempts to replace lost ones
 
 _SAME = "use the same environment everywhere"
 
 
 @dataclass(frozen=True)
 class Pool:
-    """Where workers are.
+    """A pool of workers.
 
     Attributes
     ----------
@@ -35,13 +35,13 @@ class Pool:
     name
         The option that asked for them.
     threads
-        For torch, per worker; ``None``: as many as Dask gave it.
+        Threads for torch, per worker; ``None``: as many as Dask gave it.
     workers
-        How many were asked for; 0 when they are whatever is there.
+        Requested number; 0 for all that are present.
     when_none, when_dead
-        What to say of it when there is no worker, and when they die.
+        Advice when there is no worker, and when workers die.
     replace_lost_workers
-        Asks again for those that were lost, where nobody else does.
+        Requests lost workers again, where nothing else does.
     """
 
     client: Any
@@ -53,7 +53,7 @@ class Pool:
     replace_lost_workers: Callable[[], object] | None = None
 
     def ask(self, question: Callable[..., Any], *arguments: Any, **options: Any) -> Any:  # noqa: ANN401
-        """A method of the client, or a RunError that the scheduler is gone."""
+        """Call a method of the client; raise RunError when the scheduler is gone."""
         try:
             return question(*arguments, **options)
         except (OSError, CancelledError, AttributeError) as error:  # the last: the client has closed itself
@@ -67,7 +67,7 @@ class Pool:
 
 
 class WorkerMonitor:
-    """The workers that are there now.
+    """Monitor of the workers that are present.
 
     Attributes
     ----------
@@ -83,12 +83,12 @@ class WorkerMonitor:
         self._next_warning = self._next_replacement = self._last_seen + WARN_S
 
     def look(self) -> None:
-        """See who is there, when it is time to.
+        """Update the list of workers when it is due.
 
         Raises
         ------
         RunError
-            The scheduler is gone, or somebody is there who cannot work.
+            The scheduler is gone, or a worker cannot work.
         """
         now = time.monotonic()
         if self._pool.client.status != "running":
@@ -113,7 +113,7 @@ class WorkerMonitor:
             self._pool.replace_lost_workers()
 
     def check(self) -> None:
-        """Find out who cannot work.
+        """Find workers that cannot work.
 
         Raises
         ------
@@ -129,7 +129,7 @@ class WorkerMonitor:
         return workers
 
     def _count(self, hosts: Mapping[str, str]) -> None:
-        """Newcomers get the lowest number that is free on their machine."""
+        """Number new workers with the lowest number free on their machine."""
         if len(hosts) != len(self.numbers):
             logger.info("%s: %d workers", self._pool.name, len(hosts))
         self.numbers = {name: number for name, number in self.numbers.items() if name in hosts}
@@ -140,7 +140,7 @@ class WorkerMonitor:
 
     def _check(self, addresses: list[str], workers: Mapping[str, Any]) -> None:
         client = self._pool.client
-        if self._pool.workers == 0:  # somebody else started them, perhaps in another environment
+        if self._pool.workers == 0:  # started by someone else, perhaps in another environment
             found = self._pool.ask(client.get_versions)
             here, others = _versions(found["client"]), {_called(workers, a): found["workers"].get(a) for a in addresses}
             for who, there in {"the scheduler": found["scheduler"], **others}.items():

@@ -1,4 +1,4 @@
-"""What is given out, and the worker's side of it. Its functions are found by name in the worker, so it imports next to nothing."""
+"""Tasks and the worker's side of them. Its functions are found by name in the worker, so it imports next to nothing."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TASKS_PER_WORKER = 4  #: but little work is cut finer, or the last task would ke
 
 
 class WorkerSetup(NamedTuple):
-    """What every worker gets once. ``threads`` is for torch; ``None``: as many as Dask gave the worker."""
+    """Setup sent once to every worker. ``threads`` is for torch; ``None``: as many as Dask gave the worker."""
 
     run: str
     work: Callable[[Any, Sequence[Any], Callable[[], bool]], Iterator[Any]]
@@ -37,7 +37,7 @@ class Failure(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What comes back from a task."""
+    """Result of a task."""
 
     summaries: list[Any]
     failure: Failure | None = None
@@ -59,12 +59,12 @@ def group(blocks: Sequence[Item], weight: Callable[[Item], int] | None, workers:
 
 
 _tools: dict[str, Any] = {}  # by run
-_ended: set[str] = set()  # runs of which no block is to be begun here
+_ended: set[str] = set()  # runs of which no block is to be started here
 _one_at_a_time = threading.Lock()  # a worker of several threads is given several tasks, but the tools are for one
 
 
 def work_through(recipe: WorkerSetup, numbers: Mapping[str, int], blocks: Sequence[Any]) -> Outcome:
-    """A task: some blocks, with the tools that this worker has or now builds."""
+    """Run a task: some blocks, with the context that this worker has or now builds."""
     from distributed import get_worker
 
     worker = get_worker()
@@ -72,7 +72,7 @@ def work_through(recipe: WorkerSetup, numbers: Mapping[str, int], blocks: Sequen
     where = f"worker {name} on {socket.gethostname()}"
 
     def stopped() -> bool:
-        # Dask cannot end a task that runs; it marks it when nobody waits for it any more, for example because the client was killed.
+        # Dask cannot end a task that runs; it marks it when no client waits for it any more, for example because the client was killed.
         task = worker.state.tasks.get(key)
         return recipe.run in _ended or task is None or task.state == "cancelled"
 
@@ -84,9 +84,7 @@ def work_through(recipe: WorkerSetup, numbers: Mapping[str, int], blocks: Sequen
             if recipe.run not in _tools:
                 if torch := sys.modules.get("torch"):
                     torch.set_num_threads(recipe.threads or worker.state.nthreads)
-                for old in list(_tools)[
-                    :-1
-                ]:  # two runs may take turns; of those before them nobody said that they are over
+                for old in list(_tools)[:-1]:  # two runs may take turns; earlier runs were not reported as ended
                     _drop(old)
                 _tools[recipe.run] = recipe.setup(numbers.get(name, len(numbers)))
         except Exception as error:  # noqa: BLE001 - any of them ends the run, in the client
@@ -107,7 +105,7 @@ def work_through(recipe: WorkerSetup, numbers: Mapping[str, int], blocks: Sequen
 
 
 def end(run: str) -> None:
-    """Begin no block of a run here any more, and let go of its tools, now or after the block in hand."""
+    """Stop starting blocks of a run here, and release its context, now or after the current block."""
     _ended.add(run)
     if _one_at_a_time.acquire(blocking=False):
         try:
@@ -123,17 +121,17 @@ def _drop(run: str) -> None:
 
 
 def identity(value: Any) -> Any:  # noqa: ANN401
-    """As a task, so that Dask can make the value again when every worker that had it is dead; it could not with scattered data."""
+    """Return the value. As a task, so that Dask can rebuild it when every worker that had it is dead, unlike scattered data."""
     return value
 
 
 def describe(error: BaseException) -> str:
-    """An exception in a sentence: ours says it itself."""
+    """Describe an exception in one line; a WsisegError is its own description."""
     text = " ".join(str(error).split())
     return text if isinstance(error, WsisegError) else f"{type(error).__name__}: {text}".rstrip(": ")
 
 
 def names(blocks: Sequence[Any]) -> str:
-    """What to call a task."""
+    """Name of a task, for messages."""
     first, last = (getattr(b, "name", b) for b in (blocks[0], blocks[-1]))
     return f"block {first}" if len(blocks) == 1 else f"blocks {first} to {last}"

@@ -1,1 +1,1 @@
-"""What QuPath reads and writes."""
+"""QuPath's files: points, coordinates, and the rules of its import."""

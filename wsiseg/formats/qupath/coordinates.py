@@ -31,7 +31,7 @@ def outline_texts(polygons: NDArray[np.object_], origin: tuple[float, float]) ->
     polygons
         shapely geometries of shape (N,), px; may be invalid.
     origin
-        What is subtracted; on the grid.
+        Offset to subtract; on the grid.
 
     Returns
     -------
@@ -132,7 +132,7 @@ def _without_repeats(xy: NDArray[np.float64], starts: NDArray[np.intp]) -> tuple
 
 
 def _are_stars(xy: NDArray[np.float64], starts: NDArray[np.intp]) -> NDArray[np.bool_]:
-    """Which rings (closed, on the grid) are star-shaped around the mean of their vertices, and therefore valid."""
+    """Find rings (closed, on the grid) that are star-shaped around the mean of their vertices, and therefore valid."""
     if len(starts) == 1:
         return np.zeros(0, bool)
     lengths, firsts, lasts = np.diff(starts), starts[:-1], starts[1:] - 1
@@ -150,7 +150,7 @@ def _are_stars(xy: NDArray[np.float64], starts: NDArray[np.intp]) -> NDArray[np.
 
 
 def _polygon_texts(polygons: NDArray[np.object_], origin: tuple[float, float]) -> list[bytes]:
-    """As :func:`_ring_texts`, of polygons on the grid."""
+    """Format polygons on the grid like :func:`_ring_texts`."""
     if not len(polygons):
         return []
     _, xy, (ring_starts, polygon_starts) = shapely.to_ragged_array(polygons, include_z=False)
@@ -195,7 +195,7 @@ def _ring_texts(
 def _long_texts(
     xy: NDArray[np.float64], ring_starts: NDArray[np.intp], polygon_starts: NDArray[np.intp]
 ) -> list[bytes]:
-    """The same for numbers of any size."""
+    """Format coordinates of any size."""
     rows = np.ascontiguousarray(xy.T)
     rings = [
         orjson.dumps(rows[a:b], option=orjson.OPT_SERIALIZE_NUMPY)[1:-1].replace(b".0", b"")

@@ -53,14 +53,14 @@ COLUMNS = ("x", "y", "class", "name", "color")  #: of the table of points
 
 @dataclass
 class QuPathClicks:
-    """Gathers the points of one or more QuPath exports by class."""
+    """Points of one or more QuPath exports, gathered by class."""
 
     source: str
     points: dict[str, list[Point]] = field(default_factory=dict)
     negative: dict[str, list[Point]] = field(default_factory=dict)
     colors: dict[str, Color | None] = field(default_factory=dict)
     unclassified: list[str] = field(default_factory=list)
-    passed_over: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
     features: int = 0
     regions: int = 0
 
@@ -72,7 +72,7 @@ class QuPathClicks:
             geometry = feature.get("geometry")
             clicks = read_points(geometry, where, SeedsError)
             if kind_of(geometry) not in ("Point", "MultiPoint") and not clicks:
-                self.passed_over.append(f"{inside} ({kind_of(geometry)})")
+                self.skipped.append(f"{inside} ({kind_of(geometry)})")
                 self.regions += bool(read_polygons(geometry, where, SeedsError)[0])
                 continue
             if clicks:  # "Create points for all classes" leaves empty annotations
@@ -90,7 +90,7 @@ class QuPathClicks:
             x, y = (table.number(row.get(axis, "")) for axis in ("x", "y"))
             if x is None or y is None:
                 found = show(f"{row.get('x', '')} {row.get('y', '')}")
-                raise SeedsError(f"{where}: x and y are {found}; two numbers are needed; save them again")
+                raise SeedsError(f"{where}: x and y are {found}; two numbers are needed; save the table again")
             packed = row.get("color", "")
             color = _unpacked(int(packed)) if re.fullmatch(r"-?[0-9]{1,10}", packed) else None
             click = (coordinate(x, where), coordinate(y, where))
@@ -106,7 +106,7 @@ class QuPathClicks:
             self.colors[name] = color
 
     def seeds(self) -> QuPathSeeds:
-        """Everything gathered, checked."""
+        """Check the gathered points and return them as seeds."""
         remedy = (
             "in QuPath select the points, choose a class in the Annotations tab, press 'Set selected', and export again"
         )
@@ -143,10 +143,10 @@ class QuPathClicks:
             notes.append(
                 f"{self.source}: {len(self.unclassified)} point annotations without a class were skipped; {remedy}"
             )
-        if self.passed_over:
-            first = self.passed_over[0]
+        if self.skipped:
+            first = self.skipped[0]
             notes.append(
-                f"{self.source}: {counted(len(self.passed_over), 'object')} other than points skipped, the first is {first}"
+                f"{self.source}: {counted(len(self.skipped), 'object')} other than points skipped, the first is {first}"
             )
         return QuPathSeeds(kinds, self.source, None, tuple(notes))
 
@@ -208,14 +208,14 @@ def _features(seeds: Seeds) -> list[dict[str, Any]]:
 
 
 def is_geojson(document: object) -> bool:
-    """Whether a JSON document is QuPath's rather than a seeds.json."""
+    """Tell whether a JSON document is QuPath's rather than a seeds.json."""
     if isinstance(document, dict):
         return "features" in document or str(document.get("type")) in QUPATH_TYPES
     return isinstance(document, list)
 
 
 def is_table(text: str) -> bool:
-    """Whether a text is a table of points, as the .tsv of QuPath's points dialog."""
+    """Tell whether a text is a table of points, as the .tsv of QuPath's points dialog."""
     return text.lstrip()[0] not in "{[" and {"x", "y"} <= set(columns_of(text, COLUMNS))
 
 

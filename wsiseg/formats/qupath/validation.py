@@ -1,4 +1,4 @@
-"""What QuPath (0.4 to 0.7) refuses, or loses in silence, when it imports GeoJSON objects: the rules, as a validator.
+"""Validator of GeoJSON for QuPath (0.4 to 0.7): the rules of what its import refuses or silently drops.
 
 One bad Feature aborts the whole import, with a message that names neither the Feature nor the reason, and a broken entry of a zip
 disappears without any message. Each rule below was measured with QuPath's own reader; the places are given as in
@@ -39,12 +39,12 @@ NESTING = {
 MAX_PROBLEMS = 100
 
 
-class _Rule(Exception):  # noqa: N818 - not an error of the program: one broken rule of the file being looked at
-    """What is wrong with one member."""
+class _Rule(Exception):  # noqa: N818 - not an error of the program: one broken rule of the file being checked
+    """A broken rule: what is wrong with one member."""
 
 
 def validate_geojson(path: Path) -> list[str]:
-    """What would stop QuPath from importing the file, or make it lose something in silence.
+    """List what would stop QuPath from importing the file, or make it silently drop something.
 
     Parameters
     ----------
@@ -54,7 +54,7 @@ def validate_geojson(path: Path) -> list[str]:
     Returns
     -------
     list of str
-        One sentence per problem, beginning with its place (``features[3].geometry: ...``); empty when QuPath 0.4 to 0.7 imports
+        One message per problem, beginning with its place (``features[3].geometry: ...``); empty when QuPath 0.4 to 0.7 imports
         everything. After ``MAX_PROBLEMS`` the rest is only said to exist.
     """
     problems: list[str] = []
@@ -82,7 +82,7 @@ def _zip_names(path: Path) -> list[str]:
     except (OSError, zipfile.BadZipFile):
         return []  # said by read_texts
     ignored = [name for name in names if not name.lower().endswith((".geojson", ".json"))]
-    return [f"{name}: QuPath passes over this entry; call it .geojson" for name in ignored]
+    return [f"{name}: QuPath skips this entry; call it .geojson" for name in ignored]
 
 
 def _document_problems(text: str, seen: set[str]) -> Iterator[str]:
@@ -133,7 +133,7 @@ def _top_problems(members: dict[str, Any], seen: set[str]) -> Iterator[str]:
 
 
 class _Scanner:
-    """Walks through a JSON text value by value."""
+    """Reader of a JSON text, value by value."""
 
     def __init__(self, text: str) -> None:
         self.text, self.at = text, 0
@@ -146,13 +146,13 @@ class _Scanner:
         return self.text[self.at : self.at + 1]
 
     def next_token(self) -> str:
-        """The next character, passed over."""
+        """Consume the next character."""
         token = self.peek()
         self.at += 1
         return token
 
     def value(self) -> Any:  # noqa: ANN401
-        """The next value, whole."""
+        """Read the next value."""
         self.peek()
         value, self.at = self.decoder.raw_decode(self.text, self.at)
         return value
@@ -231,10 +231,10 @@ def _check_id(feature: dict[str, Any], seen: set[str]) -> None:
         key = str(uuid.UUID(feature["id"]))
     except (ValueError, AttributeError, TypeError) as error:
         raise _Rule(
-            f"{feature['id']!r} is no UUID, so QuPath replaces it by a random one; write a UUID or leave it out"
+            f"{feature['id']!r} is not a UUID, so QuPath replaces it by a random one; write a UUID or leave it out"
         ) from error
     if key in seen:
-        raise _Rule(f"{key} stands twice; ids must be unique")
+        raise _Rule(f"{key} appears twice; ids must be unique")
     seen.add(key)
 
 
@@ -242,7 +242,7 @@ def _check_object_type(properties: dict[str, Any]) -> None:
     _check_not_null(properties, "objectType")
     kind = properties.get("objectType", properties.get("object_type", properties.get("type")))
     if kind == "tmaCore":
-        raise _Rule("'tmaCore' is passed over by the import; allowed are detection, cell, annotation, tile")
+        raise _Rule("'tmaCore' is skipped by the import; allowed are detection, cell, annotation, tile")
     if kind not in OBJECT_TYPES:
         found = "missing" if kind is None else repr(kind)
         raise _Rule(f"{found}: the object becomes an annotation; allowed are detection, cell, annotation, tile")
@@ -363,7 +363,7 @@ def _ring(ring: Any) -> NDArray[np.float64]:  # noqa: ANN401
     try:
         xy = np.array([(position[0], position[1]) for position in ring])
     except (TypeError, ValueError, IndexError, KeyError) as error:
-        raise _Rule("a ring is no list of [x, y] positions, which aborts the import") from error
+        raise _Rule("a ring is not a list of [x, y] positions, which aborts the import") from error
     if xy.dtype.kind not in "iuf" or not np.isfinite(xy).all():
         raise _Rule("null, text or a non-finite number among the coordinates aborts the import")
     if not len(xy) or (xy[0] != xy[-1]).any():

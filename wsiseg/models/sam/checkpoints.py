@@ -1,4 +1,4 @@
-"""Checkpoints of the SAM family: which file is what, and what is in it. Nothing is run from a file.
+"""Checkpoints of the SAM family: recognising a file and reading its tensors. Nothing is run from a file.
 
 Forms that are read [1]_, by content whatever the name::
 
@@ -57,9 +57,9 @@ class Checkpoint:
     sam
         ``image_encoder.*``, ``prompt_encoder.*``, ``mask_decoder.*``.
     decoder
-        Of the instance decoder, without its copy of the encoder; empty when there is none.
+        Tensors of the instance decoder, without its copy of the encoder; empty when there is none.
     notes
-        What was left out, one sentence each.
+        Notes on what was left out, one message each.
     """
 
     sam: dict[str, Tensor]
@@ -124,7 +124,7 @@ def read_checkpoint(path: Path, decoder: Path | None = None) -> Checkpoint:
     _require_sam(sam, path)
     if decoder:
         if own:
-            notes.append(f"the decoder in {path.name} gives way to {decoder.name}")
+            notes.append(f"the decoder in {path.name} is ignored in favour of {decoder.name}")
         content, more = _read(decoder)
         own = _decoder(content, decoder)
         notes += more
@@ -145,7 +145,7 @@ def recognise(sam: Mapping[str, Tensor]) -> Architecture:
     Parameters
     ----------
     sam
-        Of a `Checkpoint`.
+        Tensors of a `Checkpoint`.
 
     Returns
     -------
@@ -162,12 +162,12 @@ def recognise(sam: Mapping[str, Tensor]) -> Architecture:
     blocks = {int(found[1]) for key in sam if (found := re.match(r"image_encoder\.blocks\.(\d+)\.", key))}
     if blocks != set(range(len(blocks))) or not blocks:
         raise WeightsError(
-            f"image_encoder.blocks has the numbers {sorted(blocks)}; they must be 0, 1, 2, ...; get the file again"
+            f"image_encoder.blocks has the numbers {sorted(blocks)}; they must be 0, 1, 2, ...; download the file again"
         )
     tables = [_shape(sam, f"image_encoder.blocks.{k}.attn.rel_pos_h", 2) for k in range(len(blocks))]
     head_dim = tables[0][1]
     if not head_dim or dim % head_dim:
-        raise WeightsError(f"width {dim} is no multiple of the heads' width {head_dim}; this is not a SAM encoder")
+        raise WeightsError(f"width {dim} is not a multiple of the heads' width {head_dim}; this is not a SAM encoder")
     rows = [table[0] for table in tables]
     whole = 2 * grid - 1
     windowed = set(rows) - {whole} or {whole}
@@ -193,7 +193,7 @@ def _shape(sam: Mapping[str, Tensor], key: str, ndim: int) -> tuple[int, ...]:
 
 
 def _read(path: Path) -> tuple[dict[str, Any], list[str]]:
-    """The dict in a file of any known kind, and notes on what was passed over."""
+    """Read the dict in a file of any known kind, and notes on what was skipped."""
     notes: list[str] = []
     try:
         kind = _kind(path)
@@ -235,7 +235,7 @@ def _kind(path: Path) -> str:
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
         raise WeightsError(
-            f"{path}: a web page, not a weight file; the download got an error or a login page: get the file itself"
+            f"{path}: a web page, not a weight file; the download got an error or a login page: download the file itself"
         )
     if text.startswith(b"version https://git-lfs"):
         raise WeightsError(f"{path}: a pointer of Git LFS, not the file itself; run `git lfs pull` where it is from")
@@ -253,7 +253,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     except (SafetensorError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise WeightsError(
-            f"{path}: not a readable safetensors file ({reason}); it may be cut short: get it again"
+            f"{path}: not a readable safetensors file ({reason}); it may be truncated: download it again"
         ) from error
 
 
@@ -294,7 +294,7 @@ def _states(content: Mapping[Any, Any], place: str = "", depth: int = _DEPTH) ->
 
 
 def _prefixes(tensors: Mapping[str, Tensor], ending: str) -> list[str]:
-    """What stands before ``ending`` in names, ``""`` or with a point at its end; the shortest first."""
+    """Prefixes before ``ending`` in names, empty or ending in a dot; the shortest first."""
     before = {key.removesuffix(ending) for key in tensors if key.endswith(ending)}
     whole = [prefix for prefix in before if not prefix or prefix.endswith(".")]
     return sorted(whole, key=lambda prefix: ("ema" in prefix.lower(), len(prefix), prefix))
@@ -309,7 +309,7 @@ def _split(content: dict[str, Any], path: Path, notes: list[str]) -> tuple[dict[
     own = content.get("decoder_state")
     if own is not None and not isinstance(own, Mapping):
         raise WeightsError(
-            f"{path}: decoder_state is a {type(own).__name__}, not a dict of tensors; get the file again"
+            f"{path}: decoder_state is a {type(own).__name__}, not a dict of tensors; download the file again"
         )
     models = [
         (state, prefix)
@@ -355,7 +355,7 @@ def _decoder_of(states: list[_State], model: _State) -> tuple[dict[str, Tensor],
 def _note_rest(
     content: dict[str, Any], state: _State, holder: _State | None, skipped: list[str], path: Path, notes: list[str]
 ) -> None:
-    """Say what was left out: around the mappings that were taken, in them, and of tensors beside the model's."""
+    """Note what was left out: around the mappings that were used, in them, and beside the model's tensors."""
     within = {state.place, holder.place if holder else state.place}
     taken = within - {""}
     around = {part for place in taken for part in _parents(place)}
@@ -395,7 +395,7 @@ def _is_adapter(key: str) -> bool:
 
 
 def _without_common_prefix(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Parts of a name that every name begins with are removed; so are the constants of the input."""
+    """Remove the common prefix of all names, and the constants of the input."""
     while True:
         tensors = {key: value for key, value in tensors.items() if key not in _STATISTICS}
         firsts = (
@@ -414,7 +414,7 @@ def _without_encoder(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Te
 
 
 def _decoder(content: dict[str, Any], path: Path) -> dict[str, Tensor]:
-    """Of a file that was given as a decoder."""
+    """Read the instance decoder from a file given as one."""
     states = _states(content)
     found = _decoder_of(states, states[0])[0] if states else {}
     if _is_decoder(found):
@@ -437,7 +437,7 @@ def _is_decoder(keys: Mapping[str, Tensor]) -> bool:
 
 
 def _require_sam(sam: dict[str, Tensor], path: Path) -> None:
-    """What is not a whole SAM with a plain ViT is named for what it is."""
+    """Refuse what is not a complete SAM with a plain ViT, naming what it is instead."""
     supported = "pass a SAM checkpoint with a ViT-B, ViT-L or ViT-H encoder"
     if any(_is_adapter(key) for key in sam):
         if _PATCHES not in sam:
@@ -486,7 +486,7 @@ def _require_decoder(decoder: dict[str, Tensor], path: Path) -> None:
     if not _is_decoder(decoder):
         shown = ", ".join(sorted(decoder)[:3])
         raise WeightsError(
-            f"{path}: decoder_state is no instance decoder of micro-sam (found: {shown}, ...); pass the checkpoint without it"
+            f"{path}: decoder_state is not an instance decoder of micro-sam (found: {shown}, ...); pass the checkpoint without it"
         )
     channels = decoder["out_conv.weight"].shape[0]
     if channels != _DECODER_CHANNELS:
@@ -501,5 +501,5 @@ def _require_finite(tensors: dict[str, Tensor], path: Path) -> None:
     )
     if broken:
         raise WeightsError(
-            f"{path}: {len(broken)} tensors hold NaN or infinity (first: {broken[0]}); the file is damaged: get it again"
+            f"{path}: {len(broken)} tensors hold NaN or infinity (first: {broken[0]}); the file is damaged: download it again"
         )

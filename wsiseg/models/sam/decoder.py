@@ -47,7 +47,7 @@ _GPU_PROMPTS = 256
 
 @dataclass(frozen=True)
 class Shared:
-    """What the prompts of B tiles share (E2). ``keys`` (B, S, C); ``k``, ``v``, ``q`` (B, 8, S, 16)."""
+    """Tensors that the prompts of B tiles share (E2). ``keys`` (B, S, C); ``k``, ``v``, ``q`` (B, 8, S, 16)."""
 
     keys: Tensor
     k: Tensor
@@ -137,7 +137,7 @@ class PointDecoder:
         self.last_look = _Cross(decoder.transformer.final_attn_token_to_image, self.position, to_image=False)
 
     def share(self, embedding: Tensor, dense: Tensor) -> Shared:
-        """Once per tile (E2): image embeddings (B, C, g, g) and SAM's "no mask" embedding (C,)."""
+        """Compute what all prompts of a tile share (E2): image embeddings (B, C, g, g) and SAM's "no mask" embedding (C,)."""
         keys = embedding.flatten(2).transpose(1, 2) + dense
         placed = keys + self.position
         look, answer = self.look[0], self.answer[0]
@@ -156,7 +156,7 @@ class PointDecoder:
         Parameters
         ----------
         shared
-            Of B tiles.
+            Shared tensors of B tiles.
         tile
             int64 (N,): which of them.
         prompts
@@ -164,7 +164,7 @@ class PointDecoder:
         corner
             int64 (N, 2): first column and row, in tokens, of each prompt's crop of ``CROP`` tokens; ``None``: the whole grid.
         masks
-            Which of the four answers: ``slice(0, 1)`` the single one, ``slice(1, None)`` the three for ambiguous prompts.
+            Selection among the four masks: ``slice(0, 1)`` the single one, ``slice(1, None)`` the three for ambiguous prompts.
 
         Returns
         -------

@@ -61,12 +61,12 @@ def encode(encoder: Any, images: Tensor) -> Tensor:  # noqa: ANN401
     x = x.contiguous()
     for block in encoder.blocks:
         x += _attend(block, block.norm1(x))
-        x += _perceive(block, x)
+        x += _mlp(block, x)
     neck: Tensor = encoder.neck(x.permute(0, 3, 1, 2))
     return neck
 
 
-def _perceive(block: Any, x: Tensor) -> Tensor:  # noqa: ANN401
+def _mlp(block: Any, x: Tensor) -> Tensor:  # noqa: ANN401
     """The block's multilayer perceptron, some rows at a time: its hidden layer has four times the width."""
     rows = x.view(-1, x.shape[-1])
     if x.is_cuda or len(rows) <= _ROWS:
@@ -86,7 +86,7 @@ def _attend(block: Any, x: Tensor) -> Tensor:  # noqa: ANN401
         qkv = _windows(qkv, attention.qkv.bias, window)
     # (B', S, 3, heads, d) -> q, k, v (B', heads, S, d)
     q, k, v = qkv.view(len(qkv), side_h * side_w, 3, heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-    out = _biased(q, k, v, attention, (side_h, side_w))
+    out = _relative_attention(q, k, v, attention, (side_h, side_w))
     out = out.transpose(1, 2).reshape(len(qkv), side_h, side_w, -1)
     if window:
         out = _unwindow(out, batch, height, width)
@@ -94,7 +94,7 @@ def _attend(block: Any, x: Tensor) -> Tensor:  # noqa: ANN401
     return projected
 
 
-def _biased(q: Tensor, k: Tensor, v: Tensor, attention: Any, size: tuple[int, int]) -> Tensor:  # noqa: ANN401
+def _relative_attention(q: Tensor, k: Tensor, v: Tensor, attention: Any, size: tuple[int, int]) -> Tensor:  # noqa: ANN401
     """softmax(q . k / sqrt(d) + relative positions) v -> (B', heads, S, d)."""
     groups, heads, tokens, d = q.shape
     height, width = size
@@ -106,12 +106,12 @@ def _biased(q: Tensor, k: Tensor, v: Tensor, attention: Any, size: tuple[int, in
     )
     to_rows = torch.matmul(grid, table_h.transpose(1, 2)).view(-1, tokens, height)
     to_columns = torch.matmul(grid.transpose(1, 2), table_w.transpose(1, 2)).transpose(1, 2).reshape(-1, tokens, width)
-    attend = _longer if q.is_cuda else _piecewise
+    attend = _fused_attention if q.is_cuda else _chunked_attention
     return attend(q * d**-0.5, k, v, to_rows, to_columns).view(groups, heads, tokens, d)
 
 
-def _longer(q: Tensor, k: Tensor, v: Tensor, to_rows: Tensor, to_columns: Tensor) -> Tensor:
-    """For accelerators: q', k' through a fused kernel. All (., S, d)."""
+def _fused_attention(q: Tensor, k: Tensor, v: Tensor, to_rows: Tensor, to_columns: Tensor) -> Tensor:
+    """Attend on accelerators: q', k' through a fused kernel. All (., S, d)."""
     tokens, d = q.shape[1:]
     height, width = to_rows.shape[2], to_columns.shape[2]
     fill = -(d + height + width) % 8  # fused kernels want multiples of 8
@@ -122,8 +122,8 @@ def _longer(q: Tensor, k: Tensor, v: Tensor, to_rows: Tensor, to_columns: Tensor
     return F.scaled_dot_product_attention(query[:, None], key[:, None], v[:, None], scale=1.0)[:, 0]
 
 
-def _piecewise(q: Tensor, k: Tensor, v: Tensor, to_rows: Tensor, to_columns: Tensor) -> Tensor:
-    """For the CPU: the logits of some heads, or of some rows of one head, at a time, so that they never leave the cache. All (., S, d)."""
+def _chunked_attention(q: Tensor, k: Tensor, v: Tensor, to_rows: Tensor, to_columns: Tensor) -> Tensor:
+    """Attend on the CPU: the logits of some heads, or of some rows of one head, at a time, so that they never leave the cache. All (., S, d)."""
     tokens = q.shape[1]
     width = to_columns.shape[2]
     heads = max(_LOGITS // tokens**2, 1)

@@ -53,7 +53,7 @@ class _Up(nn.Module):
 
 
 class _Wrapped(nn.Module):
-    """Something under the name ``block``: the checkpoints' names have such layers."""
+    """A module under the name ``block``, as in the checkpoints' names."""
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
@@ -97,7 +97,7 @@ class InstanceDecoder(nn.Module):
     width
         Channels of the coarsest level, 512 in all published checkpoints; halved from level to level.
     transposed
-        How it doubles: transposed convolutions, or bilinear and 1 x 1.
+        Kind of upsampling: transposed convolutions, or bilinear and 1 x 1.
     embedding
         Channels of the image embedding.
     """

@@ -102,7 +102,7 @@ class SamModel(nn.Module):
 
     @classmethod
     def of(cls, card: ModelCard, tensors: dict[str, Tensor]) -> Self:
-        """The network for a converted checkpoint (keys ``sam.`` and ``decoder.``), still empty."""
+        """Build the network for a converted checkpoint (keys ``sam.`` and ``decoder.``), still empty."""
         parts = [
             {k.removeprefix(kind): v for k, v in tensors.items() if k.startswith(kind)} for kind in ("sam.", "decoder.")
         ]
@@ -122,7 +122,7 @@ class SamModel(nn.Module):
         return {name: value.shape for name, value in network.state_dict().items()}
 
     def ready(self, device: torch.device, *, bf16: bool) -> Self:
-        """Make it ready for inference: frozen, on ``device``; encoder and decoders in bf16, prompts always in fp32."""
+        """Prepare for inference: frozen, on ``device``; encoder and decoders in bf16, prompts always in fp32."""
         self.eval().requires_grad_(requires_grad=False)
         if self.decoder is not None:
             self.decoder.folded()
@@ -137,12 +137,12 @@ class SamModel(nn.Module):
 
     @property
     def has_maps(self) -> bool:
-        """Whether there is an instance decoder."""
+        """True if there is an instance decoder."""
         return self.decoder is not None
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
         return self.pixel_mean.device
 
     def encode(self, images: Tensor) -> Embeddings:
@@ -194,7 +194,7 @@ class SamModel(nn.Module):
         return sam_encoder.encode(self.sam["image_encoder"], x.bfloat16() if self._bf16 else x)
 
     def share(self, embedding: Tensor) -> Shared:
-        """What all prompts on image embeddings (B, 256, g, g) share."""
+        """Compute what all prompts on image embeddings (B, 256, g, g) share."""
         return self.points.share(embedding, self.sam["prompt_encoder"].no_mask_embed.weight[0].to(embedding.dtype))
 
     def stretch(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -222,7 +222,7 @@ class SamModel(nn.Module):
         Parameters
         ----------
         embeddings
-            Of :meth:`encode`.
+            Result of :meth:`encode`.
         batch_index
             int64 of shape (N,): which of the B tiles each point lies in.
         points_xy
@@ -245,7 +245,7 @@ class SamModel(nn.Module):
         corner = (
             None if full_tile else (torch.floor(points_xy / self.patch).long() - (CROP // 2 - 1)).clamp(0, grid - CROP)
         )
-        logits, quality = self._ask(shared, batch_index, points_xy, extras, corner, answers)
+        logits, quality = self._decode_prompts(shared, batch_index, points_xy, extras, corner, answers)
         count = logits.shape[1]
         corner = torch.zeros(len(points_xy), 2, dtype=torch.long, device=points_xy.device) if corner is None else corner
         batch_index, corner, points_xy = (v.repeat_interleave(count, 0) for v in (batch_index, corner, points_xy))
@@ -262,7 +262,7 @@ class SamModel(nn.Module):
             full_tile=full_tile,
         )
 
-    def _ask(
+    def _decode_prompts(
         self,
         shared: Shared,
         batch_index: Tensor,

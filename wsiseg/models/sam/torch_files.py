@@ -151,7 +151,7 @@ _BROKEN = (
 
 
 class TorchFile(NamedTuple):
-    """What a file holds, and the foreign classes that were passed over."""
+    """Content of a file, and the names of the foreign classes that were skipped."""
 
     content: Any
     foreign: tuple[str, ...]
@@ -198,7 +198,7 @@ def _read_zip(path: Path) -> TorchFile:
     except _BROKEN as error:
         reason = (str(error).splitlines() or [""])[0] or type(error).__name__
         raise WeightsError(
-            f"{path}: cut short or damaged ({reason}), as after a broken download; get it again"
+            f"{path}: truncated or damaged ({reason}), as after a broken download; download it again"
         ) from error
 
 
@@ -219,7 +219,7 @@ def _root(path: Path, archive: zipfile.ZipFile) -> str:
         raise WeightsError(f"{path}: its numbers have the other byte order; save it again on a machine like this one")
     damaged = archive.testzip()
     if damaged:
-        raise WeightsError(f"{path}: {damaged} in it fails its check sum; the file is damaged: get it again")
+        raise WeightsError(f"{path}: {damaged} in it fails its check sum; the file is damaged: download it again")
     return root
 
 
@@ -241,7 +241,7 @@ class _HarmError(Exception):
 
 
 class _Inert:
-    """Stands for every foreign class and function, and for what they return."""
+    """Stand-in for every foreign class and function, and for what they return."""
 
     __slots__ = ()
 
@@ -262,7 +262,7 @@ class _Inert:
 
 
 class _OrderedDict(dict[Any, Any]):
-    """Stands for collections.OrderedDict; its attributes (``_metadata`` of a state dict) are dropped."""
+    """Stand-in for collections.OrderedDict; its attributes (``_metadata`` of a state dict) are dropped."""
 
     __slots__ = ()
 
@@ -270,7 +270,7 @@ class _OrderedDict(dict[Any, Any]):
 
 
 class _Tensor:
-    """Stands for torch._utils._rebuild_tensor_v2."""
+    """Stand-in for torch._utils._rebuild_tensor_v2."""
 
     __slots__ = ()
 
@@ -285,7 +285,7 @@ class _Tensor:
 
 
 class _Parameter:
-    """Stands for torch._utils._rebuild_parameter."""
+    """Stand-in for torch._utils._rebuild_parameter."""
 
     __slots__ = ()
 
@@ -294,7 +294,7 @@ class _Parameter:
 
 
 class _Getattr:
-    """Stands for getattr, with which pickles name methods."""
+    """Stand-in for getattr, with which pickles name methods."""
 
     __slots__ = ()
 
@@ -316,7 +316,7 @@ _STAND_INS: dict[str, Any] = {
 
 
 class _Reader(pickle.Unpickler):
-    """Builds the content of data.pkl from stand-ins and tensors; finds no real class and no real function."""
+    """Unpickler that builds data.pkl from stand-ins and tensors, and finds no real class or function."""
 
     def __init__(self, instructions: Any, archive: zipfile.ZipFile, root: str, whole: mmap.mmap) -> None:  # noqa: ANN401
         super().__init__(instructions, encoding="utf-8")
@@ -344,7 +344,7 @@ class _Reader(pickle.Unpickler):
     def persistent_load(self, pid: Any) -> Tensor | _Inert:  # noqa: ANN401
         kind, dtype, key, _, count = pid
         if kind != "storage":
-            raise ValueError(f"{kind} is no storage")
+            raise ValueError(f"{kind} is not a storage")
         if not isinstance(dtype, torch.dtype):
             return _Inert()
         if key not in self._storages:

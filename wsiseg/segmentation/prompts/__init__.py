@@ -1,4 +1,4 @@
-"""Where to click: prompts for the mask decoder, one paper per file, and the choice between them."""
+"""Prompts for the mask decoder, one paper per file, and the choice between them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def find_points(
     Parameters
     ----------
     embeddings
-        Of a batch of one tile.
+        Embeddings of a batch of one tile.
     width_px
         Width of the tile, model px.
     mpp

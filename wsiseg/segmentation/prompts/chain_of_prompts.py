@@ -1,4 +1,4 @@
-"""Chain-of-Prompts: one click grows to every place that looks like it.   Source: arXiv:2605.29429 [1]_ (method as on its project page).
+"""Chain-of-Prompts: one click propagates to every place that looks like it.   Source: arXiv:2605.29429 [1]_ (method as on its project page).
 
 Symbol   here              shape, range                             paper
 F_h      high              (C, h, w), unit norm along C             fine features
