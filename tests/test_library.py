@@ -212,7 +212,7 @@ REFUSED = [
         "choose from auto, apg, cop, amg",
     ),
     (lambda: wsiseg.segment_slide("a.svs", method="foo"), ConfigError, "choose from auto, apg, cop, amg"),
-    (lambda: wsiseg.segment_slide("a.svs", methd="apg"), ConfigError, "did you mean 'method'"),
+    (lambda: wsiseg.segment_slide("a.svs", methods="apg"), ConfigError, "did you mean 'method'"),
     (lambda: wsiseg.read_seeds({"types": []}), SeedsError, "no 'version'"),
     (
         lambda: wsiseg.read_seeds({"version": 1, "types": [{"name": "a", "points": [[1, object()]]}]}),
