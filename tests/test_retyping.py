@@ -157,7 +157,7 @@ def test_a_stopped_type_is_seen_and_done_again(wsiseg: Command, run: Path, monke
 
     seeds = seeds_of(run.parent, "s", {"gland": CLICKS["epithelium"]})
     with monkeypatch.context() as patch:
-        patch.setattr("wsiseg.runs.retype.write_geojson", stop)
+        patch.setattr("wsiseg.formats.geojson.write_geojson", stop)
         with pytest.raises(KeyboardInterrupt):
             type_run(run, seeds=seeds)
     assert json.loads((run / "manifest.json").read_text())["status"] == "retyping"

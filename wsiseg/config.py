@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import tomllib
@@ -192,7 +193,7 @@ class MaskConfig:
     min_score
         Predicted IoU x stability; at 0.3 the two development sets together are best, above 0.4 cells are lost (benchmarks/results/apg_sweep.md).
     min_area_um2
-        A sphere of 2.5 um; smaller outlines are debris or slivers.
+        A disc of 2.5 um diameter; smaller outlines are debris or slivers.
     simplify_um
         Outlines are thinned by this much: a tenth of the mask's own sampling, 60 -> 25 vertices.
     convex_above
@@ -367,12 +368,13 @@ class RunConfig:
 
     def hash(self, **facts: object) -> str:
         """Short digest of everything that decides the cells; ``facts`` adds what the fields only point to (slide, weights, seeds, scale)."""
+        same = merge(self, dataclasses.asdict(self), "configuration")  # 20 and 20.0 are one setting
         return hashlib.sha256(
-            json.dumps([REVISION, in_group(self, "method"), facts], sort_keys=True).encode()
+            json.dumps([REVISION, in_group(same, "method"), facts], sort_keys=True).encode()
         ).hexdigest()[:16]
 
 
-#: Raised when the same inputs give other cells than before: parts of an older wsiseg are then made again.
+#: Raised when the same inputs give other cells than before: parts of an older wsiseg are then recomputed.
 REVISION = 4
 
 

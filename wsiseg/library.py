@@ -1,4 +1,4 @@
-"""The face of the library: what ``import wsiseg`` offers besides the records, the readers and the evaluation.
+"""The public functions of ``import wsiseg``, besides the records, the readers and the evaluation.
 
 The functions here take what people have (paths, dicts, keywords) and call the same code as the commands.
 """
@@ -47,7 +47,7 @@ class Run:
     path
         The folder.
     manifest
-        What was run, on what, and what came of it: the content of manifest.json (docs/output.md has the keys).
+        Content of manifest.json: settings, slide, counts, warnings (docs/output.md has the keys).
 
     Examples
     --------
@@ -68,7 +68,7 @@ class Run:
 
     @property
     def status(self) -> str:
-        """``complete``, or ``incomplete`` when tiles could not be read; of a run that has not ended ``running`` or ``interrupted``."""
+        """``complete``, or ``incomplete`` when tiles could not be read; ``running`` or ``interrupted`` before the end."""
         return str(self.manifest.get("status", "running"))
 
     @property
@@ -97,7 +97,7 @@ class Run:
 
 
 def read_run(path: str | os.PathLike[str]) -> Run:
-    """Read what an earlier run says of itself.
+    """Open an earlier run.
 
     Parameters
     ----------

@@ -388,9 +388,9 @@ class Bank:
         The clicked cells themselves, type by type in the order of ``clicks``.
     high, low
         Per type, (m, C) float32: F_h and F_l at the reliable places, the clicks' own first.
-    floors
+    similarity_thresholds
         (T,) float32: similarity (product of the two cosines) from which a place is a candidate of the type.
-    foreign
+    from_other_slide
         The clicks are on another slide; ``clicks`` and ``cells`` do not refer to this one.
     negative_clicks
         Per type, (k, 2) float64: the clicks against it, level-0 px; nothing where they are not known.

@@ -77,7 +77,7 @@ class PromptableModel(Protocol):
     ) -> WindowMasks:
         """One mask per point, of at least one: ``batch_index`` int64 (N,), ``points_xy`` float32 (N, 2) model px of the tile -> masks on windows.
 
-        ``extras`` adds points and boxes; ``multimask`` asks for several answers per prompt, prompt by prompt; ``quality`` says which is best;
+        ``extras`` adds points and boxes; ``multimask`` asks for several answers per prompt, prompt by prompt; ``predicted_iou`` says which is best;
         ``full_tile`` asks for masks on the whole tile.
         """
         ...

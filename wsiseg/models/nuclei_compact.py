@@ -254,7 +254,7 @@ class NucleiCompact(nn.Module):
         extras
             More points and boxes.
         multimask
-            Give ``MASKS`` answers for every prompt instead of one: 3N masks, prompt by prompt. ``quality`` says which is best.
+            Give ``MASKS`` answers for every prompt instead of one: 3N masks, prompt by prompt. ``predicted_iou`` says which is best.
         full_tile
             Ignored: this network sees the window only.
 
@@ -262,7 +262,7 @@ class NucleiCompact(nn.Module):
         -------
         WindowMasks
             ``logits`` (N, 64, 64) on cells of 2 px; ``origin_xy`` (N, 2) the outer corner of each window in model pixels;
-            ``quality`` (N,) predicted IoU in [0, 1]; ``descriptors`` (N, 75) unit norm: a learned half and standardised measurements.
+            ``predicted_iou`` (N,) predicted IoU in [0, 1]; ``descriptors`` (N, 75) unit norm: a learned half and standardised measurements.
             With ``multimask`` 3N of each.
         """
         extra = embeddings.extra

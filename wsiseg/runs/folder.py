@@ -32,7 +32,7 @@ from wsiseg.runtime.paths import kind_of, normal, read_text, refusal, target
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-FINAL_FILES = ("bank.safetensors", "cells.parquet", "cells.geojson.gz", "cells.geojson.zip")
+FINAL_FILES = ("bank.safetensors", *FILE_NAMES.values(), "cells.geojson.zip")  # the zip: GeoJSON of very many cells
 _LIBRARIES = (
     "torch",
     "numpy",
@@ -152,17 +152,17 @@ def check_folder(folder: RunFolder, run_hash: str, *, overwrite: bool, retype: s
             return
         if manifest is None and found == "folder" and not _is_aborted_start(folder):
             raise RunError(
-                f"{folder.path}: holds files but no manifest.json of wsiseg; pass another --out, or --overwrite to use it all the same"
+                f"{folder.path}: holds files but no manifest.json of wsiseg; pass another --out, or --overwrite to use it anyway"
             )
         if manifest and manifest["run_hash"] != run_hash:
             made, config = manifest.get("seeds") or "none", manifest["config"]
             if manifest.get("retyped"):
                 raise RunError(
-                    f"{folder.path}: was typed again with `wsiseg type` ({made}); use that for other clicks, or pass --overwrite to run it again"
+                    f"{folder.path}: was re-typed with `wsiseg type` ({made}); use that for other clicks, or pass --overwrite to run it again"
                 )
             if retype:
                 held = f"{folder.path}: holds the same cells with other clicks (seeds {made})"
-                raise RunError(f"{held}; `{retype}` types them again, or pass --overwrite")
+                raise RunError(f"{held}; `{retype}` re-types them, or pass --overwrite")
             raise RunError(
                 f"{folder.path}: holds a run with another configuration (model {config.get('model')}, method {config.get('method')}, seeds {made}); "
                 "pass another --out, or --overwrite to replace it"

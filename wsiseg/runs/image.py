@@ -84,8 +84,8 @@ def segment_image(
         for tile in block.tiles
     ]
     result = stitch_and_type([Cells.concatenate(outlines, plan.descriptor_size)], plan, context.model.types, clock)
-    for doubt in result.notes.warnings:
-        logger.warning("%s", doubt)
+    for warning in result.notes.warnings:
+        logger.warning("%s", warning)
     return result.cells.take(slice(None)), result.typing
 
 

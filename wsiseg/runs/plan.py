@@ -94,7 +94,7 @@ def plan_run(
 
     Returns
     -------
-    Plan or RunFolder
+    PreparedRun or RunFolder
         The folder when this very run is complete and its files are there.
 
     Raises
@@ -105,8 +105,8 @@ def plan_run(
     check(config)
     check_scheduler(config.scheduler, config.cluster)
     card, weights = find_weights(config.model)
-    for known in config.formats:
-        load_writer(known)
+    for format_name in config.formats:
+        load_writer(format_name)
     with readable(out, RunError):
         require_text((out / (name or "")).absolute(), RunError)
     if config.seeds is not None and config.bank is not None:

@@ -37,7 +37,7 @@ def implausible(areas_px0: NDArray[np.float64], plan: RunPlan) -> tuple[str, ...
     ----------
     areas_px0
         Areas of the cells (N,), level-0 px squared.
-    sheet
+    plan
         Plan of the run.
 
     Returns
@@ -56,8 +56,12 @@ def implausible(areas_px0: NDArray[np.float64], plan: RunPlan) -> tuple[str, ...
         return (
             f"no tissue was found: {reasons} ({plan.config.tissue.min_area_um2:g} um2); pass --no-tissue to search everywhere",
         )
+    masks = plan.config.masks
     if not len(areas_px0):
-        reasons = f"{scale}, the slide is blank, not H&E or transparent, or masks.min_score ({plan.config.masks.min_score:g}) is too strict"
+        thresholds = f"min_score {masks.min_score:g}, min_area_um2 {masks.min_area_um2:g}"
+        reasons = (
+            f"{scale}, the slide is blank, not H&E or transparent, or a threshold of masks is too strict ({thresholds})"
+        )
         return (f"no cell was found in {_mm2(searched)} searched: {reasons}",)
     warnings = []
     median = float(np.median(areas_px0)) * mpp**2

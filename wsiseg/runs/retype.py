@@ -17,7 +17,6 @@ from wsiseg.config import check, from_mapping, read_config
 from wsiseg.errors import ConfigError, FormatError, RunError, SeedsError
 from wsiseg.formats import FILE_NAMES, load_writer
 from wsiseg.formats.bank import write_bank
-from wsiseg.formats.geojson import write_geojson
 from wsiseg.formats.geoparquet import CellTable, read_table, write_retyped
 from wsiseg.formats.seeds import check_seeds, read_seeds
 from wsiseg.models import find_weights, load_types
@@ -83,8 +82,8 @@ def type_run(
         config = dataclasses.replace(config, typing=read_config(settings, config).typing)
     if formats:
         config = dataclasses.replace(config, formats=tuple(dict.fromkeys((*formats, "parquet"))))
-    for known in config.formats:
-        load_writer(known)
+    for format_name in config.formats:
+        load_writer(format_name)
     check(config, str(folder.manifest))
     if config.method == "cop":
         raise RunError(
@@ -181,8 +180,10 @@ def _write(
     """The run's files with the new types; names of those written."""
     write_retyped(folder.path / FILE_NAMES["parquet"], table, typing, provenance)
     files = [FILE_NAMES["parquet"]]
-    if "geojson" in formats:
-        files.append(write_geojson(folder.path / FILE_NAMES["geojson"], table, typing, info, provenance).name)
+    for format_name in formats:
+        if format_name != "parquet":
+            path = folder.path / FILE_NAMES[format_name]
+            files.append((load_writer(format_name)(path, table, typing, info, provenance) or path).name)
     if not clicks.from_other_slide:
         write_bank(folder.bank, clicks, table.note["slide"], weights)
         files.append(folder.bank.name)

@@ -107,33 +107,42 @@ def segment_slide(
     """
     if not str(out).strip():
         raise RunError("the folder of all runs is empty; give a path")
-    tally = RunStatistics(str(slide))
-    with tally.clock("plan"):
+    statistics = RunStatistics(str(slide))
+    with statistics.clock("plan"):
         prepared = plan_run(str(slide), config, Path(out), clicks=seeds, name=name, overwrite=overwrite)
     if isinstance(prepared, runs.RunFolder):
         return (prepared.read_manifest() or {}) | {"already": True, "folder": str(prepared.path)}
-    for doubt in prepared.plan.warnings:
-        on_warning(doubt)
+    for warning in prepared.plan.warnings:
+        on_warning(warning)
     with prepared.context.reader:
-        begun = describe(prepared.plan) | {"wsiseg": __version__, "versions": runs.versions(), "status": Status.RUNNING}
-        folder = runs.claim_folder(Path(out), slide_path(str(slide)), begun, name=name, overwrite=overwrite)
+        initial_manifest = describe(prepared.plan) | {
+            "wsiseg": __version__,
+            "versions": runs.versions(),
+            "status": Status.RUNNING,
+        }
+        folder = runs.claim_folder(Path(out), slide_path(str(slide)), initial_manifest, name=name, overwrite=overwrite)
         prepared = prepared.at(folder.parts)
         runs.drop_stale_files(folder, set(prepared.plan.tiles))
         if read_plan(folder.parts, prepared.plan.run_hash) is None:
             write_plan(folder.parts, prepared.plan)
         with prepared.context.claims as claims, _settled(folder, prepared.plan, claims, shard):
-            tally.begin(prepared.context.model.device, folder, prepared.plan, shard)
+            statistics.begin(prepared.context.model.device, folder, prepared.plan, shard)
             _segment(
-                prepared, shard.of(prepared.blocks) if shard else prepared.blocks, claims, tally, on_progress, stopped
+                prepared,
+                shard.of(prepared.blocks) if shard else prepared.blocks,
+                claims,
+                statistics,
+                on_progress,
+                stopped,
             )
             if shard:
-                return tally.end_shard(folder, shard)
-            with _exclusive(claims, stopped, tally):
+                return statistics.end_shard(folder, shard)
+            with _exclusive(claims, stopped, statistics):
                 if not overwrite and folder.is_complete(
                     prepared.plan.run_hash, config.formats
-                ):  # another process was quicker
+                ):  # another process finished first
                     return (folder.read_manifest() or {}) | {"already": True, "folder": str(folder.path)}
-                return finish(folder, prepared.plan, tally, prepared.context.model.types, stopped)
+                return finish(folder, prepared.plan, statistics, prepared.context.model.types, stopped)
 
 
 def merge_run(
@@ -178,9 +187,7 @@ def merge_run(
         )
     manifest = folder.read_manifest() or {}
     if manifest.get("retyped") or manifest.get("status") == Status.RETYPING:
-        raise RunError(
-            f"{run}: was typed again with `wsiseg type`, which a merge would undo; use that for other clicks"
-        )
+        raise RunError(f"{run}: was re-typed with `wsiseg type`, which a merge would undo; use that for other clicks")
     if manifest.get("run_hash", plan.run_hash) != plan.run_hash:
         raise RunError(
             f"{run}: another run was begun over the shards; run it to its end, or the shards again with --overwrite"
@@ -191,27 +198,27 @@ def merge_run(
         )
     if formats:
         plan = dataclasses.replace(plan, config=dataclasses.replace(plan.config, formats=formats))
-    for known in plan.config.formats:
-        load_writer(known)
-    tally = RunStatistics(plan.info.path)
+    for format_name in plan.config.formats:
+        load_writer(format_name)
+    statistics = RunStatistics(plan.info.path)
     with Claims(folder.parts) as claims, _settled(folder, plan, claims):
-        missing = tally.collect(folder, plan)
+        missing = statistics.collect(folder, plan)
         if missing and not allow_missing:
             raise RunError(
-                f"{run}: {tally.describe_missing(folder, missing, plan, claims)}; run those shards again, or pass --allow-missing"
+                f"{run}: {statistics.describe_missing(folder, missing, plan, claims)}; run those shards again, or pass --allow-missing"
             )
-        with _exclusive(claims, stopped, tally):
-            return finish(folder, plan, tally, load_types(plan.config.model) if plan.bank else None, stopped)
+        with _exclusive(claims, stopped, statistics):
+            return finish(folder, plan, statistics, load_types(plan.config.model) if plan.bank else None, stopped)
 
 
 def finish(
-    folder: RunFolder, plan: RunPlan, tally: RunStatistics, types: TypeSpace | None, stopped: Callable[[], bool]
+    folder: RunFolder, plan: RunPlan, statistics: RunStatistics, types: TypeSpace | None, stopped: Callable[[], bool]
 ) -> dict[str, Any]:
     """Parts -> stitched, typed cells -> files -> manifest, which is returned."""
-    config, clock = plan.config, tally.clock
+    config, clock = plan.config, statistics.clock
     trim_memory()
-    parts = [folder.parts / f"{name}.parquet" for name in plan.tiles if name in tally.blocks]
-    tally.require_current(parts, plan.parts_hash)
+    parts = [folder.parts / f"{name}.parquet" for name in plan.tiles if name in statistics.blocks]
+    statistics.require_current(parts, plan.parts_hash)
     cache = min(CACHE_BYTES, int(config.max_ram_gb * 2**26)) if config.max_ram_gb else CACHE_BYTES
     result = stitch_and_type(parts, plan, types, clock, cache_bytes=cache)
     cells, typing, bank = result.cells, result.typing, result.bank
@@ -223,18 +230,18 @@ def finish(
         {"model": config.model, "method": config.method},
     )
     files = []
-    for known in config.formats:
+    for format_name in config.formats:
         if stopped():
-            raise tally.interrupted()
+            raise statistics.interrupted()
         with clock("write"):
-            path = folder.path / FILE_NAMES[known]
-            files.append((load_writer(known)(path, cells, typing, plan.info, provenance) or path).name)
+            path = folder.path / FILE_NAMES[format_name]
+            files.append((load_writer(format_name)(path, cells, typing, plan.info, provenance) or path).name)
     if bank is not None and not bank.from_other_slide:
         write_bank(folder.bank, bank, provenance.slide, plan.weights)
         files.append(folder.bank.name)
     folder.drop_old_files(files)
-    outcome = tally.account(plan)
-    doubts = implausible(cells.areas, plan) if outcome["status"] == Status.COMPLETE else ()
+    outcome = statistics.account(plan)
+    warnings = implausible(cells.areas, plan) if outcome["status"] == Status.COMPLETE else ()
     manifest = (
         describe(plan)
         | outcome
@@ -243,13 +250,13 @@ def finish(
             "versions": runs.versions(),
             "folder": str(folder.path),
             "files": files,
-            "warnings": [*plan.warnings, *result.notes.warnings, *doubts],
+            "warnings": [*plan.warnings, *result.notes.warnings, *warnings],
             "types": typing.count(),
             "typing": typing_summary(typing, bank, result.notes) if bank else {},
         }
     )
     manifest["counts"] |= {"cells": len(cells)} | dataclasses.asdict(result.counts)
-    manifest["model"] |= {"device": tally.device}
+    manifest["model"] |= {"device": statistics.device}
     folder.write_manifest(manifest)
     logger.info(
         "%s: %d cells",
@@ -322,12 +329,12 @@ def stitch_and_type(
         cells, counts = join(missed)
     with clock("type"):
         descriptors = cells.descriptors()
-        matched, rows, doubts = match_bank(bank, cells, descriptors, reach_px0)
+        matched, rows, warnings = match_bank(bank, cells, descriptors, reach_px0)
         if config.method != "cop":
             bank = matched
         typing, notes = assign_types(descriptors, cells.points_xy * info.mpp, bank, types, config.typing)
         typing = set_click_labels(typing, rows)
-        notes = dataclasses.replace(notes, warnings=(*notes.warnings, *doubts))
+        notes = dataclasses.replace(notes, warnings=(*notes.warnings, *warnings))
     return StitchedResult(cells, typing, notes, bank, counts)
 
 
@@ -335,7 +342,7 @@ def _segment(
     prepared: PreparedRun,
     blocks: list[Block],
     claims: Claims,
-    tally: RunStatistics,
+    statistics: RunStatistics,
     on_progress: Callable[[int, int, int], None] | None,
     stopped: Callable[[], bool],
 ) -> None:
@@ -343,38 +350,38 @@ def _segment(
     config, total = prepared.context.spec.config, sum(len(b.tiles) for b in blocks)
 
     def add(report: BlockReport) -> None:
-        tally.add(report)
+        statistics.add(report)
         if on_progress:
-            on_progress(tally.tiles, total, tally.outlines)
+            on_progress(statistics.tiles, total, statistics.outlines)
 
     tried: set[str] = set()
     idle = 0
-    with tally.clock("tiles"):
+    with statistics.clock("tiles"):
         while True:
             for block in blocks:
-                known = (
+                format_name = (
                     None
-                    if block.name in tally.blocks
+                    if block.name in statistics.blocks
                     else finished_block(prepared.context.spec, block, failed=block.name in tried)
                 )
-                if known:
-                    add(known)
-            todo = [b for b in blocks if b.name not in tally.blocks]
+                if format_name:
+                    add(format_name)
+            todo = [b for b in blocks if b.name not in statistics.blocks]
             if not todo:
                 return
             if stopped():
-                raise tally.interrupted(len(blocks))
+                raise statistics.interrupted(len(blocks))
             busy = set(claims.busy(b.name for b in todo))
             if len(busy) == len(todo):  # another process has them all in hand
                 time.sleep(_POLL_S)
                 continue
-            if idle > _IDLE_ROUNDS:  # whoever claims them dies of them, here or elsewhere
+            if idle > _IDLE_ROUNDS:  # every process that claims them dies
                 names = ", ".join(b.name for b in todo[:8])
                 raise RunError(
-                    f"{tally.slide}: {len(todo)} blocks are claimed again and again, never finished ({names}); see the logs of workers"
+                    f"{statistics.slide}: {len(todo)} blocks are claimed again and again, never finished ({names}); see the logs of workers"
                 )
             claims.drop_stale()
-            done = len(tally.blocks)
+            done = len(statistics.blocks)
             for report in map_blocks(
                 segment_blocks,
                 [b for b in todo if b.name not in busy],
@@ -389,7 +396,7 @@ def _segment(
             ):
                 add(report)
             tried |= {b.name for b in todo}
-            idle = idle + 1 if len(tally.blocks) == done else 0
+            idle = idle + 1 if len(statistics.blocks) == done else 0
 
 
 @contextlib.contextmanager
@@ -410,11 +417,11 @@ def _settled(folder: RunFolder, plan: RunPlan, claims: Claims, shard: Shard | No
 
 
 @contextlib.contextmanager
-def _exclusive(claims: Claims, stopped: Callable[[], bool], tally: RunStatistics) -> Iterator[None]:
+def _exclusive(claims: Claims, stopped: Callable[[], bool], statistics: RunStatistics) -> Iterator[None]:
     """Only one process stitches and writes; the others wait, and find it done."""
     while not claims.take(_END):
         if stopped():
-            raise tally.interrupted()
+            raise statistics.interrupted()
         time.sleep(_POLL_S)
     try:
         claims.drop_stale()

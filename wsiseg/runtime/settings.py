@@ -28,7 +28,7 @@ def setting(default: Value, low: float | None = None, high: float | None = None,
     Parameters
     ----------
     default
-        Its value when nothing is said.
+        Value when none is given.
     low, high
         Allowed range of a number, both ends included.
     group

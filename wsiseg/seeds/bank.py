@@ -87,22 +87,22 @@ def build_bank(
     SeedsError
         A click hits no cell (the sentence names the nearest one), or clicks of two types hit the same.
     """
-    desk = _ClickContext(reader, model, lattice, config)
+    context = _ClickContext(reader, model, lattice, config)
     clicked = [
-        [_find_cell(desk, f"{seeds.source}: types[{t}].points[{i}]", point) for i, point in enumerate(kind.points)]
+        [_find_cell(context, f"{seeds.source}: types[{t}].points[{i}]", point) for i, point in enumerate(kind.points)]
         for t, kind in enumerate(seeds.types)
     ]
     _refuse_shared_cells(clicked)
     negative = [
         [
-            _find_cell(desk, f"{seeds.source}: types[{t}].negative[{i}]", point).descriptor
+            _find_cell(context, f"{seeds.source}: types[{t}].negative[{i}]", point).descriptor
             for i, point in enumerate(kind.negative)
         ]
         for t, kind in enumerate(seeds.types)
     ]
     descriptors = tuple(np.stack([c.descriptor for c in kind]) for kind in clicked)
     banks = (
-        [_reliable(desk, kind, [d for k, d in enumerate(descriptors) if k != t]) for t, kind in enumerate(clicked)]
+        [_reliable(context, kind, [d for k, d in enumerate(descriptors) if k != t]) for t, kind in enumerate(clicked)]
         if chains
         else []
     )
@@ -215,11 +215,11 @@ def find_clicked(
     return _find_cell(_ClickContext(reader, model, lattice, config), place, point).cell
 
 
-def _find_cell(desk: _ClickContext, place: str, point: tuple[float, float]) -> _ClickedCell:
+def _find_cell(context: _ClickContext, place: str, point: tuple[float, float]) -> _ClickedCell:
     """The cell under a click, or within its reach."""
-    config, model = desk.config, desk.model
-    centre = desk.lattice.to_model(np.array(point))
-    box, embeddings = desk.encode(centre)
+    config, model = context.config, context.model
+    centre = context.lattice.to_model(np.array(point))
+    box, embeddings = context.encode(centre)
     corner = np.array([box.x0, box.y0])
     prompts = (centre - corner)[None].astype(
         np.float32
@@ -231,23 +231,27 @@ def _find_cell(desk: _ClickContext, place: str, point: tuple[float, float]) -> _
         order = np.argsort(np.hypot(*(automatic - prompts[0]).T), kind="stable")[:_CANDIDATES]
         prompts = np.vstack([prompts, automatic[order]])
     settings = dataclasses.replace(config.masks, min_score=config.cop.click_min_score)
-    found = [trace(masks, box, desk.lattice, settings)[0] for masks in decode(model, embeddings, 0, prompts, settings)]
+    found = [
+        trace(masks, box, context.lattice, settings)[0] for masks in decode(model, embeddings, 0, prompts, settings)
+    ]
     cells = Cells.concatenate(found, model.descriptor_size)
     where = f"{place} = [{point[0]:g}, {point[1]:g}]: no cell there"
     if not len(cells):
         raise SeedsError(
             f"{where}, nor within {box.width * model.mpp / 2:g} um (glass or empty tissue?); click on a nucleus"
         )
-    reach = config.cop.click_reach_um / desk.lattice.slide_mpp
-    own = np.flatnonzero((np.abs(cells.points_xy - point) * desk.lattice.slide_mpp < _SAME_UM).all(1))
+    reach = config.cop.click_reach_um / context.lattice.slide_mpp
+    own = np.flatnonzero((np.abs(cells.points_xy - point) * context.lattice.slide_mpp < _SAME_UM).all(1))
     for candidates in (cells.take(own), cells):  # what the model says of the click itself comes first
         (row,) = match_clicks(np.array([point], float), candidates, reach)
         if row >= 0:
             break
     else:
-        raise SeedsError(f"{where}; {describe_nearest(point, cells, desk.lattice.slide_mpp)}")
+        raise SeedsError(f"{where}; {describe_nearest(point, cells, context.lattice.slide_mpp)}")
     cell = candidates.take(np.array([row]))
-    return _ClickedCell(place, desk.lattice.to_model(cell.points_xy[0]), cell.descriptors[0].astype(np.float32), cell)
+    return _ClickedCell(
+        place, context.lattice.to_model(cell.points_xy[0]), cell.descriptors[0].astype(np.float32), cell
+    )
 
 
 def _refuse_shared_cells(clicked: list[list[_ClickedCell]]) -> None:
@@ -275,19 +279,19 @@ def same_cell(place: str, other: str) -> str:
 
 
 def _reliable(
-    desk: _ClickContext, clicked: list[_ClickedCell], others: list[NDArray[np.float32]]
+    context: _ClickContext, clicked: list[_ClickedCell], others: list[NDArray[np.float32]]
 ) -> tuple[NDArray[np.float32], NDArray[np.float32], float]:
     """F_h and F_l (m, C) of a type's prototypes, and its floor.
 
     The reliable places are the clicked cells and what Chain-of-Prompts reaches from them, without what looks more like another type's click.
     """
-    config, model = desk.config, desk.model
+    config, model = context.config, context.model
     rivals = np.concatenate(others) if others else np.empty((0, model.descriptor_size), np.float32)
     places: list[NDArray[np.float64]] = []
     high: list[NDArray[np.float32]] = []
     low: list[NDArray[np.float32]] = []
     for click in clicked:
-        box, embeddings = desk.encode(click.prompt)
+        box, embeddings = context.encode(click.prompt)
         corner = np.array([box.x0, box.y0])
         f_high, f_low = (x[0].float().cpu().numpy() for x in (embeddings.high, embeddings.low))
         stride_px = box.width / f_high.shape[2]

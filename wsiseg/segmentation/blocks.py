@@ -128,7 +128,7 @@ class _TracedTile:
 
 
 def finished_block(spec: RunSpec, block: Block, *, failed: bool = False) -> BlockReport | None:
-    """The report of a block whose part is there and whole; one with tiles that could not be read only if ``failed``."""
+    """Report of a block whose part exists and is intact; one with tiles that could not be read only if ``failed``."""
     path = spec.parts / f"{block.name}.parquet"
     try:
         part = open_part(path) if part_is_current(path, spec.parts_hash) else None
@@ -146,7 +146,7 @@ def segment_blocks(
 
     Parameters
     ----------
-    tools
+    context
         Context of this process.
     blocks
         In any order. A block whose part is there is reported and not repeated; one that another process works on is left out.
@@ -175,7 +175,7 @@ def segment_tile(
     (encoded,) = _encode(
         context, [_TilePixels(_TileTask(dataclasses.replace(_NO_BLOCK, tiles=(tile,)), 0), pixels)], batch, clock
     )
-    traced = _trace(context, _decode(context, encoded, _points(context, encoded), batch, clock))
+    traced = _trace(context, _decode(context, encoded, _owned_prompts(context, encoded), batch, clock))
     return traced.cells, traced.counts
 
 
@@ -268,7 +268,7 @@ class _TilePipeline:
     def prompts(self, tile: _EncodedTile) -> tuple[_EncodedTile, NDArray[np.float32]]:
         """Prompts of a tile."""
         with self.clock("prompt"):
-            return tile, _points(self.context, tile)
+            return tile, _owned_prompts(self.context, tile)
 
     def trace(self, answer: _DecodedTile) -> _TracedTile:
         """Outlines of a tile."""
@@ -348,7 +348,7 @@ def _one(embeddings: Embeddings, k: int) -> Embeddings:
 
 
 @torch.inference_mode()
-def _points(context: WorkerContext, encoded: _EncodedTile) -> NDArray[np.float32]:
+def _owned_prompts(context: WorkerContext, encoded: _EncodedTile) -> NDArray[np.float32]:
     """Prompts (N, 2) that the tile owns, model px of the tile."""
     spec, model, tile = context.spec, context.model, encoded.read.task.tile
     if encoded.embeddings is None:

@@ -59,7 +59,7 @@ def map_blocks(
         After an error the folder of jobs stays, for their logs. ``None``: with other temporary files.
     weight
         Tiles in a block; without it every block is a task of its own.
-    tools
+    context
         This process's own, when it has them already.
     stopped
         Polled some times a second: when true, no block is started, and the summaries of those in progress are the last.

@@ -237,7 +237,7 @@ class SamModel(nn.Module):
         Returns
         -------
         WindowMasks
-            ``logits`` (N, 64, 64), or (N, 256, 256), on cells of 4 px, as SAM gives them; ``quality`` (N,) bounded to [0, 1].
+            ``logits`` (N, 64, 64), or (N, 256, 256), on cells of 4 px, as SAM gives them; ``predicted_iou`` (N,) bounded to [0, 1].
         """
         answers = slice(1, None) if multimask else slice(0, 1)
         grid = self.input_px // self.patch
