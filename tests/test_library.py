@@ -123,7 +123,7 @@ def test_a_slide_takes_every_kind_of_seeds_and_gives_the_same_cells(
         "already"
     ]  # a file of them is the same run
     document["types"][0]["points"] = [[424, 113]]
-    with pytest.raises(RunError, match="holds a run of another configuration"):
+    with pytest.raises(RunError, match="holds a run with another configuration"):
         wsiseg.segment_slide(slide, seeds=document, out=tmp_path)
 
 

@@ -36,6 +36,7 @@ def write_demo(folder: str | Path) -> tuple[Path, Path]:
     Returns
     -------
     slide, seeds : Path
+        The two files.
 
     Raises
     ------

@@ -104,6 +104,11 @@ def read_run(path: str | os.PathLike[str]) -> Run:
     path
         Folder of one slide's run, such as ``wsiseg-out/slide``.
 
+    Returns
+    -------
+    Run
+        Its manifest is read, its cells are not.
+
     Raises
     ------
     RunError
@@ -147,26 +152,28 @@ def segment_slide(
         Path or URL of the slide.
     seeds
         The clicks: path of a seeds file, a dict as in seeds.json, or :class:`Seeds`. Without them no cell has a type.
-    out, name
-        Folder of all runs; the slide's own folder, called ``name`` or as the slide, is created below it.
+    out
+        Folder of all runs; the slide's own folder is created below it.
     config
-        Defaults when absent.
+        Settings; defaults when absent.
+    name
+        Name of the slide's folder; defaults to the slide's stem.
     overwrite
         Replace a run that has another configuration; write the files of a complete one again.
     on_progress
         Called with tiles done, tiles in all, outlines so far.
     on_warning
-        Called with each sentence about what is doubtful before the work begins; logged when absent.
+        Called with each warning before the work begins; logged when absent.
     stopped
-        When it turns true, the block in progress is finished and no other begun.
+        When it turns true, the current block is finished and no other is started.
     **settings
         Fields of :class:`RunConfig`, in place of those of ``config``: ``mpp=0.25``, ``method="cop"``, ``tiling={"tile_um": 128}``.
 
     Returns
     -------
     Run
-        Of a run that is complete already, what is there. Its ``status`` is ``incomplete`` when tiles could not be read; the same call
-        again tries just those.
+        The finished run; one that was already complete is only opened. Its ``status`` is ``incomplete`` when tiles could not be read; the
+        same call again tries only those.
 
     Raises
     ------
@@ -187,7 +194,7 @@ def segment_slide(
     >>> sorted(cells.cell_type.unique())
     ['epithelium', 'immune', 'stroma', 'unassigned']
 
-    A dict does in place of a file of clicks, and any setting is a keyword:
+    A dict works in place of a file of clicks, and any setting is a keyword:
 
     >>> clicks = {"version": 1, "types": [{"name": "gland", "points": [[424, 112]]}]}
     >>> run = wsiseg.segment_slide(slide, seeds=clicks, out="demo/glands", device="cpu")
