@@ -83,7 +83,7 @@ def test_an_error_outside_of_the_work_names_the_environment() -> None:
         raise ModuleNotFoundError("No module named 'shapely'")
 
     with pytest.raises(
-        RunError, match=r"^--workers 2: a task failed outside of its work \(ModuleNotFoundError.*same environment"
+        RunError, match=r"^--workers 2: a task failed outside its blocks \(ModuleNotFoundError.*same environment"
     ):
         summaries(Client(broken))
 
