@@ -235,7 +235,7 @@ def test_masks_that_reach_their_window_are_asked_for_again(toy, encoded):
     """Every answer is either inside its window or on the whole tile, and each prompt has exactly one."""
     points = np.random.default_rng(0).uniform(0, 1024, (40, 2)).astype(np.float32)
     batches = list(decode(toy, encoded, 0, points, MaskConfig(min_score=0.0, prompts_per_batch=16)))
-    crops, whole = [b for b in batches if not b.whole], [b for b in batches if b.whole]
+    crops, whole = [b for b in batches if not b.full_tile], [b for b in batches if b.full_tile]
     assert sum(len(b.predicted_iou) for b in crops)
     assert sum(len(b.predicted_iou) for b in whole)
     for batch in crops:

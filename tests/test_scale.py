@@ -379,7 +379,7 @@ def test_other_clicks_on_the_same_cells_name_the_command_for_that(
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("sam-vit-b", "not here yet; fetch it once with `wsiseg models download sam-vit-b`"),
+        ("sam-vit-b", "not downloaded yet; fetch it once with `wsiseg models download sam-vit-b`"),
         ("vit-b-histopathology", "`wsiseg models download vit-b-histopathology`"),
         ("nuclei-compct", "did you mean nuclei-compact? "),
         ("sam_vit_b", "did you mean sam-vit-b? "),

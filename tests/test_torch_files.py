@@ -80,7 +80,7 @@ def test_what_would_run_is_refused_and_not_run(tmp_path: Path, function: Any) ->
 def test_a_file_that_is_cut_short_or_is_not_a_checkpoint_is_one_sentence(tmp_path: Path) -> None:
     whole = saved(tmp_path / "a.pt", {"weights": torch.ones(1000)}).read_bytes()
     (tmp_path / "cut.pt").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(WeightsError, match=r"cut\.pt: cut short or damaged"):
+    with pytest.raises(WeightsError, match=r"cut\.pt: truncated or damaged"):
         read_torch_file(tmp_path / "cut.pt")
     with zipfile.ZipFile(tmp_path / "other.pt", "w") as archive:
         archive.writestr("readme.txt", "no weights")
