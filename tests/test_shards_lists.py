@@ -285,5 +285,5 @@ def test_a_merge_does_not_undo_other_clicks(
     before = (tmp_path / "ihc" / "cells.parquet").read_bytes()
     status, output = wsiseg("merge", tmp_path / "ihc")
     assert status == 1
-    assert "was typed again with `wsiseg type`" in output
+    assert "was re-typed with `wsiseg type`" in output
     assert (tmp_path / "ihc" / "cells.parquet").read_bytes() == before
