@@ -85,7 +85,7 @@ def refused(path: Path, sentence: str, decoder: Path | None = None) -> str:
 
 
 def test_flat(tmp_path: Path) -> None:
-    """As published; the constants of the input are no weights."""
+    """As published; the constants of the input are not weights."""
     sam = tiny_sam()
     file = saved(tmp_path / "sam.pth", {**sam, "pixel_mean": torch.zeros(3, 1, 1), "pixel_std": torch.ones(3, 1, 1)})
     found = read_checkpoint(file)

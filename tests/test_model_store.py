@@ -269,7 +269,7 @@ def test_what_a_killed_import_left_goes(checkpoint: Path, folder: Path) -> None:
 
 
 def test_damage_is_found(checkpoint: Path, folder: Path) -> None:
-    """A changed byte, missing weights, cards that are no cards; one damaged model hides no other."""
+    """A changed byte, missing weights, files that are not cards; a damaged model does not hide the others."""
     for name in ("a", "b", "c", "d"):
         import_model(checkpoint, name)
     content = bytearray((folder / "a.safetensors").read_bytes())

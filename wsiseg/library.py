@@ -24,6 +24,7 @@ from wsiseg.records import Seeds, TypedCells
 from wsiseg.runs import image as in_memory
 from wsiseg.runs import slide as on_disk
 from wsiseg.runs.folder import RunFolder
+from wsiseg.runs.manifest import Status
 from wsiseg.runtime.text import show
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ class Run:
     @property
     def status(self) -> str:
         """``complete``, or ``incomplete`` when tiles could not be read; ``running`` or ``interrupted`` before the end."""
-        return str(self.manifest.get("status", "running"))
+        return str(self.manifest.get("status", Status.RUNNING))
 
     @property
     def counts(self) -> dict[str, int]:

@@ -108,7 +108,7 @@ def test_a_worker_is_killed(run: Run, undisturbed: tuple[dict[str, bytes], dict,
 def test_a_signal_to_all_processes(
     run: Run, undisturbed: tuple[dict[str, bytes], dict, float], tmp_path: Path, number: int
 ) -> None:
-    """Ctrl-C reaches every process of a terminal, a walltime's warning those of a job; the blocks in hand are finished all the same."""
+    """Ctrl-C reaches every process of a terminal, a walltime's warning those of a job; the current blocks are finished anyway."""
     command = run.command(tmp_path, "--workers", 2)
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=run.environment, start_new_session=True

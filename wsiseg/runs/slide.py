@@ -90,7 +90,7 @@ def segment_slide(
     on_warning
         Called with each sentence about what is doubtful before the work begins. The manifest has them as well, with those of the result.
     stopped
-        When it turns true, the block in hand is finished and no other begun.
+        When it turns true, the current block is finished and no other is started.
 
     Returns
     -------
@@ -173,7 +173,7 @@ def merge_run(
     Raises
     ------
     RunError
-        Parts are missing, or this is no run.
+        Parts are missing, or this is not the folder of a run.
     """
     from wsiseg.models import find_weights, load_types
     from wsiseg.models.cards import file_hash
@@ -372,7 +372,7 @@ def _segment(
             if stopped():
                 raise statistics.interrupted(len(blocks))
             busy = set(claims.busy(b.name for b in todo))
-            if len(busy) == len(todo):  # another process has them all in hand
+            if len(busy) == len(todo):  # other processes are working on all of them
                 time.sleep(_POLL_S)
                 continue
             if idle > _IDLE_ROUNDS:  # every process that claims them dies
