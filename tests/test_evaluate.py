@@ -449,3 +449,15 @@ def test_what_a_decoder_doubts_is_a_warning(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert f"Warning: {tmp_path / 'p.tif'}: may be damaged, the decoder says: " in result.stderr
     assert result.stderr.count("\n") == 1
+
+
+def test_a_photograph_named_png_is_not_a_label_image(tmp_path: Path) -> None:
+    """Its 26th byte may be that of a palette PNG."""
+    image = Image.fromarray(np.zeros((32, 32, 3), np.uint8))
+    image.save(tmp_path / "photo.jpg")
+    content = bytearray((tmp_path / "photo.jpg").read_bytes())
+    content[25] = 3
+    (tmp_path / "photo.png").write_bytes(content)
+    assert "not a readable label image" in fails(
+        tmp_path / "photo.png", png(tmp_path / "truth.png", np.zeros((32, 32), np.uint8))
+    )

@@ -203,3 +203,9 @@ def test_files_that_are_no_geojson(tmp_path: Path) -> None:
     path.write_text('{"type": "Topology"}')
     with pytest.raises(FormatError, match="not GeoJSON"):
         read_regions(path, INFO)
+
+
+def test_true_and_false_are_not_coordinates(tmp_path: Path) -> None:
+    path = write(tmp_path / "roi.geojson", feature([[0, 0], [True, 9], [9, False], [0, 0]]))
+    with pytest.raises(FormatError, match=r"coordinates are not rings of \[x, y\] positions"):
+        read_regions(path, INFO)

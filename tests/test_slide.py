@@ -728,6 +728,66 @@ def test_a_strip_that_holds_the_slide_is_converted_in_bands(tmp_path, monkeypatc
         assert np.array_equal(whole(slide), texture)
 
 
+def without_tag(path, code):
+    """Give a tag of the first directory a private number, so that no reader finds it."""
+    data = bytearray(path.read_bytes())
+    start = int.from_bytes(data[4:8], "little")
+    for n in range(int.from_bytes(data[start : start + 2], "little")):
+        at = start + 2 + 12 * n
+        if int.from_bytes(data[at : at + 2], "little") == code:
+            data[at : at + 2] = (65000).to_bytes(2, "little")
+    path.write_bytes(data)
+
+
+def test_three_samples_without_a_photometric_tag_are_rgb(tmp_path, texture):
+    """tifffile assumes inverted grey."""
+    path = written(tmp_path / "a.tif", texture, photometric="rgb", rowsperstrip=64)
+    without_tag(path, 262)
+    with open_slide(path, reader="image") as slide:
+        assert np.array_equal(whole(slide), texture)
+
+
+@pytest.mark.parametrize("extra", ["unspecified", "unassalpha"])
+def test_grey_with_one_more_sample_is_grey(tmp_path, texture, extra):
+    pixels = np.dstack([texture[..., 0], np.full(texture.shape[:2], 255, np.uint8)])
+    path = written(
+        tmp_path / "a.tif",
+        pixels,
+        photometric="minisblack",
+        planarconfig="contig",
+        extrasamples=[extra],
+        tile=(128, 128),
+    )
+    with open_slide(path) as slide:
+        assert np.array_equal(whole(slide), np.repeat(texture[..., :1], 3, axis=2))
+
+
+def test_an_unset_opacity_in_a_scanner_format_is_ignored(tmp_path, texture):
+    """Aperio's description: OpenSlide would blend everything over white."""
+    pixels = np.dstack([texture, np.zeros(texture.shape[:2], np.uint8)])
+    description = "Aperio Image Library v1\r\n768x512 [0,0 768x512] (128x128) |AppMag = 20|MPP = 0.5"
+    options = {
+        "photometric": "rgb",
+        "extrasamples": ["unassalpha"],
+        "tile": (128, 128),
+        "metadata": None,
+        "description": description,
+    }
+    tifffile.imwrite(tmp_path / "a.svs", pixels, **options)
+    with open_slide(tmp_path / "a.svs", mpp=0.5) as slide:
+        assert np.array_equal(whole(slide), texture)
+        assert any("opacity is 0 everywhere" in note for note in slide.info.warnings)
+
+
+def test_a_palette_of_one_bit(tmp_path, texture):
+    image = Image.fromarray((texture[..., 0] > 128).astype(np.uint8), mode="P")
+    image.putpalette([200, 100, 50, 10, 20, 30])
+    image.save(tmp_path / "a.tif", bits=1)
+    expected = np.where(texture[..., :1] > 128, [10, 20, 30], [200, 100, 50])
+    with open_slide(tmp_path / "a.tif", mpp=0.5) as slide:
+        assert np.array_equal(whole(slide), expected)
+
+
 def test_premultiplied_colours_are_not_multiplied_again(tmp_path, texture):
     """Associated alpha: a half-transparent dark px over white is grey, not darker than it was."""
     opacity = np.full((512, 768, 1), 128, np.uint8)

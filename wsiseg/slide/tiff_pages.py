@@ -359,8 +359,9 @@ def _colours_of(page: Any, channels: int) -> Colours:  # noqa: ANN401
         count = samples - len(extras) if extras else None
         return Colours(model="rgb", count=count, opacity_at=opacity, premultiplied=premultiplied, bits=shallow)
     if kind == PALETTE and page.colormap is not None:
-        table = np.asarray(page.colormap).T.astype(np.uint32)
-        table = table if table.max(initial=0) < 256 else (table + 128) // 257  # some writers leave it at 8 bits
+        table = np.asarray(page.colormap, np.uint16).T
+        if table.max(initial=0) > 255:  # some writers leave it at 8 bits
+            table = table // np.uint16(256)
         return Colours(
             model="palette", count=1, opacity_at=opacity, premultiplied=premultiplied, palette=table.astype(np.uint8)
         )
