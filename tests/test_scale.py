@@ -114,16 +114,16 @@ def test_doubts_are_said_before_the_work_and_once(
     demo: tuple[Path, Path], wsiseg: Callable[..., tuple[int, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[str] = []
-    real = pipeline._segment
+    real = pipeline.segment_all
 
-    def watched(*arguments: object) -> None:
+    def watched(*arguments: object, **options: object) -> None:
         assert said, "the work began before the doubts were said"
-        real(*arguments)
+        real(*arguments, **options)
 
-    monkeypatch.setattr(pipeline, "_segment", watched)
+    monkeypatch.setattr(pipeline, "segment_all", watched)
     manifest = pipeline.segment_slide(demo[0], RunConfig(mpp=0.3), tmp_path / "a", on_warning=said.append)
     assert any("--mpp 0.3 replaces 0.5 microns per pixel" in warning for warning in said)
-    assert said == manifest["warnings"][: len(said)]
+    assert tuple(said) == manifest.warnings[: len(said)]
     monkeypatch.undo()
     for arguments in ((), ("--overwrite",)):
         status, output = wsiseg("run", demo[0], "--mpp", 0.3, "--out", tmp_path / "b", *arguments)

@@ -52,7 +52,7 @@ def command(
                     raise
                 failed.append(one_line(str(error)))
                 continue
-            holes |= manifest["status"] != "complete"
+            holes |= manifest.status != "complete"
             if not quiet:
                 report(manifest)
     for line in failed:

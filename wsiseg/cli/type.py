@@ -72,10 +72,10 @@ def command(
                 raise
             failed.append(one_line(str(error)))
             continue
-        for warning in manifest["typing"]["warnings"]:
+        for warning in manifest.typing["warnings"]:
             click.echo(f"Warning: {warning}", err=True)
-        typed = ", ".join(f"{name} {n}" for name, n in manifest["types"].items())
-        click.echo(f"{run}: {typed} in {manifest['seconds']['retype']:.1f} s")
+        typed = ", ".join(f"{name} {n}" for name, n in manifest.types.items())
+        click.echo(f"{run}: {typed} in {manifest.seconds['retype']:.1f} s")
     for line in failed:
         click.echo(f"Error: {line}", err=True)
     if failed:
