@@ -8,10 +8,12 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
 from wsiseg.cli import main
+from wsiseg.formats.geoparquet import read_geoparquet
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -103,7 +105,7 @@ def test_slide_too_coarse_for_cells(shared_data: Path, tmp_path: Path) -> None:
             "types[1]",
         ),
         (types((10, 10), slide="other.svs"), "other.svs"),
-        (types((26, 316)), "no cell there"),
+        (types((23, 335)), "on glass, no tissue within 4 um"),
         ({"version": 1, "types": []}, "types"),
     ],
     ids=[
@@ -120,6 +122,24 @@ def test_slide_too_coarse_for_cells(shared_data: Path, tmp_path: Path) -> None:
 )
 def test_seeds_that_cannot_be_used(content: object, sentence: str, demo: tuple[Path, Path], tmp_path: Path) -> None:
     complains(tmp_path / "out", sentence, "run", demo[0], "--seeds", seeds_file(tmp_path, content))
+
+
+def test_a_click_where_no_nucleus_is_found_counts(demo: tuple[Path, Path], tmp_path: Path) -> None:
+    """A warning, and the mask decoded from the click is a cell of its type; one on which nothing can be outlined types by its surroundings."""
+    clicks = {"a": (437, 318), "missed": (246, 218), "nothing": (164, 39)}
+    content = {"version": 1, "types": [{"name": name, "points": [point]} for name, point in clicks.items()]}
+    file = seeds_file(tmp_path, content)
+    status, output = wsiseg("run", demo[0], "--seeds", file, "--out", tmp_path / "out")
+    assert status == 0, output
+    doubt = "the model finds no nucleus there"
+    assert f"Warning: {file}: types[1].points[0] = [246, 218]: {doubt}; the mask decoded there (score 0.0" in output
+    assert f"Warning: {file}: types[2].points[0] = [164, 39]: {doubt}; its surroundings are used for typing" in output
+    assert output.count(doubt) == 2
+    cells, typing, _ = read_geoparquet(tmp_path / "out" / demo[0].stem / "cells.parquet")
+    clicked = np.flatnonzero(np.hypot(*(cells.points_xy - clicks["missed"]).T) < 0.01)
+    assert [typing.names[typing.codes[k]] for k in clicked] == ["missed"]
+    manifest = json.loads((tmp_path / "out" / demo[0].stem / "manifest.json").read_text())
+    assert sum(doubt in warning for warning in manifest["warnings"]) == 2
 
 
 def test_other_wrong_options(demo: tuple[Path, Path], tmp_path: Path) -> None:

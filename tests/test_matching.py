@@ -99,7 +99,7 @@ def test_the_nearest_cell_is_named_with_its_distance() -> None:
     triangle = shapely.Polygon([(20, 0), (40, 0), (40, 20)])
     cells = cells_of((0, 0, 10, 20), (20, 0, 40, 20))
     cells = dataclasses.replace(cells, polygons=np.array([cells.polygons[0], triangle], object))
-    said = "the nearest is at [5, 10], 3 um away; move the click onto a nucleus"
+    said = "the nearest is at [5, 10], 3 um away"
     assert describe_nearest((16, 19), cells, 0.5) == said
 
 

@@ -150,14 +150,11 @@ def test_clicks_lead_to_cells_in_a_model_without_maps(wsiseg, tmp_path):
         settings,
         "--no-progress",
     )
-    for x, y in itertools.product(
-        (100, 200, 300, 400), repeat=2
-    ):  # the toy's masks are blotches: not every click has one
+    for x, y in itertools.product((100, 200, 300, 400), repeat=2):  # the toy's masks are blotches: some are empty
         (tmp_path / "s.json").write_text(json.dumps({"version": 1, "types": [{"name": "a", "points": [[x, y]]}]}))
         code, output = wsiseg(*command, "--out", tmp_path / "a")
-        if code == 0:
+        if "the model finds no nucleus there" not in output:
             break
-        assert "no cell there" in output
     assert code == 0, output
     manifest = json.loads((tmp_path / "a" / "ihc" / "manifest.json").read_text())
     assert manifest["config"]["method"] == "cop"
@@ -354,6 +351,6 @@ def test_a_click_inside_a_large_cell_is_that_cell(toy, monkeypatch):
     image = np.full((1024, 1024, 3), 200, np.uint8)
     click = (520.0, 520.0)
     config = dataclasses.replace(RunConfig(), cop=CopConfig(click_min_score=0.0, click_reach_um=30.0))
-    cell = find_clicked(ArrayReader(image, 0.25), toy, click, Lattice(0.25, 0.25), config, "click")
+    cell = find_clicked(ArrayReader(image, 0.25), toy, click, Lattice(0.25, 0.25), config, "click").cell
     assert cell.polygons[0].area > 50_000
     assert cell.polygons[0].contains(Point(click))

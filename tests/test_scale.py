@@ -352,7 +352,7 @@ def test_seeds_check_finds_clicks_on_glass(wsiseg: Callable[..., tuple[int, str]
     assert "points[0]" not in output
     status, output = wsiseg("run", slide, "--seeds", clicks(tmp_path, (900, 300)), "--out", tmp_path / "out")
     assert status == 1
-    assert "no cell there" in output
+    assert "types[0].points[0] = [900, 300]: on glass, no tissue within 4 um" in output
     Image.new("RGB", (64, 64), (243, 243, 243)).save(tmp_path / "a.png")
     status, output = wsiseg("seeds", "check", clicks(tmp_path, (30, 30)), "--slide", tmp_path / "a.png")
     assert status == 0

@@ -118,8 +118,9 @@ def preview(seeds: Path, slide: str, out: Path, overwrite: bool, **options: str 
     """Draw one panel per click of SEEDS on SLIDE: its surroundings, and the outline of the cell that a run would match it to.
 
     A cross marks a click of the type, a diagonal cross a negative click. The caption gives the type, the click in level-0 px, and the
-    score of the outline (predicted IoU x stability, 0 to 1). A click that a run would refuse has a red frame and the reason: no cell there,
-    or the same cell as a click of another type. The picture is still written; the first fault is then reported as the error, with exit status 1.
+    score of the outline (predicted IoU x stability, 0 to 1). A click that a run would refuse has a red frame and the reason: on glass,
+    or the same cell as a click of another type. An orange frame marks a click where the model finds no nucleus; a run uses it with a
+    warning. The picture is always written; the first fault is then reported as the error, with exit status 1.
 
     \b
     wsiseg seeds preview seeds.json slide.svs --out clicks.png
@@ -132,7 +133,9 @@ def preview(seeds: Path, slide: str, out: Path, overwrite: bool, **options: str 
     with Progress(seeds.name, hidden=False, unit="clicks") as progress:
         sheet = preview_seeds(seeds, slide, out, config, overwrite=overwrite, on_progress=progress.update)
     _report(sheet.seeds, sheet.warnings)
-    click.echo(f"{out}: {sheet.drawn} of {counted(sheet.clicks, 'click')} drawn, {sheet.bad} bad")
+    click.echo(
+        f"{out}: {sheet.drawn} of {counted(sheet.clicks, 'click')} drawn, {sheet.bad} bad, {sheet.doubtful} doubtful"
+    )
     if sheet.faults:
         raise SeedsError(sheet.faults[0])
 

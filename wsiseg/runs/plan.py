@@ -70,11 +70,14 @@ def plan_run(inputs: RunInputs, parts: Path) -> PreparedRun:
     if config.tissue.enabled:
         tissue = find_tissue(*thumbnail(reader, config.tissue.overview_mpp), config.tissue, mpp=info.mpp)
     area = SearchArea(tissue, inputs.roi)
+    warnings = [*inputs.warnings, *(tissue.warnings if tissue else ())]
     earlier = read_plan(parts, inputs.run_hash)
     if earlier:  # one bank for all shards of a run, wherever they were made
-        bank = earlier.bank
+        bank, warnings = earlier.bank, [*earlier.warnings]
     elif inputs.seeds is not None:
-        bank = build_bank(reader, model, inputs.seeds, lattice, config, chains=config.method == "cop")
+        bank = build_bank(
+            reader, model, inputs.seeds, lattice, config, chains=config.method == "cop", on_warning=warnings.append
+        )
         bank = dataclasses.replace(bank, cells=bank.cells.take(area.holds(bank.cells.points_xy)))
     blocks = plan_blocks(
         info.size_px0,
@@ -95,7 +98,7 @@ def plan_run(inputs: RunInputs, parts: Path) -> PreparedRun:
         weights=inputs.weights,
         descriptor_size=model.descriptor_size,
         tissue_mm2=area.size_um2(info) / 1e6,
-        warnings=inputs.warnings + (tissue.warnings if tissue else ()),
+        warnings=tuple(warnings),
         target=target(inputs.slide),
         seeds=inputs.clicks_name,
     )

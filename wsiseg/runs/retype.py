@@ -249,7 +249,7 @@ def _no_cell(place: str, point: tuple[float, float], table: CellTable, mpp: floa
     where = f"{place} = [{point[0]:g}, {point[1]:g}]: no cell there"
     if not len(table):
         return f"{where}: the run found no cells at all"
-    return f"{where}; {describe_nearest(point, table, mpp)}"
+    return f"{where}; {describe_nearest(point, table, mpp)}; move the click onto a nucleus, or run the slide again with this click"
 
 
 def _slide_info(manifest: Manifest, table: CellTable) -> SlideInfo:

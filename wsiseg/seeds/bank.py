@@ -1,9 +1,14 @@
-"""From clicks to a bank of prototypes: each click's surroundings are encoded and its cell decoded; for Chain-of-Prompts, the chain is run there."""
+"""From clicks to a bank of prototypes: each click's surroundings are encoded and its cell decoded; for Chain-of-Prompts, the chain is run there.
+
+A click always counts. Where the network finds no nucleus, what it decodes from the click itself is used, with a warning; only glass is refused.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import logging
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,6 +18,7 @@ import torch
 from wsiseg.errors import SeedsError
 from wsiseg.geometry import Box, round_up
 from wsiseg.records import Bank, Cells
+from wsiseg.seeds.glass import GlassFinder
 from wsiseg.seeds.matching import describe_nearest, match_clicks, match_groups
 from wsiseg.segmentation.decoding import decode
 from wsiseg.segmentation.polygons import trace
@@ -21,6 +27,8 @@ from wsiseg.segmentation.prompts.chain_of_prompts import farthest_point_recursio
 from wsiseg.slide import read_region
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from numpy.typing import NDArray
 
     from wsiseg.config import RunConfig
@@ -28,6 +36,8 @@ if TYPE_CHECKING:
     from wsiseg.models.contract import PromptableModel
     from wsiseg.records import CellIndex, Embeddings, Seeds
     from wsiseg.slide import SlideReader
+
+logger = logging.getLogger(__name__)
 
 _SAME_UM = 1e-3  #: prompts this close are one
 _CANDIDATES = 12  #: automatic prompts around a click that are tried for the cell it may mean
@@ -42,6 +52,11 @@ class _ClickContext:
     lattice: Lattice
     config: RunConfig
 
+    @cached_property
+    def glass(self) -> GlassFinder:
+        """Made for the first click without a nucleus; most runs have none."""
+        return GlassFinder(self.reader, self.config)
+
     def encode(self, centre: NDArray[np.float64]) -> tuple[Box, Embeddings]:
         """The window of ``cop.window_um`` around ``centre`` (model px), on the model's lattice."""
         stride = self.model.stride_px
@@ -54,17 +69,39 @@ class _ClickContext:
 
 
 @dataclass(frozen=True)
-class _ClickedCell:
-    """The cell that a click means. ``prompt``: model px of the slide."""
+class ClickedCell:
+    """The cell that a click means.
+
+    Attributes
+    ----------
+    place
+        Name of the click in messages.
+    prompt
+        (2,): the prompt that it was decoded from, model px of the slide.
+    descriptor
+        float32 (D,).
+    cell
+        Its outline; empty when nothing could be outlined.
+    doubt
+        Sentence on why this may not be a nucleus; empty when the network agrees that it is one.
+    """
 
     place: str
     prompt: NDArray[np.float64]
     descriptor: NDArray[np.float32]
     cell: Cells
+    doubt: str = ""
 
 
 def build_bank(
-    reader: SlideReader, model: PromptableModel, seeds: Seeds, lattice: Lattice, config: RunConfig, *, chains: bool
+    reader: SlideReader,
+    model: PromptableModel,
+    seeds: Seeds,
+    lattice: Lattice,
+    config: RunConfig,
+    *,
+    chains: bool,
+    on_warning: Callable[[str], None] = logger.warning,
 ) -> Bank:
     """Turn the clicks of a slide into prototypes.
 
@@ -81,25 +118,30 @@ def build_bank(
     chains
         Also run Chain-of-Prompts from every click and fill ``high``, ``low`` and ``similarity_thresholds``; they stay empty
         otherwise. Memory does not grow with the number of clicks.
+    on_warning
+        Called with a sentence for each click where the network finds no nucleus.
 
     Raises
     ------
     SeedsError
-        A click hits no cell (the sentence names the nearest one), or clicks of two types hit the same.
+        A click is on glass, or clicks of two types hit the same cell.
     """
     context = _ClickContext(reader, model, lattice, config)
-    clicked = [
-        [_find_cell(context, f"{seeds.source}: types[{t}].points[{i}]", point) for i, point in enumerate(kind.points)]
-        for t, kind in enumerate(seeds.types)
-    ]
-    _refuse_shared_cells(clicked)
-    negative = [
+    clicked, against = (
         [
-            _find_cell(context, f"{seeds.source}: types[{t}].negative[{i}]", point).descriptor
-            for i, point in enumerate(kind.negative)
+            [
+                _find_cell(context, f"{seeds.source}: types[{t}].{side}[{i}]", point)
+                for i, point in enumerate(getattr(kind, side))
+            ]
+            for t, kind in enumerate(seeds.types)
         ]
-        for t, kind in enumerate(seeds.types)
-    ]
+        for side in ("points", "negative")
+    )
+    _refuse_shared_cells(clicked)
+    for click in (click for kind in (*clicked, *against) for click in kind):
+        if click.doubt:
+            on_warning(click.doubt)
+    negative = [[click.descriptor for click in kind] for kind in against]
     descriptors = tuple(np.stack([c.descriptor for c in kind]) for kind in clicked)
     banks = (
         [_reliable(context, kind, [d for k, d in enumerate(descriptors) if k != t]) for t, kind in enumerate(clicked)]
@@ -186,8 +228,8 @@ def find_clicked(
     lattice: Lattice,
     config: RunConfig,
     place: str,
-) -> Cells:
-    """The cell that one click means, as :func:`build_bank` finds it.
+) -> ClickedCell:
+    """Find the cell that one click means, as :func:`build_bank` does.
 
     Parameters
     ----------
@@ -198,65 +240,82 @@ def find_clicked(
     lattice
         Between model px and level-0 px.
     config
-        ``cop``, ``apg`` and ``masks``.
+        ``cop``, ``apg``, ``masks`` and ``tissue``.
     place
         What to call the click in the error: ``seeds.json: types[0].points[0]``.
-
-    Returns
-    -------
-    Cells
-        One cell.
 
     Raises
     ------
     SeedsError
-        The click hits no cell; the sentence names the nearest one.
+        The click is on glass.
     """
-    return _find_cell(_ClickContext(reader, model, lattice, config), place, point).cell
+    return _find_cell(_ClickContext(reader, model, lattice, config), place, point)
 
 
-def _find_cell(context: _ClickContext, place: str, point: tuple[float, float]) -> _ClickedCell:
-    """The cell under a click, or within its reach."""
+def _find_cell(context: _ClickContext, place: str, point: tuple[float, float]) -> ClickedCell:
+    """The cell under a click, or within its reach; where the network finds none, what it decodes from the click."""
     config, model = context.config, context.model
+    mpp = context.lattice.slide_mpp
     centre = context.lattice.to_model(np.array(point))
     box, embeddings = context.encode(centre)
     corner = np.array([box.x0, box.y0])
-    prompts = (centre - corner)[None].astype(
-        np.float32
-    )  # the click first: on a large or hollow nucleus it may be far from the automatic prompt
+    # The click first: on a large or hollow nucleus it may be far from the automatic prompt.
+    click = (centre - corner)[None].astype(np.float32)
+    prompts = click
     if embeddings.maps is not None:
         automatic = apg_points(
             embeddings.maps[0].float().cpu().numpy(), box.width // embeddings.maps.shape[-1], model.mpp, config.apg
         )
-        order = np.argsort(np.hypot(*(automatic - prompts[0]).T), kind="stable")[:_CANDIDATES]
-        prompts = np.vstack([prompts, automatic[order]])
+        order = np.argsort(np.hypot(*(automatic - click[0]).T), kind="stable")[:_CANDIDATES]
+        prompts = np.vstack([click, automatic[order]])
     settings = dataclasses.replace(config.masks, min_score=config.cop.click_min_score)
     found = [
         trace(masks, box, context.lattice, settings)[0] for masks in decode(model, embeddings, 0, prompts, settings)
     ]
     cells = Cells.concatenate(found, model.descriptor_size)
-    where = f"{place} = [{point[0]:g}, {point[1]:g}]: no cell there"
-    if not len(cells):
-        raise SeedsError(
-            f"{where}, nor within {box.width * model.mpp / 2:g} um (glass or empty tissue?); click on a nucleus"
-        )
-    reach = config.cop.click_reach_um / context.lattice.slide_mpp
-    own = np.flatnonzero((np.abs(cells.points_xy - point) * context.lattice.slide_mpp < _SAME_UM).all(1))
+    reach = config.cop.click_reach_um / mpp
+    own = np.flatnonzero((np.abs(cells.points_xy - point) * mpp < _SAME_UM).all(1))
     for candidates in (cells.take(own), cells):  # what the model says of the click itself comes first
         (row,) = match_clicks(np.array([point], float), candidates, reach)
         if row >= 0:
-            break
+            cell = candidates.take(np.array([row]))
+            prompt = context.lattice.to_model(cell.points_xy[0])
+            return ClickedCell(place, prompt, cell.descriptors[0].astype(np.float32), cell)
+    return _decode_doubtful(context, place, point, box, embeddings, cells)
+
+
+def _decode_doubtful(
+    context: _ClickContext, place: str, point: tuple[float, float], box: Box, embeddings: Embeddings, others: Cells
+) -> ClickedCell:
+    """What the model decodes from a click where it finds no nucleus; somebody saw one there. Glass is refused."""
+    lattice = context.lattice
+    fault = context.glass.fault(point)
+    if fault:
+        raise SeedsError(f"{place} = {_at(point)}: {fault}")
+    anything = dataclasses.replace(context.config.masks, min_score=0.0)
+    centre = lattice.to_model(np.array(point))
+    click = (centre - (box.x0, box.y0))[None].astype(np.float32)
+    masks = list(decode(context.model, embeddings, 0, click, anything))
+    traced = Cells.concatenate([trace(m, box, lattice, anything)[0] for m in masks], context.model.descriptor_size)
+    rows = match_clicks(np.array([point], float), traced, context.config.cop.click_reach_um / lattice.slide_mpp)
+    cell = traced.take(rows[rows >= 0])
+    descriptors = np.concatenate([m.descriptors.float().numpy() for m in masks])
+    if len(cell):
+        used, descriptor = f"the mask decoded there (score {cell.scores[0]:.2f}) is used", cell.descriptors[0]
     else:
-        raise SeedsError(f"{where}; {describe_nearest(point, cells, context.lattice.slide_mpp)}")
-    cell = candidates.take(np.array([row]))
-    return _ClickedCell(
-        place, context.lattice.to_model(cell.points_xy[0]), cell.descriptors[0].astype(np.float32), cell
-    )
+        used, descriptor = "its surroundings are used for typing, and no cell is outlined", descriptors[0]
+    near = f"; {describe_nearest(point, others, lattice.slide_mpp)}" if len(others) else ""
+    doubt = f"{place} = {_at(point)}: the model finds no nucleus there; {used}{near}"
+    return ClickedCell(place, centre, descriptor.astype(np.float32), cell, doubt)
 
 
-def _refuse_shared_cells(clicked: list[list[_ClickedCell]]) -> None:
+def _at(point: tuple[float, float]) -> str:
+    return f"[{point[0]:g}, {point[1]:g}]"
+
+
+def _refuse_shared_cells(clicked: list[list[ClickedCell]]) -> None:
     """Clicks of two types on one cell contradict each other."""
-    owners = [(t, c) for t, kind in enumerate(clicked) for c in kind]
+    owners = [(t, c) for t, kind in enumerate(clicked) for c in kind if len(c.cell)]
     pairs = on_one_cell([t for t, _ in owners], np.array([c.cell.polygons[0] for _, c in owners], object))
     if pairs:
         i, j = pairs[0]
@@ -279,7 +338,7 @@ def same_cell(place: str, other: str) -> str:
 
 
 def _reliable(
-    context: _ClickContext, clicked: list[_ClickedCell], others: list[NDArray[np.float32]]
+    context: _ClickContext, clicked: list[ClickedCell], others: list[NDArray[np.float32]]
 ) -> tuple[NDArray[np.float32], NDArray[np.float32], float]:
     """F_h and F_l (m, C) of a type's prototypes, and its floor.
 

@@ -27,16 +27,17 @@ COLUMNS = (8, 16)  #: at most in a row: few, many; the sheet is 1600 or 2200 px 
 MIN_COLUMNS = 4  #: room for the heading
 
 _GAP = 8  # px between panels
-_FRAME = 3  # px of the frame of a bad click; inside the gap
+_FRAME = 3  # px of the frame of a bad or doubtful click; inside the gap
 _SMOOTH = 3  # lines are drawn this many times larger and averaged
-_INK, _FAINT, _BAD, _LINE, _PAPER = (20, 20, 20), (110, 110, 110), (220, 0, 0), (200, 200, 200), (255, 255, 255)
+_INK, _FAINT, _LINE, _PAPER = (20, 20, 20), (110, 110, 110), (200, 200, 200), (255, 255, 255)
+_BAD, _DOUBTFUL = (220, 0, 0), (190, 110, 0)
 _FAULT_LINES = 4
 _BAR_UM = 10
 #: Directions of a cross's arms; diagonal for a click against the type.
 _ARMS = {False: ((1, 0), (0, 1), (-1, 0), (0, -1)), True: ((0.7, 0.7), (0.7, -0.7), (-0.7, 0.7), (-0.7, -0.7))}
 _LEGEND = (
     "+ click; x negative click (outline dashed); outline: the cell that a run matches to the click; under it: name, the click's number, "
-    "place in level-0 px, score (predicted IoU x stability). Red frame: a run refuses the click."
+    "place in level-0 px, score (predicted IoU x stability). Red frame: a run refuses the click. Orange: the model finds no nucleus there."
 )
 
 
@@ -62,6 +63,8 @@ class Panel:
         Predicted IoU x stability of the outline.
     fault
         Reason why a run would refuse the click; empty when it would not.
+    doubt
+        Reason why this may not be a nucleus; empty when the model finds one.
     """
 
     kind: int
@@ -73,6 +76,7 @@ class Panel:
     outline: NDArray[np.float64] | None
     score: float | None
     fault: str
+    doubt: str = ""
 
 
 def panel_side(count: int) -> int:
@@ -154,7 +158,8 @@ class _SheetStyle:
         return self.side + _FRAME + lines * self.step(self.small) + _GAP
 
     def fault_lines(self, panel: Panel) -> list[str]:
-        return _wrap(panel.fault, self.small, self.side, _FAULT_LINES) if panel.fault else []
+        said = panel.fault or panel.doubt
+        return _wrap(said, self.small, self.side, _FAULT_LINES) if said else []
 
     def write_intro(self, draw: ImageDraw.ImageDraw, lines: Sequence[str], um_per_px: float, width: int) -> None:
         for k, line in enumerate(lines):
@@ -182,8 +187,9 @@ class _SheetStyle:
     ) -> None:
         """Draw a panel with its caption."""
         x, y = corner
-        if panel.fault:
-            draw.rectangle((x - _FRAME, y - _FRAME, x + self.side - 1 + _FRAME, y + self.side - 1 + _FRAME), _BAD)
+        alarm = _BAD if panel.fault else _DOUBTFUL if panel.doubt else None
+        if alarm:
+            draw.rectangle((x - _FRAME, y - _FRAME, x + self.side - 1 + _FRAME, y + self.side - 1 + _FRAME), alarm)
         else:
             draw.rectangle((x - 1, y - 1, x + self.side, y + self.side), _LINE)
         sheet.paste(_picture(panel, kind.color), corner)
@@ -202,7 +208,7 @@ class _SheetStyle:
             draw.text((x + self.side - draw.textlength(score, self.small), y), score, _INK, self.small)
         for line in self.fault_lines(panel):
             y += self.step(self.small)
-            draw.text((x, y), line, _BAD, self.small)
+            draw.text((x, y), line, alarm, self.small)
 
 
 def _picture(panel: Panel, color: Color) -> Image.Image:

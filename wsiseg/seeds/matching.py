@@ -56,7 +56,7 @@ def match_groups(groups: Sequence[NDArray[np.float64]], cells: CellIndex, reach_
 
 
 def describe_nearest(point: tuple[float, float], cells: CellIndex, mpp: float) -> str:
-    """The half sentence on a click without a cell: where the nearest is, and what to do; ``cells`` is not empty, ``mpp`` in um per px."""
+    """Half a sentence on a click without a cell: where the nearest is; ``cells`` is not empty, ``mpp`` in um per px."""
     at = np.array(point, float)
     gaps = _box_gaps(at, cells.bounds)
     first = cells.take(np.array([gaps.argmin()]))
@@ -64,7 +64,7 @@ def describe_nearest(point: tuple[float, float], cells: CellIndex, mpp: float) -
     near = cells.take(np.flatnonzero(gaps <= shapely.distance(first.polygons[0], shapely.Point(at))))
     best, gap = _best(at, near)
     centre = near.polygons[best].centroid
-    return f"the nearest is at [{centre.x:.0f}, {centre.y:.0f}], {gap * mpp:.0f} um away; move the click onto a nucleus"
+    return f"the nearest is at [{centre.x:.0f}, {centre.y:.0f}], {gap * mpp:.0f} um away"
 
 
 def _box_gaps(point: NDArray[np.float64], bounds: NDArray[np.float64]) -> NDArray[np.float64]:

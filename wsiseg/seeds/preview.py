@@ -41,25 +41,26 @@ class PreviewSummary:
     ----------
     seeds
         In absolute level-0 px.
-    clicks, drawn, bad
-        Numbers of clicks, of those on the sheet, and of those that a run would refuse.
+    clicks, drawn, bad, doubtful
+        Numbers of clicks, of those on the sheet, of those that a run would refuse, and of those where the model finds no nucleus.
     faults
-        The errors of a run for them, in its order; one for two types on one cell.
+        The errors of a run for the bad ones, in its order; one for two types on one cell.
     warnings
-        Warnings about the slide and the seeds.
+        Warnings about the slide, the seeds and the doubtful clicks.
     """
 
     seeds: Seeds
     clicks: int
     drawn: int
     bad: int
+    doubtful: int
     faults: tuple[str, ...]
     warnings: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class _Click:
-    """A click and its result: a cell, a fault, or both."""
+    """A click and its result: a cell, a fault, a doubt."""
 
     kind: int
     number: int
@@ -68,6 +69,7 @@ class _Click:
     place: str
     cell: Cells | None = None
     fault: str = ""
+    doubt: str = ""
 
 
 def preview_seeds(
@@ -127,14 +129,19 @@ def preview_seeds(
         drawn = _choose_panels(clicks)
         side = panel_side(len(drawn))
         panels = [_panel(click, reader, side) for click in drawn]
-    bad = sum(bool(c.fault) for c in clicks)
-    title = f"{seeds.name} on {file_name(info.path)}: {counted(len(clicks), 'click')}, {bad} bad; a panel is {WINDOW_UM:g} um wide"
+    bad, doubts = sum(bool(c.fault) for c in clicks), [c.doubt for c in clicks if c.doubt]
+    title = (
+        f"{seeds.name} on {file_name(info.path)}: {counted(len(clicks), 'click')}, {bad} bad, {len(doubts)} doubtful"
+    )
+    title += f"; a panel is {WINDOW_UM:g} um wide"
     if len(drawn) < len(clicks):
         title += f"; {len(drawn)} of them drawn"
     sheet = draw_sheet(panels, found.types, title, WINDOW_UM / side)
     with atomic_path(out) as partial:
         sheet.save(partial, format="PNG")
-    return PreviewSummary(found, len(clicks), len(drawn), bad, faults, (*info.warnings, *warnings))
+    return PreviewSummary(
+        found, len(clicks), len(drawn), bad, len(doubts), faults, (*info.warnings, *warnings, *doubts)
+    )
 
 
 def _list_clicks(seeds: Seeds) -> list[_Click]:
@@ -150,10 +157,10 @@ def _list_clicks(seeds: Seeds) -> list[_Click]:
 def _decode_click(click: _Click, reader: SlideReader, model: PromptableModel, config: RunConfig) -> _Click:
     lattice = Lattice(reader.info.mpp, model.mpp)
     try:
-        cell = find_clicked(reader, model, click.point, lattice, config, click.place)
+        found = find_clicked(reader, model, click.point, lattice, config, click.place)
     except SeedsError as error:
         return dataclasses.replace(click, fault=str(error))
-    return dataclasses.replace(click, cell=cell)
+    return dataclasses.replace(click, cell=found.cell if len(found.cell) else None, doubt=found.doubt)
 
 
 def _mark_faults(clicks: list[_Click]) -> tuple[list[_Click], tuple[str, ...]]:
@@ -175,9 +182,9 @@ def _mark_faults(clicks: list[_Click]) -> tuple[list[_Click], tuple[str, ...]]:
 
 
 def _choose_panels(clicks: list[_Click]) -> list[_Click]:
-    """At most ``MAX_PANELS`` clicks in their order: all bad ones that fit, then the first others."""
-    bad_first = sorted(range(len(clicks)), key=lambda k: not clicks[k].fault)[:MAX_PANELS]
-    return [clicks[k] for k in sorted(bad_first)]
+    """At most ``MAX_PANELS`` clicks in their order: all bad ones that fit, then the doubtful, then the first others."""
+    worst_first = sorted(range(len(clicks)), key=lambda k: (not clicks[k].fault, not clicks[k].doubt))[:MAX_PANELS]
+    return [clicks[k] for k in sorted(worst_first)]
 
 
 def _panel(click: _Click, reader: SlideReader, side: int) -> Panel:
@@ -189,7 +196,7 @@ def _panel(click: _Click, reader: SlideReader, side: int) -> Panel:
     if click.cell is not None:
         outline = lattice.to_model(shapely.get_coordinates(click.cell.polygons[0].exterior)) - (x0, y0)
         score = float(click.cell.scores[0])
-    # The caption already shows the place: "no cell there; ..." remains of "seeds.json: types[0].points[0] = [5, 5]: no cell there; ...".
-    fault = click.fault.removeprefix(click.place).partition(": ")[2]
+    # The caption already shows the place: "on glass, ..." remains of "seeds.json: types[0].points[0] = [5, 5]: on glass, ...".
+    fault, doubt = (said.removeprefix(click.place).partition(": ")[2] for said in (click.fault, click.doubt))
     at = (float(centre[0] - x0), float(centre[1] - y0))
-    return Panel(click.kind, click.number, click.negative, click.point, pixels, at, outline, score, fault)
+    return Panel(click.kind, click.number, click.negative, click.point, pixels, at, outline, score, fault, doubt)
