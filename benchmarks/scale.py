@@ -43,7 +43,8 @@ from wsiseg.runs.slide import merge_run, segment_slide
 from wsiseg.segmentation.blocks import BLOCK_COUNTS
 from wsiseg.slide import read_region
 from wsiseg.stitching.outline_store import OutlineStore
-from wsiseg.stitching.stitch import find_pairs, resolve_overlaps
+from wsiseg.stitching.overlaps import find_pairs, refine_areas
+from wsiseg.stitching.resolve import resolve_overlaps
 from wsiseg.testing import DiscModel
 
 if TYPE_CHECKING:
@@ -202,7 +203,7 @@ def stitching(count: int, folder: Path) -> dict[str, object]:
     for _ in range(5):
         started = time.perf_counter()
         outlines = OutlineStore(files, (10**6, 10**6), SIZE)
-        pairs = find_pairs(outlines, config)
+        pairs = refine_areas(outlines, find_pairs(outlines, config), config)
         kept, _ = resolve_overlaps(outlines.numbers.areas, pairs, config)
         times.append(time.perf_counter() - started)
     started = time.perf_counter()

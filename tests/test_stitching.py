@@ -16,7 +16,9 @@ from wsiseg.errors import RunError
 from wsiseg.formats.parts import read_part, write_part
 from wsiseg.records import Cells
 from wsiseg.stitching.outline_store import OutlineStore
-from wsiseg.stitching.stitch import StitchCounts, find_pairs, resolve_overlaps
+from wsiseg.stitching.overlaps import find_pairs, refine_areas
+from wsiseg.stitching.resolve import resolve_overlaps
+from wsiseg.stitching.stitch import StitchCounts
 from wsiseg.stitching.stitch import stitch as stitch_outlines
 
 if TYPE_CHECKING:
@@ -196,7 +198,7 @@ def test_bounds_in_place_of_areas_decide_the_same() -> None:
     cells = crowd(3000, 1600, seed=3)
     outlines = OutlineStore([cells], (1600, 1600), 3)
     config = StitchingConfig()
-    pairs = find_pairs(outlines, config)
+    pairs = refine_areas(outlines, find_pairs(outlines, config), config)
     exact = shapely.area(shapely.intersection(outlines.polygons(pairs.low), outlines.polygons(pairs.high)))
     assert 0.02 < np.isclose(pairs.shared, exact, rtol=1e-9).mean() < 0.9, "some are bounds, some are not"
     assert (pairs.shared >= exact * (1 - 1e-9)).all()

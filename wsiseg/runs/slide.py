@@ -47,7 +47,8 @@ if TYPE_CHECKING:
     from wsiseg.runtime.profiling import Clock
     from wsiseg.runtime.shards import Shard
     from wsiseg.segmentation.blocks import BlockReport
-    from wsiseg.stitching.stitch import StitchCounts, StitchedCells
+    from wsiseg.stitching.stitch import StitchCounts
+    from wsiseg.stitching.stitched_cells import StitchedCells
 
 logger = logging.getLogger(__name__)
 
