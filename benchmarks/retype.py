@@ -26,7 +26,8 @@ import shapely
 from benchmarks.common import write_results
 from wsiseg.config import RunConfig
 from wsiseg.formats.geoparquet import write_geoparquet
-from wsiseg.models import file_hash, find_weights, load_model
+from wsiseg.models import find_weights, load_model
+from wsiseg.models.cards import file_hash
 from wsiseg.records import Cells, Provenance, SlideInfo, Typing
 
 SPACING = 40.0

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from wsiseg.demo import write_demo
-from wsiseg.models import MODELS, load_model
+from wsiseg.models import load_model
+from wsiseg.models.registry import MODELS
 from wsiseg.slide import READERS, open_slide
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""Models: a registry of cards, and one way to load them.
+"""Models: one way to find and load them, by name or path.
 
 Weights are data: each card states file, sha256, licence, source and the scale the model works at. What is loaded is safetensors; other
 checkpoints are converted once (store.py), by an unpickler that builds tensors and runs nothing (sam/torch_files.py). Nothing is downloaded here.
@@ -11,32 +11,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wsiseg.errors import ConfigError, WeightsError
-from wsiseg.models.cards import ModelCard, file_hash, require_same
-from wsiseg.models.store import SAM_NETWORK, card_of_file, explain_missing, find_card
+from wsiseg.models.cards import file_hash, require_same
+from wsiseg.models.catalogue import explain_missing
+from wsiseg.models.registry import MODELS, SAM_NETWORK, WEIGHTS_FOLDER
+from wsiseg.models.store import card_of_file, find_card
 from wsiseg.runtime.paths import kind_of
 
 if TYPE_CHECKING:
     import torch
 
+    from wsiseg.models.cards import ModelCard
     from wsiseg.models.contract import PromptableModel
     from wsiseg.records import TypeSpace
-
-WEIGHTS_FOLDER = Path(__file__).parent / "weights"
-
-
-MODELS = {
-    "nuclei-compact": ModelCard(
-        name="nuclei-compact",
-        network="wsiseg.models.nuclei_compact:NucleiCompact",
-        weights=WEIGHTS_FOLDER / "nuclei-compact.safetensors",
-        sha256="2ede63198121d11c3a95baa80e43ae2e512ee5ac884b48db27605b60e5ed7332",
-        licence="Apache-2.0",
-        source="training/train_nuclei_compact.py; card: wsiseg/models/weights/nuclei-compact.md",
-        mpp=0.25,
-        architecture="convolutional pyramid, 2.7 M parameters",
-        instance_decoder=True,
-    )
-}
 
 
 def find_weights(model: str) -> tuple[ModelCard, Path]:
