@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from wsiseg.cli.arguments import Group, Working
+from wsiseg.cli.options import overwrite_option
 from wsiseg.cli.streams import one_line
 from wsiseg.models.store import MPP_RANGE, NORMALISE
 
@@ -92,7 +93,7 @@ def verify(ctx: click.Context, names: tuple[str, ...]) -> None:
     show_default=True,
     help="Normalisation of each tile before the model.",
 )
-@click.option("--overwrite", is_flag=True, help="Replace an existing model of this name.")
+@overwrite_option("Replace an existing model of this name.")
 def import_(
     file: Path, name: str, decoder: Path | None, mpp: float, licence: str, source: str, normalise: str, overwrite: bool
 ) -> None:
@@ -126,7 +127,7 @@ def import_(
 
 @command.command(cls=Working, short_help="Download a published checkpoint.")
 @click.argument("name")
-@click.option("--overwrite", is_flag=True, help="Replace an existing model of this name.")
+@overwrite_option("Replace an existing model of this name.")
 def download(name: str, overwrite: bool) -> None:
     """Download the published checkpoint NAME (see `wsiseg models list`), verify its sha256, and import it.
 
