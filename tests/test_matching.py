@@ -33,7 +33,12 @@ def cells_of(*boxes: tuple[float, float, float, float]) -> Cells:
     """Boxes, each with its middle as prompt and a descriptor of its own."""
     shapes = np.array([shapely.box(*box) for box in boxes], object)
     middles = np.array([[(x0 + x1) / 2, (y0 + y1) / 2] for x0, y0, x1, y1 in boxes]).reshape(-1, 2)
-    return Cells(shapes, middles, np.ones(len(boxes), np.float32), np.eye(len(boxes), 8, dtype=np.float16))
+    return Cells(
+        polygons=shapes,
+        points_xy=middles,
+        scores=np.ones(len(boxes), np.float32),
+        descriptors=np.eye(len(boxes), 8, dtype=np.float16),
+    )
 
 
 def bank_of(
@@ -136,7 +141,16 @@ def test_a_clicked_cell_replaces_none_that_was_found(method: str, kept: int) -> 
     found, decoded = cells_of((100, 100, 140, 140)), cells_of((102, 102, 142, 142), (300, 300, 340, 340))
     found = dataclasses.replace(found, scores=np.array([0.5], np.float32))
     bank = bank_of([[(121, 121)], [(320, 320)]], decoded)
-    info = SlideInfo("s.tiff", "array", "array", ((1000, 1000),), (1.0,), 0.25, "file", None)
+    info = SlideInfo(
+        path="s.tiff",
+        reader="array",
+        format="array",
+        level_sizes=((1000, 1000),),
+        downsamples=(1.0,),
+        mpp=0.25,
+        mpp_source="file",
+        bounds=None,
+    )
     config = dataclasses.replace(RunConfig(), method=method)
     plan = RunPlan(info, config, bank, {}, "", "", "", 8, 1.0)
     result = stitch_and_type([found], plan, None, Clock())

@@ -21,13 +21,13 @@ def space(kinds: int = 0, spread: float = 40.0, distance: float = 6.0) -> TypeSp
     middle = known.mean(0) if kinds else np.zeros(SIZE)
     one = np.ones(SIZE)
     return TypeSpace(
-        np.eye(SIZE, dtype=np.float32),
-        middle,
-        spread * one,
-        known,
-        0.5 * one,
-        1.0 * one,
-        tuple(f"kind {k}" for k in range(kinds)),
+        transform=np.eye(SIZE, dtype=np.float32),
+        mean=middle,
+        between_variance=spread * one,
+        reference_classes=known,
+        class_variance=0.5 * one,
+        slide_variance=1.0 * one,
+        class_names=tuple(f"kind {k}" for k in range(kinds)),
     )
 
 
@@ -279,7 +279,12 @@ def test_no_cells() -> None:
 def test_clicked_cells_keep_their_type() -> None:
     codes, none = np.array([2, 0, 1], np.int32), np.full(3, -1, np.int32)
     typing = Typing(
-        ("unassigned", "a", "b"), ((0, 0, 0),) * 3, codes, np.zeros(3, np.float32), np.zeros(3, np.float32), none
+        names=("unassigned", "a", "b"),
+        colors=((0, 0, 0),) * 3,
+        codes=codes,
+        scores=np.zeros(3, np.float32),
+        margins=np.zeros(3, np.float32),
+        prototypes=none,
     )
     kept = set_click_labels(typing, [np.array([0]), np.array([-1, 1])])
     assert kept.codes.tolist() == [1, 2, 1]

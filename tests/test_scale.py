@@ -134,7 +134,15 @@ def test_doubts_are_said_before_the_work_and_once(
 
 
 def sheet(mpp: float = 0.5, mm2: float = 1.0, tiles: int = 1, roi: str | None = None) -> RunPlan:
-    info = SlideInfo("s.svs", "image", "png", ((100, 100),), (1.0,), mpp, "--mpp")
+    info = SlideInfo(
+        path="s.svs",
+        reader="image",
+        format="png",
+        level_sizes=((100, 100),),
+        downsamples=(1.0,),
+        mpp=mpp,
+        mpp_source="--mpp",
+    )
     return RunPlan(info, RunConfig(roi=roi), None, {f"{k}": 1 for k in range(tiles)}, "", "", "", 1, mm2)
 
 

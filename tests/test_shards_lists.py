@@ -127,15 +127,15 @@ def test_a_list_that_cannot_be_read(tmp_path: Path) -> None:
 
 def sheet(bank: Bank | None) -> RunPlan:
     info = SlideInfo(
-        "/x/s.svs",
-        "openslide",
-        "aperio",
-        ((100, 90), (25, 22)),
-        (1.0, 4.0),
-        0.25,
-        "--mpp",
-        (1, 2, 30, 40),
-        ("doubtful",),
+        path="/x/s.svs",
+        reader="openslide",
+        format="aperio",
+        level_sizes=((100, 90), (25, 22)),
+        downsamples=(1.0, 4.0),
+        mpp=0.25,
+        mpp_source="--mpp",
+        bounds=(1, 2, 30, 40),
+        warnings=("doubtful",),
     )
     return RunPlan(
         info,
@@ -153,18 +153,23 @@ def sheet(bank: Bank | None) -> RunPlan:
 
 def bank(from_other_slide: bool = False) -> Bank:
     polygons = np.array([shapely.box(0.1, 0, 3, 4)], object)
-    cells = Cells(polygons, np.array([[1.3, 2.7]]), np.ones(1, np.float32), np.array([[0.6, 0.8]], np.float16))
+    cells = Cells(
+        polygons=polygons,
+        points_xy=np.array([[1.3, 2.7]]),
+        scores=np.ones(1, np.float32),
+        descriptors=np.array([[0.6, 0.8]], np.float16),
+    )
     return Bank(
-        ("a",),
-        ((1, 2, 3),),
-        (np.array([[1.25, 2.0]]),),
-        (np.array([[0.6, 0.8]], np.float32),),
-        (np.empty((0, 2), np.float32),),
-        cells,
-        (),
-        (),
-        np.empty(0, np.float32),
-        from_other_slide,
+        names=("a",),
+        colors=((1, 2, 3),),
+        clicks=(np.array([[1.25, 2.0]]),),
+        clicked=(np.array([[0.6, 0.8]], np.float32),),
+        negative=(np.empty((0, 2), np.float32),),
+        cells=cells,
+        high=(),
+        low=(),
+        similarity_thresholds=np.empty(0, np.float32),
+        from_other_slide=from_other_slide,
     )
 
 

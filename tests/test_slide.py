@@ -388,7 +388,15 @@ class Ramp:
 
     def __init__(self, size=2000, levels=3):
         sizes = tuple((size >> k, size >> k) for k in range(levels))
-        self.info = SlideInfo("ramp", "fake", "fake", sizes, whole_downsamples(sizes), 0.25, "fake")
+        self.info = SlideInfo(
+            path="ramp",
+            reader="fake",
+            format="fake",
+            level_sizes=sizes,
+            downsamples=whole_downsamples(sizes),
+            mpp=0.25,
+            mpp_source="fake",
+        )
         self.largest = 0
 
     def read(self, level, box):
@@ -993,7 +1001,17 @@ def test_doubts_about_the_scale_are_said():
 
 def test_require_cellular():
     def info(mpp, source="file", notes=()):
-        return SlideInfo("a.svs", "x", "x", ((9, 9),), (1.0,), mpp, source, None, tuple(notes))
+        return SlideInfo(
+            path="a.svs",
+            reader="x",
+            format="x",
+            level_sizes=((9, 9),),
+            downsamples=(1.0,),
+            mpp=mpp,
+            mpp_source=source,
+            bounds=None,
+            warnings=tuple(notes),
+        )
 
     require_cellular(info(0.25))
     require_cellular(info(5, "--mpp"))

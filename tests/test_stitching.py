@@ -29,10 +29,10 @@ SIZE = (1000, 1000)
 
 def cells_of(shapes: list[shapely.Polygon], scores: list[float]) -> Cells:
     return Cells(
-        np.array(shapes, object),
-        np.array([s.centroid.coords[0] for s in shapes]).reshape(-1, 2),
-        np.array(scores, np.float32),
-        np.arange(len(shapes), dtype=np.float16)[:, None],
+        polygons=np.array(shapes, object),
+        points_xy=np.array([s.centroid.coords[0] for s in shapes]).reshape(-1, 2),
+        scores=np.array(scores, np.float32),
+        descriptors=np.arange(len(shapes), dtype=np.float16)[:, None],
     )
 
 
@@ -156,7 +156,9 @@ def crowd(count: int, side: float, seed: int = 0) -> Cells:
     radius = rng.uniform(6, 14, (count, 1)) * rng.uniform(0.8, 1.2, (count, 15))
     polygons = shapely.polygons(centres[:, None] + np.stack([radius * np.cos(angle), radius * np.sin(angle)], 2))
     scores = rng.choice(np.linspace(0.3, 1, 50), count).astype(np.float32)
-    return Cells(polygons, centres, scores, rng.normal(size=(count, 3)).astype(np.float16))
+    return Cells(
+        polygons=polygons, points_xy=centres, scores=scores, descriptors=rng.normal(size=(count, 3)).astype(np.float16)
+    )
 
 
 @pytest.mark.parametrize("cache_bytes", [0, 1 << 26])

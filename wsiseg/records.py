@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 UNASSIGNED = "unassigned"  #: the type of a cell that no seed claims; always type code 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SlideInfo:
     """Metadata of a slide.
 
@@ -84,7 +84,7 @@ class Block:
     tiles: tuple[Tile, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Embeddings:
     """A batch of encoded tiles, on the model's device.
 
@@ -123,7 +123,7 @@ class PromptExtras:
     boxes: Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class WindowMasks:
     """Masks of N prompts, each on its own window of the tile, on the model's device.
 
@@ -159,14 +159,14 @@ class WindowMasks:
     def take(self, rows: Tensor) -> WindowMasks:
         """The masks at ``rows``, in that order."""
         return WindowMasks(
-            self.logits[rows],
-            self.origin_xy[rows],
-            self.mask_stride_px,
-            self.predicted_iou[rows],
-            self.stability[rows],
-            self.descriptors[rows],
-            self.points_xy[rows],
-            self.full_tile,
+            logits=self.logits[rows],
+            origin_xy=self.origin_xy[rows],
+            mask_stride_px=self.mask_stride_px,
+            predicted_iou=self.predicted_iou[rows],
+            stability=self.stability[rows],
+            descriptors=self.descriptors[rows],
+            points_xy=self.points_xy[rows],
+            full_tile=self.full_tile,
         )
 
     @staticmethod
@@ -178,14 +178,14 @@ class WindowMasks:
             return torch.cat([getattr(b, name) for b in batches])
 
         return WindowMasks(
-            all_of("logits"),
-            all_of("origin_xy"),
-            batches[0].mask_stride_px,
-            all_of("predicted_iou"),
-            all_of("stability"),
-            all_of("descriptors"),
-            all_of("points_xy"),
-            batches[0].full_tile,
+            logits=all_of("logits"),
+            origin_xy=all_of("origin_xy"),
+            mask_stride_px=batches[0].mask_stride_px,
+            predicted_iou=all_of("predicted_iou"),
+            stability=all_of("stability"),
+            descriptors=all_of("descriptors"),
+            points_xy=all_of("points_xy"),
+            full_tile=batches[0].full_tile,
         )
 
 
@@ -232,7 +232,7 @@ class CellIndex(CellSource, Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Cells:
     """N outlined cells.
 
@@ -281,7 +281,12 @@ class Cells:
 
     def take(self, rows: NDArray[np.integer] | NDArray[np.bool_] | slice) -> Cells:
         """The cells at ``rows``, in that order."""
-        return Cells(self.polygons[rows], self.points_xy[rows], self.scores[rows], self.descriptors[rows])
+        return Cells(
+            polygons=self.polygons[rows],
+            points_xy=self.points_xy[rows],
+            scores=self.scores[rows],
+            descriptors=self.descriptors[rows],
+        )
 
     def __repr__(self) -> str:
         return f"Cells({counted(len(self), 'cell')}, descriptors of {self.descriptor_size} numbers)"
@@ -290,7 +295,10 @@ class Cells:
     def empty(descriptor_size: int) -> Cells:
         """No cells."""
         return Cells(
-            np.empty(0, object), np.empty((0, 2)), np.empty(0, np.float32), np.empty((0, descriptor_size), np.float16)
+            polygons=np.empty(0, object),
+            points_xy=np.empty((0, 2)),
+            scores=np.empty(0, np.float32),
+            descriptors=np.empty((0, descriptor_size), np.float16),
         )
 
     @staticmethod
@@ -298,10 +306,10 @@ class Cells:
         """All groups in order; the empty list gives no cells."""
         groups = [Cells.empty(descriptor_size), *groups]
         return Cells(
-            np.concatenate([g.polygons for g in groups]),
-            np.concatenate([g.points_xy for g in groups]),
-            np.concatenate([g.scores for g in groups]),
-            np.concatenate([g.descriptors for g in groups]),
+            polygons=np.concatenate([g.polygons for g in groups]),
+            points_xy=np.concatenate([g.points_xy for g in groups]),
+            scores=np.concatenate([g.scores for g in groups]),
+            descriptors=np.concatenate([g.descriptors for g in groups]),
         )
 
 
@@ -370,7 +378,7 @@ class Seeds:
         return f"{type(self).__name__}({', '.join(clicks)})"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Bank:
     """Prototypes of T types, made from the clicks.
 
@@ -413,7 +421,7 @@ class Bank:
         return f"Bank({', '.join(clicks)})"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TypeSpace:
     """Distribution of cell types in the descriptors of a model: learned with it (training/fit_types.py), or estimated on a slide.
 
@@ -447,7 +455,7 @@ class TypeSpace:
         return projected
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Typing:
     """Types of N cells.
 
@@ -478,12 +486,12 @@ class Typing:
         """Types of a run without seeds: every cell unassigned."""
         zeros = np.zeros(count, np.float32)
         return Typing(
-            (UNASSIGNED,),
-            ((128, 128, 128),),
-            np.zeros(count, np.int32),
-            zeros,
-            zeros.copy(),
-            np.full(count, -1, np.int32),
+            names=(UNASSIGNED,),
+            colors=((128, 128, 128),),
+            codes=np.zeros(count, np.int32),
+            scores=zeros,
+            margins=zeros.copy(),
+            prototypes=np.full(count, -1, np.int32),
         )
 
     def count(self) -> dict[str, int]:
@@ -602,7 +610,7 @@ class TypingNotes:
     warnings: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Provenance:
     """Origin of the cells, stored in every output file (JSON-able)."""
 

@@ -79,7 +79,14 @@ def assign_types(
     count = len(descriptors)
     if not count:
         empty = np.empty(0, np.float32)
-        return Typing(names, colors, np.empty(0, np.int32), empty, empty.copy(), np.empty(0, np.int32)), TypingNotes()
+        return Typing(
+            names=names,
+            colors=colors,
+            codes=np.empty(0, np.int32),
+            scores=empty,
+            margins=empty.copy(),
+            prototypes=np.empty(0, np.int32),
+        ), TypingNotes()
     order = np.lexsort(
         (*descriptors[:, :2].T, xy_um[:, 1], xy_um[:, 0])
     )  # sums of floats depend on their order; the types must not
@@ -118,7 +125,14 @@ def assign_types(
     scores = np.take_along_axis(p, best[:, None], 1)[:, 0]
     margins = np.where(ranked[:, 0] == best, top - second, 0).astype(np.float32)
     prototypes = np.where(assigned, nearest, -1).astype(np.int32)
-    typing = Typing(names, colors, codes[back], scores[back], margins[back], prototypes[back])
+    typing = Typing(
+        names=names,
+        colors=colors,
+        codes=codes[back],
+        scores=scores[back],
+        margins=margins[back],
+        prototypes=prototypes[back],
+    )
     reference_classes = tuple(
         {
             name: round(sum(r.weight for r in hypotheses if r.classes[t] == k), 3)
@@ -249,7 +263,9 @@ def set_click_labels(typing: Typing, rows: list[NDArray[np.intp]]) -> Typing:
             if row >= 0:
                 codes[row], scores[row], margins[row], prototypes[row] = t + 1, 1, 1, number
             number += 1
-    return Typing(typing.names, typing.colors, codes, scores, margins, prototypes)
+    return Typing(
+        names=typing.names, colors=typing.colors, codes=codes, scores=scores, margins=margins, prototypes=prototypes
+    )
 
 
 def typing_summary(typing: Typing, bank: Bank, notes: TypingNotes) -> dict[str, Any]:

@@ -73,7 +73,7 @@ class Labels:
     notes: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Outlines:
     """Outlined cells.
 
@@ -338,7 +338,14 @@ def _read_parquet(path: Path, names: Mapping[str, str]) -> Outlines:
     if geometries is None:
         raise FormatError(f"{path}: no column {column!r}; a GeoParquet of polygons is needed")
     polygons, kept, notes = _cleaned(geometries, path)
-    return Outlines(polygons, type_names(names, _picked(types, kept)), mpp, "slide", origin, notes)
+    return Outlines(
+        polygons=polygons,
+        types=type_names(names, _picked(types, kept)),
+        mpp=mpp,
+        frame="slide",
+        origin=origin,
+        notes=notes,
+    )
 
 
 def _read_geojson(path: Path, names: Mapping[str, str]) -> Outlines:
@@ -385,7 +392,14 @@ def _read_geojson(path: Path, names: Mapping[str, str]) -> Outlines:
         raise FormatError(
             f"{path}: 'wsiseg' in it has the wrong mpp or bounds ({show(note)}); take that member out"
         ) from error
-    return Outlines(polygons, type_names(names, _picked(types, kept)), mpp, "qupath", origin, notes + more)
+    return Outlines(
+        polygons=polygons,
+        types=type_names(names, _picked(types, kept)),
+        mpp=mpp,
+        frame="qupath",
+        origin=origin,
+        notes=notes + more,
+    )
 
 
 def _cleaned(

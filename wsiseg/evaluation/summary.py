@@ -15,7 +15,7 @@ SEED = 0
 LEVEL = 0.95
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Interval:
     """A mean over ``n`` images and its percentile bootstrap interval at 95 %; nan for fewer than two images."""
 
@@ -59,13 +59,13 @@ def mean_interval(values: Sequence[float]) -> Interval:
     known = np.asarray(values, np.float64)
     known = known[np.isfinite(known)]
     if not len(known):
-        return Interval(np.nan, np.nan, np.nan, 0)
+        return Interval(mean=np.nan, low=np.nan, high=np.nan, n=0)
     if len(known) == 1:
-        return Interval(float(known[0]), np.nan, np.nan, 1)
+        return Interval(mean=float(known[0]), low=np.nan, high=np.nan, n=1)
     rng = np.random.default_rng(SEED)
     means = [known[rng.integers(0, len(known), len(known))].mean() for _ in range(DRAWS)]
     low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Interval(float(known.mean()), float(low), float(high), len(known))
+    return Interval(mean=float(known.mean()), low=float(low), high=float(high), n=len(known))
 
 
 def retention(values: Sequence[dict[str, float]], baseline: Sequence[dict[str, float]]) -> dict[str, float]:

@@ -105,10 +105,10 @@ class Part:
     def cells(self) -> Cells:
         """All cells of the part."""
         return Cells(
-            self.polygons(),
-            self.points_xy,
-            self.scores,
-            descriptors_from(self.table, int(self.note["descriptor_size"])),
+            polygons=self.polygons(),
+            points_xy=self.points_xy,
+            scores=self.scores,
+            descriptors=descriptors_from(self.table, int(self.note["descriptor_size"])),
         )
 
 

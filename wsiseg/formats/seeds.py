@@ -105,7 +105,7 @@ def read_seeds(source: SeedsSource) -> Seeds:
 
 def _read(path: Path) -> tuple[Seeds, bool]:
     """The seeds, and whether they are from QuPath."""
-    clicks = QuPathClicks(str(path))
+    clicks = QuPathClicks(source=str(path))
     for number, (place, text) in enumerate(read_texts(path, SeedsError)):
         if is_table(text):
             clicks.add_table(text, place)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from wsiseg.models.cards import ModelCard
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Listing:
     """A model that is available here or for download."""
 
@@ -102,15 +102,21 @@ def catalogue(folder: Path | None = None) -> list[Listing]:
     """Every model that is in the package, was imported, or can be fetched; in this order."""
     stored = stored_cards(folder)
     here = {card.name for card in stored}
-    rows = [Listing(c.name, c.architecture, c.mpp, c.licence, "in the package") for c in MODELS.values()]
-    rows += [Listing(c.name, c.architecture, c.mpp, c.licence, "imported") for c in stored]
+    rows = [
+        Listing(name=c.name, architecture=c.architecture, mpp=c.mpp, licence=c.licence, where="in the package")
+        for c in MODELS.values()
+    ]
     rows += [
-        Listing(name, d.architecture, d.mpp, d.licence, "to download")
+        Listing(name=c.name, architecture=c.architecture, mpp=c.mpp, licence=c.licence, where="imported")
+        for c in stored
+    ]
+    rows += [
+        Listing(name=name, architecture=d.architecture, mpp=d.mpp, licence=d.licence, where="to download")
         for name, d in DOWNLOADS.items()
         if name not in here
     ]
     rows += [
-        Listing(name, b.architecture, b.mpp, "see its authors", "to get by hand")
+        Listing(name=name, architecture=b.architecture, mpp=b.mpp, licence="see its authors", where="to get by hand")
         for name, b in BY_HAND.items()
         if name not in here
     ]

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from wsiseg.geometry import Box
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ScoreMerge:
     """Conditions for refusing a mask. Sizes are in pixels of the image.
 

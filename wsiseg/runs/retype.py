@@ -116,7 +116,11 @@ def type_run(
         json.dumps(["type", manifest["parts_hash"], clicked, dataclasses.asdict(config.typing)]).encode()
     ).hexdigest()[:16]
     provenance = Provenance(
-        "wsiseg", __version__, table.note["slide"], digest, {"model": config.model, "method": config.method}
+        tool="wsiseg",
+        version=__version__,
+        slide=table.note["slide"],
+        config_hash=digest,
+        details={"model": config.model, "method": config.method},
     )
     table.check()  # damage is found before anything is written
     folder.write_manifest(manifest | {"status": Status.RETYPING, "status_before": manifest["status"]})
@@ -256,14 +260,14 @@ def _slide_info(manifest: dict[str, Any], table: CellTable) -> SlideInfo:
         slide = manifest["slide"]
         size, bounds = slide["size_px0"], slide["bounds"]
         return SlideInfo(
-            slide["path"],
-            slide["reader"],
-            slide["format"],
-            ((int(size[0]), int(size[1])),),
-            (1.0,),
-            float(slide["mpp"]),
-            slide["mpp_source"],
-            tuple(bounds) if bounds else None,
+            path=slide["path"],
+            reader=slide["reader"],
+            format=slide["format"],
+            level_sizes=((int(size[0]), int(size[1])),),
+            downsamples=(1.0,),
+            mpp=float(slide["mpp"]),
+            mpp_source=slide["mpp_source"],
+            bounds=tuple(bounds) if bounds else None,
         )
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise FormatError(f"{table.path.parent / 'manifest.json'}: damaged ({error!r}); run the slide again") from error

@@ -224,11 +224,11 @@ def finish(
     result = stitch_and_type(parts, plan, types, clock, cache_bytes=cache)
     cells, typing, bank = result.cells, result.typing, result.bank
     provenance = Provenance(
-        "wsiseg",
-        __version__,
-        Path(plan.info.path).name,
-        plan.run_hash,
-        {"model": config.model, "method": config.method},
+        tool="wsiseg",
+        version=__version__,
+        slide=Path(plan.info.path).name,
+        config_hash=plan.run_hash,
+        details={"model": config.model, "method": config.method},
     )
     files = []
     for format_name in config.formats:

@@ -33,7 +33,7 @@ _SAME_UM = 1e-3  #: prompts this close are one
 _CANDIDATES = 12  #: automatic prompts around a click that are tried for the cell it may mean
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _ClickContext:
     """What every click needs."""
 
@@ -53,7 +53,7 @@ class _ClickContext:
             return box, self.model.encode(torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].to(self.model.device))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _ClickedCell:
     """The cell that a click means. ``prompt``: model px of the slide."""
 
@@ -87,7 +87,7 @@ def build_bank(
     SeedsError
         A click hits no cell (the sentence names the nearest one), or clicks of two types hit the same.
     """
-    context = _ClickContext(reader, model, lattice, config)
+    context = _ClickContext(reader=reader, model=model, lattice=lattice, config=config)
     clicked = [
         [_find_cell(context, f"{seeds.source}: types[{t}].points[{i}]", point) for i, point in enumerate(kind.points)]
         for t, kind in enumerate(seeds.types)
@@ -212,7 +212,7 @@ def find_clicked(
     SeedsError
         The click hits no cell; the sentence names the nearest one.
     """
-    return _find_cell(_ClickContext(reader, model, lattice, config), place, point).cell
+    return _find_cell(_ClickContext(reader=reader, model=model, lattice=lattice, config=config), place, point).cell
 
 
 def _find_cell(context: _ClickContext, place: str, point: tuple[float, float]) -> _ClickedCell:
@@ -250,7 +250,10 @@ def _find_cell(context: _ClickContext, place: str, point: tuple[float, float]) -
         raise SeedsError(f"{where}; {describe_nearest(point, cells, context.lattice.slide_mpp)}")
     cell = candidates.take(np.array([row]))
     return _ClickedCell(
-        place, context.lattice.to_model(cell.points_xy[0]), cell.descriptors[0].astype(np.float32), cell
+        place=place,
+        prompt=context.lattice.to_model(cell.points_xy[0]),
+        descriptor=cell.descriptors[0].astype(np.float32),
+        cell=cell,
     )
 
 

@@ -81,7 +81,12 @@ class StitchedCells:
         polygons = self.outlines.polygons(rows)
         self.clipped.replace(rows, polygons)
         numbers = self.outlines.numbers
-        return Cells(polygons, numbers.points_xy[rows], numbers.scores[rows], self.outlines.descriptors(rows))
+        return Cells(
+            polygons=polygons,
+            points_xy=numbers.points_xy[rows],
+            scores=numbers.scores[rows],
+            descriptors=self.outlines.descriptors(rows),
+        )
 
     def chunks(self, rows: int) -> Iterator[Cells]:
         """All cells in order, ``rows`` at a time; the next ones are read meanwhile."""

@@ -67,7 +67,7 @@ class Checkpoint:
     notes: tuple[str, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Architecture:
     """The image encoder, as its tensors' shapes tell it.
 
@@ -176,7 +176,15 @@ def recognise(sam: Mapping[str, Tensor]) -> Architecture:
             f"tables of relative positions of {sorted(set(rows))} rows; SAM has {whole} and one other odd number"
         )
     global_blocks = tuple(k for k, n in enumerate(rows) if n not in windowed)
-    return Architecture(dim, len(rows), dim // head_dim, global_blocks, (min(windowed) + 1) // 2, grid, patch)
+    return Architecture(
+        dim=dim,
+        depth=len(rows),
+        heads=dim // head_dim,
+        global_blocks=global_blocks,
+        window=(min(windowed) + 1) // 2,
+        grid=grid,
+        patch=patch,
+    )
 
 
 def _shape(sam: Mapping[str, Tensor], key: str, ndim: int) -> tuple[int, ...]:
