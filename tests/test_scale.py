@@ -14,10 +14,12 @@ import pytest
 import tifffile
 from PIL import Image, ImageDraw
 
-from wsiseg.config import RunConfig, check_mpp, from_mapping
+from wsiseg.config import RunConfig, TilingConfig, TissueConfig, check_mpp, from_mapping
+from wsiseg.demo import write_demo
 from wsiseg.errors import ConfigError, SlideError
 from wsiseg.records import SlideInfo
 from wsiseg.runs import slide as pipeline
+from wsiseg.runs.plan import PreparedRun, plan_run, survey
 from wsiseg.runs.plan_file import RunPlan
 from wsiseg.runs.plausibility import DENSITY_MM2, MEDIAN_UM2, implausible
 from wsiseg.segmentation.nuclear_scale import (
@@ -425,3 +427,15 @@ def test_numbers_in_sentences_agree_with_their_nouns(
 ) -> None:
     output = wsiseg("info", demo[0], "--no-estimate")[1]
     assert "in 1 block\n" in output
+
+
+def test_info_counts_the_tiles_that_a_run_plans(tmp_path: Path) -> None:
+    """A tile of 30.1 um is 121 px, and 128 on the model's stride: 81 tiles or 64 on this slide."""
+    slide, _ = write_demo(tmp_path / "demo")
+    config = RunConfig(tiling=TilingConfig(tile_um=30.1), tissue=TissueConfig(enabled=False))
+    facts = survey(str(slide), estimate=False, config=config)
+    prepared = plan_run(str(slide), config, tmp_path / "out")
+    assert isinstance(prepared, PreparedRun)
+    prepared.context.reader.close()
+    planned = sum(prepared.plan.tiles.values())
+    assert facts["tiles"].startswith(f"{planned} of 32 um, in ")

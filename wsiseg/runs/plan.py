@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wsiseg.config import TILE_UM, CopConfig, RunConfig, StitchingConfig, TypingConfig, check
+from wsiseg.config import CopConfig, RunConfig, StitchingConfig, TypingConfig, check
 from wsiseg.errors import ConfigError, RunError, SlideError, counted
 from wsiseg.formats import load_writer
 from wsiseg.formats.bank import read_bank
@@ -36,12 +36,11 @@ from wsiseg.slide.tissue import SearchArea, find_tissue
 from wsiseg.workers import check_scheduler
 
 if TYPE_CHECKING:
+    from wsiseg.models.contract import PromptableModel
     from wsiseg.records import Bank, Block, Seeds, SlideInfo
     from wsiseg.runs.folder import RunFolder
 
 logger = logging.getLogger(__name__)
-
-NATIVE_MPP = 0.25  #: scale of the default model; `survey` counts tiles without loading it
 
 
 @dataclass(frozen=True)
@@ -159,15 +158,7 @@ def plan_run(
         elif seeds is not None:
             bank = build_bank(reader, model, seeds, lattice, resolved, chains=resolved.method == "cop")
             bank = dataclasses.replace(bank, cells=bank.cells.take(area.holds(bank.cells.points_xy)))
-        blocks = plan_blocks(
-            info.size_px0,
-            lattice,
-            config.tiling,
-            stride_px=model.stride_px,
-            reach_px=model.reach_px,
-            input_px=model.input_px,
-            wanted=area.wanted,
-        )
+        blocks = _blocks(info, model, config, area)
         spec = RunSpec(slide, resolved, lattice, area, bank, folder.parts, parts_hash)
         plan = RunPlan(
             dataclasses.replace(info, path=slide_path(slide)),
@@ -186,6 +177,19 @@ def plan_run(
         prepared = PreparedRun(plan, blocks, WorkerContext(spec, reader, model, Claims(folder.parts)))
         stack.pop_all()
     return prepared
+
+
+def _blocks(info: SlideInfo, model: PromptableModel, config: RunConfig, area: SearchArea) -> list[Block]:
+    """Tiles of a run in blocks; for a run and for what is said of one."""
+    return plan_blocks(
+        info.size_px0,
+        Lattice(info.mpp, model.mpp),
+        config.tiling,
+        stride_px=model.stride_px,
+        reach_px=model.reach_px,
+        input_px=model.input_px,
+        wanted=area.wanted,
+    )
 
 
 def _digest_of_clicks(config: RunConfig, clicks: Seeds | None) -> str:
@@ -394,18 +398,13 @@ def survey(
                 warnings += scale_contradiction(info.mpp, found)
         if info.mpp_source != "none":
             tissue = find_tissue(*thumbnail(opened, config.tissue.overview_mpp), config.tissue, mpp=info.mpp)
-            blocks = plan_blocks(
-                info.size_px0,
-                Lattice(info.mpp, NATIVE_MPP),
-                config.tiling,
-                stride_px=1,
-                reach_px=0,
-                wanted=SearchArea(tissue, None).wanted,
-            )
+            model = load_model(config.model, "cpu")
+            blocks = _blocks(info, model, config, SearchArea(tissue if config.tissue.enabled else None, None))
+            core_px = blocks[0].tiles[0].core.width if blocks else 0
             warnings += tissue.warnings
             facts["tissue"] = f"{tissue.area_um2(info.mpp) / 1e6:.2f} mm2, margin included"
             facts["tiles"] = (
-                f"{sum(len(b.tiles) for b in blocks)} of {config.tiling.tile_um or TILE_UM:g} um, in {counted(len(blocks), 'block')}"
+                f"{sum(len(b.tiles) for b in blocks)} of {core_px * model.mpp:g} um, in {counted(len(blocks), 'block')}"
             )
             try:
                 require_cellular(info)
