@@ -142,7 +142,7 @@ def test_the_bytes_do_not_depend_on_the_source_or_its_chunks(
 ) -> None:
     small(monkeypatch, 17)
     cells = Stream(count).whole()
-    one = written(tmp_path, name, Bounded(cells.polygons, cells.points_xy, cells.scores, cells.descriptors))
+    one = written(tmp_path, name, Bounded(**vars(cells)))
     for chunk in (1, 7, 36, 1000):
         small(monkeypatch, chunk)
         source = Stream(count)

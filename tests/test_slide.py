@@ -1000,7 +1000,7 @@ def test_doubts_about_the_scale_are_said():
 
 
 def test_require_cellular():
-    def info(mpp, source="file", notes=()):
+    def info(mpp, source="file", notes=(), not_square=""):
         return SlideInfo(
             path="a.svs",
             reader="x",
@@ -1011,6 +1011,7 @@ def test_require_cellular():
             mpp_source=source,
             bounds=None,
             warnings=tuple(notes),
+            not_square=not_square,
         )
 
     require_cellular(info(0.25))
@@ -1020,11 +1021,10 @@ def test_require_cellular():
             require_cellular(info(mpp))
     with pytest.raises(SlideError, match="pass --mpp"):
         require_cellular(info(math.nan, "none"))
-    value, source, notes = choose_mpp(PixelSize(0.25, 0.3, "file"), None, None)
     with pytest.raises(SlideError, match="far from square"):
-        require_cellular(info(value, source, notes))
-    value, source, notes = choose_mpp(PixelSize(0.25, 0.3, "file"), 0.25, None)
-    require_cellular(info(value, source, notes))
+        require_cellular(info(*choose_mpp(PixelSize(0.25, 0.3, "file"), None, None)))
+    require_cellular(info(*choose_mpp(PixelSize(0.25, 0.3, "file"), 0.25, None)))
+    require_cellular(info(0.25, notes=["pixels are far from square"]))  # what a warning says decides nothing
 
 
 def test_too_coarse_a_slide_is_shown_but_not_run(slides_dir):

@@ -42,6 +42,11 @@ class SlideInfo:
         (x, y, width, height) of OpenSlide's non-empty region in level-0 px, which QuPath crops to; ``None`` when the slide has none.
     warnings
         Warnings about anything doubtful (mpp far from a cell model's, anisotropy, ...).
+    ignored_scale
+        Why a resolution that the file states was ignored; empty when none was. Also among ``warnings``.
+    not_square
+        Sentence about pixels far from square, as the file states them; empty when they are square enough, or ``--mpp`` was given. Also
+        among ``warnings``.
     """
 
     path: str
@@ -53,6 +58,8 @@ class SlideInfo:
     mpp_source: str
     bounds: tuple[int, int, int, int] | None = None
     warnings: tuple[str, ...] = ()
+    ignored_scale: str = ""
+    not_square: str = ""
 
     @property
     def size_px0(self) -> tuple[int, int]:
