@@ -35,7 +35,7 @@ from wsiseg.formats.geojson import validate_geojson
 from wsiseg.formats.parts import write_part
 from wsiseg.models import find_weights, load_model
 from wsiseg.models.cards import file_hash
-from wsiseg.records import Bank, Cells, SlideInfo
+from wsiseg.records import Bank, Cells, SlideInfo, TypePrototypes
 from wsiseg.runs import plan as planning
 from wsiseg.runs.plan import plan_run
 from wsiseg.runs.plan_file import RunPlan, write_plan
@@ -103,17 +103,17 @@ def write_parts(folder: Path, cells: int) -> RunPlan:
         )
     clicked = nuclei(3, 300, 0)
     clicked = dataclasses.replace(clicked, descriptors=np.eye(3, SIZE, dtype=np.float16))
-    bank = Bank(
-        names=("a", "b", "c"),
-        colors=((200, 0, 0), (0, 200, 0), (0, 0, 200)),
-        clicks=tuple(clicked.points_xy[k : k + 1] for k in range(3)),
-        clicked=tuple(np.eye(3, SIZE, dtype=np.float32)[k : k + 1] for k in range(3)),
-        negative=tuple(np.empty((0, SIZE), np.float32) for _ in range(3)),
-        cells=clicked,
-        high=(),
-        low=(),
-        similarity_thresholds=np.empty(0, np.float32),
+    types = tuple(
+        TypePrototypes(
+            name="abc"[k],
+            color=((200, 0, 0), (0, 200, 0), (0, 0, 200))[k],
+            clicks=clicked.points_xy[k : k + 1],
+            clicked=np.eye(3, SIZE, dtype=np.float32)[k : k + 1],
+            negative=np.empty((0, SIZE), np.float32),
+        )
+        for k in range(3)
     )
+    bank = Bank(types, clicked)
     side = columns * BLOCK
     info = SlideInfo(
         path="million.svs",

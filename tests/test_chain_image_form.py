@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from wsiseg.config import CopConfig, RunConfig
-from wsiseg.records import Bank, Cells, Embeddings
+from wsiseg.records import Bank, Cells, ChainPrototypes, Embeddings, TypePrototypes
 from wsiseg.seeds.bank import _floor
 from wsiseg.segmentation.prompts import find_points
 from wsiseg.segmentation.prompts.chain_of_prompts import farthest_point_recursion, gate_map, hierarchical_seeds
@@ -50,19 +50,11 @@ def near(direction: np.ndarray, mean: float, sd: float, count: int, seed: int = 
 
 
 def bank_of(vectors: np.ndarray, floor: float) -> Bank:
-    no = (np.empty((0, 2)),)
+    no = np.empty((0, 2))
     high = np.tile(NUCLEUS, (len(vectors), 1))
-    return Bank(
-        names=("a",),
-        colors=((0, 0, 0),),
-        clicks=no,
-        clicked=no,
-        negative=no,
-        cells=Cells.empty(2),
-        high=(high,),
-        low=(vectors,),
-        similarity_thresholds=np.array([floor], np.float32),
-    )
+    chain = ChainPrototypes(high, vectors, float(np.float32(floor)))
+    one = TypePrototypes(name="a", color=(0, 0, 0), clicks=no, clicked=no, negative=no, chain=chain)
+    return Bank((one,), Cells.empty(2))
 
 
 @pytest.mark.parametrize("gate", ["product", "candidate"])

@@ -15,7 +15,7 @@ import shapely
 
 from wsiseg.config import RunConfig
 from wsiseg.formats.geoparquet import read_geoparquet
-from wsiseg.records import Bank, Cells, SlideInfo
+from wsiseg.records import Bank, Cells, SlideInfo, TypePrototypes
 from wsiseg.runs.plan_file import RunPlan
 from wsiseg.runs.slide import stitch_and_type
 from wsiseg.runtime.profiling import Clock
@@ -47,18 +47,18 @@ def bank_of(
     """Types a, b, ... with descriptors that no cell has."""
     points = tuple(np.array(c, float).reshape(-1, 2) for c in clicks)
     against = tuple(np.array(c, float).reshape(-1, 2) for c in negative or [[] for _ in clicks])
-    return Bank(
-        names=tuple("abcdef"[: len(clicks)]),
-        colors=((1, 2, 3),) * len(clicks),
-        clicks=points,
-        clicked=tuple(np.full((len(p), 8), 7, np.float32) for p in points),
-        negative=tuple(np.full((len(p), 8), 9, np.float32) for p in against),
-        cells=cells,
-        high=(),
-        low=(),
-        similarity_thresholds=np.empty(0, np.float32),
-        negative_clicks=against,
+    types = tuple(
+        TypePrototypes(
+            name=name,
+            color=(1, 2, 3),
+            clicks=p,
+            clicked=np.full((len(p), 8), 7, np.float32),
+            negative=np.full((len(n), 8), 9, np.float32),
+            negative_clicks=n,
+        )
+        for name, p, n in zip("abcdef", points, against, strict=False)
     )
+    return Bank(types, cells)
 
 
 def test_a_click_means_the_smallest_cell_that_holds_it() -> None:
@@ -116,10 +116,10 @@ def test_a_click_stands_for_the_cell_of_the_result() -> None:
     bank = bank_of([[(5, 5), (90, 5)], [(32, 5), (6, 6)]], cells_of(), [[(45, 5)], [(45, 90)]])
     matched, rows, warnings = match_bank(bank, cells, cells.descriptors, 3.0)
     assert [r.tolist() for r in rows] == [[0, -1], [1, -1]]
-    np.testing.assert_array_equal(matched.clicked[0], [cells.descriptors[0], np.full(8, 7)])
-    np.testing.assert_array_equal(matched.clicked[1], [cells.descriptors[1], np.full(8, 7)])
-    np.testing.assert_array_equal(matched.negative[0], [cells.descriptors[2]])
-    np.testing.assert_array_equal(matched.negative[1], [np.full(8, 9)])
+    np.testing.assert_array_equal(matched.types[0].clicked, [cells.descriptors[0], np.full(8, 7)])
+    np.testing.assert_array_equal(matched.types[1].clicked, [cells.descriptors[1], np.full(8, 7)])
+    np.testing.assert_array_equal(matched.types[0].negative, [cells.descriptors[2]])
+    np.testing.assert_array_equal(matched.types[1].negative, [np.full(8, 9)])
     assert warnings == [
         "the click on a at [90, 5] meets no cell of the result",
         "the click on b at [6, 6] meets the cell that was clicked as a",
@@ -158,8 +158,8 @@ def test_a_clicked_cell_replaces_none_that_was_found(method: str, kept: int) -> 
     assert sorted(result.typing.codes.tolist()) == [1, 2]
     assert result.bank is not None
     if method == "apg":
-        np.testing.assert_array_equal(result.bank.clicked[0], found.descriptors)
-        np.testing.assert_array_equal(result.bank.clicked[1], decoded.descriptors[1:])
+        np.testing.assert_array_equal(result.bank.types[0].clicked, found.descriptors)
+        np.testing.assert_array_equal(result.bank.types[1].clicked, decoded.descriptors[1:])
     else:
         assert result.bank is bank
 

@@ -12,7 +12,7 @@ import shapely
 
 from wsiseg.config import RunConfig
 from wsiseg.errors import ConfigError, FormatError
-from wsiseg.records import Bank, Cells, SlideInfo
+from wsiseg.records import Bank, Cells, SlideInfo, TypePrototypes
 from wsiseg.runs.plan_file import RunPlan, read_plan, write_plan
 from wsiseg.runs.slide_list import Entry, read_list
 from wsiseg.runtime.shards import Shard, read_shard
@@ -159,18 +159,14 @@ def bank(from_other_slide: bool = False) -> Bank:
         scores=np.ones(1, np.float32),
         descriptors=np.array([[0.6, 0.8]], np.float16),
     )
-    return Bank(
-        names=("a",),
-        colors=((1, 2, 3),),
-        clicks=(np.array([[1.25, 2.0]]),),
-        clicked=(np.array([[0.6, 0.8]], np.float32),),
-        negative=(np.empty((0, 2), np.float32),),
-        cells=cells,
-        high=(),
-        low=(),
-        similarity_thresholds=np.empty(0, np.float32),
-        from_other_slide=from_other_slide,
+    one = TypePrototypes(
+        name="a",
+        color=(1, 2, 3),
+        clicks=np.array([[1.25, 2.0]]),
+        clicked=np.array([[0.6, 0.8]], np.float32),
+        negative=np.empty((0, 2), np.float32),
     )
+    return Bank((one,), cells, from_other_slide=from_other_slide)
 
 
 def test_a_sheet_comes_back_as_it_was(tmp_path: Path) -> None:
@@ -183,8 +179,8 @@ def test_a_sheet_comes_back_as_it_was(tmp_path: Path) -> None:
     assert list(back.tiles) == ["0001-0000", "0000-0001"]
     assert back.bank.names == ("a",)
     assert not back.bank.from_other_slide
-    np.testing.assert_array_equal(back.bank.clicks[0], [[1.25, 2.0]])
-    np.testing.assert_array_equal(back.bank.clicked[0], bank().clicked[0])
+    np.testing.assert_array_equal(back.bank.types[0].clicks, [[1.25, 2.0]])
+    np.testing.assert_array_equal(back.bank.types[0].clicked, bank().types[0].clicked)
     assert back.bank.cells.polygons[0].wkb == bank().cells.polygons[0].wkb
     np.testing.assert_array_equal(back.bank.cells.points_xy, bank().cells.points_xy)
 
@@ -256,7 +252,8 @@ def test_the_log_has_a_line_per_event(
 def test_clicks_of_another_run_are_not_taken(tmp_path: Path) -> None:
     """A run with other clicks was begun over this one and stopped before its plan was written."""
     write_plan(tmp_path, sheet(bank()))
-    other = dataclasses.replace(bank(), clicked=(np.array([[0.8, 0.6]], np.float32),))
+    (one,) = bank().types
+    other = dataclasses.replace(bank(), types=(dataclasses.replace(one, clicked=np.array([[0.8, 0.6]], np.float32)),))
     write_plan(tmp_path / "other", sheet(other))
     (tmp_path / "clicks.safetensors").write_bytes((tmp_path / "other" / "clicks.safetensors").read_bytes())
     assert read_plan(tmp_path, "run") is None

@@ -385,46 +385,82 @@ class Seeds:
         return f"{type(self).__name__}({', '.join(clicks)})"
 
 
+@dataclass(frozen=True)
+class ChainPrototypes:
+    """Prototypes of one type for Chain-of-Prompts, made from its clicks.
+
+    Attributes
+    ----------
+    high, low
+        (m, C) float32: F_h and F_l at the reliable places, the clicks' own first.
+    similarity_threshold
+        Similarity (product of the two cosines) from which a place is a candidate of the type; a float32.
+    """
+
+    high: NDArray[np.float32]
+    low: NDArray[np.float32]
+    similarity_threshold: float
+
+
 @dataclass(frozen=True, kw_only=True)
+class TypePrototypes:
+    """One type of a bank.
+
+    Attributes
+    ----------
+    name, color
+        As in the seeds file.
+    clicks
+        (k, 2) float64: the clicks, level-0 px; of another slide's bank, none.
+    clicked
+        (k, D) float32: descriptors of the clicked cells.
+    negative
+        (n, D) float32: descriptors of cells clicked as *not* of the type.
+    negative_clicks
+        (n, 2) float64: the clicks against it, level-0 px; ``None`` where they are not known.
+    chain
+        For Chain-of-Prompts; ``None`` when the bank was made without.
+    """
+
+    name: str
+    color: tuple[int, int, int]
+    clicks: NDArray[np.float64]
+    clicked: NDArray[np.float32]
+    negative: NDArray[np.float32]
+    negative_clicks: NDArray[np.float64] | None = None
+    chain: ChainPrototypes | None = None
+
+
+@dataclass(frozen=True)
 class Bank:
     """Prototypes of T types, made from the clicks.
 
     Attributes
     ----------
-    names, colors
-        Names and colours of the types, in the order of the seeds file.
-    clicks
-        Per type, (k, 2) float64: the clicks, level-0 px.
-    clicked
-        Per type, (k, D) float32: descriptors of the clicked cells.
-    negative
-        Per type, (k, D) float32: descriptors of cells clicked as *not* of it.
+    types
+        In the order of the seeds file.
     cells
-        The clicked cells themselves, type by type in the order of ``clicks``.
-    high, low
-        Per type, (m, C) float32: F_h and F_l at the reliable places, the clicks' own first.
-    similarity_thresholds
-        (T,) float32: similarity (product of the two cosines) from which a place is a candidate of the type.
+        The clicked cells themselves, type by type in the order of the clicks.
     from_other_slide
         The clicks are on another slide; ``clicks`` and ``cells`` do not refer to this one.
-    negative_clicks
-        Per type, (k, 2) float64: the clicks against it, level-0 px; nothing where they are not known.
     """
 
-    names: tuple[str, ...]
-    colors: tuple[tuple[int, int, int], ...]
-    clicks: tuple[NDArray[np.float64], ...]
-    clicked: tuple[NDArray[np.float32], ...]
-    negative: tuple[NDArray[np.float32], ...]
+    types: tuple[TypePrototypes, ...]
     cells: Cells
-    high: tuple[NDArray[np.float32], ...]
-    low: tuple[NDArray[np.float32], ...]
-    similarity_thresholds: NDArray[np.float32]
     from_other_slide: bool = False
-    negative_clicks: tuple[NDArray[np.float64], ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Name of each type."""
+        return tuple(of.name for of in self.types)
+
+    @property
+    def chains(self) -> tuple[ChainPrototypes, ...]:
+        """Prototypes of each type for Chain-of-Prompts; empty when the bank was made without."""
+        return tuple(of.chain for of in self.types if of.chain is not None)
 
     def __repr__(self) -> str:
-        clicks = [f"{name}: {counted(len(of), 'click')}" for name, of in zip(self.names, self.clicks, strict=True)]
+        clicks = [f"{of.name}: {counted(len(of.clicks), 'click')}" for of in self.types]
         return f"Bank({', '.join(clicks)})"
 
 

@@ -21,7 +21,7 @@ from wsiseg.formats.geoparquet import CellTable, read_table, write_retyped
 from wsiseg.formats.seeds import check_seeds, read_seeds
 from wsiseg.models import find_weights, load_types
 from wsiseg.models.cards import file_hash
-from wsiseg.records import Bank, Cells, Provenance, SlideInfo
+from wsiseg.records import Bank, Cells, Provenance, SlideInfo, TypePrototypes
 from wsiseg.runs.folder import RunFolder
 from wsiseg.runs.manifest import FINISHED, Status
 from wsiseg.runs.plan import load_bank, refuse_own_bank
@@ -231,19 +231,18 @@ def bank_of_table(table: CellTable, seeds: Seeds, config: RunConfig, mpp: float)
                 raise SeedsError(same_cell(f"{place}[{i}]", where))
     rows, against = found[: len(seeds.types)], found[len(seeds.types) :]
     z = table.descriptors
-    bank = Bank(
-        names=tuple(t.name for t in seeds.types),
-        colors=tuple(t.color for t in seeds.types),
-        clicks=tuple(clicks[: len(rows)]),
-        clicked=tuple(z[r].astype(np.float32) for r in rows),
-        negative=tuple(z[r].astype(np.float32) for r in against),
-        cells=Cells.empty(z.shape[1]),
-        high=(),
-        low=(),
-        similarity_thresholds=np.empty(0, np.float32),
-        negative_clicks=tuple(clicks[len(rows) :]),
+    types = tuple(
+        TypePrototypes(
+            name=kind.name,
+            color=kind.color,
+            clicks=clicks[t],
+            clicked=z[rows[t]].astype(np.float32),
+            negative=z[against[t]].astype(np.float32),
+            negative_clicks=clicks[len(rows) + t],
+        )
+        for t, kind in enumerate(seeds.types)
     )
-    return bank, rows
+    return Bank(types, Cells.empty(z.shape[1])), rows
 
 
 def _no_cell(place: str, point: tuple[float, float], table: CellTable, mpp: float) -> str:
