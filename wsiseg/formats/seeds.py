@@ -182,6 +182,15 @@ def write_seeds(path: Path, seeds: Seeds) -> None:
     ------
     SeedsError
         :func:`read_seeds` would refuse them.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> import wsiseg
+    >>> stroma = wsiseg.SeedType("stroma", color=(0, 140, 60), points=((189, 356),))
+    >>> write_seeds(Path("seeds.json"), wsiseg.Seeds((stroma,)))
+    >>> wsiseg.read_seeds("seeds.json")
+    Seeds(stroma: 1 click)
     """
     _parse(_document(seeds), str(path), str(path))
     with atomic_path(path) as partial:

@@ -104,6 +104,13 @@ def load_model(model: str, device: str = "auto", precision: str = "auto") -> Pro
     ------
     WeightsError
         The file is missing, is not safetensors, is damaged, or holds other tensors than the network's.
+
+    Examples
+    --------
+    >>> from wsiseg.models import load_model
+    >>> model = load_model("nuclei-compact", "cpu")
+    >>> model.mpp, model.stride_px, model.device.type
+    (0.25, 16, 'cpu')
     """
     card, path = find_weights(model)
     tensors = _read_tensors(path)

@@ -35,11 +35,11 @@ class Download:
     address
         Over https.
     sha256
-        Of the file, hexadecimal.
+        sha256 of the file, hexadecimal.
     architecture
         In words: ``ViT-B``.
     licence
-        Of the weights.
+        Licence of the weights.
     mpp
         Microns per model px.
     """

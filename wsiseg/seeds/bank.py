@@ -35,7 +35,7 @@ _CANDIDATES = 12  #: automatic prompts around a click that are tried for the cel
 
 @dataclass(frozen=True, kw_only=True)
 class _ClickContext:
-    """What every click needs."""
+    """Resources for finding the cell of a click."""
 
     reader: SlideReader
     model: PromptableModel

@@ -40,7 +40,7 @@ MAX_ROUNDS = 50  #: of deciding many outlines at once; what depends on a longer 
 
 @dataclass(frozen=True, kw_only=True)
 class ClippedOutlines:
-    """What is left of the N outlines that lost an overlap.
+    """Remainders of the N outlines that lost an overlap.
 
     Attributes
     ----------

@@ -36,7 +36,7 @@ class StitchedCells:
     areas
         (N,): of each cell, level-0 px squared.
     clipped
-        What is left of the outlines that lost an overlap.
+        Remainders of the outlines that lost an overlap.
     """
 
     outlines: OutlineStore
