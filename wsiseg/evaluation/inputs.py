@@ -30,7 +30,7 @@ from wsiseg.formats.json_documents import class_name, iter_features, read_texts
 from wsiseg.formats.text_tables import read_table
 from wsiseg.records import UNASSIGNED
 from wsiseg.runtime.paths import kind_of, names_in, normal, require_regular, require_text
-from wsiseg.runtime.text import parse_json, read_text, show
+from wsiseg.runtime.text import first_line, parse_json, read_text, show
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -331,7 +331,7 @@ def _read_parquet(path: Path, names: Mapping[str, str]) -> Outlines:
         note: dict[str, Any] = json.loads(metadata.get(b"wsiseg", b"{}"))
         mpp, origin = _scale_and_origin(note)
     except (*UNREADABLE, pa.ArrowException, shapely.errors.GEOSException) as error:
-        reason = str(error).split("\n", 1)[0]
+        reason = first_line(error)
         raise FormatError(
             f"{path}: not a readable GeoParquet ({reason}); run the command that made it again"
         ) from error

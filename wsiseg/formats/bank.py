@@ -23,6 +23,7 @@ from wsiseg.errors import FormatError
 from wsiseg.records import UNASSIGNED, Bank, Cells, ChainPrototypes, TypePrototypes
 from wsiseg.runtime.atomic import atomic_path
 from wsiseg.runtime.paths import require_regular
+from wsiseg.runtime.text import first_line
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -140,7 +141,7 @@ def read_bank(path: Path) -> tuple[Bank, dict[str, Any]]:
     except (KeyError, IndexError, TypeError, ValueError, OSError, SafetensorError) as error:
         if isinstance(error, FormatError):
             raise
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise FormatError(
             f"{path}: not a bank of wsiseg ({reason}); give the bank.safetensors of a run with --seeds"
         ) from error

@@ -37,6 +37,7 @@ from wsiseg.formats.parts import UNREADABLE, descriptor_column, descriptors_from
 from wsiseg.records import Cells, CellSource, Provenance, SlideInfo, Typing
 from wsiseg.runtime.atomic import atomic_path
 from wsiseg.runtime.prefetch import prefetch_map
+from wsiseg.runtime.text import first_line
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -342,7 +343,7 @@ def as_format_error(path: Path) -> Iterator[None]:
             f"{path}: no {error} in it, so not a cells.parquet of wsiseg; give the file that `wsiseg run` wrote"
         ) from error
     except (*UNREADABLE, shapely.errors.GEOSException) as error:
-        reason = str(error).split("\n", 1)[0]
+        reason = first_line(error)
         raise FormatError(
             f"{path}: not a readable cells.parquet ({reason}); run the command that made it again"
         ) from error

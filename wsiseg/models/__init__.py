@@ -16,6 +16,7 @@ from wsiseg.models.catalogue import explain_missing
 from wsiseg.models.registry import MODELS, SAM_NETWORK, WEIGHTS_FOLDER
 from wsiseg.models.store import card_of_file, find_card
 from wsiseg.runtime.paths import kind_of
+from wsiseg.runtime.text import first_line
 
 if TYPE_CHECKING:
     import torch
@@ -145,7 +146,7 @@ def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
         raise WeightsError(f"{path}: the weight file is missing; install wsiseg again or pass --model PATH") from error
     except (SafetensorError, OSError, ValueError) as error:
         raise WeightsError(
-            f"{path}: not a readable safetensors file ({_first_line(error)}); pass an undamaged weight file"
+            f"{path}: not a readable safetensors file ({first_line(error)}); pass an undamaged weight file"
         ) from error
 
 
@@ -163,7 +164,3 @@ def _fill(network: Any, tensors: dict[str, torch.Tensor], path: Path) -> None:  
             f"{path}: {len(broken)} tensors hold NaN or infinity (first: {min(broken)}); the file is damaged: download it again"
         )
     network.load_state_dict({k: v.to(wanted[k].dtype) for k, v in tensors.items()}, assign=True)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

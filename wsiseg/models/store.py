@@ -28,7 +28,7 @@ from wsiseg.models.cards import ModelCard, file_hash, require_same
 from wsiseg.models.registry import MODELS, SAM_NETWORK
 from wsiseg.runtime.atomic import atomic_path, is_abandoned
 from wsiseg.runtime.paths import kind_of, names_in, read_text, readable
-from wsiseg.runtime.text import did_you_mean
+from wsiseg.runtime.text import did_you_mean, first_line
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -144,7 +144,7 @@ def card_of_file(path: Path) -> ModelCard:
         with safe_open(path, framework="numpy") as file:
             metadata, keys = file.metadata() or {}, list(file.keys())
     except (SafetensorError, OSError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise WeightsError(
             f"{path}: not a readable safetensors file ({reason}); pass an undamaged weight file"
         ) from error

@@ -30,6 +30,7 @@ from torch import Tensor
 from wsiseg.errors import WeightsError
 from wsiseg.models.sam.torch_files import read_torch_file
 from wsiseg.runtime.paths import kind_of, readable, require_regular
+from wsiseg.runtime.text import first_line
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -259,7 +260,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return dict(load_file(path))
     except (SafetensorError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise WeightsError(
             f"{path}: not a readable safetensors file ({reason}); it may be truncated: download it again"
         ) from error
