@@ -37,6 +37,7 @@ from wsiseg.models import find_weights, load_model
 from wsiseg.models.cards import file_hash
 from wsiseg.records import Bank, Cells, SlideInfo, TypePrototypes
 from wsiseg.runs import plan as planning
+from wsiseg.runs.inputs import read_inputs
 from wsiseg.runs.plan import plan_run
 from wsiseg.runs.plan_file import RunPlan, write_plan
 from wsiseg.runs.slide import merge_run, segment_slide
@@ -152,9 +153,9 @@ def _answer(send, work: Callable[..., dict[str, object]], arguments: tuple[objec
 
 def merge(folder: Path) -> dict[str, object]:
     manifest = merge_run(folder)
-    seconds, counts = manifest["seconds"], manifest["counts"]
+    seconds, counts = manifest.seconds, manifest.counts
     started = time.perf_counter()
-    files = [folder / name for name in manifest["files"] if "geojson" in name]
+    files = [folder / name for name in manifest.files if "geojson" in name]
     assert [problem for file in files for problem in validate_geojson(file)] == []
     return {
         "outlines": counts["outlines"],
@@ -243,7 +244,7 @@ def overhead(slide: Path, name: str, tiles: int, rounds: int) -> dict[str, objec
     ratios, bare_s, pipe_s = [], [], []
     for k in range(rounds + 1):
         with tempfile.TemporaryDirectory() as out:
-            plan = plan_run(str(slide), config, Path(out))
+            plan = plan_run(read_inputs(str(slide), config), Path(out))
             mine = [tile for block in plan.blocks for tile in block.tiles]
             assert len(mine) == tiles
             with plan.context.reader:
@@ -260,11 +261,11 @@ def overhead(slide: Path, name: str, tiles: int, rounds: int) -> dict[str, objec
     return {
         "model": name,
         "tiles": tiles,
-        "cells": manifest["counts"]["cells"],
+        "cells": manifest.counts["cells"],
         "bare s": medians[0],
         "pipeline s": medians[1],
         "ratio": medians[2],
-        "model share of tile time": manifest["model_share"],
+        "model share of tile time": manifest.model_share,
     }
 
 
@@ -372,12 +373,12 @@ def sparse(slide: Path, model: str) -> dict[str, object]:
     during, after = mb[(at > 0) & (at < 1)], mb[at >= 1]
     return {
         "model": model,
-        "tiles": manifest["counts"]["tiles"],
-        "cells": manifest["counts"]["cells"],
+        "tiles": manifest.counts["tiles"],
+        "cells": manifest.counts["cells"],
         **shares,
         "MB at 100 %": float(np.max(mb[(at >= 0.95) & (at < 1)], initial=0) or during[-1]),
         "MB while stitching and writing": float(after.max()),
-        "s": manifest["seconds"]["total"],
+        "s": manifest.seconds["total"],
     }
 
 

@@ -29,7 +29,7 @@ from wsiseg.formats.geoparquet import read_geoparquet
 from wsiseg.models.cards import file_hash
 from wsiseg.models.registry import MODELS
 from wsiseg.runs import plan as planning
-from wsiseg.runs import slide as runs
+from wsiseg.runs import scheduling
 from wsiseg.runs.image import segment_image
 from wsiseg.runs.slide import merge_run, segment_slide
 from wsiseg.runtime.shards import Shard
@@ -164,7 +164,7 @@ def finished(
 ) -> tuple[Path, dict[str, object]]:
     """The folder of a run on the demo slide, and its manifest."""
     manifest = segment_slide(demo[0], config, tmp_path_factory.mktemp("finished"))
-    return Path(manifest["folder"]), manifest
+    return Path(manifest.folder), manifest
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -178,20 +178,20 @@ def test_the_order_of_blocks_does_not_show(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    in_order = runs.map_blocks
+    in_order = scheduling.map_blocks
 
     def shuffled(work, blocks, setup, **options):
         assert len(blocks) == 16
         return in_order(work, random.Random(3).sample(blocks, len(blocks)), setup, **options)
 
-    monkeypatch.setattr(runs, "map_blocks", shuffled)
+    monkeypatch.setattr(scheduling, "map_blocks", shuffled)
     manifest = segment_slide(demo[0], config, tmp_path)
-    assert files_of(Path(manifest["folder"])) == files_of(finished[0])
+    assert files_of(Path(manifest.folder)) == files_of(finished[0])
 
 
 def test_every_outline_is_accounted_for_and_no_two_cells_overlap(finished: tuple[Path, dict[str, object]]) -> None:
     folder, manifest = finished
-    counts, (cells, typing, _) = manifest["counts"], read_geoparquet(folder / "cells.parquet")
+    counts, (cells, typing, _) = manifest.counts, read_geoparquet(folder / "cells.parquet")
     assert counts["outlines"] == counts["kept"] + counts["overlapped"] + counts["clusters"] + counts["slivers"]
     assert counts["cells"] == len(cells) == sum(typing.count().values())
     assert shapely.is_valid(cells.polygons).all()
@@ -213,7 +213,7 @@ def test_a_part_that_is_cut_short_is_made_again(
     victims[0].write_bytes(victims[0].read_bytes()[:-40])
     victims[1].write_bytes(b"")
     manifest = segment_slide(demo[0], config, folder.parent, overwrite=True)
-    assert manifest["counts"]["blocks"] - manifest["counts"]["blocks_resumed"] == 2
+    assert manifest.counts["blocks"] - manifest.counts["blocks_resumed"] == 2
     assert files_of(folder) == before
 
 
@@ -246,7 +246,7 @@ def test_memory_does_not_grow_with_the_slide(tmp_path: Path, monkeypatch: pytest
     for height, tiles in ((512, 16), (4096, 128)):
         path = tmp_path / f"{height}.tif"
         tifffile.imwrite(path, np.full((height, 512, 3), 150, np.uint8), tile=(256, 256), compression="deflate")
-        assert segment_slide(path, config, tmp_path / "out")["counts"]["tiles"] == tiles
+        assert segment_slide(path, config, tmp_path / "out").counts["tiles"] == tiles
         assert 0 < most <= 14
 
 
@@ -259,10 +259,10 @@ def test_a_merge_may_be_repeated(
     """Two shards, merged twice: both times the files of a run in one piece."""
     for number in (2, 1):
         record = segment_slide(demo[0], config, tmp_path, shard=Shard(number, 2))
-        assert record["status"] == "shard"
+        assert record.status == "shard"
     for _ in range(2):
-        merge_run(Path(record["folder"]))
-        assert files_of(Path(record["folder"])) == files_of(finished[0])
+        merge_run(Path(record.folder))
+        assert files_of(Path(record.folder)) == files_of(finished[0])
 
 
 def test_nothing_waits_for_an_answer() -> None:

@@ -16,9 +16,7 @@ import shapely
 from wsiseg.config import RunConfig
 from wsiseg.formats.geoparquet import read_geoparquet
 from wsiseg.records import Bank, Cells, SlideInfo, TypePrototypes
-from wsiseg.runs.plan_file import RunPlan
-from wsiseg.runs.slide import stitch_and_type
-from wsiseg.runtime.profiling import Clock
+from wsiseg.runs.finish import stitch_and_type
 from wsiseg.seeds.bank import match_bank, missed_cells
 from wsiseg.seeds.matching import describe_nearest, match_clicks, match_groups
 
@@ -152,8 +150,7 @@ def test_a_clicked_cell_replaces_none_that_was_found(method: str, kept: int) -> 
         bounds=None,
     )
     config = dataclasses.replace(RunConfig(), method=method)
-    plan = RunPlan(info, config, bank, {}, "", "", "", 8, 1.0)
-    result = stitch_and_type([found], plan, None, Clock())
+    result = stitch_and_type([found], info=info, config=config, bank=bank, types=None, descriptor_size=8)
     assert sorted(result.cells.points_xy[:, 0].tolist()) == [(120, 122)[kept], 320]
     assert sorted(result.typing.codes.tolist()) == [1, 2]
     assert result.bank is not None

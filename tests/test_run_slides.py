@@ -65,7 +65,7 @@ def config(region: Path, seeds: Path) -> RunConfig:
 def reference(cmu: Path, config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, object]]:
     out = tmp_path_factory.mktemp("reference")
     manifest = segment_slide(str(cmu), config, out)
-    return Path(manifest["folder"]), manifest
+    return Path(manifest.folder), manifest
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -76,7 +76,7 @@ def test_outputs_hold_what_they_promise(reference: tuple[Path, dict[str, object]
     """Valid polygons inside the slide and the region, typed, nearly free of overlaps; both files tell the same cells."""
     folder, manifest = reference
     table = geopandas.read_parquet(folder / "cells.parquet")
-    assert len(table) == manifest["counts"]["cells"] > 400
+    assert len(table) == manifest.counts["cells"] > 400
     assert table.geometry.is_valid.all()
     assert (table.geometry.geom_type == "Polygon").all()
     left, top, right, bottom = table.total_bounds
@@ -99,13 +99,13 @@ def test_outputs_hold_what_they_promise(reference: tuple[Path, dict[str, object]
 
 def test_manifest_accounts_for_every_outline(reference: tuple[Path, dict[str, object]]) -> None:
     _, manifest = reference
-    counts = manifest["counts"]
+    counts = manifest.counts
     assert counts["outlines"] == counts["kept"] + counts["overlapped"] + counts["clusters"] + counts["slivers"]
-    assert sum(manifest["types"].values()) == counts["cells"]
-    assert manifest["status"] == "complete"
-    assert {"read", "encode", "prompt", "decode", "vectorise", "stitch", "write"} <= set(manifest["seconds"])
-    assert manifest["peak_ram_mb"] > 100
-    assert manifest["slide"]["mpp_source"] == "openslide.mpp-x/-y"
+    assert sum(manifest.types.values()) == counts["cells"]
+    assert manifest.status == "complete"
+    assert {"read", "encode", "prompt", "decode", "vectorise", "stitch", "write"} <= set(manifest.seconds)
+    assert manifest.peak_ram_mb > 100
+    assert manifest.slide["mpp_source"] == "openslide.mpp-x/-y"
 
 
 def test_clicked_cells_have_their_type(reference: tuple[Path, dict[str, object]]) -> None:
@@ -119,10 +119,10 @@ def test_same_cells_through_tiffslide(
     cmu: Path, config: RunConfig, reference: tuple[Path, dict[str, object]], tmp_path: Path
 ) -> None:
     manifest = segment_slide(str(cmu), dataclasses.replace(config, reader="tiffslide"), tmp_path)
-    assert manifest["slide"]["reader"] == "tiffslide"
-    a, b = (read_geoparquet(folder / "cells.parquet") for folder in (reference[0], Path(manifest["folder"])))
+    assert manifest.slide["reader"] == "tiffslide"
+    a, b = (read_geoparquet(folder / "cells.parquet") for folder in (reference[0], Path(manifest.folder)))
     assert share_identical(a[0], b[0]) >= 0.995
-    assert manifest["types"] == pytest.approx(reference[1]["types"], rel=0.02)
+    assert manifest.types == pytest.approx(reference[1].types, rel=0.02)
 
 
 def test_processes_give_the_same_bytes(
@@ -130,7 +130,7 @@ def test_processes_give_the_same_bytes(
 ) -> None:
     """Two Dask processes finish blocks in any order; the files do not show it."""
     manifest = segment_slide(str(cmu), dataclasses.replace(config, workers=2), tmp_path)
-    assert files_of(Path(manifest["folder"])) == files_of(reference[0])
+    assert files_of(Path(manifest.folder)) == files_of(reference[0])
 
 
 @pytest.mark.parametrize(("tile_um", "origin_um"), [(64, 0), (128, 0), (128, 41), (256, 100)])
@@ -154,16 +154,16 @@ def test_shuffled_blocks_give_the_same_bytes(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from wsiseg.runs import slide as pipeline
+    from wsiseg.runs import scheduling
 
-    in_order = pipeline.map_blocks
+    in_order = scheduling.map_blocks
 
     def shuffled(work, blocks, setup, **options):
         return in_order(work, random.Random(3).sample(blocks, len(blocks)), setup, **options)
 
-    monkeypatch.setattr(pipeline, "map_blocks", shuffled)
+    monkeypatch.setattr(scheduling, "map_blocks", shuffled)
     manifest = segment_slide(str(cmu), config, tmp_path)
-    assert files_of(Path(manifest["folder"])) == files_of(reference[0])
+    assert files_of(Path(manifest.folder)) == files_of(reference[0])
 
 
 def test_kill_9_loses_nothing(
@@ -224,7 +224,7 @@ def test_a_broken_part_is_made_again(cmu: Path, config: RunConfig, reference: tu
     victims[0].write_bytes(victims[0].read_bytes()[:-40])
     victims[1].write_bytes(b"")
     manifest = segment_slide(str(cmu), config, folder.parent, overwrite=True)
-    assert manifest["counts"]["blocks"] - manifest["counts"]["blocks_resumed"] == 2
+    assert manifest.counts["blocks"] - manifest.counts["blocks_resumed"] == 2
     assert files_of(folder) == before
 
 
@@ -239,7 +239,7 @@ def test_new_seeds_reuse_the_parts(
     second.write_text(json.dumps(more))
     kept = files_of(folder)
     manifest = segment_slide(str(cmu), dataclasses.replace(config, seeds=str(second)), folder.parent, overwrite=True)
-    assert manifest["counts"]["blocks_resumed"] == manifest["counts"]["blocks"]
+    assert manifest.counts["blocks_resumed"] == manifest.counts["blocks"]
     manifest = segment_slide(str(cmu), config, folder.parent, overwrite=True)
     assert files_of(folder) == kept
 
@@ -249,9 +249,9 @@ def test_chain_of_prompts_on_the_slide(
 ) -> None:
     """--method cop decodes only what resembles the clicks: a subset of APG's prompts, each typed or left unassigned."""
     manifest = segment_slide(str(cmu), dataclasses.replace(config, method="cop"), tmp_path)
-    assert 0.2 * reference[1]["counts"]["prompts"] < manifest["counts"]["prompts"] <= reference[1]["counts"]["prompts"]
-    assert manifest["types"]["epithelium"] > 30
-    assert manifest["types"]["inflammatory"] > 30
+    assert 0.2 * reference[1].counts["prompts"] < manifest.counts["prompts"] <= reference[1].counts["prompts"]
+    assert manifest.types["epithelium"] > 30
+    assert manifest.types["inflammatory"] > 30
 
 
 def test_image_with_the_papers_own_localisation(cmu_crop: np.ndarray, model: object) -> None:

@@ -27,7 +27,7 @@ from wsiseg.reference.apg_v1 import ApgV1
 from wsiseg.reference.chain_of_prompts import chain_image
 from wsiseg.reference.micro_sam import ais_image, apg_image
 from wsiseg.reference.score_ordered_merge import ScoreMerge
-from wsiseg.runs.plan import resolve
+from wsiseg.runs.inputs import resolve
 from wsiseg.seeds.bank import find_clicked
 from wsiseg.segmentation.decoding import decode, reaches_border
 from wsiseg.segmentation.prompts.grid import grid_points

@@ -19,9 +19,11 @@ from wsiseg.demo import write_demo
 from wsiseg.errors import ConfigError, SlideError
 from wsiseg.records import SlideInfo
 from wsiseg.runs import slide as pipeline
-from wsiseg.runs.plan import PreparedRun, plan_run, survey
+from wsiseg.runs.inputs import read_inputs
+from wsiseg.runs.plan import plan_run
 from wsiseg.runs.plan_file import RunPlan
 from wsiseg.runs.plausibility import DENSITY_MM2, MEDIAN_UM2, implausible
+from wsiseg.runs.survey import survey
 from wsiseg.segmentation.nuclear_scale import (
     CONTRADICTION,
     DIAMETER_UM,
@@ -116,16 +118,16 @@ def test_doubts_are_said_before_the_work_and_once(
     demo: tuple[Path, Path], wsiseg: Callable[..., tuple[int, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[str] = []
-    real = pipeline._segment
+    real = pipeline.segment_all
 
-    def watched(*arguments: object) -> None:
+    def watched(*arguments: object, **options: object) -> None:
         assert said, "the work began before the doubts were said"
-        real(*arguments)
+        real(*arguments, **options)
 
-    monkeypatch.setattr(pipeline, "_segment", watched)
+    monkeypatch.setattr(pipeline, "segment_all", watched)
     manifest = pipeline.segment_slide(demo[0], RunConfig(mpp=0.3), tmp_path / "a", on_warning=said.append)
     assert any("--mpp 0.3 replaces 0.5 microns per pixel" in warning for warning in said)
-    assert said == manifest["warnings"][: len(said)]
+    assert tuple(said) == manifest.warnings[: len(said)]
     monkeypatch.undo()
     for arguments in ((), ("--overwrite",)):
         status, output = wsiseg("run", demo[0], "--mpp", 0.3, "--out", tmp_path / "b", *arguments)
@@ -434,8 +436,7 @@ def test_info_counts_the_tiles_that_a_run_plans(tmp_path: Path) -> None:
     slide, _ = write_demo(tmp_path / "demo")
     config = RunConfig(tiling=TilingConfig(tile_um=30.1), tissue=TissueConfig(enabled=False))
     facts = survey(str(slide), estimate=False, config=config)
-    prepared = plan_run(str(slide), config, tmp_path / "out")
-    assert isinstance(prepared, PreparedRun)
+    prepared = plan_run(read_inputs(str(slide), config), tmp_path / "parts")
     prepared.context.reader.close()
     planned = sum(prepared.plan.tiles.values())
     assert facts["tiles"].startswith(f"{planned} of 32 um, in ")

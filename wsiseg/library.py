@@ -124,12 +124,12 @@ def read_run(path: str | os.PathLike[str]) -> Run:
     >>> wsiseg.read_run("demo/out/ihc").types == run.types
     True
     """
-    manifest = RunFolder(Path(path)).read_manifest()
+    manifest = RunFolder(Path(path)).manifest()
     if manifest is None:
         raise RunError(
             f"{path}: no manifest.json of wsiseg in it; pass the folder of one slide's run, for example wsiseg-out/slide"
         )
-    return Run(Path(path), manifest)
+    return Run(Path(path), manifest.content())
 
 
 def segment_slide(
@@ -221,7 +221,7 @@ def segment_slide(
         on_warning=on_warning,
         stopped=stopped,
     )
-    return Run(Path(manifest["folder"]), manifest)
+    return Run(Path(manifest.folder), manifest.content())
 
 
 def segment_image(

@@ -11,9 +11,7 @@ import torch
 
 from wsiseg.geometry import Box, Lattice, round_up
 from wsiseg.records import Cells
-from wsiseg.runs.plan_file import RunPlan
-from wsiseg.runs.slide import stitch_and_type
-from wsiseg.runtime.profiling import Clock
+from wsiseg.runs.finish import stitch_and_type
 from wsiseg.seeds.bank import build_bank
 from wsiseg.segmentation.decoding import decode
 from wsiseg.segmentation.polygons import trace
@@ -89,6 +87,12 @@ class Picture:
             found = self._traced.take(np.array([tuple(p) in wanted for p in self._traced.points_xy.tolist()], bool))
         else:
             found = self.outlines(points, config)
-        sheet = RunPlan(self.reader.info, config, bank, {}, "", "", "", self.model.descriptor_size, 0.0)
-        result = stitch_and_type([found], sheet, self.model.types, Clock())
+        result = stitch_and_type(
+            [found],
+            info=self.reader.info,
+            config=config,
+            bank=bank,
+            types=self.model.types,
+            descriptor_size=self.model.descriptor_size,
+        )
         return result.cells.take(slice(None)), result.typing

@@ -132,7 +132,7 @@ def test_a_reader_that_fails_for_some_tiles(
     """Once: tried again. Always: listed; repaired, only that block is repeated."""
     config = from_mapping(SMALL | {"tiling": {"tile_um": 64, "block_tiles": 1}}, "test")
     whole = segment_slide(demo[0], config, tmp_path / "whole")
-    kind = {"openslide": OpenSlideReader, "tiffslide": TiffSlideReader, "image": ImageReader}[whole["slide"]["reader"]]
+    kind = {"openslide": OpenSlideReader, "tiffslide": TiffSlideReader, "image": ImageReader}[whole.slide["reader"]]
     read, broken, hits = kind.read, [True], [0]
 
     def flaky(self, level, box):
@@ -144,15 +144,15 @@ def test_a_reader_that_fails_for_some_tiles(
 
     monkeypatch.setattr(kind, "read", flaky)
     manifest = segment_slide(demo[0], config, tmp_path / "holes")
-    assert manifest["status"] == "incomplete"
-    assert manifest["counts"]["tiles_failed"] == len(manifest["failures"]) > 0
-    assert all("(300, 300)" in failure for failure in manifest["failures"])
+    assert manifest.status == "incomplete"
+    assert manifest.counts["tiles_failed"] == len(manifest.failures) > 0
+    assert all("(300, 300)" in failure for failure in manifest.failures)
     broken[0], hits[0] = False, 0
     manifest = segment_slide(demo[0], config, tmp_path / "holes")
-    assert manifest["status"] == "complete"
-    assert 0 < manifest["counts"]["blocks_resumed"] < manifest["counts"]["blocks"]
+    assert manifest.status == "complete"
+    assert 0 < manifest.counts["blocks_resumed"] < manifest.counts["blocks"]
     for name in ("cells.parquet", "cells.geojson.gz"):
-        assert Path(manifest["folder"], name).read_bytes() == Path(whole["folder"], name).read_bytes()
+        assert Path(manifest.folder, name).read_bytes() == Path(whole.folder, name).read_bytes()
 
 
 class Cramped(DiscModel):
@@ -193,8 +193,8 @@ def test_out_of_memory_halves_the_batch(
     monkeypatch.setattr(planning, "load_model", lambda *_: model)
     manifest = segment_slide(demo[0], config, tmp_path / "cramped")
     assert 0 < model.refused <= 8, "the batch is halved once and for all, not for each tile"
-    assert manifest["status"] == "complete"
-    assert Path(manifest["folder"], "cells.parquet").read_bytes() == Path(whole["folder"], "cells.parquet").read_bytes()
+    assert manifest.status == "complete"
+    assert Path(manifest.folder, "cells.parquet").read_bytes() == Path(whole.folder, "cells.parquet").read_bytes()
 
 
 def test_out_of_memory_to_the_end(demo: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -268,10 +268,10 @@ def test_a_hundred_thousand_cells_in_one_tile(
     monkeypatch.setattr(planning, "load_model", lambda *_: DiscModel(spacing_px=16, radius_px=7))
     config = from_mapping({"mpp": 1.0, "tissue": {"enabled": False}, "tiling": {"tile_um": 1280}}, "test")
     manifest = segment_slide(tmp_path / "crowd.tif", config, tmp_path / "out")
-    assert manifest["counts"]["blocks"] == 1
-    assert manifest["counts"]["tiles"] == 1
-    assert manifest["counts"]["cells"] > 100_000
-    assert manifest["counts"]["overlapped"] == 0
+    assert manifest.counts["blocks"] == 1
+    assert manifest.counts["tiles"] == 1
+    assert manifest.counts["cells"] > 100_000
+    assert manifest.counts["overlapped"] == 0
 
 
 def test_a_hundred_thousand_outlines_on_top_of_each_other(tmp_path: Path) -> None:

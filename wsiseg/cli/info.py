@@ -30,7 +30,7 @@ def command(
     "mpp by nuclei" is an estimate from the size of some nuclei, accurate to about a third: enough to tell 20x from 40x.
     """
     check_mpp(mpp, force=force_mpp)
-    from wsiseg.runs.plan import survey
+    from wsiseg.runs.survey import survey
 
     facts = survey(slide, mpp=mpp, force_mpp=force_mpp, reader=reader or _DEFAULT.reader, estimate=not no_estimate)
     if as_json:

@@ -45,7 +45,7 @@ def command(
         for run in runs:
             with failures.collect():
                 manifest = merge_run(run, allow_missing=allow_missing, formats=split_list(formats), stopped=stopped)
-                incomplete |= manifest["status"] != "complete"
+                incomplete |= manifest.status != "complete"
                 if not quiet:
                     report(manifest)
     ctx.exit(failures.report() or (3 if incomplete else 0))

@@ -29,7 +29,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
 
     from wsiseg.cli.stop import Stop
+    from wsiseg.runs.manifest import Manifest
     from wsiseg.runs.slide_list import Entry
+    from wsiseg.runs.statistics import ShardRecord
     from wsiseg.runtime.shards import Shard
 
 _DEFAULT = RunConfig()
@@ -203,7 +205,7 @@ def _one(
 
     with Progress(Path(slide).name, hidden=hidden) as progress:
         printed = _WarningPrinter(quiet=quiet)
-        manifest = segment_slide(
+        result = segment_slide(
             slide,
             config,
             out,
@@ -214,8 +216,8 @@ def _one(
             stopped=stopped,
         )
     if not quiet:
-        report(manifest, printed.warnings)
-    return 3 if manifest["failures"] else 0
+        report(result, printed.warnings)
+    return 3 if result.failures else 0
 
 
 def _many(
@@ -296,25 +298,26 @@ class _WarningPrinter:
             click.echo(f"Warning: {self.place}{warning}", err=True)
 
 
-def report(manifest: dict[str, Any], printed: Collection[str] = ()) -> None:
+def report(result: Manifest | ShardRecord, printed: Collection[str] = ()) -> None:
     """Print the outcome of a run, or of a shard; ``printed`` holds the warnings already printed."""
-    for warning in dict.fromkeys(manifest["warnings"]):
+    from wsiseg.runs.manifest import Manifest
+
+    for warning in dict.fromkeys(result.warnings if isinstance(result, Manifest) else ()):
         if warning not in printed:
             click.echo(f"Warning: {warning}", err=True)
-    for failure in manifest["failures"]:
+    for failure in result.failures:
         click.echo(f"Missing: {failure}", err=True)
-    counts = manifest["counts"]
-    if manifest["status"] == "shard":
-        done = f"{counted(counts['blocks'], 'block')}, {counted(counts['outlines'], 'outline')} in {manifest['seconds']['total']:.1f} s"
+    counts = result.counts
+    if not isinstance(result, Manifest):
+        done = f"{counted(counts['blocks'], 'block')}, {counted(counts['outlines'], 'outline')} in {result.seconds['total']:.1f} s"
         click.echo(
-            f"{manifest['folder']}: shard {manifest['shard']}: {done}; when all shards are done: wsiseg merge {manifest['folder']}"
+            f"{result.folder}: shard {result.shard}: {done}; when all shards are done: wsiseg merge {result.folder}"
         )
         return
-    types = manifest["types"]
-    typed = ", ".join(f"{name} {n}" for name, n in types.items() if len(types) > 1)
-    when = "already complete" if manifest.get("already") else f"in {manifest['seconds']['total']:.1f} s"
-    click.echo(f"{manifest['folder']}: {counted(counts['cells'], 'cell')}{f' ({typed})' if typed else ''}, {when}")
-    if manifest["status"] != "complete":
+    typed = ", ".join(f"{name} {n}" for name, n in result.types.items() if len(result.types) > 1)
+    when = "already complete" if result.already else f"in {result.seconds['total']:.1f} s"
+    click.echo(f"{result.folder}: {counted(counts['cells'], 'cell')}{f' ({typed})' if typed else ''}, {when}")
+    if result.status != "complete":
         again = (
             "run those shards again, then merge"
             if counts["blocks_missing"]

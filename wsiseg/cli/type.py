@@ -59,8 +59,8 @@ def command(
             manifest = type_run(
                 run, seeds=seeds, bank=bank, model=model, settings=config_file, formats=split_list(formats)
             )
-            for warning in manifest["typing"]["warnings"]:
+            for warning in manifest.typing["warnings"]:
                 click.echo(f"Warning: {warning}", err=True)
-            typed = ", ".join(f"{name} {n}" for name, n in manifest["types"].items())
-            click.echo(f"{run}: {typed} in {manifest['seconds']['retype']:.1f} s")
+            typed = ", ".join(f"{name} {n}" for name, n in manifest.types.items())
+            click.echo(f"{run}: {typed} in {manifest.seconds['retype']:.1f} s")
     ctx.exit(failures.report())

@@ -13,7 +13,7 @@ from wsiseg.errors import ConfigError
 from wsiseg.formats.seeds import check_seeds
 from wsiseg.geometry import Box, round_up
 from wsiseg.reference.cop_label_map import Canvas
-from wsiseg.runs.image import open_image_context
+from wsiseg.runs.image import open_image
 from wsiseg.runtime.text import did_you_mean
 from wsiseg.segmentation.decoding import decode
 from wsiseg.segmentation.prompts.chain_of_prompts import farthest_point_recursion
@@ -69,16 +69,16 @@ def chain_image(
     form = COP_FORMS[like]
     config = dataclasses.replace(config or RunConfig(), mpp=mpp, method="auto")  # the method is the form
     cop = dataclasses.replace(config.cop, gate=form.gate, localise=form.localise)
-    context, plan = open_image_context(image, config, None, model)
-    seeds, _ = check_seeds(dataclasses.replace(seeds, slide=None), plan.info)
-    net, lattice = context.model, context.spec.lattice
+    opened = open_image(image, config, None, model)
+    seeds, _ = check_seeds(dataclasses.replace(seeds, slide=None), opened.reader.info)
+    net, lattice = opened.model, opened.lattice
     width, height = (round(n * mpp / net.mpp) for n in (image.shape[1], image.shape[0]))
     box = Box(0, 0, *(net.input_px or round_up(n, net.stride_px) for n in (width, height)))
     if max(width, height) > min(box.width, box.height) and net.input_px:
         raise ConfigError(
             f"image: {width} x {height} px at the model's scale, more than its input of {net.input_px} px; crop the image"
         )
-    pixels = read_region(context.reader, box, lattice)
+    pixels = read_region(opened.reader, box, lattice)
     embeddings = net.encode(torch.from_numpy(pixels).permute(2, 0, 1)[None].to(net.device))
     high, low = (x[0].float().cpu().numpy() for x in (embeddings.high, embeddings.low))
     stride_px = box.width / high.shape[2]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from wsiseg.config import RunConfig, check
@@ -12,18 +12,14 @@ from wsiseg.errors import ConfigError
 from wsiseg.formats.seeds import check_seeds
 from wsiseg.geometry import Lattice
 from wsiseg.models import load_model
-from wsiseg.records import Cells, Typing
-from wsiseg.runs.plan import resolve
-from wsiseg.runs.plan_file import RunPlan
-from wsiseg.runs.slide import stitch_and_type
-from wsiseg.runtime.claims import Claims
-from wsiseg.runtime.profiling import Clock
+from wsiseg.records import Cells
+from wsiseg.runs.finish import stitch_and_type
+from wsiseg.runs.inputs import resolve
 from wsiseg.seeds.bank import build_bank
-from wsiseg.segmentation.blocks import segment_tile
-from wsiseg.segmentation.worker import RunSpec, WorkerContext
+from wsiseg.segmentation.tile import TileSegmenter
 from wsiseg.slide import read_region
 from wsiseg.slide.array_reader import ArrayReader
-from wsiseg.slide.tiling import plan_blocks
+from wsiseg.slide.tiling import plan_for_model
 from wsiseg.slide.tissue import SearchArea
 
 if TYPE_CHECKING:
@@ -31,7 +27,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from wsiseg.models.contract import PromptableModel
-    from wsiseg.records import Seeds
+    from wsiseg.records import Bank, Seeds, Typing
 
 logger = logging.getLogger(__name__)
 
@@ -66,33 +62,40 @@ def segment_image(
     typing
         Types of the cells.
     """
-    config = dataclasses.replace(config or RunConfig(), mpp=mpp)
-    context, plan = open_image_context(image, config, seeds, model)
-    blocks = plan_blocks(
-        plan.info.size_px0,
-        context.spec.lattice,
-        config.tiling,
-        stride_px=context.model.stride_px,
-        reach_px=context.model.reach_px,
-        input_px=context.model.input_px,
-        wanted=lambda *_: True,
+    opened = open_image(image, dataclasses.replace(config or RunConfig(), mpp=mpp), seeds, model)
+    model, info, lattice = opened.model, opened.reader.info, opened.lattice
+    blocks = plan_for_model(info, model, opened.config.tiling, lambda *_: True)
+    tiles = [tile for block in blocks for tile in block.tiles]
+    segmenter = TileSegmenter(model, opened.config, lattice, SearchArea(None, None), opened.bank, name="image")
+    outlines = [segmenter.segment(tile, read_region(opened.reader, tile.outer, lattice)) for tile in tiles]
+    result = stitch_and_type(
+        [Cells.concatenate(outlines, model.descriptor_size)],
+        info=info,
+        config=opened.config,
+        bank=opened.bank,
+        types=model.types,
+        descriptor_size=model.descriptor_size,
     )
-    clock = Clock()
-    outlines = [
-        segment_tile(tile, read_region(context.reader, tile.outer, context.spec.lattice), context, clock)[0]
-        for block in blocks
-        for tile in block.tiles
-    ]
-    result = stitch_and_type([Cells.concatenate(outlines, plan.descriptor_size)], plan, context.model.types, clock)
     for warning in result.notes.warnings:
         logger.warning("%s", warning)
     return result.cells.take(slice(None)), result.typing
 
 
-def open_image_context(
+@dataclass(frozen=True, kw_only=True)
+class OpenedImage:
+    """An image in memory that was checked, with the model and the clicked types."""
+
+    reader: ArrayReader
+    config: RunConfig
+    model: PromptableModel
+    lattice: Lattice
+    bank: Bank | None
+
+
+def open_image(
     image: NDArray[np.uint8], config: RunConfig, seeds: Seeds | None = None, model: PromptableModel | None = None
-) -> tuple[WorkerContext, RunPlan]:
-    """Open the context for one image in memory (H, W, 3) at ``config.mpp``, and what its end needs."""
+) -> OpenedImage:
+    """Check an image in memory (H, W, 3) at ``config.mpp`` and its clicks; load the model unless it is given."""
     if config.mpp is None:
         raise ConfigError("image: the scale is unknown; set mpp (for example mpp=0.25)")
     check(config, "image")
@@ -105,6 +108,4 @@ def open_image_context(
     resolved = resolve(config, config.model, maps=model.has_maps, clicked=seeds is not None)
     lattice = Lattice(config.mpp, model.mpp)
     bank = build_bank(reader, model, seeds, lattice, resolved, chains=resolved.method == "cop") if seeds else None
-    spec = RunSpec("image", resolved, lattice, SearchArea(None, None), bank, Path(), "")
-    plan = RunPlan(reader.info, resolved, bank, {}, "", "", "", model.descriptor_size, 0.0)
-    return WorkerContext(spec, reader, model, Claims(Path())), plan
+    return OpenedImage(reader=reader, config=resolved, model=model, lattice=lattice, bank=bank)

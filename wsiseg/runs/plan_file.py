@@ -75,6 +75,12 @@ class RunPlan:
     seeds: str = ""
 
 
+def keep_plan(folder: Path, plan: RunPlan) -> None:
+    """Write the files unless this run's are there already: all its shards use the same."""
+    if read_plan(folder, plan.run_hash) is None:
+        write_plan(folder, plan)
+
+
 def write_plan(folder: Path, plan: RunPlan) -> None:
     """Write the files into the folder of the parts."""
     if plan.bank is not None:

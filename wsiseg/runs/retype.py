@@ -6,8 +6,9 @@ import dataclasses
 import hashlib
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -22,9 +23,9 @@ from wsiseg.formats.seeds import check_seeds, read_seeds
 from wsiseg.models import find_weights, load_types
 from wsiseg.models.cards import file_hash
 from wsiseg.records import Bank, Cells, Provenance, SlideInfo, TypePrototypes
-from wsiseg.runs.folder import RunFolder
+from wsiseg.runs.folder import RunFolder, refuse_own_bank
+from wsiseg.runs.inputs import load_bank
 from wsiseg.runs.manifest import FINISHED, Status
-from wsiseg.runs.plan import load_bank, refuse_own_bank
 from wsiseg.runtime.paths import kind_of
 from wsiseg.seeds.bank import same_cell
 from wsiseg.seeds.matching import describe_nearest, match_groups
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
     from wsiseg.config import RunConfig
     from wsiseg.records import Seeds, Typing
+    from wsiseg.runs.manifest import Manifest
 
 
 def type_run(
@@ -44,7 +46,7 @@ def type_run(
     model: str | None = None,
     settings: Path | None = None,
     formats: tuple[str, ...] | None = None,
-) -> dict[str, Any]:
+) -> Manifest:
     """Give the cells of a finished run new types; its files are replaced, one by one and whole.
 
     Parameters
@@ -62,8 +64,8 @@ def type_run(
 
     Returns
     -------
-    dict
-        The new manifest.
+    Manifest
+        As written.
 
     Raises
     ------
@@ -74,7 +76,7 @@ def type_run(
     if (seeds is None) == (bank is None):
         raise ConfigError("types come from --seeds FILE or from --bank FILE; pass one of the two")
     folder, manifest = _finished_run(run)
-    config = from_mapping(manifest["config"], str(folder.manifest))
+    config = from_mapping(manifest.config, str(folder.manifest_path))
     config = dataclasses.replace(
         config, seeds=_named(seeds), bank=_named(bank), model=config.model if model is None else model
     )
@@ -84,7 +86,7 @@ def type_run(
         config = dataclasses.replace(config, formats=tuple(dict.fromkeys((*formats, "parquet"))))
     for format_name in config.formats:
         load_writer(format_name)
-    check(config, str(folder.manifest))
+    check(config, str(folder.manifest_path))
     if config.method == "cop":
         raise RunError(
             f"{run}: has only cells that looked like its own clicks (--method cop); run the slide with --method apg or amg"
@@ -93,7 +95,7 @@ def type_run(
         refuse_own_bank(folder, bank)
     name = config.model
     weights = find_weights(name)[1]
-    if file_hash(weights) != manifest["model"]["sha256"]:
+    if file_hash(weights) != manifest.model["sha256"]:
         raise ConfigError(
             f"{run}: was made with other weights than {weights.name} of this wsiseg; pass them with --model, or run the slide again"
         )
@@ -113,7 +115,7 @@ def type_run(
     # Not the hash of `run` with these clicks: there a click where no cell was found adds one.
     clicked = file_hash(seeds or bank or Path())
     digest = hashlib.sha256(
-        json.dumps(["type", manifest["parts_hash"], clicked, dataclasses.asdict(config.typing)]).encode()
+        json.dumps(["type", manifest.parts_hash, clicked, dataclasses.asdict(config.typing)]).encode()
     ).hexdigest()[:16]
     provenance = Provenance(
         tool="wsiseg",
@@ -123,21 +125,22 @@ def type_run(
         details={"model": config.model, "method": config.method},
     )
     table.check()  # damage is found before anything is written
-    folder.write_manifest(manifest | {"status": Status.RETYPING, "status_before": manifest["status"]})
+    replace(manifest, status=Status.RETYPING, status_before=manifest.status).write(folder.manifest_path)
     files = _write(folder, table, config.formats, result, clicks, info, provenance, file_hash(weights))
-    manifest |= {
-        "config": dataclasses.asdict(config),
-        "seeds": config.seeds or config.bank,
-        "warnings": [w for w in manifest["warnings"] if w not in manifest.get("typing", {}).get("warnings", [])]
-        + list(notes.warnings),
-        "retyped": True,
-        "run_hash": provenance.config_hash,
-        "types": result.count(),
-        "typing": typing_summary(result, clicks, notes),
-        "files": files,
-    }
-    manifest["seconds"] = manifest["seconds"] | {"retype": round(time.perf_counter() - started, 3)}
-    folder.write_manifest(manifest)
+    earlier = manifest.typing.get("warnings", [])
+    manifest = replace(
+        manifest,
+        config=dataclasses.asdict(config),
+        seeds=config.seeds or config.bank,
+        warnings=(*(w for w in manifest.warnings if w not in earlier), *notes.warnings),
+        retyped=True,
+        run_hash=provenance.config_hash,
+        types=result.count(),
+        typing=typing_summary(result, clicks, notes),
+        files=tuple(files),
+        seconds=manifest.seconds | {"retype": round(time.perf_counter() - started, 3)},
+    )
+    manifest.write(folder.manifest_path)
     return manifest
 
 
@@ -145,24 +148,23 @@ def _named(path: Path | None) -> str | None:
     return None if path is None else str(path)
 
 
-def _finished_run(run: Path) -> tuple[RunFolder, dict[str, Any]]:
+def _finished_run(run: Path) -> tuple[RunFolder, Manifest]:
     """The folder and its manifest."""
     folder = RunFolder(run)
-    manifest = folder.read_manifest()
+    manifest = folder.manifest()
     if manifest is None:
         raise RunError(
             f"{run}: no manifest.json of wsiseg in it; pass the folder of one slide's run, for example wsiseg-out/slide"
         )
-    if (
-        manifest.get("status") == Status.RETYPING
-    ):  # an earlier `type` was stopped between two files; this one writes all of them
-        manifest["status"] = manifest.pop("status_before", Status.COMPLETE)
-    if manifest.get("status") not in FINISHED:
-        raise RunError(f"{run}: the run is not finished (status {manifest.get('status')}); run its command again first")
-    missing = [key for key in ("parts_hash", "model", "warnings", "seconds") if key not in manifest]
-    if missing or "sha256" not in manifest["model"]:
+    if manifest.status == Status.RETYPING:  # an earlier `type` was stopped between two files; this one writes all
+        manifest = replace(manifest, status=manifest.status_before or Status.COMPLETE, status_before="")
+    if manifest.status not in FINISHED:
+        raise RunError(f"{run}: the run is not finished (status {manifest.status}); run its command again first")
+    needed = {"parts_hash": manifest.parts_hash, "sha256": manifest.model.get("sha256"), "seconds": manifest.seconds}
+    missing = [key for key, value in needed.items() if not value]
+    if missing:
         raise RunError(
-            f"{folder.manifest}: damaged (no {(missing or ['sha256'])[0]!r} in it); run the slide again: its parts are used"
+            f"{folder.manifest_path}: damaged (no {missing[0]!r} in it); run the slide again: its parts are used"
         )
     if kind_of(folder.path / FILE_NAMES["parquet"], RunError) == "nothing":
         raise RunError(
@@ -253,10 +255,10 @@ def _no_cell(place: str, point: tuple[float, float], table: CellTable, mpp: floa
     return f"{where}; {describe_nearest(point, table, mpp)}"
 
 
-def _slide_info(manifest: dict[str, Any], table: CellTable) -> SlideInfo:
+def _slide_info(manifest: Manifest, table: CellTable) -> SlideInfo:
     """What the run knew of the slide."""
     try:
-        slide = manifest["slide"]
+        slide = manifest.slide
         size, bounds = slide["size_px0"], slide["bounds"]
         return SlideInfo(
             path=slide["path"],

@@ -167,14 +167,14 @@ def segment_slides(
                 on_warning=on_warning,
                 on_progress=progress(entry.path) if progress else None,
             )
-            row |= {key: manifest["counts"][key] for key in ("cells", "tiles", "tiles_failed")}
+            row |= {key: manifest.counts[key] for key in ("cells", "tiles", "tiles_failed")}
             row |= {
-                "status": manifest["status"],
-                "folder": manifest["folder"],
-                "seconds": manifest["seconds"]["total"],
+                "status": manifest.status,
+                "folder": manifest.folder,
+                "seconds": manifest.seconds["total"],
                 "manifest": manifest,
             }
-            row["message"] = manifest["failures"][0] if manifest["failures"] else ""
+            row["message"] = manifest.failures[0] if manifest.failures else ""
         except InterruptedRunError:
             raise
         except WsisegError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from wsiseg.errors import FormatError, InterruptedRunError, RunError, counted
@@ -30,6 +31,47 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _NAMED = 8  #: missing blocks that are named in one message
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """What a shard did and cost: its file beside the parts, which the merge adds up."""
+
+    record: dict[str, Any]
+
+    @property
+    def status(self) -> str:
+        """``shard``."""
+        return str(self.record["status"])
+
+    @property
+    def shard(self) -> str:
+        """Number of the shard and of all, as in ``1/7``."""
+        return str(self.record["shard"])
+
+    @property
+    def folder(self) -> str:
+        """Folder of the run."""
+        return str(self.record["folder"])
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Counts of its blocks."""
+        return dict(self.record["counts"])
+
+    @property
+    def failures(self) -> tuple[str, ...]:
+        """A sentence per tile that could not be read."""
+        return tuple(self.record["failures"])
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Seconds per stage, and ``total``."""
+        return dict(self.record["seconds"])
+
+    def content(self) -> dict[str, Any]:
+        """Keys and values of the file."""
+        return dict(self.record)
 
 
 class RunStatistics:
@@ -135,7 +177,7 @@ class RunStatistics:
             f"{self.slide}: stopped {where}; nothing is lost: run the same command again to resume"
         )
 
-    def end_shard(self, folder: RunFolder, shard: Shard) -> dict[str, Any]:
+    def end_shard(self, folder: RunFolder, shard: Shard) -> ShardRecord:
         """Write the costs of a finished shard beside the parts, for the merge, and return them."""
         record = self._cost() | {
             "status": Status.SHARD,
@@ -152,7 +194,7 @@ class RunStatistics:
             self._earlier.get("status") != Status.SHARD or self._processes
         ):  # else nothing was done, and what it cost then stays
             write_json(_record(folder, shard), record)
-        return record
+        return ShardRecord(record)
 
     def collect(self, folder: RunFolder, plan: RunPlan) -> list[str]:
         """Add up the parts and what the shards say they cost; returns the blocks that are missing or have tiles that could not be read."""

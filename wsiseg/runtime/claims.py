@@ -93,13 +93,19 @@ class Claims:
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def start(self) -> None:
         """Start renewing."""
         self._stop.clear()
         self._thread = threading.Thread(target=self._run, name="wsiseg-claims", daemon=True)
         self._thread.start()
-        return self
 
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         """Release all claims; one that cannot be removed now counts as dead when this process ends."""
         self._stop.set()
         if self._thread is not None:

@@ -9,6 +9,7 @@ import torch
 
 from wsiseg.models import load_model
 from wsiseg.runtime.claims import Claims
+from wsiseg.segmentation.tile import TileSegmenter
 from wsiseg.slide import open_slide
 
 if TYPE_CHECKING:
@@ -60,10 +61,15 @@ class WorkerContext:
     model: PromptableModel
     claims: Claims
 
+    def segmenter(self) -> TileSegmenter:
+        """Steps of one tile, for this run."""
+        spec = self.spec
+        return TileSegmenter(self.model, spec.config, spec.lattice, spec.area, spec.bank, name=spec.slide)
+
     def close(self) -> None:
         """Close the slide and give up all claims."""
         self.reader.close()
-        self.claims.__exit__()
+        self.claims.close()
 
 
 def open_worker_context(spec: RunSpec, number: int = 0) -> WorkerContext:
@@ -73,6 +79,6 @@ def open_worker_context(spec: RunSpec, number: int = 0) -> WorkerContext:
     device = config.device
     if device in ("auto", "cuda") and torch.cuda.device_count() > 1:
         device = f"cuda:{number % torch.cuda.device_count()}"
-    return WorkerContext(
-        spec, reader, load_model(config.model, device, config.precision), Claims(spec.parts).__enter__()
-    )
+    claims = Claims(spec.parts)
+    claims.start()
+    return WorkerContext(spec, reader, load_model(config.model, device, config.precision), claims)

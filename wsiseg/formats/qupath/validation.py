@@ -45,7 +45,7 @@ class _Rule(Exception):  # noqa: N818 - not an error of the program: one broken 
     """A broken rule: what is wrong with one member."""
 
 
-@dataclass
+@dataclass(kw_only=True)
 class GeoJsonSummary:
     """Content of a GeoJSON file as QuPath would import it.
 

@@ -1,0 +1,246 @@
+"""Inputs of a run: settings, slide, clicks and region are opened and checked before anything is written or long work starts."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from wsiseg.config import CopConfig, RunConfig, StitchingConfig, TypingConfig, check
+from wsiseg.errors import ConfigError, SlideError
+from wsiseg.formats import load_writer
+from wsiseg.formats.bank import read_bank
+from wsiseg.formats.regions import read_regions
+from wsiseg.formats.seeds import check_seeds, read_seeds, seeds_text
+from wsiseg.models import find_weights, pick_device
+from wsiseg.models.cards import file_hash
+from wsiseg.runtime.paths import readable, require_text
+from wsiseg.segmentation.nuclear_scale import require_scale
+from wsiseg.slide import open_slide
+from wsiseg.workers import check_scheduler
+
+if TYPE_CHECKING:
+    from shapely import MultiPolygon
+
+    from wsiseg.records import Bank, Seeds, SlideInfo
+    from wsiseg.slide import SlideReader
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunInputs:
+    """Checked inputs of a run.
+
+    Attributes
+    ----------
+    slide, path
+        Path or URL as given, and as in manifests: absolute.
+    reader
+        The opened slide; the caller closes it.
+    config
+        Resolved: its method and precision are not ``auto``.
+    seeds
+        Clicks of this run, level-0 px.
+    clicks_name
+        Name of clicks that are in no file; else empty.
+    bank
+        Prototypes from another slide, in place of clicks.
+    roi
+        Region to search, level-0 px.
+    weights
+        sha256 of the model's.
+    run_hash, parts_hash
+        Hashes of everything that decides the result, and of everything that decides the parts.
+    warnings
+        Sentences about what is doubtful.
+    """
+
+    slide: str
+    path: str
+    reader: SlideReader
+    config: RunConfig
+    seeds: Seeds | None
+    clicks_name: str
+    bank: Bank | None
+    roi: MultiPolygon | None
+    weights: str
+    run_hash: str
+    parts_hash: str
+    warnings: tuple[str, ...]
+
+    @property
+    def info(self) -> SlideInfo:
+        """Metadata of the slide."""
+        return self.reader.info
+
+
+def read_inputs(slide: str, config: RunConfig, *, clicks: Seeds | None = None) -> RunInputs:
+    """Open and check the inputs of a run; the caller closes ``reader``.
+
+    Parameters
+    ----------
+    slide
+        Path or URL.
+    config
+        Settings; ``seeds`` and ``roi`` are paths.
+    clicks
+        Seeds that are in no file; in place of ``config.seeds``.
+
+    Raises
+    ------
+    WsisegError
+        The first thing that is wrong, in one line.
+    """
+    check(config)
+    check_scheduler(config.scheduler, config.cluster)
+    card, weights = find_weights(config.model)
+    for format_name in config.formats:
+        load_writer(format_name)
+    if config.seeds is not None and config.bank is not None:
+        raise ConfigError("--bank and --seeds: both define the types; pass only one of them")
+    seeds = read_seeds(Path(config.seeds)) if config.seeds is not None else clicks
+    bank = load_bank(Path(config.bank), weights) if config.bank is not None else None
+    with contextlib.ExitStack() as stack:
+        reader = stack.enter_context(
+            open_slide(slide, mpp=config.mpp, force_mpp=config.force_mpp, reader=config.reader, require_mpp=False)
+        )
+        require_scale(reader)
+        warnings = list(reader.info.warnings)
+        if seeds is not None:
+            seeds, more = check_seeds(seeds, reader.info)
+            warnings += more
+        roi = None
+        if config.roi is not None:
+            roi, more = read_regions(Path(config.roi), reader.info)
+            warnings += more
+        resolved = resolve(
+            config,
+            card.name,
+            maps=card.instance_decoder,
+            clicked=seeds is not None or bank is not None,
+            chains=bank is None or bool(bank.chains),
+        )
+        if resolved.method == "cop" and bank is not None and not bank.chains:
+            raise ConfigError(
+                f"--bank {config.bank}: has no prototypes for --method cop; leave --method out, or make it by a run with --method cop"
+            )
+        run_hash, parts_hash = _digests(slide, resolved, reader.info, weights, _digest_of_clicks(config, clicks))
+        stack.pop_all()
+    return RunInputs(
+        slide=slide,
+        path=slide_path(slide),
+        reader=reader,
+        config=resolved,
+        seeds=seeds,
+        clicks_name="" if clicks is None else clicks.source,
+        bank=bank,
+        roi=roi,
+        weights=file_hash(weights),
+        run_hash=run_hash,
+        parts_hash=parts_hash,
+        warnings=tuple(warnings),
+    )
+
+
+def resolve(config: RunConfig, model: str, *, maps: bool, clicked: bool, chains: bool = True) -> RunConfig:
+    """Resolve ``auto`` in every setting that decides the result.
+
+    ``--method auto`` is automatic prompts where the model has instance maps: with them they type better on typed data than Chain-of-Prompts as
+    the way in (docs/methods.md has the table). Without maps the clicks lead to the cells; without clicks, or with a bank that no chain was run for,
+    a grid does.
+
+    Raises
+    ------
+    ConfigError
+        The method needs what the model or the command does not have.
+    """
+    method, precision = config.method, config.precision
+    if method == "auto":
+        method = "apg" if maps else "cop" if clicked and chains else "amg"
+    if method == "cop" and not clicked:
+        raise ConfigError(
+            f"--method cop: needs clicks; pass --seeds FILE or --bank FILE, or use --method {'apg' if maps else 'amg'}"
+        )
+    if method == "apg" and not maps:
+        raise ConfigError(
+            f"--method apg: {model} has no instance decoder; use --method cop with --seeds, or --method amg, or another model"
+        )
+    if precision == "auto":
+        precision = "bf16" if pick_device(config.device).type == "cuda" else "fp32"
+    return dataclasses.replace(config, method=method, precision=precision)
+
+
+def slide_path(slide: str) -> str:
+    """The slide's name in manifests: absolute path, that of a symbolic link as it is; or URL.
+
+    Raises
+    ------
+    SlideError
+        A folder above it has a name that is not text.
+    """
+    path = slide if "://" in slide else os.path.abspath(slide)  # noqa: PTH100 - Path.absolute() leaves the ".." in it
+    require_text(path, SlideError)
+    return path
+
+
+def load_bank(path: Path, weights: Path) -> Bank:
+    """The bank of another slide, for a model with these weights.
+
+    Raises
+    ------
+    WsisegError
+        The file is not a bank, or was made with other weights.
+    """
+    bank, note = read_bank(path)
+    if note["weights"] != file_hash(weights):
+        raise ConfigError(
+            f"--bank {path}: was made with other weights than those of {weights.name}; pass --model with those, or make the bank again"
+        )
+    return bank
+
+
+def _digest_of_clicks(config: RunConfig, clicks: Seeds | None) -> str:
+    """Of the file of clicks or the bank; clicks that are in no file have the digest of the seeds.json that would hold them."""
+    if clicks is not None:
+        return hashlib.sha256(seeds_text(clicks).encode()).hexdigest()
+    return _content_hash(config.bank if config.seeds is None else config.seeds)
+
+
+def _digests(slide: str, config: RunConfig, info: SlideInfo, weights: Path, clicks: str) -> tuple[str, str]:
+    """Digests of everything that decides the result, and of what decides the parts; ``config`` is resolved."""
+    facts: dict[str, object] = {
+        "slide": _slide_key(slide),
+        "levels": info.level_sizes,
+        "reader": info.reader,
+        "mpp": info.mpp,
+        "weights": file_hash(weights),
+        "roi": _content_hash(config.roi),
+    }
+    # Stages after the parts do not make them stale: types, overlaps, and under APG the seeds.
+    segmenting = dataclasses.replace(config, typing=TypingConfig(), stitching=StitchingConfig())
+    clicked = {"seeds": clicks} if config.method == "cop" else {}
+    segmenting = segmenting if clicked else dataclasses.replace(segmenting, cop=CopConfig())
+    return config.hash(**facts, seeds=clicks), segmenting.hash(**facts, **clicked)
+
+
+def _slide_key(slide: str) -> str:
+    """Identity of a slide without reading all of it: size and digest of both ends."""
+    if "://" in slide:
+        return slide
+    path, end = Path(slide), 1 << 20
+    with readable(path, SlideError), path.open("rb") as stream:
+        size = os.fstat(stream.fileno()).st_size
+        digest = hashlib.sha256(stream.read(end))
+        stream.seek(max(size - end, 0))
+        digest.update(stream.read(end))
+    return f"{size}-{digest.hexdigest()}"
+
+
+def _content_hash(path: str | None) -> str:
+    if path is None:
+        return ""
+    with readable(Path(path), ConfigError):
+        return file_hash(Path(path))
