@@ -26,7 +26,8 @@ import shapely
 from benchmarks.common import write_results
 from wsiseg.config import RunConfig
 from wsiseg.formats.geoparquet import write_geoparquet
-from wsiseg.models import file_hash, find_weights, load_model
+from wsiseg.models import find_weights, load_model
+from wsiseg.models.cards import file_hash
 from wsiseg.records import Cells, Provenance, SlideInfo, Typing
 
 SPACING = 40.0
@@ -44,12 +45,26 @@ def make(folder: Path, count: int) -> None:
     kinds = rng.integers(0, TYPES, len(xy))
     z = rng.standard_normal((TYPES, 75))[kinds] + 0.7 * rng.standard_normal((len(xy), 75))
     z /= np.linalg.norm(z, axis=1, keepdims=True)
-    cells = Cells(polygons, xy, np.ones(len(xy), np.float32), z.astype(np.float16))
+    cells = Cells(
+        polygons=polygons, points_xy=xy, scores=np.ones(len(xy), np.float32), descriptors=z.astype(np.float16)
+    )
     size = int(side * SPACING)
-    info = SlideInfo("table.svs", "openslide", "aperio", ((size, size),), (1.0,), 0.25, "benchmark")
+    info = SlideInfo(
+        path="table.svs",
+        reader="openslide",
+        format="aperio",
+        level_sizes=((size, size),),
+        downsamples=(1.0,),
+        mpp=0.25,
+        mpp_source="benchmark",
+    )
     folder.mkdir(parents=True)
     write_geoparquet(
-        folder / "cells.parquet", cells, Typing.untyped(len(xy)), info, Provenance("wsiseg", "0", "table.svs", "0")
+        folder / "cells.parquet",
+        cells,
+        Typing.untyped(len(xy)),
+        info,
+        Provenance(tool="wsiseg", version="0", slide="table.svs", config_hash="0"),
     )
     slide = {
         "path": "table.svs",

@@ -35,7 +35,7 @@ from wsiseg.formats.geojson import validate_geojson
 from wsiseg.formats.parts import write_part
 from wsiseg.models import find_weights, load_model
 from wsiseg.models.cards import file_hash
-from wsiseg.records import Bank, Cells, SlideInfo
+from wsiseg.records import Bank, Cells, SlideInfo, TypePrototypes
 from wsiseg.runs import plan as planning
 from wsiseg.runs.inputs import read_inputs
 from wsiseg.runs.plan import plan_run
@@ -44,7 +44,8 @@ from wsiseg.runs.slide import merge_run, segment_slide
 from wsiseg.segmentation.blocks import BLOCK_COUNTS
 from wsiseg.slide import read_region
 from wsiseg.stitching.outline_store import OutlineStore
-from wsiseg.stitching.stitch import find_pairs, resolve_overlaps
+from wsiseg.stitching.overlaps import find_pairs, refine_areas
+from wsiseg.stitching.resolve import resolve_overlaps
 from wsiseg.testing import DiscModel
 
 if TYPE_CHECKING:
@@ -75,7 +76,9 @@ def nuclei(count: int, side: float, seed: int) -> Cells:
     polygons = shapely.convex_hull(shapely.polygons(np.round(xy * 64) / 64))
     kind = rng.choice(3, count, p=[0.5, 0.3, 0.2])
     numbers = (rng.normal(0, 0.05, (count, SIZE)) + np.eye(3, SIZE)[kind]).astype(np.float16)
-    return Cells(polygons, centres, rng.uniform(0.3, 1, count).astype(np.float32), numbers)
+    return Cells(
+        polygons=polygons, points_xy=centres, scores=rng.uniform(0.3, 1, count).astype(np.float32), descriptors=numbers
+    )
 
 
 def write_parts(folder: Path, cells: int) -> RunPlan:
@@ -88,10 +91,10 @@ def write_parts(folder: Path, cells: int) -> RunPlan:
         part = nuclei(count, BLOCK, k)
         corner = np.array([k % columns, k // columns], float) * BLOCK
         part = Cells(
-            shapely.transform(part.polygons, lambda xy, c=corner: xy + c),
-            part.points_xy + corner,
-            part.scores,
-            part.descriptors,
+            polygons=shapely.transform(part.polygons, lambda xy, c=corner: xy + c),
+            points_xy=part.points_xy + corner,
+            scores=part.scores,
+            descriptors=part.descriptors,
         )
         write_part(
             folder / "parts" / f"{name}.parquet",
@@ -101,19 +104,27 @@ def write_parts(folder: Path, cells: int) -> RunPlan:
         )
     clicked = nuclei(3, 300, 0)
     clicked = dataclasses.replace(clicked, descriptors=np.eye(3, SIZE, dtype=np.float16))
-    bank = Bank(
-        ("a", "b", "c"),
-        ((200, 0, 0), (0, 200, 0), (0, 0, 200)),
-        tuple(clicked.points_xy[k : k + 1] for k in range(3)),
-        tuple(np.eye(3, SIZE, dtype=np.float32)[k : k + 1] for k in range(3)),
-        tuple(np.empty((0, SIZE), np.float32) for _ in range(3)),
-        clicked,
-        (),
-        (),
-        np.empty(0, np.float32),
+    types = tuple(
+        TypePrototypes(
+            name="abc"[k],
+            color=((200, 0, 0), (0, 200, 0), (0, 0, 200))[k],
+            clicks=clicked.points_xy[k : k + 1],
+            clicked=np.eye(3, SIZE, dtype=np.float32)[k : k + 1],
+            negative=np.empty((0, SIZE), np.float32),
+        )
+        for k in range(3)
     )
+    bank = Bank(types, clicked)
     side = columns * BLOCK
-    info = SlideInfo("million.svs", "openslide", "aperio", ((side, side),), (1.0,), 0.25, "openslide.mpp-x/-y")
+    info = SlideInfo(
+        path="million.svs",
+        reader="openslide",
+        format="aperio",
+        level_sizes=((side, side),),
+        downsamples=(1.0,),
+        mpp=0.25,
+        mpp_source="openslide.mpp-x/-y",
+    )
     config = dataclasses.replace(RunConfig(), method="apg", precision="fp32")
     sheet = RunPlan(
         info, config, bank, names, "run", "parts", file_hash(find_weights(config.model)[1]), SIZE, (side * 0.25e-3) ** 2
@@ -203,7 +214,7 @@ def stitching(count: int, folder: Path) -> dict[str, object]:
     for _ in range(5):
         started = time.perf_counter()
         outlines = OutlineStore(files, (10**6, 10**6), SIZE)
-        pairs = find_pairs(outlines, config)
+        pairs = refine_areas(outlines, find_pairs(outlines, config), config)
         kept, _ = resolve_overlaps(outlines.numbers.areas, pairs, config)
         times.append(time.perf_counter() - started)
     started = time.perf_counter()

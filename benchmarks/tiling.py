@@ -44,7 +44,7 @@ def main() -> None:
         (64, 32, 0),
         (64, 48, 0),
     ]:
-        found = cells(TilingConfig(tile, halo, 4, origin))
+        found = cells(TilingConfig(tile_um=tile, halo_um=halo, block_tiles=4, origin_um=origin))
         i, j = shapely.STRtree(found).query(whole, predicate="intersects")
         iou = shapely.area(shapely.intersection(whole[i], found[j])) / shapely.area(shapely.union(whole[i], found[j]))
         row: dict[str, object] = {"tile um": tile, "halo um": halo, "grid moved um": origin, "cells": len(found)}

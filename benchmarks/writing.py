@@ -38,8 +38,16 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 SPACING, VERTICES, DESCRIPTOR = 40.0, 25, 75
-INFO = SlideInfo("table.svs", "openslide", "aperio", ((200_000, 200_000),), (1.0,), 0.25, "benchmark")
-PROVENANCE = Provenance("wsiseg", "0", "table.svs", "0")
+INFO = SlideInfo(
+    path="table.svs",
+    reader="openslide",
+    format="aperio",
+    level_sizes=((200_000, 200_000),),
+    downsamples=(1.0,),
+    mpp=0.25,
+    mpp_source="benchmark",
+)
+PROVENANCE = Provenance(tool="wsiseg", version="0", slide="table.svs", config_hash="0")
 
 
 @dataclass(frozen=True)
@@ -74,14 +82,26 @@ class Nuclei:
         else:
             outlines = xy[:, None] + (12 + rng.standard_normal((len(k), VERTICES, 1))) * circle
         descriptors = rng.standard_normal((len(k), DESCRIPTOR), np.float32).astype(np.float16)
-        return Cells(shapely.polygons(outlines), xy, rng.random(len(k), np.float32), descriptors)
+        return Cells(
+            polygons=shapely.polygons(outlines),
+            points_xy=xy,
+            scores=rng.random(len(k), np.float32),
+            descriptors=descriptors,
+        )
 
 
 def typing_of(count: int) -> Typing:
     rng = np.random.default_rng(0)
     names, colors = ("unassigned", "tumour", "lymphocyte"), ((128, 128, 128), (200, 0, 0), (0, 80, 200))
     scores, margins = rng.random(count, np.float32), rng.random(count, np.float32)
-    return Typing(names, colors, rng.integers(0, 3, count, np.int32), scores, margins, np.zeros(count, np.int32))
+    return Typing(
+        names=names,
+        colors=colors,
+        codes=rng.integers(0, 3, count, np.int32),
+        scores=scores,
+        margins=margins,
+        prototypes=np.zeros(count, np.int32),
+    )
 
 
 def frame_of(cells: Cells, typing: Typing) -> geopandas.GeoDataFrame:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from wsiseg.config import CopConfig, RunConfig
-from wsiseg.records import Bank, Cells, Embeddings
+from wsiseg.records import Bank, Cells, ChainPrototypes, Embeddings, TypePrototypes
 from wsiseg.seeds.bank import _floor
 from wsiseg.segmentation.prompts import find_points
 from wsiseg.segmentation.prompts.chain_of_prompts import farthest_point_recursion, gate_map, hierarchical_seeds
@@ -50,9 +50,11 @@ def near(direction: np.ndarray, mean: float, sd: float, count: int, seed: int = 
 
 
 def bank_of(vectors: np.ndarray, floor: float) -> Bank:
-    no = (np.empty((0, 2)),)
+    no = np.empty((0, 2))
     high = np.tile(NUCLEUS, (len(vectors), 1))
-    return Bank(("a",), ((0, 0, 0),), no, no, no, Cells.empty(2), (high,), (vectors,), np.array([floor], np.float32))
+    chain = ChainPrototypes(high, vectors, float(np.float32(floor)))
+    one = TypePrototypes(name="a", color=(0, 0, 0), clicks=no, clicked=no, negative=no, chain=chain)
+    return Bank((one,), Cells.empty(2))
 
 
 @pytest.mark.parametrize("gate", ["product", "candidate"])
@@ -101,7 +103,7 @@ def test_prompts_of_a_tile_against_a_bank(mean: float) -> None:
     rows = np.arange(16)
     bank = bank_of(own[rows], _floor(np.tile(NUCLEUS, (40, 1)), own, rows, CopConfig().floor_percentile))
     high, low, centres = image_of(near(AXES[0], mean, 0.05 if mean < 0.5 else 0.03, 400, seed=2), noise=0.01)
-    embeddings = Embeddings(torch.from_numpy(high)[None], torch.from_numpy(low)[None], None, {})
+    embeddings = Embeddings(high=torch.from_numpy(high)[None], low=torch.from_numpy(low)[None], maps=None, extra={})
     config = dataclasses.replace(RunConfig(), method="cop", cop=SETTINGS)
     points = find_points(embeddings, high.shape[2], 1.0, config, bank)
     gaps = np.hypot(*(points[:, None] - centres[None]).transpose(2, 0, 1)) if len(points) else np.empty((0, 400))

@@ -662,7 +662,15 @@ def test_published_architectures(dim: int, depth: int, heads: int, name: str) ->
             127 if k % every == every - 1 else 27, dim // heads
         )
     found = recognise(sam)
-    assert found == Architecture(dim, depth, heads, tuple(range(every - 1, depth, every)), 14, 64, 16)
+    assert found == Architecture(
+        dim=dim,
+        depth=depth,
+        heads=heads,
+        global_blocks=tuple(range(every - 1, depth, every)),
+        window=14,
+        grid=64,
+        patch=16,
+    )
     assert found.name == name
 
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from wsiseg.models import store
+from wsiseg.models import download as downloads
+from wsiseg.models.registry import DOWNLOADS
 from wsiseg.models.sam.checkpoints import Architecture
 from wsiseg.testing import random_sam
 
@@ -155,15 +156,15 @@ def test_download_reports(
     content = checkpoint.read_bytes()
 
     def fetch(address: str, part: Path, on_progress: Callable[[int, int], None]) -> None:
-        assert address == store.DOWNLOADS["sam-vit-b"].address
+        assert address == DOWNLOADS["sam-vit-b"].address
         part.write_bytes(content)
         on_progress(len(content), 0)
 
-    monkeypatch.setattr(store, "_fetch", fetch)
+    monkeypatch.setattr(downloads, "_fetch", fetch)
     status, said = wsiseg("models", "download", "sam-vit-b")
     assert status == 1
     assert "sha256 differs from the published one" in said
-    monkeypatch.setattr(store, "file_hash", lambda _: store.DOWNLOADS["sam-vit-b"].sha256)
+    monkeypatch.setattr(downloads, "file_hash", lambda _: DOWNLOADS["sam-vit-b"].sha256)
     status, said = wsiseg("models", "download", "sam-vit-b")
     assert status == 0
     assert "source: https://dl.fbaipublicfiles.com/segment_anything/sam_vit_b_01ec64.pth" in said

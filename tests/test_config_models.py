@@ -13,7 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from wsiseg.config import RunConfig, TilingConfig, from_mapping, read_config
 from wsiseg.errors import ConfigError, WeightsError
-from wsiseg.models import MODELS, WEIGHTS_FOLDER, file_hash, find_weights, load_model, pick_device
+from wsiseg.models import find_weights, load_model, pick_device
+from wsiseg.models.cards import file_hash
+from wsiseg.models.registry import MODELS, WEIGHTS_FOLDER
 from wsiseg.runtime.settings import flatten
 
 if TYPE_CHECKING:

@@ -58,7 +58,7 @@ class Client:
 
 
 def summaries(client: Client, stopped: Callable[[], bool] = lambda: False) -> list[Any]:
-    pool = Pool(client, "--workers 2", 1, 2, "none", "they die")
+    pool = Pool(client=client, name="--workers 2", threads=1, workers=2, when_none="none", when_dead="they die")
     dispatcher = Dispatcher(pool, lambda *_: iter(()), lambda _: None)
     return list(dispatcher.summaries(range(40), lambda _: 8, stopped))
 
@@ -71,7 +71,7 @@ def test_every_block_comes_back_once_and_few_tasks_are_out_at_a_time() -> None:
 
 def test_the_error_of_a_worker_is_raised_after_what_it_had_finished() -> None:
     client = Client(lambda blocks: Outcome(["done"], Failure(SlideError, "a.svs: gone", "Traceback ...")))
-    pool = Pool(client, "--workers 2", 1, 2, "none", "they die")
+    pool = Pool(client=client, name="--workers 2", threads=1, workers=2, when_none="none", when_dead="they die")
     results = Dispatcher(pool, lambda *_: iter(()), lambda _: None).summaries(range(8), None, lambda: False)
     assert next(results) == "done"
     with pytest.raises(SlideError, match=r"^a\.svs: gone$"):

@@ -42,7 +42,10 @@ def public() -> dict[str, object]:
 
 
 PUBLIC = public()
-MODULES = sorted({"wsiseg", *(value.__module__ for value in PUBLIC.values())})
+WITH_EXAMPLES = [path for path in (ROOT / "wsiseg").rglob("*.py") if ">>> " in path.read_text(encoding="utf-8")]
+MODULES = sorted(
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in WITH_EXAMPLES
+)
 
 
 @pytest.mark.parametrize("name", PUBLIC)
@@ -55,6 +58,10 @@ def test_the_names_of_library_docs_and_examples_are_checked() -> None:
     assert {"wsiseg.library.segment_slide", "wsiseg.library.segment_image", "wsiseg.config.RunConfig"} <= set(PUBLIC)
     assert "wsiseg.models.load_model" in PUBLIC, "docs/models.md imports it"
     assert "wsiseg.evaluation.compare.evaluate" in PUBLIC, "docs/evaluate.md names it"
+
+
+def test_modules_with_examples_are_found() -> None:
+    assert {"wsiseg.library", "wsiseg.records", "wsiseg.stitching.resolve"} <= set(MODULES)
 
 
 def failures(module: types.ModuleType) -> list[str]:

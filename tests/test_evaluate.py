@@ -87,10 +87,33 @@ def parquet(
     n = len(cells)
     names = ("unassigned", *sorted({kind for *_, kind in cells} - {""}))
     codes = np.array([names.index(kind or "unassigned") for *_, kind in cells], np.int32)
-    typing = Typing(names, ((0, 0, 0),) * len(names), codes, np.ones(n, np.float32), np.ones(n, np.float32), codes - 1)
-    table = Cells(polygons(cells), np.zeros((n, 2)), np.ones(n, np.float32), np.empty((n, 0), np.float16))
-    info = SlideInfo("slide.svs", "openslide", "aperio", ((500, 500),), (1.0,), mpp, "--mpp", bounds)
-    write_geoparquet(path, table, typing, info, Provenance("wsiseg", "0", "slide.svs", "x"))
+    typing = Typing(
+        names=names,
+        colors=((0, 0, 0),) * len(names),
+        codes=codes,
+        scores=np.ones(n, np.float32),
+        margins=np.ones(n, np.float32),
+        prototypes=codes - 1,
+    )
+    table = Cells(
+        polygons=polygons(cells),
+        points_xy=np.zeros((n, 2)),
+        scores=np.ones(n, np.float32),
+        descriptors=np.empty((n, 0), np.float16),
+    )
+    info = SlideInfo(
+        path="slide.svs",
+        reader="openslide",
+        format="aperio",
+        level_sizes=((500, 500),),
+        downsamples=(1.0,),
+        mpp=mpp,
+        mpp_source="--mpp",
+        bounds=bounds,
+    )
+    write_geoparquet(
+        path, table, typing, info, Provenance(tool="wsiseg", version="0", slide="slide.svs", config_hash="x")
+    )
     return path
 
 

@@ -23,10 +23,22 @@ from wsiseg.records import Cells, Provenance, SlideInfo, Typing
 if TYPE_CHECKING:
     from pathlib import Path
 
-INFO = SlideInfo("/data/a.svs", "openslide", "aperio", ((200_000, 200_000),), (1.0,), 0.5, "--mpp")
+INFO = SlideInfo(
+    path="/data/a.svs",
+    reader="openslide",
+    format="aperio",
+    level_sizes=((200_000, 200_000),),
+    downsamples=(1.0,),
+    mpp=0.5,
+    mpp_source="--mpp",
+)
 MIRAX = replace(INFO, bounds=(1000, 500, 9000, 8000))
 PROVENANCE = Provenance(
-    "wsiseg", "0.1.0", "a.svs", "hash", {"seed": None, "nested": [None, {"a": None, "b": float("nan")}]}
+    tool="wsiseg",
+    version="0.1.0",
+    slide="a.svs",
+    config_hash="hash",
+    details={"seed": None, "nested": [None, {"a": None, "b": float("nan")}]},
 )
 BOW_TIE = [[0, 0], [10, 10], [10, 0], [0, 10], [0, 0]]
 SQUARE = [[0, 0], [10, 0], [10, 10], [0, 10], [0, 0]]
@@ -45,19 +57,24 @@ def cells_of(polygons: Any) -> Cells:
     table = np.empty(count, object)
     table[:] = list(polygons)
     points = np.nan_to_num(shapely.bounds(table).reshape(-1, 4)[:, :2])
-    return Cells(table, points, np.linspace(0.5, 1, count, dtype=np.float32), np.zeros((count, 2), np.float16))
+    return Cells(
+        polygons=table,
+        points_xy=points,
+        scores=np.linspace(0.5, 1, count, dtype=np.float32),
+        descriptors=np.zeros((count, 2), np.float16),
+    )
 
 
 def make_typing(count: int) -> Typing:
     names, colors = ("unassigned", 'tu"mour µ 2.0', "b"), ((128, 128, 128), (200, 0, 0), (0, 80, 200))
     codes = (np.arange(count) % 3).astype(np.int32)
     return Typing(
-        names,
-        colors,
-        codes,
-        np.full(count, 0.75, np.float32),
-        np.full(count, 0.125, np.float32),
-        np.zeros(count, np.int32),
+        names=names,
+        colors=colors,
+        codes=codes,
+        scores=np.full(count, 0.75, np.float32),
+        margins=np.full(count, 0.125, np.float32),
+        prototypes=np.zeros(count, np.int32),
     )
 
 

@@ -18,7 +18,15 @@ from wsiseg.records import SlideInfo
 if TYPE_CHECKING:
     from pathlib import Path
 
-INFO = SlideInfo("/data/a.svs", "openslide", "aperio", ((1000, 800),), (1.0,), 0.5, "--mpp")
+INFO = SlideInfo(
+    path="/data/a.svs",
+    reader="openslide",
+    format="aperio",
+    level_sizes=((1000, 800),),
+    downsamples=(1.0,),
+    mpp=0.5,
+    mpp_source="--mpp",
+)
 SQUARE = [[10, 10], [110, 10], [110, 110], [10, 110], [10, 10]]
 HOLE = [[20, 20], [30, 20], [30, 30], [20, 30], [20, 20]]
 

@@ -18,9 +18,24 @@ from wsiseg.records import Seeds, SeedType, SlideInfo
 if TYPE_CHECKING:
     from pathlib import Path
 
-INFO = SlideInfo("/data/slide.svs", "openslide", "aperio", ((20000, 10000),), (1.0,), 0.25, "x")
+INFO = SlideInfo(
+    path="/data/slide.svs",
+    reader="openslide",
+    format="aperio",
+    level_sizes=((20000, 10000),),
+    downsamples=(1.0,),
+    mpp=0.25,
+    mpp_source="x",
+)
 MIRAX = SlideInfo(
-    "/data/s.mrxs", "openslide", "mirax", ((20000, 10000),), (1.0,), 0.25, "x", bounds=(1000, 500, 9000, 8000)
+    path="/data/s.mrxs",
+    reader="openslide",
+    format="mirax",
+    level_sizes=((20000, 10000),),
+    downsamples=(1.0,),
+    mpp=0.25,
+    mpp_source="x",
+    bounds=(1000, 500, 9000, 8000),
 )
 GOOD: dict[str, Any] = {
     "version": 1,

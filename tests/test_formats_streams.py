@@ -33,9 +33,16 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 INFO = SlideInfo(
-    "/data/a.svs", "openslide", "aperio", ((200_000, 200_000),), (1.0,), 0.25, "--mpp", (1000, 500, 90_000, 90_000)
+    path="/data/a.svs",
+    reader="openslide",
+    format="aperio",
+    level_sizes=((200_000, 200_000),),
+    downsamples=(1.0,),
+    mpp=0.25,
+    mpp_source="--mpp",
+    bounds=(1000, 500, 90_000, 90_000),
 )
-PROVENANCE = Provenance("wsiseg", "0.1.0", "a.svs", "hash", {})
+PROVENANCE = Provenance(tool="wsiseg", version="0.1.0", slide="a.svs", config_hash="hash", details={})
 NAMES = ("cells.geojson", "cells.geojson.gz", "cells.geojson.zip", "cells.parquet")
 
 
@@ -73,10 +80,10 @@ class Stream:
         self.alive += 1
         self.most_alive = max(self.most_alive, self.alive)
         cells = Cells(
-            polygons,
-            centres,
-            (rows % 7 / 7).astype(np.float32),
-            np.tile((rows % 5)[:, None], self.descriptor_size).astype(np.float16),
+            polygons=polygons,
+            points_xy=centres,
+            scores=(rows % 7 / 7).astype(np.float32),
+            descriptors=np.tile((rows % 5)[:, None], self.descriptor_size).astype(np.float16),
         )
         weakref.finalize(polygons, self._gone)
         return cells
@@ -102,7 +109,14 @@ def typing_of(count: int) -> Typing:
     codes = (np.arange(count) % 3).astype(np.int32)
     scores = (np.arange(count) % 11 / 11).astype(np.float32)
     colors = ((128, 128, 128), (200, 0, 0), (0, 80, 200))
-    return Typing(("unassigned", "tumour", "other"), colors, codes, scores, scores[::-1].copy(), codes - 1)
+    return Typing(
+        names=("unassigned", "tumour", "other"),
+        colors=colors,
+        codes=codes,
+        scores=scores,
+        margins=scores[::-1].copy(),
+        prototypes=codes - 1,
+    )
 
 
 def written(folder: Path, name: str, cells: Stream | Cells) -> bytes:
@@ -128,7 +142,7 @@ def test_the_bytes_do_not_depend_on_the_source_or_its_chunks(
 ) -> None:
     small(monkeypatch, 17)
     cells = Stream(count).whole()
-    one = written(tmp_path, name, Bounded(cells.polygons, cells.points_xy, cells.scores, cells.descriptors))
+    one = written(tmp_path, name, Bounded(**vars(cells)))
     for chunk in (1, 7, 36, 1000):
         small(monkeypatch, chunk)
         source = Stream(count)
@@ -210,7 +224,12 @@ def test_ids_do_not_depend_on_the_chunks() -> None:
     shapes = rng.integers(1, 3, len(prompts))
     polygons = shapely.box(prompts, prompts, prompts + shapes, prompts + 2.0)
     points = np.stack([prompts, prompts], 1).astype(float)
-    cells = Cells(polygons, points, np.zeros(len(prompts), np.float32), np.zeros((len(prompts), 0), np.float16))
+    cells = Cells(
+        polygons=polygons,
+        points_xy=points,
+        scores=np.zeros(len(prompts), np.float32),
+        descriptors=np.zeros((len(prompts), 0), np.float16),
+    )
     namespace, seen, expected = uuid.uuid5(uuid.NAMESPACE_URL, "wsiseg:a.svs").bytes, {}, []
     for point, polygon in zip(points, polygons, strict=True):
         name = np.rint(np.concatenate([point, polygon.bounds]) * 100).astype("<i8").tobytes()
@@ -287,12 +306,12 @@ def test_a_table_is_typed_again_in_its_place(tmp_path: Path, monkeypatch: pytest
     before = pq.read_table(path)
     pq.write_table(before, path, row_group_size=13)
     fresh = Typing(
-        ("unassigned", "new"),
-        ((128, 128, 128), (1, 2, 3)),
-        1 - np.minimum(old.codes, 1),
-        old.margins,
-        old.scores,
-        old.prototypes + 1,
+        names=("unassigned", "new"),
+        colors=((128, 128, 128), (1, 2, 3)),
+        codes=1 - np.minimum(old.codes, 1),
+        scores=old.margins,
+        margins=old.scores,
+        prototypes=old.prototypes + 1,
     )
     table = read_table(path)
     table.check()

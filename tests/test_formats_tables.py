@@ -22,8 +22,16 @@ from wsiseg.records import Cells, Provenance, SlideInfo, Typing
 if TYPE_CHECKING:
     from pathlib import Path
 
-INFO = SlideInfo("/data/a.svs", "openslide", "aperio", ((5000, 4000),), (1.0,), 0.5, "--mpp")
-PROVENANCE = Provenance("wsiseg", "0.1.0", "a.svs", "hash", {"method": "apg"})
+INFO = SlideInfo(
+    path="/data/a.svs",
+    reader="openslide",
+    format="aperio",
+    level_sizes=((5000, 4000),),
+    downsamples=(1.0,),
+    mpp=0.5,
+    mpp_source="--mpp",
+)
+PROVENANCE = Provenance(tool="wsiseg", version="0.1.0", slide="a.svs", config_hash="hash", details={"method": "apg"})
 
 
 def make_cells(count: int, descriptor_size: int = 4) -> Cells:
@@ -33,7 +41,12 @@ def make_cells(count: int, descriptor_size: int = 4) -> Cells:
     outlines = centres + np.stack([np.cos(angles), np.sin(angles)], axis=-1) * rng.uniform(8, 12, (count, 12, 1))
     polygons = shapely.polygons(outlines) if count else np.empty(0, object)
     descriptors = rng.normal(size=(count, descriptor_size)).astype(np.float16)
-    return Cells(polygons, centres[:, 0].copy(), rng.random(count).astype(np.float32), descriptors)
+    return Cells(
+        polygons=polygons,
+        points_xy=centres[:, 0].copy(),
+        scores=rng.random(count).astype(np.float32),
+        descriptors=descriptors,
+    )
 
 
 def make_typing(count: int) -> Typing:
@@ -44,12 +57,12 @@ def make_typing(count: int) -> Typing:
     )
     scores, margins = rng.random(count).astype(np.float32), rng.random(count).astype(np.float32)
     return Typing(
-        names,
-        colors,
-        rng.integers(0, 3, count).astype(np.int32),
-        scores,
-        margins,
-        rng.integers(-1, 9, count).astype(np.int32),
+        names=names,
+        colors=colors,
+        codes=rng.integers(0, 3, count).astype(np.int32),
+        scores=scores,
+        margins=margins,
+        prototypes=rng.integers(-1, 9, count).astype(np.int32),
     )
 
 

@@ -36,7 +36,15 @@ if TYPE_CHECKING:
 
 SCALE = int(os.environ.get("WSISEG_FUZZ", "1"))
 LONGEST = 1500  #: characters of a message, the path left out: what is wrong, not the whole document
-INFO = SlideInfo("/data/a.svs", "openslide", "aperio", ((1000, 800),), (1.0,), 0.5, "--mpp")
+INFO = SlideInfo(
+    path="/data/a.svs",
+    reader="openslide",
+    format="aperio",
+    level_sizes=((1000, 800),),
+    downsamples=(1.0,),
+    mpp=0.5,
+    mpp_source="--mpp",
+)
 DEEP = "@deep@"  #: stands for a list within lists in the text, deeper than json.dumps goes
 
 

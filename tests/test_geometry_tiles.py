@@ -53,7 +53,7 @@ def test_cores_partition_the_slide(
 ) -> None:
     """Every point of the slide lies in exactly one core, wherever the grid starts; outer boxes start on the model's lattice."""
     lattice = Lattice(mpp, 0.25)
-    config = TilingConfig(tile_um, halo_um, block, origin)
+    config = TilingConfig(tile_um=tile_um, halo_um=halo_um, block_tiles=block, origin_um=origin)
     blocks = plan_blocks((width, height), lattice, config, stride_px=16, reach_px=68, wanted=everywhere)
     tiles = [t for b in blocks for t in b.tiles]
     rng = np.random.default_rng(0)

@@ -26,7 +26,8 @@ from PIL import Image
 
 from wsiseg.config import RunConfig, TilingConfig, from_mapping
 from wsiseg.formats.geoparquet import read_geoparquet
-from wsiseg.models import MODELS, file_hash
+from wsiseg.models.cards import file_hash
+from wsiseg.models.registry import MODELS
 from wsiseg.runs import plan as planning
 from wsiseg.runs import scheduling
 from wsiseg.runs.image import segment_image

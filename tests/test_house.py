@@ -195,8 +195,12 @@ def test_every_command_and_column_is_in_the_docs() -> None:
     from wsiseg.formats.geoparquet import _schema
     from wsiseg.records import Cells, Provenance, SlideInfo, Typing
 
-    info = SlideInfo("a", "image", "png", ((1, 1),), (1.0,), 0.5, "--mpp")
-    schema = _schema(Cells.empty(4), Typing.untyped(0), info, Provenance("wsiseg", "0", "a", ""))
+    info = SlideInfo(
+        path="a", reader="image", format="png", level_sizes=((1, 1),), downsamples=(1.0,), mpp=0.5, mpp_source="--mpp"
+    )
+    schema = _schema(
+        Cells.empty(4), Typing.untyped(0), info, Provenance(tool="wsiseg", version="0", slide="a", config_hash="")
+    )
     table = (ROOT / "docs/output.md").read_text().split("## cells.parquet")[1].split("## ")[0]
     documented = {
         name

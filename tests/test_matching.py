@@ -15,7 +15,7 @@ import shapely
 
 from wsiseg.config import RunConfig
 from wsiseg.formats.geoparquet import read_geoparquet
-from wsiseg.records import Bank, Cells, SlideInfo
+from wsiseg.records import Bank, Cells, SlideInfo, TypePrototypes
 from wsiseg.runs.finish import stitch_and_type
 from wsiseg.seeds.bank import match_bank, missed_cells
 from wsiseg.seeds.matching import describe_nearest, match_clicks, match_groups
@@ -31,7 +31,12 @@ def cells_of(*boxes: tuple[float, float, float, float]) -> Cells:
     """Boxes, each with its middle as prompt and a descriptor of its own."""
     shapes = np.array([shapely.box(*box) for box in boxes], object)
     middles = np.array([[(x0 + x1) / 2, (y0 + y1) / 2] for x0, y0, x1, y1 in boxes]).reshape(-1, 2)
-    return Cells(shapes, middles, np.ones(len(boxes), np.float32), np.eye(len(boxes), 8, dtype=np.float16))
+    return Cells(
+        polygons=shapes,
+        points_xy=middles,
+        scores=np.ones(len(boxes), np.float32),
+        descriptors=np.eye(len(boxes), 8, dtype=np.float16),
+    )
 
 
 def bank_of(
@@ -40,18 +45,18 @@ def bank_of(
     """Types a, b, ... with descriptors that no cell has."""
     points = tuple(np.array(c, float).reshape(-1, 2) for c in clicks)
     against = tuple(np.array(c, float).reshape(-1, 2) for c in negative or [[] for _ in clicks])
-    return Bank(
-        names=tuple("abcdef"[: len(clicks)]),
-        colors=((1, 2, 3),) * len(clicks),
-        clicks=points,
-        clicked=tuple(np.full((len(p), 8), 7, np.float32) for p in points),
-        negative=tuple(np.full((len(p), 8), 9, np.float32) for p in against),
-        cells=cells,
-        high=(),
-        low=(),
-        similarity_thresholds=np.empty(0, np.float32),
-        negative_clicks=against,
+    types = tuple(
+        TypePrototypes(
+            name=name,
+            color=(1, 2, 3),
+            clicks=p,
+            clicked=np.full((len(p), 8), 7, np.float32),
+            negative=np.full((len(n), 8), 9, np.float32),
+            negative_clicks=n,
+        )
+        for name, p, n in zip("abcdef", points, against, strict=False)
     )
+    return Bank(types, cells)
 
 
 def test_a_click_means_the_smallest_cell_that_holds_it() -> None:
@@ -109,10 +114,10 @@ def test_a_click_stands_for_the_cell_of_the_result() -> None:
     bank = bank_of([[(5, 5), (90, 5)], [(32, 5), (6, 6)]], cells_of(), [[(45, 5)], [(45, 90)]])
     matched, rows, warnings = match_bank(bank, cells, cells.descriptors, 3.0)
     assert [r.tolist() for r in rows] == [[0, -1], [1, -1]]
-    np.testing.assert_array_equal(matched.clicked[0], [cells.descriptors[0], np.full(8, 7)])
-    np.testing.assert_array_equal(matched.clicked[1], [cells.descriptors[1], np.full(8, 7)])
-    np.testing.assert_array_equal(matched.negative[0], [cells.descriptors[2]])
-    np.testing.assert_array_equal(matched.negative[1], [np.full(8, 9)])
+    np.testing.assert_array_equal(matched.types[0].clicked, [cells.descriptors[0], np.full(8, 7)])
+    np.testing.assert_array_equal(matched.types[1].clicked, [cells.descriptors[1], np.full(8, 7)])
+    np.testing.assert_array_equal(matched.types[0].negative, [cells.descriptors[2]])
+    np.testing.assert_array_equal(matched.types[1].negative, [np.full(8, 9)])
     assert warnings == [
         "the click on a at [90, 5] meets no cell of the result",
         "the click on b at [6, 6] meets the cell that was clicked as a",
@@ -134,15 +139,24 @@ def test_a_clicked_cell_replaces_none_that_was_found(method: str, kept: int) -> 
     found, decoded = cells_of((100, 100, 140, 140)), cells_of((102, 102, 142, 142), (300, 300, 340, 340))
     found = dataclasses.replace(found, scores=np.array([0.5], np.float32))
     bank = bank_of([[(121, 121)], [(320, 320)]], decoded)
-    info = SlideInfo("s.tiff", "array", "array", ((1000, 1000),), (1.0,), 0.25, "file", None)
+    info = SlideInfo(
+        path="s.tiff",
+        reader="array",
+        format="array",
+        level_sizes=((1000, 1000),),
+        downsamples=(1.0,),
+        mpp=0.25,
+        mpp_source="file",
+        bounds=None,
+    )
     config = dataclasses.replace(RunConfig(), method=method)
     result = stitch_and_type([found], info=info, config=config, bank=bank, types=None, descriptor_size=8)
     assert sorted(result.cells.points_xy[:, 0].tolist()) == [(120, 122)[kept], 320]
     assert sorted(result.typing.codes.tolist()) == [1, 2]
     assert result.bank is not None
     if method == "apg":
-        np.testing.assert_array_equal(result.bank.clicked[0], found.descriptors)
-        np.testing.assert_array_equal(result.bank.clicked[1], decoded.descriptors[1:])
+        np.testing.assert_array_equal(result.bank.types[0].clicked, found.descriptors)
+        np.testing.assert_array_equal(result.bank.types[1].clicked, decoded.descriptors[1:])
     else:
         assert result.bank is bank
 

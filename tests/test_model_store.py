@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import json
 import os
+import pkgutil
 import resource
 import subprocess
 import sys
@@ -23,25 +24,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from wsiseg.errors import ConfigError, WeightsError
-from wsiseg.models import MODELS, WEIGHTS_FOLDER, find_weights, store
+from wsiseg.models import find_weights, store
+from wsiseg.models.catalogue import catalogue, known_card, verify, verify_all
+from wsiseg.models.download import download
+from wsiseg.models.registry import DOWNLOADS, MODELS, SAM_NETWORK, WEIGHTS_FOLDER, Download
 from wsiseg.models.sam.checkpoints import Architecture, read_checkpoint
 from wsiseg.models.sam.instance_decoder import InstanceDecoder
-from wsiseg.models.store import (
-    DOWNLOADS,
-    SAM_NETWORK,
-    Download,
-    card_of_file,
-    catalogue,
-    download,
-    find_card,
-    import_model,
-    known_card,
-    models_folder,
-    stored_cards,
-    stored_names,
-    verify,
-    verify_all,
-)
+from wsiseg.models.store import card_of_file, find_card, import_model, models_folder, stored_cards, stored_names
 from wsiseg.testing import random_sam
 
 if TYPE_CHECKING:
@@ -152,6 +141,12 @@ def test_a_checkpoint_that_lacks_something_is_not_imported(tmp_path: Path, folde
     assert not folder.exists()
 
 
+def test_the_network_that_users_cards_name_is_there() -> None:
+    """The string stands in files that we cannot change."""
+    assert SAM_NETWORK == "wsiseg.models.sam:SamModel"
+    assert pkgutil.resolve_name(SAM_NETWORK).__name__ == "SamModel"
+
+
 def test_where(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("WSISEG_MODELS", raising=False)
     assert models_folder().parts[-2:] == ("wsiseg", "models")
@@ -203,21 +198,21 @@ def test_overwrite(tmp_path: Path, checkpoint: Path, folder: Path) -> None:
 def test_disk_full(stage: str, checkpoint: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One line, nothing half-written, and the same command works when there is room."""
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    real = store.os.fsync
+    real = os.fsync
 
     def fail(*_: object, **__: object) -> None:
         raise full
 
-    def fail_second(descriptor: int, calls: list[int] = []) -> None:  # noqa: B006
+    def fail_third(descriptor: int, calls: list[int] = []) -> None:  # noqa: B006
         calls.append(descriptor)
-        if len(calls) == 2:
+        if len(calls) == 3:  # after the weights and their folder
             raise full
         real(descriptor)
 
     if stage == "weights":
         monkeypatch.setattr(safetensors.torch, "save_file", fail)
     else:
-        monkeypatch.setattr(store.os, "fsync", fail if stage == "rename" else fail_second)
+        monkeypatch.setattr(os, "fsync", fail if stage == "rename" else fail_third)
     with pytest.raises(
         WeightsError, match=r"cannot be written \(No space left on device\); make room, or name a folder you may write"
     ) as caught:
@@ -423,7 +418,8 @@ def server(checkpoint: Path) -> Iterator[Server]:
 
 def entry(server: Server, **changes: str) -> Download:
     return dataclasses.replace(
-        Download(server.address, sha256(server.content).hexdigest(), "ViT", "Apache-2.0", 0.5), **changes
+        Download(address=server.address, sha256=sha256(server.content).hexdigest(), architecture="ViT", mpp=0.5),
+        **changes,
     )  # type: ignore[arg-type]
 
 

@@ -80,7 +80,8 @@ def test_folded_batch_norms_change_nothing(picture) -> None:
 
 def test_bf16_stays_close(model, picture) -> None:
     low = NucleiCompact()
-    from wsiseg.models import WEIGHTS_FOLDER, load_model
+    from wsiseg.models import load_model
+    from wsiseg.models.registry import WEIGHTS_FOLDER
 
     low = load_model(str(WEIGHTS_FOLDER / "nuclei-compact.safetensors"), "cpu", "bf16")
     with torch.inference_mode():

@@ -21,13 +21,13 @@ def masks_of(
     n = len(logits)
     middle = prompt or (origin[0] + logits.shape[2], origin[1] + logits.shape[1])
     return WindowMasks(
-        torch.from_numpy(logits.astype(np.float32)),
-        torch.tensor([origin] * n),
-        2,
-        torch.full((n,), 0.9),
-        torch.full((n,), 0.8),
-        torch.zeros(n, 4, dtype=torch.half),
-        torch.tensor([middle] * n, dtype=torch.float32),
+        logits=torch.from_numpy(logits.astype(np.float32)),
+        origin_xy=torch.tensor([origin] * n),
+        mask_stride_px=2,
+        predicted_iou=torch.full((n,), 0.9),
+        stability=torch.full((n,), 0.8),
+        descriptors=torch.zeros(n, 4, dtype=torch.half),
+        points_xy=torch.tensor([middle] * n, dtype=torch.float32),
     )
 
 

@@ -10,7 +10,7 @@ import pytest
 from wsiseg.celltypes.assignment import assign_types, set_click_labels
 from wsiseg.celltypes.plda import infer_hypotheses, slide_space
 from wsiseg.config import TypingConfig
-from wsiseg.records import Bank, Cells, TypeSpace, Typing
+from wsiseg.records import Bank, Cells, TypePrototypes, TypeSpace, Typing
 
 SIZE = 24
 
@@ -21,13 +21,13 @@ def space(kinds: int = 0, spread: float = 40.0, distance: float = 6.0) -> TypeSp
     middle = known.mean(0) if kinds else np.zeros(SIZE)
     one = np.ones(SIZE)
     return TypeSpace(
-        np.eye(SIZE, dtype=np.float32),
-        middle,
-        spread * one,
-        known,
-        0.5 * one,
-        1.0 * one,
-        tuple(f"kind {k}" for k in range(kinds)),
+        transform=np.eye(SIZE, dtype=np.float32),
+        mean=middle,
+        between_variance=spread * one,
+        reference_classes=known,
+        class_variance=0.5 * one,
+        slide_variance=1.0 * one,
+        class_names=tuple(f"kind {k}" for k in range(kinds)),
     )
 
 
@@ -55,18 +55,23 @@ def bank_of(
         else np.empty(0, int)
     )
     against = tuple(z[other].astype(np.float32) if t == 0 else z[:0].astype(np.float32) for t in range(len(types)))
-    empty = tuple(np.empty((0, 1), np.float32) for _ in types)
-    return Bank(
-        names=tuple(f"type {t}" for t in types),
-        colors=tuple((t, 0, 0) for t in types),
-        clicks=tuple(np.zeros((len(r), 2)) for r in rows),
-        clicked=tuple(z[r].astype(np.float32) for r in rows),
-        negative=against,
-        cells=Cells.empty(z.shape[1]),
-        high=empty,
-        low=empty,
-        similarity_thresholds=np.zeros(len(types), np.float32),
+    prototypes = tuple(
+        TypePrototypes(
+            name=f"type {t}",
+            color=(t, 0, 0),
+            clicks=np.zeros((len(rows[k]), 2)),
+            clicked=z[rows[k]].astype(np.float32),
+            negative=against[k],
+        )
+        for k, t in enumerate(types)
     )
+    return Bank(prototypes, Cells.empty(z.shape[1]))
+
+
+def with_clicked(bank: Bank, *clicked: np.ndarray) -> Bank:
+    """The bank with other descriptors of the clicked cells, type by type."""
+    types = tuple(dataclasses.replace(of, clicked=z) for of, z in zip(bank.types, clicked, strict=True))
+    return dataclasses.replace(bank, types=types)
 
 
 @pytest.mark.parametrize("prevalence", [[0.5, 0.5], [0.95, 0.05], [0.7, 0.25, 0.05]])
@@ -88,12 +93,12 @@ def test_an_odd_click_is_put_right_by_the_kinds_and_by_the_other_clicks() -> Non
     z, kinds = table([0.5, 0.5])
     bank = bank_of(z, kinds, [0, 1])
     odd = 1.8 * np.eye(SIZE)[0] + 4.0 * np.eye(SIZE)[1]
-    bank = dataclasses.replace(bank, clicked=(odd[None].astype(np.float32), 6 * np.eye(SIZE, dtype=np.float32)[1:2]))
+    bank = with_clicked(bank, odd[None].astype(np.float32), 6 * np.eye(SIZE, dtype=np.float32)[1:2])
     informed, _ = assign_types(z, places(len(z)), bank, space(kinds=2), TypingConfig(drift=0))
     plain, _ = assign_types(z, places(len(z)), bank, space(kinds=0), TypingConfig(drift=0))
     assert (informed.codes == kinds + 1).mean() > 0.97
     assert (plain.codes == kinds + 1).mean() < (informed.codes == kinds + 1).mean() - 0.02
-    assert infer_hypotheses(list(bank.clicked), space(kinds=2), TypingConfig())[0].classes == (0, 1)
+    assert infer_hypotheses([of.clicked for of in bank.types], space(kinds=2), TypingConfig())[0].classes == (0, 1)
 
 
 def test_types_of_no_known_kind_are_told_apart_by_the_clicks() -> None:
@@ -102,10 +107,8 @@ def test_types_of_no_known_kind_are_told_apart_by_the_clicks() -> None:
     kinds = rng.integers(0, 2, 3000)
     z = (12 * np.eye(SIZE)[5 + kinds] + rng.standard_normal((3000, SIZE))).astype(np.float16)
     bank = bank_of(z, kinds, [0, 1])
-    assert infer_hypotheses([x.astype(float) for x in bank.clicked], space(kinds=2), TypingConfig())[0].classes == (
-        -1,
-        -1,
-    )
+    clicked = [of.clicked.astype(float) for of in bank.types]
+    assert infer_hypotheses(clicked, space(kinds=2), TypingConfig())[0].classes == (-1, -1)
     typing, _ = assign_types(z, places(len(z)), bank, space(kinds=2), TypingConfig())
     assert (typing.codes == kinds + 1).mean() > 0.97
 
@@ -159,7 +162,7 @@ def test_a_type_that_occurs_nowhere_is_given_to_hardly_any_cell() -> None:
     z, kinds = table([0.4, 0.4, 0.2], n=6000)
     bank = bank_of(z, kinds, [0, 1, 2], clicks=3)
     here = kinds < 2
-    cosine = z[here].astype(float) @ bank.clicked[2].mean(0)
+    cosine = z[here].astype(float) @ bank.types[2].clicked.mean(0)
     assert 0.1 < (cosine > cosine.mean() + cosine.std()).mean() < 0.22
     typing, _ = assign_types(z[here], places(int(here.sum())), bank, space(), TypingConfig())
     assert (typing.codes == 3).mean() < 0.01
@@ -185,7 +188,7 @@ def test_a_stain_that_changes_over_the_slide_is_followed() -> None:
 def test_a_click_between_two_kinds_is_called_doubtful() -> None:
     z, kinds = table([0.5, 0.5])
     between = 3 * np.eye(SIZE)[0] + 3 * np.eye(SIZE)[1]
-    bank = dataclasses.replace(bank_of(z, kinds, [0]), clicked=(between[None].astype(np.float32),))
+    bank = with_clicked(bank_of(z, kinds, [0]), between[None].astype(np.float32))
     _, notes = assign_types(z, places(len(z)), bank, space(kinds=2), TypingConfig())
     assert any("the clicks on type 0 could mean kind" in w for w in notes.warnings)
 
@@ -279,7 +282,12 @@ def test_no_cells() -> None:
 def test_clicked_cells_keep_their_type() -> None:
     codes, none = np.array([2, 0, 1], np.int32), np.full(3, -1, np.int32)
     typing = Typing(
-        ("unassigned", "a", "b"), ((0, 0, 0),) * 3, codes, np.zeros(3, np.float32), np.zeros(3, np.float32), none
+        names=("unassigned", "a", "b"),
+        colors=((0, 0, 0),) * 3,
+        codes=codes,
+        scores=np.zeros(3, np.float32),
+        margins=np.zeros(3, np.float32),
+        prototypes=none,
     )
     kept = set_click_labels(typing, [np.array([0]), np.array([-1, 1])])
     assert kept.codes.tolist() == [1, 2, 1]

@@ -298,9 +298,9 @@ def test_a_bank_comes_back_as_written(finished: Path, tmp_path: Path) -> None:
     assert bank.from_other_slide
     write_bank(tmp_path / "again", bank, note["slide"], note["weights"])
     again, _ = read_bank(tmp_path / "again")
-    for a, b in zip(bank.clicked, again.clicked, strict=True):
+    for a, b in zip(*([of.clicked for of in found.types] for found in (bank, again)), strict=True):
         np.testing.assert_array_equal(a, b)
-    assert [len(x) for x in bank.clicked] == [1, 1, 1]
+    assert [len(of.clicked) for of in bank.types] == [1, 1, 1]
 
 
 @pytest.mark.parametrize("content", [b"", b"hello", b"\x08\0\0\0\0\0\0\0{}      "])

@@ -31,13 +31,13 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 
 def smaller(architecture: Architecture, grid: int) -> Architecture:
     return Architecture(
-        architecture.dim,
-        architecture.depth,
-        architecture.heads,
-        architecture.global_blocks,
-        architecture.window,
-        grid,
-        16,
+        dim=architecture.dim,
+        depth=architecture.depth,
+        heads=architecture.heads,
+        global_blocks=architecture.global_blocks,
+        window=architecture.window,
+        grid=grid,
+        patch=16,
     )
 
 

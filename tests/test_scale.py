@@ -14,12 +14,16 @@ import pytest
 import tifffile
 from PIL import Image, ImageDraw
 
-from wsiseg.config import RunConfig, check_mpp, from_mapping
+from wsiseg.config import RunConfig, TilingConfig, TissueConfig, check_mpp, from_mapping
+from wsiseg.demo import write_demo
 from wsiseg.errors import ConfigError, SlideError
 from wsiseg.records import SlideInfo
 from wsiseg.runs import slide as pipeline
+from wsiseg.runs.inputs import read_inputs
+from wsiseg.runs.plan import plan_run
 from wsiseg.runs.plan_file import RunPlan
 from wsiseg.runs.plausibility import DENSITY_MM2, MEDIAN_UM2, implausible
+from wsiseg.runs.survey import survey
 from wsiseg.segmentation.nuclear_scale import (
     CONTRADICTION,
     DIAMETER_UM,
@@ -134,7 +138,15 @@ def test_doubts_are_said_before_the_work_and_once(
 
 
 def sheet(mpp: float = 0.5, mm2: float = 1.0, tiles: int = 1, roi: str | None = None) -> RunPlan:
-    info = SlideInfo("s.svs", "image", "png", ((100, 100),), (1.0,), mpp, "--mpp")
+    info = SlideInfo(
+        path="s.svs",
+        reader="image",
+        format="png",
+        level_sizes=((100, 100),),
+        downsamples=(1.0,),
+        mpp=mpp,
+        mpp_source="--mpp",
+    )
     return RunPlan(info, RunConfig(roi=roi), None, {f"{k}": 1 for k in range(tiles)}, "", "", "", 1, mm2)
 
 
@@ -417,3 +429,14 @@ def test_numbers_in_sentences_agree_with_their_nouns(
 ) -> None:
     output = wsiseg("info", demo[0], "--no-estimate")[1]
     assert "in 1 block\n" in output
+
+
+def test_info_counts_the_tiles_that_a_run_plans(tmp_path: Path) -> None:
+    """A tile of 30.1 um is 121 px, and 128 on the model's stride: 81 tiles or 64 on this slide."""
+    slide, _ = write_demo(tmp_path / "demo")
+    config = RunConfig(tiling=TilingConfig(tile_um=30.1), tissue=TissueConfig(enabled=False))
+    facts = survey(str(slide), estimate=False, config=config)
+    prepared = plan_run(read_inputs(str(slide), config), tmp_path / "parts")
+    prepared.context.reader.close()
+    planned = sum(prepared.plan.tiles.values())
+    assert facts["tiles"].startswith(f"{planned} of 32 um, in ")

@@ -164,7 +164,13 @@ def plain(
 @settings(deadline=None, max_examples=80)
 @given(
     st.integers(0, 10**6),
-    st.sampled_from([ScoreMerge(), ScoreMerge(0.5, 0.3, 5, 2, 0.5), ScoreMerge(0.9, 0.0, 1, 1, 0.8)]),
+    st.sampled_from(
+        [
+            ScoreMerge(),
+            ScoreMerge(max_overlap=0.5, score_threshold=0.3, min_size=5, cluster=2, cluster_cover=0.5),
+            ScoreMerge(max_overlap=0.9, score_threshold=0.0, min_size=1, cluster=1, cluster_cover=0.8),
+        ]
+    ),
 )
 def test_merging_is_that_of_the_plain_twin(seed: int, config: ScoreMerge) -> None:
     rng = np.random.default_rng(seed)

@@ -21,14 +21,14 @@ def batch(radii: list[float], points: list[tuple[float, float]], *, full_tile: b
     xy = torch.tensor(points, dtype=torch.float32)
     n = len(radii)
     return WindowMasks(
-        torch.stack([disc(r) for r in radii]),
-        (xy - SIDE * CELL / 2).long(),
-        CELL,
-        torch.linspace(0.9, 0.8, n),
-        torch.ones(n),
-        torch.zeros(n, 3).half(),
-        xy,
-        full_tile,
+        logits=torch.stack([disc(r) for r in radii]),
+        origin_xy=(xy - SIDE * CELL / 2).long(),
+        mask_stride_px=CELL,
+        predicted_iou=torch.linspace(0.9, 0.8, n),
+        stability=torch.ones(n),
+        descriptors=torch.zeros(n, 3).half(),
+        points_xy=xy,
+        full_tile=full_tile,
     )
 
 
@@ -50,13 +50,13 @@ class Told:
         self.asked.append(extras)
         found = batch([self.radius[x] for x in points_xy[:, 0].tolist()], [tuple(p) for p in points_xy.tolist()])
         return WindowMasks(
-            found.logits,
-            found.origin_xy,
-            CELL,
-            torch.full((len(tile),), 0.5),
-            found.stability,
-            found.descriptors + 1,
-            points_xy,
+            logits=found.logits,
+            origin_xy=found.origin_xy,
+            mask_stride_px=CELL,
+            predicted_iou=torch.full((len(tile),), 0.5),
+            stability=found.stability,
+            descriptors=found.descriptors + 1,
+            points_xy=points_xy,
         )
 
 
@@ -65,7 +65,7 @@ def areas(batches: list[WindowMasks]) -> list[float]:
 
 
 def again(model: Told, batches: list[WindowMasks], **settings: float) -> list[WindowMasks]:
-    nothing = Embeddings(torch.empty(0), torch.empty(0), None, {})
+    nothing = Embeddings(high=torch.empty(0), low=torch.empty(0), maps=None, extra={})
     config = SecondRoundConfig(enabled=True, **settings)  # type: ignore[arg-type]
     return refine_masks(model, nothing, 512, batches, MaskConfig(prompts_per_batch=8), config)  # type: ignore[arg-type]
 

@@ -28,9 +28,24 @@ from wsiseg.seeds.preview import MAX_PANELS, WINDOW_UM, preview_seeds
 if TYPE_CHECKING:
     from pathlib import Path
 
-INFO = SlideInfo("/data/slide.svs", "openslide", "aperio", ((20000, 10000),), (1.0,), 0.25, "x")
+INFO = SlideInfo(
+    path="/data/slide.svs",
+    reader="openslide",
+    format="aperio",
+    level_sizes=((20000, 10000),),
+    downsamples=(1.0,),
+    mpp=0.25,
+    mpp_source="x",
+)
 MIRAX = SlideInfo(
-    "/data/s.mrxs", "openslide", "mirax", ((20000, 10000),), (1.0,), 0.25, "x", bounds=(1000, 500, 9000, 8000)
+    path="/data/s.mrxs",
+    reader="openslide",
+    format="mirax",
+    level_sizes=((20000, 10000),),
+    downsamples=(1.0,),
+    mpp=0.25,
+    mpp_source="x",
+    bounds=(1000, 500, 9000, 8000),
 )
 OWN: dict[str, Any] = {
     "version": 1,
@@ -512,7 +527,17 @@ def test_a_click_beside_every_nucleus_counts_and_is_framed_in_orange(tmp_path: P
 
 def panel(kind: int, number: int, shade: tuple[int, int, int], side: int, fault: str = "") -> Panel:
     block = np.full((side, side, 3), shade, np.uint8)
-    return Panel(kind, number, False, (123456.5, 7.0), block, (side / 2, side / 2), None, None if fault else 0.5, fault)
+    return Panel(
+        kind=kind,
+        number=number,
+        negative=False,
+        point=(123456.5, 7.0),
+        pixels=block,
+        click_xy=(side / 2, side / 2),
+        outline=None,
+        score=None if fault else 0.5,
+        fault=fault,
+    )
 
 
 def test_500_clicks_are_all_on_a_sheet_of_bounded_size() -> None:
@@ -572,8 +597,13 @@ def test_more_clicks_than_a_sheet_holds(
         if list(point) == last:
             raise SeedsError(f"{place} = [500, 500]: on glass; click on a nucleus")
         disc = np.array([shapely.Point(point).buffer(5)], object)
-        cell = Cells(disc, np.array([point]), np.ones(1, np.float32), np.zeros((1, 4), np.float16))
-        return ClickedCell(place, np.array(point), np.zeros(4, np.float32), cell)
+        cell = Cells(
+            polygons=disc,
+            points_xy=np.array([point]),
+            scores=np.ones(1, np.float32),
+            descriptors=np.zeros((1, 4), np.float16),
+        )
+        return ClickedCell(place=place, prompt=np.array(point), descriptor=np.zeros(4, np.float32), cell=cell)
 
     seen = []
     monkeypatch.setattr(preview, "find_clicked", refuse_last)

@@ -12,7 +12,7 @@ import shapely
 
 from wsiseg.config import RunConfig
 from wsiseg.errors import ConfigError, FormatError
-from wsiseg.records import Bank, Cells, SlideInfo
+from wsiseg.records import Bank, Cells, SlideInfo, TypePrototypes
 from wsiseg.runs.plan_file import RunPlan, read_plan, write_plan
 from wsiseg.runs.slide_list import Entry, read_list
 from wsiseg.runtime.shards import Shard, read_shard
@@ -127,15 +127,15 @@ def test_a_list_that_cannot_be_read(tmp_path: Path) -> None:
 
 def sheet(bank: Bank | None) -> RunPlan:
     info = SlideInfo(
-        "/x/s.svs",
-        "openslide",
-        "aperio",
-        ((100, 90), (25, 22)),
-        (1.0, 4.0),
-        0.25,
-        "--mpp",
-        (1, 2, 30, 40),
-        ("doubtful",),
+        path="/x/s.svs",
+        reader="openslide",
+        format="aperio",
+        level_sizes=((100, 90), (25, 22)),
+        downsamples=(1.0, 4.0),
+        mpp=0.25,
+        mpp_source="--mpp",
+        bounds=(1, 2, 30, 40),
+        warnings=("doubtful",),
     )
     return RunPlan(
         info,
@@ -153,19 +153,20 @@ def sheet(bank: Bank | None) -> RunPlan:
 
 def bank(from_other_slide: bool = False) -> Bank:
     polygons = np.array([shapely.box(0.1, 0, 3, 4)], object)
-    cells = Cells(polygons, np.array([[1.3, 2.7]]), np.ones(1, np.float32), np.array([[0.6, 0.8]], np.float16))
-    return Bank(
-        ("a",),
-        ((1, 2, 3),),
-        (np.array([[1.25, 2.0]]),),
-        (np.array([[0.6, 0.8]], np.float32),),
-        (np.empty((0, 2), np.float32),),
-        cells,
-        (),
-        (),
-        np.empty(0, np.float32),
-        from_other_slide,
+    cells = Cells(
+        polygons=polygons,
+        points_xy=np.array([[1.3, 2.7]]),
+        scores=np.ones(1, np.float32),
+        descriptors=np.array([[0.6, 0.8]], np.float16),
     )
+    one = TypePrototypes(
+        name="a",
+        color=(1, 2, 3),
+        clicks=np.array([[1.25, 2.0]]),
+        clicked=np.array([[0.6, 0.8]], np.float32),
+        negative=np.empty((0, 2), np.float32),
+    )
+    return Bank((one,), cells, from_other_slide=from_other_slide)
 
 
 def test_a_sheet_comes_back_as_it_was(tmp_path: Path) -> None:
@@ -178,8 +179,8 @@ def test_a_sheet_comes_back_as_it_was(tmp_path: Path) -> None:
     assert list(back.tiles) == ["0001-0000", "0000-0001"]
     assert back.bank.names == ("a",)
     assert not back.bank.from_other_slide
-    np.testing.assert_array_equal(back.bank.clicks[0], [[1.25, 2.0]])
-    np.testing.assert_array_equal(back.bank.clicked[0], bank().clicked[0])
+    np.testing.assert_array_equal(back.bank.types[0].clicks, [[1.25, 2.0]])
+    np.testing.assert_array_equal(back.bank.types[0].clicked, bank().types[0].clicked)
     assert back.bank.cells.polygons[0].wkb == bank().cells.polygons[0].wkb
     np.testing.assert_array_equal(back.bank.cells.points_xy, bank().cells.points_xy)
 
@@ -251,7 +252,8 @@ def test_the_log_has_a_line_per_event(
 def test_clicks_of_another_run_are_not_taken(tmp_path: Path) -> None:
     """A run with other clicks was begun over this one and stopped before its plan was written."""
     write_plan(tmp_path, sheet(bank()))
-    other = dataclasses.replace(bank(), clicked=(np.array([[0.8, 0.6]], np.float32),))
+    (one,) = bank().types
+    other = dataclasses.replace(bank(), types=(dataclasses.replace(one, clicked=np.array([[0.8, 0.6]], np.float32)),))
     write_plan(tmp_path / "other", sheet(other))
     (tmp_path / "clicks.safetensors").write_bytes((tmp_path / "other" / "clicks.safetensors").read_bytes())
     assert read_plan(tmp_path, "run") is None

@@ -388,7 +388,15 @@ class Ramp:
 
     def __init__(self, size=2000, levels=3):
         sizes = tuple((size >> k, size >> k) for k in range(levels))
-        self.info = SlideInfo("ramp", "fake", "fake", sizes, whole_downsamples(sizes), 0.25, "fake")
+        self.info = SlideInfo(
+            path="ramp",
+            reader="fake",
+            format="fake",
+            level_sizes=sizes,
+            downsamples=whole_downsamples(sizes),
+            mpp=0.25,
+            mpp_source="fake",
+        )
         self.largest = 0
 
     def read(self, level, box):
@@ -992,8 +1000,19 @@ def test_doubts_about_the_scale_are_said():
 
 
 def test_require_cellular():
-    def info(mpp, source="file", notes=()):
-        return SlideInfo("a.svs", "x", "x", ((9, 9),), (1.0,), mpp, source, None, tuple(notes))
+    def info(mpp, source="file", notes=(), not_square=""):
+        return SlideInfo(
+            path="a.svs",
+            reader="x",
+            format="x",
+            level_sizes=((9, 9),),
+            downsamples=(1.0,),
+            mpp=mpp,
+            mpp_source=source,
+            bounds=None,
+            warnings=tuple(notes),
+            not_square=not_square,
+        )
 
     require_cellular(info(0.25))
     require_cellular(info(5, "--mpp"))
@@ -1002,11 +1021,10 @@ def test_require_cellular():
             require_cellular(info(mpp))
     with pytest.raises(SlideError, match="pass --mpp"):
         require_cellular(info(math.nan, "none"))
-    value, source, notes = choose_mpp(PixelSize(0.25, 0.3, "file"), None, None)
     with pytest.raises(SlideError, match="far from square"):
-        require_cellular(info(value, source, notes))
-    value, source, notes = choose_mpp(PixelSize(0.25, 0.3, "file"), 0.25, None)
-    require_cellular(info(value, source, notes))
+        require_cellular(info(*choose_mpp(PixelSize(0.25, 0.3, "file"), None, None)))
+    require_cellular(info(*choose_mpp(PixelSize(0.25, 0.3, "file"), 0.25, None)))
+    require_cellular(info(0.25, notes=["pixels are far from square"]))  # what a warning says decides nothing
 
 
 def test_too_coarse_a_slide_is_shown_but_not_run(slides_dir):

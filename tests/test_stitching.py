@@ -16,7 +16,9 @@ from wsiseg.errors import RunError
 from wsiseg.formats.parts import read_part, write_part
 from wsiseg.records import Cells
 from wsiseg.stitching.outline_store import OutlineStore
-from wsiseg.stitching.stitch import StitchCounts, find_pairs, resolve_overlaps
+from wsiseg.stitching.overlaps import find_pairs, refine_areas
+from wsiseg.stitching.resolve import resolve_overlaps
+from wsiseg.stitching.stitch import StitchCounts
 from wsiseg.stitching.stitch import stitch as stitch_outlines
 
 if TYPE_CHECKING:
@@ -27,10 +29,10 @@ SIZE = (1000, 1000)
 
 def cells_of(shapes: list[shapely.Polygon], scores: list[float]) -> Cells:
     return Cells(
-        np.array(shapes, object),
-        np.array([s.centroid.coords[0] for s in shapes]).reshape(-1, 2),
-        np.array(scores, np.float32),
-        np.arange(len(shapes), dtype=np.float16)[:, None],
+        polygons=np.array(shapes, object),
+        points_xy=np.array([s.centroid.coords[0] for s in shapes]).reshape(-1, 2),
+        scores=np.array(scores, np.float32),
+        descriptors=np.arange(len(shapes), dtype=np.float16)[:, None],
     )
 
 
@@ -154,7 +156,9 @@ def crowd(count: int, side: float, seed: int = 0) -> Cells:
     radius = rng.uniform(6, 14, (count, 1)) * rng.uniform(0.8, 1.2, (count, 15))
     polygons = shapely.polygons(centres[:, None] + np.stack([radius * np.cos(angle), radius * np.sin(angle)], 2))
     scores = rng.choice(np.linspace(0.3, 1, 50), count).astype(np.float32)
-    return Cells(polygons, centres, scores, rng.normal(size=(count, 3)).astype(np.float16))
+    return Cells(
+        polygons=polygons, points_xy=centres, scores=scores, descriptors=rng.normal(size=(count, 3)).astype(np.float16)
+    )
 
 
 @pytest.mark.parametrize("cache_bytes", [0, 1 << 26])
@@ -196,7 +200,7 @@ def test_bounds_in_place_of_areas_decide_the_same() -> None:
     cells = crowd(3000, 1600, seed=3)
     outlines = OutlineStore([cells], (1600, 1600), 3)
     config = StitchingConfig()
-    pairs = find_pairs(outlines, config)
+    pairs = refine_areas(outlines, find_pairs(outlines, config), config)
     exact = shapely.area(shapely.intersection(outlines.polygons(pairs.low), outlines.polygons(pairs.high)))
     assert 0.02 < np.isclose(pairs.shared, exact, rtol=1e-9).mean() < 0.9, "some are bounds, some are not"
     assert (pairs.shared >= exact * (1 - 1e-9)).all()

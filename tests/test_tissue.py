@@ -127,7 +127,7 @@ def test_margin_and_sizes_are_microns():
 def test_covers_and_area():
     mask = np.zeros((10, 20), bool)
     mask[4, 7] = True
-    found = TissueMask(mask, 32.0, True, ())
+    found = TissueMask(mask=mask, scale=32.0, brightfield=True, warnings=())
     assert found.covers(7 * 32, 4 * 32, 7 * 32 + 1, 4 * 32 + 1)
     assert found.covers(-1000, -1000, 1000, 1000)
     assert not found.covers(8 * 32, 4 * 32, 9 * 32, 5 * 32)
@@ -163,7 +163,12 @@ def test_real_slides(slides_dir, name, mpp, brightfield, low, high):
 def test_a_mask_travels_packed() -> None:
     """To workers, through a scheduler: a slide of 100,000 px has 10 million mask px."""
     y, x = np.mgrid[:3125, :3125]
-    mask = TissueMask(np.hypot(x - 1500, y - 1200) + 60 * np.sin(x / 40) < 1000, 32.0, True, ("a warning",))
+    mask = TissueMask(
+        mask=np.hypot(x - 1500, y - 1200) + 60 * np.sin(x / 40) < 1000,
+        scale=32.0,
+        brightfield=True,
+        warnings=("a warning",),
+    )
     sent = pickle.dumps(mask)
     assert len(sent) < 100_000
     back = pickle.loads(sent)

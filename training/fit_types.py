@@ -86,7 +86,12 @@ def fit(collections: dict[str, list[Dots]]) -> TypeSpace:
         kinds = np.nanmean(seen - shift[:, None], 0)
     stray = np.nanmean((seen - kinds - shift[:, None]) ** 2, (0, 1)) * LOOSE
     return TypeSpace(
-        transform.astype(np.float32), kinds.mean(0), np.maximum(spread, 1e-6), kinds, stray, (shift**2).mean(0)
+        transform=transform.astype(np.float32),
+        mean=kinds.mean(0),
+        between_variance=np.maximum(spread, 1e-6),
+        reference_classes=kinds,
+        class_variance=stray,
+        slide_variance=(shift**2).mean(0),
     )
 
 

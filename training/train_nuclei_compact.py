@@ -72,7 +72,9 @@ def losses(model: NucleiCompact, heads: TypeHeads, batch: dict[str, Tensor], amp
     images = batch["image"].contiguous(memory_format=torch.channels_last)
     with torch.autocast(images.device.type, torch.bfloat16, enabled=amp):
         e = model.encode(images)
-    e = Embeddings(e.high.float(), e.low.float(), e.maps.float(), {k: v.float() for k, v in e.extra.items()})
+    e = Embeddings(
+        high=e.high.float(), low=e.low.float(), maps=e.maps.float(), extra={k: v.float() for k, v in e.extra.items()}
+    )
     out: dict[str, Tensor] = {}
 
     weight, foreground = batch["weight"], batch["foreground"]

@@ -25,7 +25,7 @@ _OBJECTIVES = (5.0, 10.0, 20.0, 40.0, 60.0, 63.0, 80.0, 100.0)  # powers that ar
 _UM_OF_1X = 10.0  # scanners have about this over the objective's power
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TissueConfig:
     """Tissue search: where to look for cells.
 
@@ -54,7 +54,7 @@ TILE_UM = 256.0  #: 1024 px at 0.25: the halo costs 27 %, the working set stays 
 HALO_UM = 24.0  #: the encoder's receptive field has died away (benchmarks/results/tiling.md)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TilingConfig:
     """Tiling of the slide.
 
@@ -77,7 +77,7 @@ class TilingConfig:
     origin_um: float = setting(0.0, -1e6, 1e6)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ApgConfig:
     """Automatic prompt generation: Archit and Pape, arXiv:2603.17845, the published thresholds.
 
@@ -112,7 +112,7 @@ class GridConfig:
     min_stability: float = setting(0.95, 0, 1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SecondRoundConfig:
     """Mask refinement: every instance prompted again with its box and its neighbours' points (refinement.py).
 
@@ -134,7 +134,7 @@ class SecondRoundConfig:
     max_overlap: float = setting(0.15, 0, 1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CopConfig:
     """Chain-of-Prompts (arXiv 2605.29429).
 
@@ -184,7 +184,7 @@ COP_FORMS = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MaskConfig:
     """Thresholds for decoded masks to count as cells.
 
@@ -211,7 +211,7 @@ class MaskConfig:
     prompts_per_batch: int = setting(128, 1, 65536)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class StitchingConfig:
     """Resolution of overlapping outlines: best score first, as in the merge of APG v2 (micro-sam's ``dev`` branch).
 
@@ -234,7 +234,7 @@ class StitchingConfig:
     nested: float = setting(0.6, 0.01, 1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TypingConfig:
     """Typing from clicks. The numbers are priors of the model in plda.py; benchmarks/results/cop.md compares other values.
 
@@ -277,7 +277,7 @@ class TypingConfig:
     separable: float = setting(2.0, 0, 100)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ClusterConfig:
     """A job of a batch system (``--scheduler slurm``, ``pbs``, ``lsf`` or ``sge``); each is one worker.
 
@@ -309,7 +309,7 @@ class ClusterConfig:
     prologue: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """Settings of one run.
 

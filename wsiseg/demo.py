@@ -42,6 +42,13 @@ def write_demo(folder: str | Path) -> tuple[Path, Path]:
     ------
     RunError
         The folder cannot be written.
+
+    Examples
+    --------
+    >>> from wsiseg.demo import write_demo
+    >>> slide, seeds = write_demo("demo")
+    >>> slide.name, seeds.name
+    ('ihc.tiff', 'seeds.json')
     """
     folder = Path(folder)
     slide, seeds = folder / "ihc.tiff", folder / "seeds.json"

@@ -14,14 +14,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from wsiseg.demo import write_demo
-from wsiseg.models import MODELS, load_model
+from wsiseg.models import load_model
+from wsiseg.models.registry import MODELS
 from wsiseg.slide import READERS, open_slide
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Check:
     """One line of the report. A check that is not ``needed`` may fail without harm."""
 
@@ -49,9 +50,11 @@ def examine() -> list[Check]:
 
 def _attempt(what: str, trial: Callable[[], str], remedy: str) -> Check:
     try:
-        return Check(what, ok=True, found=trial())
+        return Check(what=what, ok=True, found=trial())
     except Exception as error:  # noqa: BLE001 - a doctor reports whatever breaks
-        return Check(what, ok=False, found=f"{type(error).__name__}: {' '.join(str(error).split())}", remedy=remedy)
+        return Check(
+            what=what, ok=False, found=f"{type(error).__name__}: {' '.join(str(error).split())}", remedy=remedy
+        )
 
 
 def _read(slide: Path, name: str) -> str:
@@ -76,10 +79,10 @@ def _gpu() -> Check:
     import torch
 
     if torch.cuda.is_available():
-        return Check("GPU", ok=True, found=torch.cuda.get_device_name(0), needed=False)
+        return Check(what="GPU", ok=True, found=torch.cuda.get_device_name(0), needed=False)
     built = f"was built for CUDA {torch.version.cuda}" if torch.version.cuda else "is a CPU build"
     found = f"no GPU found; torch {torch.__version__} {built}; runs use the CPU"
-    return Check("GPU", ok=False, found=found, remedy="for a GPU, install a CUDA build of torch", needed=False)
+    return Check(what="GPU", ok=False, found=found, remedy="for a GPU, install a CUDA build of torch", needed=False)
 
 
 def _disk() -> Check:
@@ -87,7 +90,7 @@ def _disk() -> Check:
     writable = os.access(here, os.W_OK)
     remedy = "" if writable and free > 1 else "pass --out with a folder on another disk"
     return Check(
-        "disk",
+        what="disk",
         ok=writable and free > 1,
         found=f"{free:.0f} GiB free in {here}{'' if writable else ', not writable'}",
         remedy=remedy,

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 UNASSIGNED = "unassigned"  #: the type of a cell that no seed claims; always type code 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SlideInfo:
     """Metadata of a slide.
 
@@ -42,6 +42,11 @@ class SlideInfo:
         (x, y, width, height) of OpenSlide's non-empty region in level-0 px, which QuPath crops to; ``None`` when the slide has none.
     warnings
         Warnings about anything doubtful (mpp far from a cell model's, anisotropy, ...).
+    ignored_scale
+        Why a resolution that the file states was ignored; empty when none was. Also among ``warnings``.
+    not_square
+        Sentence about pixels far from square, as the file states them; empty when they are square enough, or ``--mpp`` was given. Also
+        among ``warnings``.
     """
 
     path: str
@@ -53,6 +58,8 @@ class SlideInfo:
     mpp_source: str
     bounds: tuple[int, int, int, int] | None = None
     warnings: tuple[str, ...] = ()
+    ignored_scale: str = ""
+    not_square: str = ""
 
     @property
     def size_px0(self) -> tuple[int, int]:
@@ -84,7 +91,7 @@ class Block:
     tiles: tuple[Tile, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Embeddings:
     """A batch of encoded tiles, on the model's device.
 
@@ -123,7 +130,7 @@ class PromptExtras:
     boxes: Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class WindowMasks:
     """Masks of N prompts, each on its own window of the tile, on the model's device.
 
@@ -159,14 +166,14 @@ class WindowMasks:
     def take(self, rows: Tensor) -> WindowMasks:
         """The masks at ``rows``, in that order."""
         return WindowMasks(
-            self.logits[rows],
-            self.origin_xy[rows],
-            self.mask_stride_px,
-            self.predicted_iou[rows],
-            self.stability[rows],
-            self.descriptors[rows],
-            self.points_xy[rows],
-            self.full_tile,
+            logits=self.logits[rows],
+            origin_xy=self.origin_xy[rows],
+            mask_stride_px=self.mask_stride_px,
+            predicted_iou=self.predicted_iou[rows],
+            stability=self.stability[rows],
+            descriptors=self.descriptors[rows],
+            points_xy=self.points_xy[rows],
+            full_tile=self.full_tile,
         )
 
     @staticmethod
@@ -178,14 +185,14 @@ class WindowMasks:
             return torch.cat([getattr(b, name) for b in batches])
 
         return WindowMasks(
-            all_of("logits"),
-            all_of("origin_xy"),
-            batches[0].mask_stride_px,
-            all_of("predicted_iou"),
-            all_of("stability"),
-            all_of("descriptors"),
-            all_of("points_xy"),
-            batches[0].full_tile,
+            logits=all_of("logits"),
+            origin_xy=all_of("origin_xy"),
+            mask_stride_px=batches[0].mask_stride_px,
+            predicted_iou=all_of("predicted_iou"),
+            stability=all_of("stability"),
+            descriptors=all_of("descriptors"),
+            points_xy=all_of("points_xy"),
+            full_tile=batches[0].full_tile,
         )
 
 
@@ -232,7 +239,7 @@ class CellIndex(CellSource, Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Cells:
     """N outlined cells.
 
@@ -281,7 +288,12 @@ class Cells:
 
     def take(self, rows: NDArray[np.integer] | NDArray[np.bool_] | slice) -> Cells:
         """The cells at ``rows``, in that order."""
-        return Cells(self.polygons[rows], self.points_xy[rows], self.scores[rows], self.descriptors[rows])
+        return Cells(
+            polygons=self.polygons[rows],
+            points_xy=self.points_xy[rows],
+            scores=self.scores[rows],
+            descriptors=self.descriptors[rows],
+        )
 
     def __repr__(self) -> str:
         return f"Cells({counted(len(self), 'cell')}, descriptors of {self.descriptor_size} numbers)"
@@ -290,7 +302,10 @@ class Cells:
     def empty(descriptor_size: int) -> Cells:
         """No cells."""
         return Cells(
-            np.empty(0, object), np.empty((0, 2)), np.empty(0, np.float32), np.empty((0, descriptor_size), np.float16)
+            polygons=np.empty(0, object),
+            points_xy=np.empty((0, 2)),
+            scores=np.empty(0, np.float32),
+            descriptors=np.empty((0, descriptor_size), np.float16),
         )
 
     @staticmethod
@@ -298,10 +313,10 @@ class Cells:
         """All groups in order; the empty list gives no cells."""
         groups = [Cells.empty(descriptor_size), *groups]
         return Cells(
-            np.concatenate([g.polygons for g in groups]),
-            np.concatenate([g.points_xy for g in groups]),
-            np.concatenate([g.scores for g in groups]),
-            np.concatenate([g.descriptors for g in groups]),
+            polygons=np.concatenate([g.polygons for g in groups]),
+            points_xy=np.concatenate([g.points_xy for g in groups]),
+            scores=np.concatenate([g.scores for g in groups]),
+            descriptors=np.concatenate([g.descriptors for g in groups]),
         )
 
 
@@ -371,49 +386,85 @@ class Seeds:
 
 
 @dataclass(frozen=True)
+class ChainPrototypes:
+    """Prototypes of one type for Chain-of-Prompts, made from its clicks.
+
+    Attributes
+    ----------
+    high, low
+        (m, C) float32: F_h and F_l at the reliable places, the clicks' own first.
+    similarity_threshold
+        Similarity (product of the two cosines) from which a place is a candidate of the type; a float32.
+    """
+
+    high: NDArray[np.float32]
+    low: NDArray[np.float32]
+    similarity_threshold: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class TypePrototypes:
+    """One type of a bank.
+
+    Attributes
+    ----------
+    name, color
+        As in the seeds file.
+    clicks
+        (k, 2) float64: the clicks, level-0 px; of another slide's bank, none.
+    clicked
+        (k, D) float32: descriptors of the clicked cells.
+    negative
+        (n, D) float32: descriptors of cells clicked as *not* of the type.
+    negative_clicks
+        (n, 2) float64: the clicks against it, level-0 px; ``None`` where they are not known.
+    chain
+        For Chain-of-Prompts; ``None`` when the bank was made without.
+    """
+
+    name: str
+    color: tuple[int, int, int]
+    clicks: NDArray[np.float64]
+    clicked: NDArray[np.float32]
+    negative: NDArray[np.float32]
+    negative_clicks: NDArray[np.float64] | None = None
+    chain: ChainPrototypes | None = None
+
+
+@dataclass(frozen=True)
 class Bank:
     """Prototypes of T types, made from the clicks.
 
     Attributes
     ----------
-    names, colors
-        Names and colours of the types, in the order of the seeds file.
-    clicks
-        Per type, (k, 2) float64: the clicks, level-0 px.
-    clicked
-        Per type, (k, D) float32: descriptors of the clicked cells.
-    negative
-        Per type, (k, D) float32: descriptors of cells clicked as *not* of it.
+    types
+        In the order of the seeds file.
     cells
-        The clicked cells themselves, type by type in the order of ``clicks``.
-    high, low
-        Per type, (m, C) float32: F_h and F_l at the reliable places, the clicks' own first.
-    similarity_thresholds
-        (T,) float32: similarity (product of the two cosines) from which a place is a candidate of the type.
+        The clicked cells themselves, type by type in the order of the clicks.
     from_other_slide
         The clicks are on another slide; ``clicks`` and ``cells`` do not refer to this one.
-    negative_clicks
-        Per type, (k, 2) float64: the clicks against it, level-0 px; nothing where they are not known.
     """
 
-    names: tuple[str, ...]
-    colors: tuple[tuple[int, int, int], ...]
-    clicks: tuple[NDArray[np.float64], ...]
-    clicked: tuple[NDArray[np.float32], ...]
-    negative: tuple[NDArray[np.float32], ...]
+    types: tuple[TypePrototypes, ...]
     cells: Cells
-    high: tuple[NDArray[np.float32], ...]
-    low: tuple[NDArray[np.float32], ...]
-    similarity_thresholds: NDArray[np.float32]
     from_other_slide: bool = False
-    negative_clicks: tuple[NDArray[np.float64], ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Name of each type."""
+        return tuple(of.name for of in self.types)
+
+    @property
+    def chains(self) -> tuple[ChainPrototypes, ...]:
+        """Prototypes of each type for Chain-of-Prompts; empty when the bank was made without."""
+        return tuple(of.chain for of in self.types if of.chain is not None)
 
     def __repr__(self) -> str:
-        clicks = [f"{name}: {counted(len(of), 'click')}" for name, of in zip(self.names, self.clicks, strict=True)]
+        clicks = [f"{of.name}: {counted(len(of.clicks), 'click')}" for of in self.types]
         return f"Bank({', '.join(clicks)})"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TypeSpace:
     """Distribution of cell types in the descriptors of a model: learned with it (training/fit_types.py), or estimated on a slide.
 
@@ -447,7 +498,7 @@ class TypeSpace:
         return projected
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Typing:
     """Types of N cells.
 
@@ -478,12 +529,12 @@ class Typing:
         """Types of a run without seeds: every cell unassigned."""
         zeros = np.zeros(count, np.float32)
         return Typing(
-            (UNASSIGNED,),
-            ((128, 128, 128),),
-            np.zeros(count, np.int32),
-            zeros,
-            zeros.copy(),
-            np.full(count, -1, np.int32),
+            names=(UNASSIGNED,),
+            colors=((128, 128, 128),),
+            codes=np.zeros(count, np.int32),
+            scores=zeros,
+            margins=zeros.copy(),
+            prototypes=np.full(count, -1, np.int32),
         )
 
     def count(self) -> dict[str, int]:
@@ -602,7 +653,7 @@ class TypingNotes:
     warnings: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Provenance:
     """Origin of the cells, stored in every output file (JSON-able)."""
 

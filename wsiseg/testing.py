@@ -85,7 +85,7 @@ class DiscModel:
                 spots = maps[:, :, self.spacing // 2 + dy :: self.spacing, self.spacing // 2 + dx :: self.spacing]
                 spots[:, 0], spots[:, 1:] = 4.0, -4.0
         feature = torch.ones(len(images), 1, images.shape[2] // 16, images.shape[3] // 16)
-        return Embeddings(feature, feature, maps, {})
+        return Embeddings(high=feature, low=feature, maps=maps, extra={})
 
     def decode(
         self,
@@ -105,4 +105,12 @@ class DiscModel:
         logits = self.radius - (away[0][:, None, :] + away[1][:, :, None]).sqrt()
         sure = torch.full((len(points_xy),), 0.9)
         descriptors = torch.nn.functional.normalize(torch.ones(len(points_xy), self.descriptor_size), dim=1)
-        return WindowMasks(logits, origin, 2, sure, sure, descriptors, points_xy)
+        return WindowMasks(
+            logits=logits,
+            origin_xy=origin,
+            mask_stride_px=2,
+            predicted_iou=sure,
+            stability=sure,
+            descriptors=descriptors,
+            points_xy=points_xy,
+        )

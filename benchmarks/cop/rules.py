@@ -13,27 +13,25 @@ import numpy as np
 from wsiseg.celltypes.assignment import assign_types
 from wsiseg.config import TypingConfig
 from wsiseg.models.nuclei_compact import LEARNED
-from wsiseg.records import Bank, Cells, TypeSpace
+from wsiseg.records import Bank, Cells, TypePrototypes, TypeSpace
 
 Clicks = list[np.ndarray]
 
 
 def bank_of(clicked: list[np.ndarray], *, from_other_slide: bool = False) -> Bank:
     """A bank of nothing but descriptors of clicked cells, one (n, D) per type."""
-    size, count = clicked[0].shape[1], len(clicked)
-    nothing = tuple(np.empty((0, 1), np.float32) for _ in range(count))
-    return Bank(
-        names=tuple(f"type {t}" for t in range(count)),
-        colors=((0, 0, 0),) * count,
-        clicks=tuple(np.zeros((len(x), 2)) for x in clicked),
-        clicked=tuple(x.astype(np.float32) for x in clicked),
-        negative=tuple(np.empty((0, size), np.float32) for _ in clicked),
-        cells=Cells.empty(size),
-        high=nothing,
-        low=nothing,
-        similarity_thresholds=np.zeros(count, np.float32),
-        from_other_slide=from_other_slide,
+    size = clicked[0].shape[1]
+    types = tuple(
+        TypePrototypes(
+            name=f"type {t}",
+            color=(0, 0, 0),
+            clicks=np.zeros((len(x), 2)),
+            clicked=x.astype(np.float32),
+            negative=np.empty((0, size), np.float32),
+        )
+        for t, x in enumerate(clicked)
     )
+    return Bank(types, Cells.empty(size), from_other_slide=from_other_slide)
 
 
 def ours(

@@ -35,7 +35,8 @@ from benchmarks.cop.typed import (
     more_clicks_rows,
 )
 from benchmarks.cop.untyped import retention_rows
-from wsiseg.models import file_hash, find_weights, load_model
+from wsiseg.models import find_weights, load_model
+from wsiseg.models.cards import file_hash
 
 PARTS = ("a", "b", "c", "d", "bank", "ablation")
 TYPED, STARTED = "brca_m2c/dev", time.perf_counter()

@@ -112,7 +112,7 @@ def records_of(
                 break
             config = dataclasses.replace(base, cop=dataclasses.replace(base.cop, **values))
             bank, click, missed = draw_bank(picture, centres, config, seed, number)
-            said = {"seed": seed, "floor": float(bank.similarity_thresholds[0]), "missed": missed}
+            said = {"seed": seed, "floor": float(bank.chains[0].similarity_threshold), "missed": missed}
             yield {"way": way, **said, **measure(picture, label, picture.points(bank, config), bank, config)}
         if slow and seed < SLOW_SEEDS:
             for way, gate in PAPER.items():

@@ -286,7 +286,10 @@ def test_a_hundred_thousand_outlines_on_top_of_each_other(tmp_path: Path) -> Non
     centres = np.repeat(rng.uniform(100, 9900, (2000, 2)), 50, axis=0) + rng.normal(0, 1, (100_000, 2))
     scores = rng.uniform(0.3, 1, 100_000).astype(np.float32)
     cells = Cells(
-        shapely.buffer(shapely.points(centres), 20, quad_segs=4), centres, scores, np.ones((100_000, 2), np.float16)
+        polygons=shapely.buffer(shapely.points(centres), 20, quad_segs=4),
+        points_xy=centres,
+        scores=scores,
+        descriptors=np.ones((100_000, 2), np.float16),
     )
     settled, counts = stitch([cells], (10_000, 10_000), 10, StitchingConfig(cluster_size=1000), descriptor_size=2)
     assert counts.outlines == 100_000

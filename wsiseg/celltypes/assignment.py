@@ -75,11 +75,18 @@ def assign_types(
     notes
         Reference classes of the types, and warnings about types that cannot be told apart.
     """
-    names, colors = (UNASSIGNED, *bank.names), (_GREY, *bank.colors)
+    names, colors = (UNASSIGNED, *bank.names), (_GREY, *(of.color for of in bank.types))
     count = len(descriptors)
     if not count:
         empty = np.empty(0, np.float32)
-        return Typing(names, colors, np.empty(0, np.int32), empty, empty.copy(), np.empty(0, np.int32)), TypingNotes()
+        return Typing(
+            names=names,
+            colors=colors,
+            codes=np.empty(0, np.int32),
+            scores=empty,
+            margins=empty.copy(),
+            prototypes=np.empty(0, np.int32),
+        ), TypingNotes()
     order = np.lexsort(
         (*descriptors[:, :2].T, xy_um[:, 1], xy_um[:, 0])
     )  # sums of floats depend on their order; the types must not
@@ -88,15 +95,15 @@ def assign_types(
     for start in range(0, count, _ROWS):
         rows = order[start : start + _ROWS]
         z[start : start + _ROWS] = space.project(descriptors[rows])
-    clicked = [space.project(x).astype(np.float64) for x in bank.clicked]
+    clicked = [space.project(of.clicked).astype(np.float64) for of in bank.types]
     hypotheses = [r for r in infer_hypotheses(clicked, space, config) if r.weight > 1e-3]  # the rest decides no type
-    negative = [space.project(x).astype(np.float64) for x in bank.negative]
+    negative = [space.project(of.negative).astype(np.float64) for of in bank.types]
     if bank.from_other_slide:
         there = hypotheses[0].slide_effect
         hypotheses = transfer_to_slide(hypotheses, z, space, config)
         clicked, negative = ([x + (hypotheses[0].slide_effect - there) for x in cells] for cells in (clicked, negative))
     shift, here = local_shift(z, xy_um[order], hypotheses[0], space, config)
-    p = np.zeros((count, len(bank.names) + len(space.reference_classes) + 1), np.float32)
+    p = np.zeros((count, len(bank.types) + len(space.reference_classes) + 1), np.float32)
     nearest = np.empty(count, np.int32)
     for start in range(0, count, _ROWS):
         part = slice(start, start + _ROWS)
@@ -107,7 +114,7 @@ def assign_types(
     p = _with_local_prevalence(p, xy_um[order], config)
     ranked = np.argsort(-p, 1, kind="stable")
     top, second = (np.take_along_axis(p, ranked[:, k : k + 1], 1)[:, 0] for k in (0, 1))
-    best = p[:, : len(bank.names)].argmax(1)
+    best = p[:, : len(bank.types)].argmax(1)
     assigned = (ranked[:, 0] == best) & (top >= config.min_score) & (top - second >= config.min_margin)
     for start in range(0, count, _ROWS):
         part = slice(start, start + _ROWS)
@@ -118,18 +125,25 @@ def assign_types(
     scores = np.take_along_axis(p, best[:, None], 1)[:, 0]
     margins = np.where(ranked[:, 0] == best, top - second, 0).astype(np.float32)
     prototypes = np.where(assigned, nearest, -1).astype(np.int32)
-    typing = Typing(names, colors, codes[back], scores[back], margins[back], prototypes[back])
+    typing = Typing(
+        names=names,
+        colors=colors,
+        codes=codes[back],
+        scores=scores[back],
+        margins=margins[back],
+        prototypes=prototypes[back],
+    )
     reference_classes = tuple(
         {
             name: round(sum(r.weight for r in hypotheses if r.classes[t] == k), 3)
             for k, name in enumerate(space.class_names)
         }
-        for t in range(len(bank.names))
+        for t in range(len(bank.types))
     )
     warnings = (
         *_ambiguous(reference_classes, bank.names),
         *_confusable(hypotheses[0], bank.names, config),
-        *_unclicked(ranked[:, 0] - len(bank.names), space),
+        *_unclicked(ranked[:, 0] - len(bank.types), space),
     )
     return typing, TypingNotes(reference_classes, warnings)
 
@@ -249,20 +263,22 @@ def set_click_labels(typing: Typing, rows: list[NDArray[np.intp]]) -> Typing:
             if row >= 0:
                 codes[row], scores[row], margins[row], prototypes[row] = t + 1, 1, 1, number
             number += 1
-    return Typing(typing.names, typing.colors, codes, scores, margins, prototypes)
+    return Typing(
+        names=typing.names, colors=typing.colors, codes=codes, scores=scores, margins=margins, prototypes=prototypes
+    )
 
 
 def typing_summary(typing: Typing, bank: Bank, notes: TypingNotes) -> dict[str, Any]:
     """Summary of the types for the manifest: clicks (numbered as in ``prototypes``), reference classes, cells, fraction unassigned."""
     cells = np.bincount(typing.codes, minlength=len(typing.names))
     types = {
-        name: {
+        of.name: {
             "cells": int(cells[t + 1]),
-            "clicks": np.round(bank.clicks[t], 2).tolist() if not bank.from_other_slide else len(bank.clicked[t]),
-            "negative": len(bank.negative[t]),
+            "clicks": len(of.clicked) if bank.from_other_slide else np.round(of.clicks, 2).tolist(),
+            "negative": len(of.negative),
             "kind": notes.reference_classes[t] if notes.reference_classes else {},
         }
-        for t, name in enumerate(bank.names)
+        for t, of in enumerate(bank.types)
     }
     return {
         "types": types,

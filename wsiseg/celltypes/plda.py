@@ -47,7 +47,7 @@ _DIRECTIONS, _WITHIN, _SHIFT = (
 _LEAST = 0.01  #: of its variances: none is zero
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Hypothesis:
     """An interpretation of the clicks.
 
@@ -113,11 +113,11 @@ def infer_hypotheses(clicked: list[NDArray[np.float64]], space: TypeSpace, confi
         means = prior_mean[classes[k]] + gain * (residual[k] - slide_effect)
         hypotheses.append(
             Hypothesis(
-                float(w),
-                tuple(int(i) for i in classes[k]),
-                slide_effect,
-                means,
-                1 + prior_variance[classes[k]] * (1 - gain),
+                weight=float(w),
+                classes=tuple(int(i) for i in classes[k]),
+                slide_effect=slide_effect,
+                means=means,
+                variances=1 + prior_variance[classes[k]] * (1 - gain),
             )
         )
     return hypotheses
@@ -170,7 +170,13 @@ def transfer_to_slide(
         deviation = np.where(
             known[:, None], space.class_variance, space.between_variance / 2
         )  # half: the first slide's clicks define the type
-        here = Hypothesis(hypothesis.weight, hypothesis.classes, hypothesis.slide_effect, means, 1 + deviation)
+        here = Hypothesis(
+            weight=hypothesis.weight,
+            classes=hypothesis.classes,
+            slide_effect=hypothesis.slide_effect,
+            means=means,
+            variances=1 + deviation,
+        )
         for _ in range(_ROUNDS):
             p = posterior(z, here, space, config)
             p = p[:, : len(means)]
@@ -179,7 +185,13 @@ def transfer_to_slide(
             variance = deviation + 1 / np.maximum(n, 1)
             residual = (p.T @ z) / np.maximum(n, 1e-9) - means
             slide_effect = (residual / variance)[seen].sum(0) / (1 / space.slide_variance + (1 / variance)[seen].sum(0))
-            here = Hypothesis(here.weight, here.classes, slide_effect, means, here.variances)
+            here = Hypothesis(
+                weight=here.weight,
+                classes=here.classes,
+                slide_effect=slide_effect,
+                means=means,
+                variances=here.variances,
+            )
         carried.append(here)
     return carried
 
@@ -261,12 +273,12 @@ def slide_space(descriptors: NDArray[np.float16] | NDArray[np.float32]) -> TypeS
     transform = direction[:, main] / np.sqrt(within)
     total = variance[main] / within
     return TypeSpace(
-        transform.astype(np.float32),
-        x.mean(0) @ transform,
-        np.maximum(total, _LEAST),
-        np.empty((0, len(main))),
-        np.ones(len(main)),
-        np.maximum(_SHIFT * total, _LEAST),
+        transform=transform.astype(np.float32),
+        mean=x.mean(0) @ transform,
+        between_variance=np.maximum(total, _LEAST),
+        reference_classes=np.empty((0, len(main))),
+        class_variance=np.ones(len(main)),
+        slide_variance=np.maximum(_SHIFT * total, _LEAST),
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import logging
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ import click
 
 from wsiseg import __version__
 from wsiseg.cli.streams import OUTPUT, one_line
-from wsiseg.config import CELLULAR_MPP
 
 # name -> module below wsiseg.cli, and the line shown by `wsiseg --help` (so that help imports nothing else)
 COMMANDS = {
@@ -22,6 +20,7 @@ COMMANDS = {
     "info": "Show a slide's metadata and a run estimate.",
     "seeds": "Check, convert and preview files of clicks.",
     "models": "List, check, import and download models.",
+    "check": "Check files of cells before QuPath reads them.",
     "evaluate": "Score outlines and types against the truth.",
     "demo": "Write a small real slide with clicks, ready to run.",
     "doctor": "Check what works on this machine.",
@@ -97,26 +96,3 @@ def main() -> None:
 
     Exit status: 0 done, 1 wrong input or data, 2 wrong usage, 3 incomplete: run the same command again.
     """  # noqa: D301 - click's mark for lines that stay as they are
-
-
-def mpp_options(command: click.decorators.FC) -> click.decorators.FC:
-    """Add ``--mpp`` and ``--force-mpp`` to a command."""
-    low, high = CELLULAR_MPP
-    force = click.option(
-        "--force-mpp",
-        is_flag=True,
-        help=f"Accept an --mpp at which no cells can be found (outside {low:g} to {high:g}).",
-    )
-    scale = click.option(
-        "--mpp",
-        type=float,
-        metavar="UM",
-        help="Microns per level-0 pixel, when the slide states none or a wrong value.",
-    )
-    return scale(force(command))
-
-
-def set_verbosity(verbose: int, quiet: bool) -> None:
-    """Log to stderr: warnings by default, more with each ``-v``, errors only with ``-q``."""
-    level = logging.ERROR if quiet else max(logging.DEBUG, logging.WARNING - 10 * verbose)
-    logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)

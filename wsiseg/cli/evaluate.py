@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from wsiseg.cli.arguments import Command
+from wsiseg.cli.options import overwrite_option
 from wsiseg.cli.streams import OUTPUT
 from wsiseg.errors import counted
 
@@ -80,7 +81,7 @@ OF_IMAGES = (
     help="Another prediction; prints PRED's scores as a share of its scores.",
 )
 @click.option("--json", "json_file", type=click.Path(path_type=Path), metavar="FILE", help="Write all scores to FILE.")
-@click.option("--overwrite", is_flag=True, help="Replace the --json file.")
+@overwrite_option("Replace the --json file.")
 @click.option("--summary", is_flag=True, help="Omit per-image rows.")
 def command(
     prediction: Path,

@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import json
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 import click
 
-from wsiseg.cli import mpp_options
 from wsiseg.cli.arguments import Command
+from wsiseg.cli.options import mpp_options, reader_option
 from wsiseg.config import RunConfig, check_mpp
+
+_DEFAULT = RunConfig()
 
 
 @click.command(cls=Command, short_help="Show a slide's metadata and a run estimate.")
 @click.argument("slide")
 @mpp_options
-@click.option(
-    "--reader", type=click.Choice(get_args(get_type_hints(RunConfig)["reader"])), default="auto", show_default=True
-)
+@reader_option
 @click.option(
     "--no-estimate", is_flag=True, help="Do not estimate microns per pixel from the nuclei, which takes some seconds."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def command(slide: str, mpp: float | None, force_mpp: bool, reader: str, no_estimate: bool, as_json: bool) -> None:
+def command(
+    slide: str, mpp: float | None, force_mpp: bool, reader: str | None, no_estimate: bool, as_json: bool
+) -> None:
     """Show the metadata of SLIDE and a run estimate: format, size, levels, microns per pixel and their source, bounds, tissue, tiles and warnings.
 
     "mpp by nuclei" is an estimate from the size of some nuclei, accurate to about a third: enough to tell 20x from 40x.
@@ -30,7 +32,7 @@ def command(slide: str, mpp: float | None, force_mpp: bool, reader: str, no_esti
     check_mpp(mpp, force=force_mpp)
     from wsiseg.runs.survey import survey
 
-    facts = survey(slide, mpp=mpp, force_mpp=force_mpp, reader=reader, estimate=not no_estimate)
+    facts = survey(slide, mpp=mpp, force_mpp=force_mpp, reader=reader or _DEFAULT.reader, estimate=not no_estimate)
     if as_json:
         click.echo(json.dumps(facts, indent=2))
         return

@@ -1,4 +1,4 @@
-"""``--log-json``: events as JSON lines, for machines to read."""
+"""Logging: what people see on stderr, and ``--log-json``, events as JSON lines for machines to read."""
 
 from __future__ import annotations
 
@@ -45,6 +45,12 @@ def _once(path: Path, handler: logging.Handler) -> None:
             )
 
     handler.handleError = complain  # type: ignore[method-assign, assignment]
+
+
+def set_verbosity(verbose: int, quiet: bool) -> None:
+    """Log to stderr: warnings by default, more with each ``-v``, errors only with ``-q``."""
+    level = logging.ERROR if quiet else max(logging.DEBUG, logging.WARNING - 10 * verbose)
+    logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
 
 
 def log_json(path: Path) -> None:

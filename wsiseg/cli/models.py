@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from wsiseg.cli.arguments import Group, Working
+from wsiseg.cli.options import overwrite_option
 from wsiseg.cli.streams import one_line
 from wsiseg.models.store import MPP_RANGE, NORMALISE
 
@@ -33,7 +34,8 @@ def command() -> None:
 @command.command("list", short_help="List models here and available for download.")
 def list_() -> None:
     """List name, architecture, microns per pixel, licence and location of every model."""
-    from wsiseg.models.store import catalogue, models_folder
+    from wsiseg.models.catalogue import catalogue
+    from wsiseg.models.store import models_folder
 
     rows = [("name", "architecture", "mpp", "licence", "where")]
     rows += [(row.name, row.architecture, f"{row.mpp:g}", row.licence, row.where) for row in catalogue()]
@@ -47,7 +49,7 @@ def list_() -> None:
 @click.argument("name")
 def show(name: str) -> None:
     """Show the card of the model NAME."""
-    from wsiseg.models.store import known_card
+    from wsiseg.models.catalogue import known_card
 
     _report(known_card(name))
 
@@ -57,7 +59,7 @@ def show(name: str) -> None:
 @click.pass_context
 def verify(ctx: click.Context, names: tuple[str, ...]) -> None:
     """Compare the weights of the models NAME, by default all, with the sha256 of their cards."""
-    from wsiseg.models.store import verify_all
+    from wsiseg.models.catalogue import verify_all
 
     problems = verify_all(names)
     for name, wrong in problems.items():
@@ -91,7 +93,7 @@ def verify(ctx: click.Context, names: tuple[str, ...]) -> None:
     show_default=True,
     help="Normalisation of each tile before the model.",
 )
-@click.option("--overwrite", is_flag=True, help="Replace an existing model of this name.")
+@overwrite_option("Replace an existing model of this name.")
 def import_(
     file: Path, name: str, decoder: Path | None, mpp: float, licence: str, source: str, normalise: str, overwrite: bool
 ) -> None:
@@ -125,7 +127,7 @@ def import_(
 
 @command.command(cls=Working, short_help="Download a published checkpoint.")
 @click.argument("name")
-@click.option("--overwrite", is_flag=True, help="Replace an existing model of this name.")
+@overwrite_option("Replace an existing model of this name.")
 def download(name: str, overwrite: bool) -> None:
     """Download the published checkpoint NAME (see `wsiseg models list`), verify its sha256, and import it.
 
@@ -134,7 +136,7 @@ def download(name: str, overwrite: bool) -> None:
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-    from wsiseg.models.store import download as fetch
+    from wsiseg.models.download import download as fetch
 
     console = Console(stderr=True)
     columns = (

@@ -5,12 +5,23 @@ from __future__ import annotations
 import dataclasses
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from wsiseg.cli import mpp_options, set_verbosity
 from wsiseg.cli.arguments import Working
+from wsiseg.cli.logs import set_verbosity
+from wsiseg.cli.options import (
+    choices,
+    config_option,
+    device_option,
+    formats_option,
+    model_option,
+    mpp_options,
+    overwrite_option,
+    quiet_option,
+    reader_option,
+)
 from wsiseg.config import HALO_UM, TILE_UM, RunConfig, from_mapping, read_config
 from wsiseg.errors import counted
 
@@ -26,10 +37,6 @@ if TYPE_CHECKING:
 _DEFAULT = RunConfig()
 
 
-def _choices(field: str) -> click.Choice[str]:
-    return click.Choice(get_args(get_type_hints(RunConfig)[field]))
-
-
 @click.command(cls=Working, short_help="Segment and type slides.")
 @click.argument("slides", nargs=-1, metavar="SLIDE...")
 @click.option(
@@ -43,12 +50,10 @@ def _choices(field: str) -> click.Choice[str]:
     show_default=True,
     help="Folder for the run folders.",
 )
-@click.option("--method", type=_choices("method"), help=f"How cells are found.  [default: {_DEFAULT.method}]")
-@click.option(
-    "--model", metavar="NAME|PATH", help=f"Name of a model, or its .safetensors file.  [default: {_DEFAULT.model}]"
-)
+@click.option("--method", type=choices("method"), help=f"How cells are found.  [default: {_DEFAULT.method}]")
+@model_option
 @mpp_options
-@click.option("--reader", type=_choices("reader"), help=f"Slide library.  [default: {_DEFAULT.reader}]")
+@reader_option
 @click.option("--roi", metavar="FILE", help="GeoJSON polygons (QuPath annotations): segment only inside them.")
 @click.option("--no-tissue", is_flag=True, help="Search the whole slide, not only tissue.")
 @click.option(
@@ -63,16 +68,11 @@ def _choices(field: str) -> click.Choice[str]:
     metavar="UM",
     help=f"Margin read around each tile, microns.  [default: {HALO_UM:g}, or what the model needs]",
 )
-@click.option(
-    "--format",
-    "formats",
-    metavar="LIST",
-    help=f"Files to write, comma-separated.  [default: {','.join(_DEFAULT.formats)}]",
-)
-@click.option("--device", metavar="NAME", help=f"auto, cpu, cuda or cuda:N.  [default: {_DEFAULT.device}]")
+@formats_option(f".  [default: {','.join(_DEFAULT.formats)}]")
+@device_option
 @click.option(
     "--precision",
-    type=_choices("precision"),
+    type=choices("precision"),
     help=f"Encoder precision.  [default: {_DEFAULT.precision}: bf16 on a GPU, fp32 on the CPU]",
 )
 @click.option(
@@ -112,13 +112,8 @@ def _choices(field: str) -> click.Choice[str]:
     metavar="CSV",
     help="CSV list of slides: columns path, mpp, seeds, name.",
 )
-@click.option(
-    "--config",
-    "config_file",
-    type=click.Path(path_type=Path),
-    help="TOML or JSON file of settings, or the manifest.json of a run.",
-)
-@click.option("--overwrite", is_flag=True, help="Replace a run with other settings in the same folder.")
+@config_option("TOML or JSON file of settings, or the manifest.json of a run.")
+@overwrite_option("Replace a run with other settings in the same folder.")
 @click.option(
     "--log-json",
     "log_file",
@@ -128,7 +123,7 @@ def _choices(field: str) -> click.Choice[str]:
 )
 @click.option("--no-progress", is_flag=True, help="No progress bar (never shown in a pipe).")
 @click.option("-v", "--verbose", count=True, help="Verbose; twice for debugging.")
-@click.option("-q", "--quiet", is_flag=True, help="Errors only.")
+@quiet_option
 @click.pass_context
 def command(
     ctx: click.Context,

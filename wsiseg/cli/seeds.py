@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args, get_type_hints
+from typing import TYPE_CHECKING
 
 import click
 
-from wsiseg.cli import mpp_options
 from wsiseg.cli.arguments import Group, Working
+from wsiseg.cli.options import device_option, model_option, mpp_options, overwrite_option, reader_option
 from wsiseg.config import RunConfig, check_mpp, from_mapping
 from wsiseg.errors import counted
 
@@ -69,7 +69,7 @@ def check(seeds: Path, slide: str | None, mpp: float | None, force_mpp: bool) ->
     help="Check the clicks against this slide, and use the origin that OUT needs: the slide's corner, or QuPath's.",
 )
 @mpp_options
-@click.option("--overwrite", is_flag=True, help="Replace OUT.")
+@overwrite_option("Replace OUT.")
 def convert(source: Path, target: Path, slide: str | None, mpp: float | None, force_mpp: bool, overwrite: bool) -> None:
     """Convert points exported from QuPath to a seeds.json, or a seeds.json to points for QuPath.
 
@@ -104,16 +104,10 @@ def convert(source: Path, target: Path, slide: str | None, mpp: float | None, fo
 @click.argument("slide")
 @click.option("--out", required=True, metavar="FILE.png", type=click.Path(path_type=Path), help="Picture to write.")
 @mpp_options
-@click.option(
-    "--model", metavar="NAME|PATH", help=f"Name of a model, or its .safetensors file.  [default: {_DEFAULT.model}]"
-)
-@click.option("--device", metavar="NAME", help=f"auto, cpu, cuda or cuda:N.  [default: {_DEFAULT.device}]")
-@click.option(
-    "--reader",
-    type=click.Choice(get_args(get_type_hints(RunConfig)["reader"])),
-    help=f"Slide library.  [default: {_DEFAULT.reader}]",
-)
-@click.option("--overwrite", is_flag=True, help="Replace FILE.png.")
+@model_option
+@device_option
+@reader_option
+@overwrite_option("Replace FILE.png.")
 def preview(seeds: Path, slide: str, out: Path, overwrite: bool, **options: str | float | bool | None) -> None:
     """Draw one panel per click of SEEDS on SLIDE: its surroundings, and the outline of the cell that a run would match it to.
 

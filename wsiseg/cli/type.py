@@ -7,11 +7,12 @@ from pathlib import Path
 import click
 
 from wsiseg.cli.arguments import Working
-from wsiseg.cli.streams import one_line
+from wsiseg.cli.failures import Failures
+from wsiseg.cli.options import config_option, formats_option, runs_argument, split_list
 
 
 @click.command(cls=Working, short_help="Re-type a finished run with other clicks.")
-@click.argument("runs", nargs=-1, required=True, metavar="RUN...", type=click.Path(path_type=Path))
+@runs_argument
 @click.option(
     "--seeds",
     type=click.Path(path_type=Path),
@@ -25,18 +26,8 @@ from wsiseg.cli.streams import one_line
     help="bank.safetensors of another slide's run: type RUN by its clicks.",
 )
 @click.option("--model", metavar="NAME|PATH", help="Model of RUN, if it is not the bundled one.")
-@click.option(
-    "--format",
-    "formats",
-    metavar="LIST",
-    help="Files to write, comma-separated: parquet alone halves the time.  [default: those of RUN]",
-)
-@click.option(
-    "--config",
-    "config_file",
-    type=click.Path(path_type=Path),
-    help="TOML or JSON file; only its table `typing` is used.",
-)
+@formats_option(": parquet alone halves the time.  [default: those of RUN]")
+@config_option("TOML or JSON file; only its table `typing` is used.")
 @click.pass_context
 def command(
     ctx: click.Context,
@@ -57,26 +48,19 @@ def command(
     wsiseg type wsiseg-out/slide --seeds more-clicks.json
     wsiseg type wsiseg-out/b wsiseg-out/c --bank wsiseg-out/a/bank.safetensors
     """  # noqa: D301 - click's mark for lines that stay as they are
-    from wsiseg.errors import ConfigError, WsisegError
+    from wsiseg.errors import ConfigError
     from wsiseg.runs.retype import type_run
 
     if seeds is not None and len(runs) > 1:
         raise ConfigError("--seeds: clicks belong to one slide; pass one RUN, or --bank for several")
-    wanted = tuple(f.strip() for f in formats.split(",") if f.strip()) if formats is not None else None
-    failed = []
+    failures = Failures(len(runs))
     for run in runs:
-        try:
-            manifest = type_run(run, seeds=seeds, bank=bank, model=model, settings=config_file, formats=wanted)
-        except WsisegError as error:
-            if len(runs) == 1:
-                raise
-            failed.append(one_line(str(error)))
-            continue
-        for warning in manifest.typing["warnings"]:
-            click.echo(f"Warning: {warning}", err=True)
-        typed = ", ".join(f"{name} {n}" for name, n in manifest.types.items())
-        click.echo(f"{run}: {typed} in {manifest.seconds['retype']:.1f} s")
-    for line in failed:
-        click.echo(f"Error: {line}", err=True)
-    if failed:
-        ctx.exit(1 if len(failed) == len(runs) else 3)
+        with failures.collect():
+            manifest = type_run(
+                run, seeds=seeds, bank=bank, model=model, settings=config_file, formats=split_list(formats)
+            )
+            for warning in manifest.typing["warnings"]:
+                click.echo(f"Warning: {warning}", err=True)
+            typed = ", ".join(f"{name} {n}" for name, n in manifest.types.items())
+            click.echo(f"{run}: {typed} in {manifest.seconds['retype']:.1f} s")
+    ctx.exit(failures.report())

@@ -63,7 +63,7 @@ class _Pair:
     truth_types: Path | NDArray[np.integer] | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Options:
     names: dict[str, str]
     mpp: float | None
@@ -127,7 +127,7 @@ def evaluate(
     >>> round(scores.pooled["pq"], 3)
     0.667
     """
-    options = _Options(_class_names(classes), mpp, radius_um, tuple(thresholds))
+    options = _Options(names=_class_names(classes), mpp=mpp, radius_um=radius_um, thresholds=tuple(thresholds))
     _check(options)
     notes: list[str] = []
     pairs = _pairs(prediction, truth, prediction_types, truth_types, notes)
@@ -170,15 +170,15 @@ def evaluate(
     means |= means_of_truth(images)
     confusion = tuple((g, p, n) for (g, p), n in sorted(detection.pairs.items())) if typed else ()
     return Evaluation(
-        images,
-        values,
-        means,
-        pooled_values(images),
-        class_scores(images),
-        confusion,
-        ratios,
-        tuple(dict.fromkeys(notes)),
-        said,
+        images=images,
+        values=values,
+        means=means,
+        pooled=pooled_values(images),
+        classes=class_scores(images),
+        confusion=confusion,
+        retention=ratios,
+        notes=tuple(dict.fromkeys(notes)),
+        options=said,
     )
 
 
@@ -304,7 +304,13 @@ def _compare(pair: _Pair, options: _Options, notes: list[str]) -> ImageScores:
         if isinstance(side, Labels) and len(names) == 1 and (parts := int(label_pieces(side.ids > 0)[1])) > 1
     ]
     quality = class_quality(o, names_g, names_p) if o is not None else {}
-    return ImageScores(pair.name, None if o is None else tally(o, options.thresholds), quality, detection, hits)
+    return ImageScores(
+        name=pair.name,
+        tally=None if o is None else tally(o, options.thresholds),
+        quality=quality,
+        detection=detection,
+        points=hits,
+    )
 
 
 def _side(source: Path | NDArray[np.integer], types: Path | NDArray[np.integer] | None, options: _Options) -> Side:
@@ -341,7 +347,12 @@ def _moved(side: Outlines, origin: tuple[float, float]) -> Outlines:
     if side.frame == "slide":
         return side
     return Outlines(
-        shapely.transform(side.polygons, lambda xy: xy + origin), side.types, side.mpp, "slide", origin, side.notes
+        polygons=shapely.transform(side.polygons, lambda xy: xy + origin),
+        types=side.types,
+        mpp=side.mpp,
+        frame="slide",
+        origin=origin,
+        notes=side.notes,
     )
 
 
@@ -360,7 +371,9 @@ def _within(side: Outlines, shape: tuple[int, ...], where: str, notes: list[str]
         f"{where}: {int((~kept).sum())} of {len(kept)} outlines lie outside the label image of {size} and were left out"
     )
     types = None if side.types is None else side.types[kept]
-    return Outlines(side.polygons[kept], types, side.mpp, side.frame, side.origin, side.notes)
+    return Outlines(
+        polygons=side.polygons[kept], types=types, mpp=side.mpp, frame=side.frame, origin=side.origin, notes=side.notes
+    )
 
 
 def _overlaps(p: Labels | Outlines, g: Labels | Outlines, where: str, notes: list[str]) -> Overlaps:

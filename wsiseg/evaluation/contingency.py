@@ -24,7 +24,7 @@ BAND_PX = 4_000_000  #: px processed together: some 100 MB of working memory wha
 PAIRS = 200_000  #: outlines intersected together
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Overlaps:
     """Pairs that share something, and the sizes of all instances; px of label images, px² of outlines.
 
@@ -90,7 +90,11 @@ def overlaps(
     ids_p, size_p = _sizes(p, count, prediction_count)
     both = (g > 0) & (p > 0)
     return Overlaps(
-        np.searchsorted(ids_g, g[both]), np.searchsorted(ids_p, p[both]), count[both].astype(np.float64), size_g, size_p
+        truth=np.searchsorted(ids_g, g[both]),
+        prediction=np.searchsorted(ids_p, p[both]),
+        shared=count[both].astype(np.float64),
+        truth_size=size_g,
+        prediction_size=size_p,
     )
 
 
@@ -188,7 +192,13 @@ def outline_overlaps(truth: NDArray[np.object_], prediction: NDArray[np.object_]
         [np.empty(0), *(shapely.area(shapely.intersection(truth[g[k]], prediction[p[k]])) for k in parts)]
     )
     some = shared > 0  # outlines that touch along a line share nothing
-    return Overlaps(g[some], p[some], shared[some], shapely.area(truth), shapely.area(prediction))
+    return Overlaps(
+        truth=g[some],
+        prediction=p[some],
+        shared=shared[some],
+        truth_size=shapely.area(truth),
+        prediction_size=shapely.area(prediction),
+    )
 
 
 def disjoint(polygons: NDArray[np.object_]) -> tuple[NDArray[np.object_], int]:

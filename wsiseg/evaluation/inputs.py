@@ -30,7 +30,7 @@ from wsiseg.formats.json_documents import class_name, iter_features, read_texts
 from wsiseg.formats.text_tables import read_table
 from wsiseg.records import UNASSIGNED
 from wsiseg.runtime.paths import kind_of, names_in, normal, require_regular, require_text
-from wsiseg.runtime.text import parse_json, read_text, show
+from wsiseg.runtime.text import first_line, parse_json, read_text, show
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -73,7 +73,7 @@ class Labels:
     notes: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Outlines:
     """Outlined cells.
 
@@ -331,14 +331,21 @@ def _read_parquet(path: Path, names: Mapping[str, str]) -> Outlines:
         note: dict[str, Any] = json.loads(metadata.get(b"wsiseg", b"{}"))
         mpp, origin = _scale_and_origin(note)
     except (*UNREADABLE, pa.ArrowException, shapely.errors.GEOSException) as error:
-        reason = str(error).split("\n", 1)[0]
+        reason = first_line(error)
         raise FormatError(
             f"{path}: not a readable GeoParquet ({reason}); run the command that made it again"
         ) from error
     if geometries is None:
         raise FormatError(f"{path}: no column {column!r}; a GeoParquet of polygons is needed")
     polygons, kept, notes = _cleaned(geometries, path)
-    return Outlines(polygons, type_names(names, _picked(types, kept)), mpp, "slide", origin, notes)
+    return Outlines(
+        polygons=polygons,
+        types=type_names(names, _picked(types, kept)),
+        mpp=mpp,
+        frame="slide",
+        origin=origin,
+        notes=notes,
+    )
 
 
 def _read_geojson(path: Path, names: Mapping[str, str]) -> Outlines:
@@ -385,7 +392,14 @@ def _read_geojson(path: Path, names: Mapping[str, str]) -> Outlines:
         raise FormatError(
             f"{path}: 'wsiseg' in it has the wrong mpp or bounds ({show(note)}); take that member out"
         ) from error
-    return Outlines(polygons, type_names(names, _picked(types, kept)), mpp, "qupath", origin, notes + more)
+    return Outlines(
+        polygons=polygons,
+        types=type_names(names, _picked(types, kept)),
+        mpp=mpp,
+        frame="qupath",
+        origin=origin,
+        notes=notes + more,
+    )
 
 
 def _cleaned(

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ImageScores:
     """Scores of one image.
 
@@ -50,7 +50,7 @@ class ImageScores:
         return (0, 0) if d is None else (d.pairs.total() + d.missed.total(), d.pairs.total() + d.spurious.total())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ClassScores:
     """One type over all images: cells on both sides, F1 pooled, mean PQ over images (as in mPQ) and PQ pooled (as in mPQ+); nan where unknown."""
 
@@ -61,7 +61,7 @@ class ClassScores:
     pq_plus: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Evaluation:
     """All numbers of a comparison.
 
@@ -157,7 +157,9 @@ def means_of_truth(images: Sequence[ImageScores]) -> dict[str, Interval]:
     tallies = [i.tally for i in images if i.tally is not None]
     out = {"bpq": mean_interval([t.quality.pq for t in tallies if t.quality.truth])} if tallies else {}
     if tallies and has_types(images):
-        out["mpq"] = Interval(_mean(mean_pq([i.quality for i in images])[0].values()), np.nan, np.nan, len(tallies))
+        out["mpq"] = Interval(
+            mean=_mean(mean_pq([i.quality for i in images])[0].values()), low=np.nan, high=np.nan, n=len(tallies)
+        )
     return out
 
 
@@ -175,11 +177,11 @@ def class_scores(images: Sequence[ImageScores]) -> dict[str, ClassScores]:
     nan = float("nan")
     return {
         c: ClassScores(
-            detection.truth(c),
-            detection.prediction(c),
-            detection.class_f1(c),
-            per_image.get(c, nan),
-            pooled.get(c, nan),
+            truth=detection.truth(c),
+            prediction=detection.prediction(c),
+            f1=detection.class_f1(c),
+            pq=per_image.get(c, nan),
+            pq_plus=pooled.get(c, nan),
         )
         for c in detection.classes
     }

@@ -15,7 +15,7 @@ SEED = 0
 LEVEL = 0.95
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Interval:
     """A mean over ``n`` images and its percentile bootstrap interval at 95 %; nan for fewer than two images."""
 
@@ -45,7 +45,7 @@ class PointHits:
 
 
 def mean_interval(values: Sequence[float]) -> Interval:
-    """Mean over images with a bootstrap interval: 2000 draws with replacement, fixed seed, the middle 95 % of their means.
+    """Mean over images with a percentile bootstrap interval: `scipy.stats.bootstrap`, 2000 draws, a fixed seed, the middle 95 % of their means.
 
     Parameters
     ----------
@@ -55,17 +55,31 @@ def mean_interval(values: Sequence[float]) -> Interval:
     References
     ----------
     .. [1] Efron, Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13 (percentile interval).
+
+    Examples
+    --------
+    >>> found = mean_interval([0.6, 0.7, 0.8, float("nan")])
+    >>> f"{found.mean:.2f}, {found.low:.2f} to {found.high:.2f}, {found.n} images"
+    '0.70, 0.60 to 0.80, 3 images'
     """
+    from scipy.stats import bootstrap
+
     known = np.asarray(values, np.float64)
     known = known[np.isfinite(known)]
     if not len(known):
-        return Interval(np.nan, np.nan, np.nan, 0)
+        return Interval(mean=np.nan, low=np.nan, high=np.nan, n=0)
     if len(known) == 1:
-        return Interval(float(known[0]), np.nan, np.nan, 1)
-    rng = np.random.default_rng(SEED)
-    means = [known[rng.integers(0, len(known), len(known))].mean() for _ in range(DRAWS)]
-    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Interval(float(known.mean()), float(low), float(high), len(known))
+        return Interval(mean=float(known[0]), low=np.nan, high=np.nan, n=1)
+    low, high = bootstrap(
+        (known,),
+        np.mean,
+        n_resamples=DRAWS,
+        batch=DRAWS // 20,  # bounds the memory
+        confidence_level=LEVEL,
+        method="percentile",
+        rng=np.random.default_rng(SEED),
+    ).confidence_interval
+    return Interval(mean=float(known.mean()), low=float(low), high=float(high), n=len(known))
 
 
 def retention(values: Sequence[dict[str, float]], baseline: Sequence[dict[str, float]]) -> dict[str, float]:

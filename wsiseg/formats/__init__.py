@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 FORMATS = {"geojson": "wsiseg.formats.geojson:write_geojson", "parquet": "wsiseg.formats.geoparquet:write_geoparquet"}
 CHUNK = 5_000  #: cells that a writer asks for at once: 6 MB of polygons, and as much again in a source that reads ahead
 FILE_NAMES = {"geojson": "cells.geojson.gz", "parquet": "cells.parquet"}
+ZIP_NAME = "cells.geojson.zip"  #: GeoJSON of very many cells
 
 
 class Writer(Protocol):

@@ -20,9 +20,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from wsiseg.errors import FormatError
-from wsiseg.records import UNASSIGNED, Bank, Cells
+from wsiseg.records import UNASSIGNED, Bank, Cells, ChainPrototypes, TypePrototypes
 from wsiseg.runtime.atomic import atomic_path
 from wsiseg.runtime.paths import require_regular
+from wsiseg.runtime.text import first_line
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -46,14 +47,20 @@ def write_bank(path: Path, bank: Bank, slide: str, weights: str) -> None:
     weights
         sha256 of the weights that made the descriptors; others do not understand them.
     """
-    tensors: dict[str, NDArray[Any]] = {"floors": bank.similarity_thresholds.astype(np.float32)}
-    for name in ("clicked", "negative", "high", "low", "clicks", "negative_clicks"):
-        for t, rows in enumerate(getattr(bank, name)):
-            tensors[f"{name}.{t}"] = np.ascontiguousarray(rows)
+    tensors: dict[str, NDArray[Any]] = {
+        "floors": np.array([chain.similarity_threshold for chain in bank.chains], np.float32)
+    }
+    for t, of in enumerate(bank.types):
+        found = {"clicked": of.clicked, "negative": of.negative, "clicks": of.clicks}
+        if of.chain is not None:
+            found |= {"high": of.chain.high, "low": of.chain.low}
+        if of.negative_clicks is not None:
+            found |= {"negative_clicks": of.negative_clicks}
+        tensors |= {f"{name}.{t}": np.ascontiguousarray(rows) for name, rows in found.items()}
     note = {
         "version": VERSION,
         "names": bank.names,
-        "colors": bank.colors,
+        "colors": [of.color for of in bank.types],
         "slide": slide,
         "weights": weights,
         "foreign": bank.from_other_slide,
@@ -76,12 +83,13 @@ def restore_bank(path: Path) -> Bank:
         return bank
     try:
         with safe_open(path, framework="numpy") as file:
-            clicks = tuple(file.get_tensor(f"clicks.{t}") for t in range(len(bank.names)))
+            clicks = [file.get_tensor(f"clicks.{t}") for t in range(len(bank.types))]
             known = "negative_clicks.0" in file.keys()  # noqa: SIM118 - not a mapping
-            against = tuple(file.get_tensor(f"negative_clicks.{t}") for t in range(len(bank.names) * known))
+            against = [file.get_tensor(f"negative_clicks.{t}") if known else None for t in range(len(bank.types))]
     except (OSError, SafetensorError) as error:
         raise FormatError(f"{path}: holds no click positions; delete it and run the slide's command again") from error
-    return replace(bank, clicks=clicks, negative_clicks=against, from_other_slide=False)
+    types = tuple(replace(of, clicks=clicks[t], negative_clicks=against[t]) for t, of in enumerate(bank.types))
+    return replace(bank, types=types, from_other_slide=False)
 
 
 def read_bank(path: Path) -> tuple[Bank, dict[str, Any]]:
@@ -111,37 +119,38 @@ def read_bank(path: Path) -> tuple[Bank, dict[str, Any]]:
             raise FormatError(
                 f"{path}: a bank of version {note['version']}; this wsiseg reads version {VERSION}; make the bank again"
             )
-        names = tuple(str(name) for name in note["names"])
-        count = range(len(names))
-        clicked = tuple(tensors[f"clicked.{t}"].astype(np.float32) for t in count)
-        size = clicked[0].shape[1]
         note["weights"], note["slide"] = str(note["weights"]), str(note["slide"])
-        with_chain = "high.0" in tensors
-        bank = Bank(
-            names=names,
-            colors=tuple((int(r), int(g), int(b)) for r, g, b in note["colors"]),
-            clicks=tuple(np.empty((0, 2)) for _ in count),
-            clicked=clicked,
-            negative=tuple(tensors[f"negative.{t}"].astype(np.float32) for t in count),
-            cells=Cells.empty(size),
-            high=tuple(tensors[f"high.{t}"] for t in count) if with_chain else (),
-            low=tuple(tensors[f"low.{t}"] for t in count) if with_chain else (),
-            similarity_thresholds=tensors["floors"],
-            from_other_slide=True,
+        floors, with_chain = tensors["floors"], "high.0" in tensors
+        types = tuple(
+            TypePrototypes(
+                name=str(name),
+                color=(int(r), int(g), int(b)),
+                clicks=np.empty((0, 2)),
+                clicked=tensors[f"clicked.{t}"].astype(np.float32),
+                negative=tensors[f"negative.{t}"].astype(np.float32),
+                chain=ChainPrototypes(tensors[f"high.{t}"], tensors[f"low.{t}"], float(floors[t]))
+                if with_chain
+                else None,
+            )
+            for t, (name, (r, g, b)) in enumerate(zip(note["names"], note["colors"], strict=True))
         )
+        size = types[0].clicked.shape[1]
+        bank = Bank(types, Cells.empty(size), from_other_slide=True)
     except FileNotFoundError as error:
         raise FormatError(f"{path}: no such file; give the bank.safetensors of a run with --seeds") from error
     except (KeyError, IndexError, TypeError, ValueError, OSError, SafetensorError) as error:
         if isinstance(error, FormatError):
             raise
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise FormatError(
             f"{path}: not a bank of wsiseg ({reason}); give the bank.safetensors of a run with --seeds"
         ) from error
     sound = all(
-        rows.ndim == 2 and rows.shape[1] == size and np.isfinite(rows).all() for rows in (*clicked, *bank.negative)
+        rows.ndim == 2 and rows.shape[1] == size and np.isfinite(rows).all()
+        for of in types
+        for rows in (of.clicked, of.negative)
     )
-    if UNASSIGNED in names or not sound or not all(len(rows) for rows in clicked):
+    if UNASSIGNED in bank.names or not sound or not all(len(of.clicked) for of in types):
         raise FormatError(
             f"{path}: damaged: a type without clicked cells, or numbers that are not finite; make the bank again"
         )

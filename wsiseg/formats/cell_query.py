@@ -79,7 +79,7 @@ def read_cells(
         table = pq.read_table(file, columns=stored, filters=box, partitioning=None).rename_columns(names)
         if wanted is not None:
             table = table.filter(pc.is_in(table[TYPE].cast("string"), value_set=pa.array(wanted, pa.string())))
-        found = CellTable(file, schema, note, table.select(columns))
+        found = CellTable(path=file, schema=schema, note=note, table=table.select(columns))
         ids = np.array(table["id"].to_pylist(), np.str_)
     cells = found.with_polygons(found.table, table["geometry"])
     return TypedCells(cells=cells, typing=found.typing(), ids=ids, mpp=mpp, slide=str(note["slide"]))

@@ -37,6 +37,7 @@ from wsiseg.formats.parts import UNREADABLE, descriptor_column, descriptors_from
 from wsiseg.records import Cells, CellSource, Provenance, SlideInfo, Typing
 from wsiseg.runtime.atomic import atomic_path
 from wsiseg.runtime.prefetch import prefetch_map
+from wsiseg.runtime.text import first_line
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -142,7 +143,7 @@ def read_geoparquet(path: Path) -> tuple[Cells, Typing, dict[str, object]]:
     return Cells.concatenate(list(source.chunks(ROW_GROUP)), source.descriptor_size), source.typing(), source.note
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CellTable:
     """A cells.parquet. Polygons stay in the file and are read from it in every pass, also after :func:`write_retyped` has replaced it.
 
@@ -231,7 +232,12 @@ class CellTable:
         with as_format_error(self.path):
             points = np.stack([table["prompt_x"].to_numpy(), table["prompt_y"].to_numpy()], axis=1)
             scores = table["score"].to_numpy().astype(np.float32)
-            return Cells(polygons_from_wkb(geometry), points, scores, descriptors_from(table, self.descriptor_size))
+            return Cells(
+                polygons=polygons_from_wkb(geometry),
+                points_xy=points,
+                scores=scores,
+                descriptors=descriptors_from(table, self.descriptor_size),
+            )
 
     def typing(self) -> Typing:
         """Types stored in the file."""
@@ -240,12 +246,12 @@ class CellTable:
             colors = tuple((int(r), int(g), int(b)) for r, g, b in (kind["color"] for kind in self.note["types"]))
             scores, margins = (self.table[name].to_numpy().astype(np.float32) for name in ("type_score", "type_margin"))
             return Typing(
-                names,
-                colors,
-                _codes(self.table[TYPE], names),
-                scores,
-                margins,
-                self.table["prototype"].to_numpy().astype(np.int32),
+                names=names,
+                colors=colors,
+                codes=_codes(self.table[TYPE], names),
+                scores=scores,
+                margins=margins,
+                prototypes=self.table["prototype"].to_numpy().astype(np.int32),
             )
 
 
@@ -261,7 +267,10 @@ def read_table(path: Path) -> CellTable:
         held, schema, note, columns = read_header(path)
         stored = [held.names[schema.get_field_index(name)] for name in columns]
         return CellTable(
-            path, schema, note, pq.read_table(path, columns=stored, partitioning=None).rename_columns(columns)
+            path=path,
+            schema=schema,
+            note=note,
+            table=pq.read_table(path, columns=stored, partitioning=None).rename_columns(columns),
         )
 
 
@@ -334,7 +343,7 @@ def as_format_error(path: Path) -> Iterator[None]:
             f"{path}: no {error} in it, so not a cells.parquet of wsiseg; give the file that `wsiseg run` wrote"
         ) from error
     except (*UNREADABLE, shapely.errors.GEOSException) as error:
-        reason = str(error).split("\n", 1)[0]
+        reason = first_line(error)
         raise FormatError(
             f"{path}: not a readable cells.parquet ({reason}); run the command that made it again"
         ) from error

@@ -25,6 +25,7 @@ import shapely
 from wsiseg.errors import FormatError
 from wsiseg.records import Cells
 from wsiseg.runtime.atomic import atomic_path
+from wsiseg.runtime.text import first_line
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -105,10 +106,10 @@ class Part:
     def cells(self) -> Cells:
         """All cells of the part."""
         return Cells(
-            self.polygons(),
-            self.points_xy,
-            self.scores,
-            descriptors_from(self.table, int(self.note["descriptor_size"])),
+            polygons=self.polygons(),
+            points_xy=self.points_xy,
+            scores=self.scores,
+            descriptors=descriptors_from(self.table, int(self.note["descriptor_size"])),
         )
 
 
@@ -204,7 +205,7 @@ def read_part(path: Path) -> tuple[Cells, dict[str, int]]:
 
 
 def _unreadable(name: str, error: Exception) -> FormatError:
-    return FormatError(f"{name}: not a readable part file ({_first_line(error)}); delete it and run the command again")
+    return FormatError(f"{name}: not a readable part file ({first_line(error)}); delete it and run the command again")
 
 
 def part_is_current(path: Path, config_hash: str) -> bool:
@@ -250,7 +251,3 @@ def polygons_from_wkb(column: pa.ChunkedArray) -> NDArray[np.object_]:
     wkb = column.to_numpy()
     polygons: Any = shapely.from_wkb(wkb) if len(wkb) else np.empty(0, object)
     return np.asarray(polygons, dtype=object)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).split("\n", 1)[0] or type(error).__name__

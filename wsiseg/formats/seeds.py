@@ -105,7 +105,7 @@ def read_seeds(source: SeedsSource) -> Seeds:
 
 def _read(path: Path) -> tuple[Seeds, bool]:
     """The seeds, and whether they are from QuPath."""
-    clicks = QuPathClicks(str(path))
+    clicks = QuPathClicks(source=str(path))
     for number, (place, text) in enumerate(read_texts(path, SeedsError)):
         if is_table(text):
             clicks.add_table(text, place)
@@ -182,6 +182,15 @@ def write_seeds(path: Path, seeds: Seeds) -> None:
     ------
     SeedsError
         :func:`read_seeds` would refuse them.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> import wsiseg
+    >>> stroma = wsiseg.SeedType("stroma", color=(0, 140, 60), points=((189, 356),))
+    >>> write_seeds(Path("seeds.json"), wsiseg.Seeds((stroma,)))
+    >>> wsiseg.read_seeds("seeds.json")
+    Seeds(stroma: 1 click)
     """
     _parse(_document(seeds), str(path), str(path))
     with atomic_path(path) as partial:

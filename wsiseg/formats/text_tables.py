@@ -21,7 +21,7 @@ _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?|[+-]?(nan|
 _FIRST = re.compile(r"(?:[ \t]*\n)*(?:\"?sep=(?P<delimiter>.)\"?[^\n]*\n(?:[ \t]*\n)*)?", re.IGNORECASE)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TextTable:
     """A table as text.
 
@@ -97,7 +97,9 @@ def read_table(
         raise error(
             f"{place}: not a CSV file ({problem}); a first line that names the columns and one line per row are needed"
         ) from problem
-    return TextTable(place, columns, tuple(rows), commas and not points and delimiter != ",")
+    return TextTable(
+        place=place, columns=columns, rows=tuple(rows), decimal_comma=commas and not points and delimiter != ","
+    )
 
 
 def columns_of(text: str, known: Iterable[str]) -> tuple[str, ...]:

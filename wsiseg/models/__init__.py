@@ -1,4 +1,4 @@
-"""Models: a registry of cards, and one way to load them.
+"""Models: one way to find and load them, by name or path.
 
 Weights are data: each card states file, sha256, licence, source and the scale the model works at. What is loaded is safetensors; other
 checkpoints are converted once (store.py), by an unpickler that builds tensors and runs nothing (sam/torch_files.py). Nothing is downloaded here.
@@ -11,32 +11,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wsiseg.errors import ConfigError, WeightsError
-from wsiseg.models.cards import ModelCard, file_hash, require_same
-from wsiseg.models.store import SAM_NETWORK, card_of_file, explain_missing, find_card
+from wsiseg.models.cards import file_hash, require_same
+from wsiseg.models.catalogue import explain_missing
+from wsiseg.models.registry import MODELS, SAM_NETWORK, WEIGHTS_FOLDER
+from wsiseg.models.store import card_of_file, find_card
 from wsiseg.runtime.paths import kind_of
+from wsiseg.runtime.text import first_line
 
 if TYPE_CHECKING:
     import torch
 
+    from wsiseg.models.cards import ModelCard
     from wsiseg.models.contract import PromptableModel
     from wsiseg.records import TypeSpace
-
-WEIGHTS_FOLDER = Path(__file__).parent / "weights"
-
-
-MODELS = {
-    "nuclei-compact": ModelCard(
-        name="nuclei-compact",
-        network="wsiseg.models.nuclei_compact:NucleiCompact",
-        weights=WEIGHTS_FOLDER / "nuclei-compact.safetensors",
-        sha256="2ede63198121d11c3a95baa80e43ae2e512ee5ac884b48db27605b60e5ed7332",
-        licence="Apache-2.0",
-        source="training/train_nuclei_compact.py; card: wsiseg/models/weights/nuclei-compact.md",
-        mpp=0.25,
-        architecture="convolutional pyramid, 2.7 M parameters",
-        instance_decoder=True,
-    )
-}
 
 
 def find_weights(model: str) -> tuple[ModelCard, Path]:
@@ -118,6 +105,13 @@ def load_model(model: str, device: str = "auto", precision: str = "auto") -> Pro
     ------
     WeightsError
         The file is missing, is not safetensors, is damaged, or holds other tensors than the network's.
+
+    Examples
+    --------
+    >>> from wsiseg.models import load_model
+    >>> model = load_model("nuclei-compact", "cpu")
+    >>> model.mpp, model.stride_px, model.device.type
+    (0.25, 16, 'cpu')
     """
     card, path = find_weights(model)
     tensors = _read_tensors(path)
@@ -152,7 +146,7 @@ def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
         raise WeightsError(f"{path}: the weight file is missing; install wsiseg again or pass --model PATH") from error
     except (SafetensorError, OSError, ValueError) as error:
         raise WeightsError(
-            f"{path}: not a readable safetensors file ({_first_line(error)}); pass an undamaged weight file"
+            f"{path}: not a readable safetensors file ({first_line(error)}); pass an undamaged weight file"
         ) from error
 
 
@@ -170,7 +164,3 @@ def _fill(network: Any, tensors: dict[str, torch.Tensor], path: Path) -> None:  
             f"{path}: {len(broken)} tensors hold NaN or infinity (first: {min(broken)}); the file is damaged: download it again"
         )
     network.load_state_dict({k: v.to(wanted[k].dtype) for k, v in tensors.items()}, assign=True)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,42 +1,34 @@
-"""The user's models: imported or downloaded once, kept as safetensors with a card beside each.
+"""The user's models: imported once, kept as safetensors with a card beside each.
 
 ::
 
     $WSISEG_MODELS, or the user's data folder /wsiseg/models
       NAME.safetensors    tensors sam.* and decoder.*, fp32; its metadata hold network, mpp and normalise
       NAME.json           the card: sha256, licence, source, ...; without it the weights are not there
-      NAME.part           a download that is not complete yet
-
-Nothing is downloaded but by `download`.
+      NAME.part           a download that is not complete yet (download.py)
 """
 
 from __future__ import annotations
 
-import contextlib
-import difflib
 import errno
 import json
 import logging
 import math
 import os
 import re
-import secrets
-import ssl
-import time
-import urllib.error
-import urllib.request
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from http.client import HTTPException
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import platformdirs
 
-from wsiseg.errors import ConfigError, WeightsError
+from wsiseg.errors import ConfigError, RunError, WeightsError
 from wsiseg.models.cards import ModelCard, file_hash, require_same
+from wsiseg.models.registry import MODELS, SAM_NETWORK
+from wsiseg.runtime.atomic import atomic_path, is_abandoned
 from wsiseg.runtime.paths import kind_of, names_in, read_text, readable
-from wsiseg.runtime.text import did_you_mean
+from wsiseg.runtime.text import did_you_mean, first_line
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -45,7 +37,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-SAM_NETWORK = "wsiseg.models.sam:SamModel"
 NORMALISE = ("none", "tile-minmax")
 MPP_RANGE = (0.05, 2.0)
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
@@ -61,63 +52,12 @@ _CARD_KEYS = {
     "architecture": str,
     "instance_decoder": bool,
 }
-_CHUNK = 1 << 20  # bytes
-_PATIENCE = 30  # seconds without an answer
-_DAY = 86_400  # seconds
-
-
-@dataclass(frozen=True)
-class Download:
-    """A file that its authors publish, and its sha256."""
-
-    address: str
-    sha256: str
-    architecture: str
-    licence: str = "Apache-2.0"
-    mpp: float = 0.25
-
-
-_SAM = "https://dl.fbaipublicfiles.com/segment_anything"
-DOWNLOADS = {
-    "sam-vit-b": Download(
-        f"{_SAM}/sam_vit_b_01ec64.pth", "ec2df62732614e57411cdcf32a23ffdf28910380d03139ee0f4fcbe91eb8c912", "ViT-B"
-    ),
-    "sam-vit-l": Download(
-        f"{_SAM}/sam_vit_l_0b3195.pth", "3adcc4315b642a4d2101128f611684e8734c41232a17c648ed1693702a49a622", "ViT-L"
-    ),
-    "sam-vit-h": Download(
-        f"{_SAM}/sam_vit_h_4b8939.pth", "a7bf3b02f3ebf1267aba913ff637d9a2d5c33d3173bb679e46d9f338c26f262e", "ViT-H"
-    ),
-}
-# PathoSAM: model and instance decoder, as the authors' program fetches them (micro-sam, micro_sam/util.py). No sha256 is published, and whoever owns
-# such an address can change what is behind it: the user gets them by hand. Trained on tiles of 512 px, enlarged to 1024.
-_SHARE = "https://owncloud.gwdg.de/index.php/s"
-BY_HAND = {
-    "vit-b-histopathology": (f"{_SHARE}/sBB4H8CTmIoBZsQ/download", f"{_SHARE}/KO9AWqynI7SFOBj/download"),
-    "vit-l-histopathology": (f"{_SHARE}/IZgnn1cpBq2PHod/download", f"{_SHARE}/oIs6VSmkOp7XrKF/download"),
-    "vit-h-histopathology": (f"{_SHARE}/L7AcvVz7DoWJ2RZ/download", f"{_SHARE}/1qAKxy5H0jgwZvM/download"),
-}
-_BY_HAND_MPP = 0.125
-
-
-@dataclass(frozen=True)
-class Listing:
-    """A model that is available here or for download."""
-
-    name: str
-    architecture: str
-    mpp: float
-    licence: str
-    where: str
 
 
 def models_folder() -> Path:
     """Folder of the user's models: ``$WSISEG_MODELS``, or below the user's data folder."""
     chosen = os.environ.get("WSISEG_MODELS")
     return Path(chosen) if chosen else platformdirs.user_data_path("wsiseg") / "models"
-
-
-# Cards
 
 
 def stored_names(folder: Path | None = None) -> list[str]:
@@ -196,8 +136,6 @@ def card_of_file(path: Path) -> ModelCard:
     """
     from safetensors import SafetensorError, safe_open
 
-    from wsiseg.models import MODELS
-
     for card in MODELS.values():
         with readable(path, WeightsError):
             if kind_of(card.weights, WeightsError) == "file" and path.samefile(card.weights):
@@ -206,7 +144,7 @@ def card_of_file(path: Path) -> ModelCard:
         with safe_open(path, framework="numpy") as file:
             metadata, keys = file.metadata() or {}, list(file.keys())
     except (SafetensorError, OSError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise WeightsError(
             f"{path}: not a readable safetensors file ({reason}); pass an undamaged weight file"
         ) from error
@@ -214,7 +152,15 @@ def card_of_file(path: Path) -> ModelCard:
         mpp, normalise = _stated(metadata["wsiseg"], path)
         decoder = any(key.startswith("decoder.") for key in keys)
         return ModelCard(
-            path.stem, SAM_NETWORK, path, "", "unknown", str(path), mpp, normalise, instance_decoder=decoder
+            name=path.stem,
+            network=SAM_NETWORK,
+            weights=path,
+            sha256="",
+            licence="unknown",
+            source=str(path),
+            mpp=mpp,
+            normalise=normalise,
+            instance_decoder=decoder,
         )
     if any("image_encoder." in key for key in keys):
         raise WeightsError(
@@ -235,106 +181,6 @@ def _stated(text: str, path: Path) -> tuple[float, str]:
             f"{path}: its metadata (wsiseg: {' '.join(text.split())[:80]}) belong to another version; import the checkpoint again"
         )
     return mpp, normalise
-
-
-def known_card(name: str, folder: Path | None = None) -> ModelCard:
-    """The card of a model of the package or of the user.
-
-    Raises
-    ------
-    WeightsError
-        There is none of that name, or it cannot be read.
-    """
-    from wsiseg.models import MODELS
-
-    card = MODELS.get(name) or find_card(name, folder)
-    if card is None:
-        raise WeightsError(f"{name}: {explain_missing(name, 'no such model here', folder)}; see `wsiseg models list`")
-    return card
-
-
-def explain_missing(name: str, what: str, folder: Path | None = None) -> str:
-    """Explain why a model is missing, and how to get it or what was probably meant: for an error that begins with ``what``."""
-    from wsiseg.models import MODELS
-
-    if name in DOWNLOADS or name in BY_HAND:
-        how = "fetch it once with" if name in DOWNLOADS else "its authors' files are listed by"
-        return f"not downloaded yet; {how} `wsiseg models download {name}`"
-    here = [*MODELS, *stored_names(folder)]
-    near = difflib.get_close_matches(name.lower(), [*here, *DOWNLOADS, *BY_HAND], n=1)
-    return f"{what}; {f'did you mean {near[0]}? ' if near else ''}models here: {', '.join(here)}"
-
-
-def verify(card: ModelCard) -> None:
-    """Compare a model's weights with its card.
-
-    Raises
-    ------
-    WeightsError
-        They differ, or the file cannot be read.
-    """
-    try:
-        found = file_hash(card.weights)
-    except OSError as error:
-        raise WeightsError(
-            f"{card.weights}: cannot be read ({error.strerror or error}); import or download {card.name} again"
-        ) from error
-    if found != card.sha256:
-        raise WeightsError(
-            f"{card.weights}: sha256 differs from the card of {card.name}; the file is damaged: import or download it again"
-        )
-
-
-def verify_all(names: tuple[str, ...] = (), folder: Path | None = None) -> dict[str, str]:
-    """Verify models of the package and of the user.
-
-    Parameters
-    ----------
-    names
-        Which; all when empty.
-    folder
-        Folder of the user's models.
-
-    Returns
-    -------
-    dict
-        Name -> what is wrong with it, or an empty string.
-    """
-    from wsiseg.models import MODELS
-
-    problems = {}
-    for name in names or [*MODELS, *stored_names(folder)]:
-        try:
-            verify(known_card(name, folder))
-        except WeightsError as error:
-            problems[name] = str(error)
-        else:
-            problems[name] = ""
-    return problems
-
-
-def catalogue(folder: Path | None = None) -> list[Listing]:
-    """Every model that is in the package, was imported, or can be fetched; in this order."""
-    from wsiseg.models import MODELS
-
-    stored = stored_cards(folder)
-    here = {card.name for card in stored}
-    rows = [Listing(c.name, c.architecture, c.mpp, c.licence, "in the package") for c in MODELS.values()]
-    rows += [Listing(c.name, c.architecture, c.mpp, c.licence, "imported") for c in stored]
-    rows += [
-        Listing(name, d.architecture, d.mpp, d.licence, "to download")
-        for name, d in DOWNLOADS.items()
-        if name not in here
-    ]
-    rows += [
-        Listing(name, f"ViT-{name[4].upper()}", _BY_HAND_MPP, "see its authors", "to get by hand")
-        for name in BY_HAND
-        if name not in here
-    ]
-    return rows
-
-
-# Importing
 
 
 def import_model(
@@ -386,7 +232,7 @@ def import_model(
         The checkpoint cannot be used, the name is taken, or the folder cannot be written.
     """
     folder = folder or models_folder()
-    _require_free(name, folder, overwrite=overwrite)
+    require_free_name(name, folder, overwrite=overwrite)
     if not math.isfinite(mpp) or not MPP_RANGE[0] <= mpp <= MPP_RANGE[1]:
         raise ConfigError(
             f"mpp {mpp:g}: must lie between {MPP_RANGE[0]:g} and {MPP_RANGE[1]:g}, in microns per pixel; 40x is about 0.25"
@@ -418,18 +264,17 @@ def import_model(
     weights, card_path = folder / f"{name}.safetensors", folder / f"{name}.json"
     with _temporary(weights) as partial:
         _save(tensors, partial, {"network": "sam", "mpp": mpp, "normalise": normalise})
-        architecture, hashed = recognise(checkpoint.sam).name, file_hash(partial)
         card = ModelCard(
-            name,
-            SAM_NETWORK,
-            weights,
-            hashed,
-            licence,
-            source,
-            float(mpp),
-            normalise,
-            architecture,
-            bool(checkpoint.decoder),
+            name=name,
+            network=SAM_NETWORK,
+            weights=weights,
+            sha256=file_hash(partial),
+            licence=licence,
+            source=source,
+            mpp=float(mpp),
+            normalise=normalise,
+            architecture=recognise(checkpoint.sam).name,
+            instance_decoder=bool(checkpoint.decoder),
         )
         card_path.unlink(missing_ok=True)  # an old card must never be paired with new weights
     with _temporary(card_path) as partial:
@@ -438,9 +283,16 @@ def import_model(
     return card
 
 
-def _require_free(name: str, folder: Path, *, overwrite: bool) -> None:
-    from wsiseg.models import MODELS
+def require_free_name(name: str, folder: Path, *, overwrite: bool) -> None:
+    """Refuse a name that is not allowed, or that another model has.
 
+    Raises
+    ------
+    ConfigError
+        The name is not allowed, or belongs to a model of the package.
+    WeightsError
+        The user has a model of this name, and ``overwrite`` is not set.
+    """
     if not _NAME.fullmatch(name):
         raise ConfigError(
             f"name {name!r}: not allowed; use a-z, 0-9, dots, hyphens and underscores, and begin with a letter or digit"
@@ -473,146 +325,23 @@ def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, Any]) -> N
 @contextmanager
 def _temporary(path: Path) -> Iterator[Path]:
     """Temporary name that becomes ``path`` when the block succeeds, so that ``path`` is complete or absent."""
-    partial = path.parent / f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.partial"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         for left in path.parent.glob(f".{path.name}.*.partial"):
-            if time.time() - left.stat().st_mtime > _DAY:  # of a process that was killed
-                left.unlink()
-        yield partial
-        with partial.open("rb+") as stream:
-            os.fsync(stream.fileno())
-        partial.replace(path)
+            if is_abandoned(left):
+                left.unlink(missing_ok=True)
+        with atomic_path(path) as partial:
+            yield partial
+    except RunError as error:
+        if isinstance(error.__cause__, OSError):
+            raise unwritable(path, error.__cause__) from error
+        raise WeightsError(str(error)) from error
     except OSError as error:
-        raise _unwritable(path, error) from error
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
+        raise unwritable(path, error) from error
 
 
-def _unwritable(path: Path, error: OSError) -> WeightsError:
+def unwritable(path: Path, error: OSError) -> WeightsError:
+    """Make the error for a file of the store that cannot be written."""
     reason = " ".join((error.strerror or str(error)).split())
     return WeightsError(
         f"{path}: cannot be written ({reason}); make room, or name a folder you may write in the environment variable WSISEG_MODELS"
     )
-
-
-# Downloading
-
-
-def download(
-    name: str,
-    *,
-    folder: Path | None = None,
-    overwrite: bool = False,
-    on_progress: Callable[[int, int], None] | None = None,
-    on_note: Callable[[str], None] | None = None,
-    entry: Download | None = None,
-) -> ModelCard:
-    """Fetch a published checkpoint, check it, and import it.
-
-    A partial download is kept, and the next call resumes it.
-
-    Parameters
-    ----------
-    name
-        One of `DOWNLOADS`; the model is kept under it.
-    folder
-        Folder to store into; the user's by default.
-    overwrite
-        Replace a model of this name.
-    on_progress
-        Called with bytes done and bytes in all (0: unknown).
-    on_note
-        As in `import_model`.
-    entry
-        Download to use instead of ``DOWNLOADS[name]``.
-
-    Returns
-    -------
-    ModelCard
-        Card of the model, ready for ``--model``.
-
-    Raises
-    ------
-    ConfigError
-        The name is not allowed.
-    WeightsError
-        There is no such download, it cannot be reached, or its sha256 differs; or as in `import_model`.
-    """
-    folder = folder or models_folder()
-    entry = entry or _entry(name)
-    _require_free(name, folder, overwrite=overwrite)
-    part = folder / f"{name}.part"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _fetch(entry.address, part, on_progress)
-        if file_hash(part) != entry.sha256:
-            part.unlink()
-            raise WeightsError(
-                f"{entry.address}: the download's sha256 differs from the published one, and the file was removed; run the command again"
-            )
-    except OSError as error:
-        raise _unwritable(part, error) from error
-    card = import_model(
-        part,
-        name,
-        mpp=entry.mpp,
-        licence=entry.licence,
-        source=entry.address,
-        overwrite=overwrite,
-        folder=folder,
-        on_note=on_note,
-    )
-    with contextlib.suppress(OSError):
-        part.unlink()
-    return card
-
-
-def _entry(name: str) -> Download:
-    if name in DOWNLOADS:
-        return DOWNLOADS[name]
-    if name in BY_HAND:
-        raise WeightsError(
-            f"{name}: no sha256 of it is published, so it is not downloaded; get {BY_HAND[name][0]} and {BY_HAND[name][1]} by hand, then "
-            f"`wsiseg models import MODEL --decoder DECODER --name {name} --mpp {_BY_HAND_MPP}`"
-        )
-    there = ", ".join(DOWNLOADS)
-    raise WeightsError(
-        f"{name}: no download of this name; available are {there}; get others by hand, then `wsiseg models import`"
-    )
-
-
-def _fetch(address: str, part: Path, on_progress: Callable[[int, int], None] | None) -> None:
-    """Fetch the bytes that ``part`` does not have yet."""
-    done = part.stat().st_size if part.exists() else 0
-    headers = {"User-Agent": "wsiseg"} | ({"Range": f"bytes={done}-"} if done else {})
-    request = urllib.request.Request(address, headers=headers)  # noqa: S310 - addresses are ours, and https
-    total = 0
-    try:
-        with urllib.request.urlopen(request, timeout=_PATIENCE) as answer:  # noqa: S310 - addresses are ours, and https
-            goes_on = answer.status == 206
-            done = done if goes_on else 0
-            length = int(answer.headers.get("Content-Length") or 0)
-            total = length and done + length
-            with part.open("ab" if goes_on else "wb") as stream:
-                while chunk := answer.read(_CHUNK):
-                    stream.write(chunk)
-                    done += len(chunk)
-                    if on_progress:
-                        on_progress(done, total)
-    except urllib.error.HTTPError as error:
-        error.close()
-        if error.code == 416:  # there is nothing after what we have: the sha256 decides
-            return
-        raise WeightsError(f"{address}: the server answered {error.code} {error.reason}; {_BY_ANOTHER_WAY}") from error
-    except (urllib.error.URLError, HTTPException, ConnectionError, TimeoutError, ssl.SSLError) as error:
-        reason = " ".join(str(getattr(error, "reason", "") or error).split()) or type(error).__name__
-        raise WeightsError(f"{address}: cannot be reached ({reason}); {_BY_ANOTHER_WAY}") from error
-    if done < total:
-        raise WeightsError(
-            f"{address}: the connection ended after {done} of {total} bytes; run the command again to resume"
-        )
-
-
-_BY_ANOTHER_WAY = "try again later, or get the file on another machine and use `wsiseg models import`"

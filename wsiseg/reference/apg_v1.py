@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     Decoder = Callable[[NDArray[np.float64]], tuple[NDArray[np.float32], NDArray[np.floating]]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ApgV1:
     """The published parameters. Sizes are in pixels of the image.
 

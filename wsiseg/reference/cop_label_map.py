@@ -8,7 +8,7 @@ Guard:   a mask that lies on two or more accepted ones joins what is apart, and 
 NMS:     a mask whose IoU with an accepted one exceeds 0.5 is that one again, and is refused
 Paint:   an accepted mask takes the pixels where its score is higher than what is there
 
-On slides this is not used: overlaps are resolved among polygons, best score first, so that the order of tiles does not matter (stitch.py).
+On slides this is not used: overlaps are resolved among polygons, best score first, so that the order of tiles does not matter (stitching/resolve.py).
 
 References
 ----------

@@ -17,7 +17,7 @@ Limits: L1 a cluster's mask that scores better than all its members comes first,
 are refused. L2 what a kept mask got need not be connected.
 Not stated: U1 a prompt counts as covered by the pixels it got, whether or not its point lies in the mask.
 
-On slides this is not used: overlaps are resolved among polygons, best score first, so that the order of tiles does not matter (stitch.py).
+On slides this is not used: overlaps are resolved among polygons, best score first, so that the order of tiles does not matter (stitching/resolve.py).
 
 References
 ----------
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from wsiseg.geometry import Box
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ScoreMerge:
     """Conditions for refusing a mask. Sizes are in pixels of the image.
 

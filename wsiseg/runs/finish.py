@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from wsiseg.runs.folder import RunFolder
     from wsiseg.runs.plan_file import RunPlan
     from wsiseg.runs.statistics import RunStatistics
-    from wsiseg.stitching.stitch import StitchCounts, StitchedCells
+    from wsiseg.stitching.stitch import StitchCounts
+    from wsiseg.stitching.stitched_cells import StitchedCells
 
 logger = logging.getLogger(__name__)
 
@@ -54,11 +55,11 @@ def finish(
     )
     cells, typing, bank = result.cells, result.typing, result.bank
     provenance = Provenance(
-        "wsiseg",
-        __version__,
-        Path(plan.info.path).name,
-        plan.run_hash,
-        {"model": config.model, "method": config.method},
+        tool="wsiseg",
+        version=__version__,
+        slide=Path(plan.info.path).name,
+        config_hash=plan.run_hash,
+        details={"model": config.model, "method": config.method},
     )
     files = []
     for format_name in config.formats:

@@ -19,7 +19,7 @@ from wsiseg.seeds.bank import build_bank
 from wsiseg.segmentation.tile import TileSegmenter
 from wsiseg.slide import read_region
 from wsiseg.slide.array_reader import ArrayReader
-from wsiseg.slide.tiling import plan_blocks
+from wsiseg.slide.tiling import plan_for_model
 from wsiseg.slide.tissue import SearchArea
 
 if TYPE_CHECKING:
@@ -64,15 +64,7 @@ def segment_image(
     """
     opened = open_image(image, dataclasses.replace(config or RunConfig(), mpp=mpp), seeds, model)
     model, info, lattice = opened.model, opened.reader.info, opened.lattice
-    blocks = plan_blocks(
-        info.size_px0,
-        lattice,
-        opened.config.tiling,
-        stride_px=model.stride_px,
-        reach_px=model.reach_px,
-        input_px=model.input_px,
-        wanted=lambda *_: True,
-    )
+    blocks = plan_for_model(info, model, opened.config.tiling, lambda *_: True)
     tiles = [tile for block in blocks for tile in block.tiles]
     segmenter = TileSegmenter(model, opened.config, lattice, SearchArea(None, None), opened.bank, name="image")
     outlines = [segmenter.segment(tile, read_region(opened.reader, tile.outer, lattice)) for tile in tiles]
@@ -89,7 +81,7 @@ def segment_image(
     return result.cells.take(slice(None)), result.typing
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class OpenedImage:
     """An image in memory that was checked, with the model and the clicked types."""
 
@@ -116,4 +108,4 @@ def open_image(
     resolved = resolve(config, config.model, maps=model.has_maps, clicked=seeds is not None)
     lattice = Lattice(config.mpp, model.mpp)
     bank = build_bank(reader, model, seeds, lattice, resolved, chains=resolved.method == "cop") if seeds else None
-    return OpenedImage(reader, resolved, model, lattice, bank)
+    return OpenedImage(reader=reader, config=resolved, model=model, lattice=lattice, bank=bank)

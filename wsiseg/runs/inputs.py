@@ -121,9 +121,9 @@ def read_inputs(slide: str, config: RunConfig, *, clicks: Seeds | None = None) -
             card.name,
             maps=card.instance_decoder,
             clicked=seeds is not None or bank is not None,
-            chains=bank is None or bool(bank.high),
+            chains=bank is None or bool(bank.chains),
         )
-        if resolved.method == "cop" and bank is not None and not bank.high:
+        if resolved.method == "cop" and bank is not None and not bank.chains:
             raise ConfigError(
                 f"--bank {config.bank}: has no prototypes for --method cop; leave --method out, or make it by a run with --method cop"
             )

@@ -14,7 +14,7 @@ from wsiseg.runtime.paths import target
 from wsiseg.seeds.bank import build_bank
 from wsiseg.segmentation.worker import RunSpec, WorkerContext
 from wsiseg.slide import thumbnail
-from wsiseg.slide.tiling import plan_blocks
+from wsiseg.slide.tiling import plan_for_model
 from wsiseg.slide.tissue import SearchArea, find_tissue
 
 if TYPE_CHECKING:
@@ -79,15 +79,7 @@ def plan_run(inputs: RunInputs, parts: Path) -> PreparedRun:
             reader, model, inputs.seeds, lattice, config, chains=config.method == "cop", on_warning=warnings.append
         )
         bank = dataclasses.replace(bank, cells=bank.cells.take(area.holds(bank.cells.points_xy)))
-    blocks = plan_blocks(
-        info.size_px0,
-        lattice,
-        config.tiling,
-        stride_px=model.stride_px,
-        reach_px=model.reach_px,
-        input_px=model.input_px,
-        wanted=area.wanted,
-    )
+    blocks = plan_for_model(info, model, config.tiling, area.wanted)
     plan = RunPlan(
         info=dataclasses.replace(info, path=inputs.path),
         config=config,

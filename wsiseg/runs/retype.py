@@ -22,7 +22,7 @@ from wsiseg.formats.geoparquet import CellTable, read_table, write_retyped
 from wsiseg.formats.seeds import check_seeds, read_seeds
 from wsiseg.models import find_weights, load_types
 from wsiseg.models.cards import file_hash
-from wsiseg.records import Bank, Cells, Provenance, SlideInfo
+from wsiseg.records import Bank, Cells, Provenance, SlideInfo, TypePrototypes
 from wsiseg.runs.folder import RunFolder, refuse_own_bank
 from wsiseg.runs.inputs import load_bank
 from wsiseg.runs.manifest import FINISHED, Status
@@ -118,7 +118,11 @@ def type_run(
         json.dumps(["type", manifest.parts_hash, clicked, dataclasses.asdict(config.typing)]).encode()
     ).hexdigest()[:16]
     provenance = Provenance(
-        "wsiseg", __version__, table.note["slide"], digest, {"model": config.model, "method": config.method}
+        tool="wsiseg",
+        version=__version__,
+        slide=table.note["slide"],
+        config_hash=digest,
+        details={"model": config.model, "method": config.method},
     )
     table.check()  # damage is found before anything is written
     replace(manifest, status=Status.RETYPING, status_before=manifest.status).write(folder.manifest_path)
@@ -229,19 +233,18 @@ def bank_of_table(table: CellTable, seeds: Seeds, config: RunConfig, mpp: float)
                 raise SeedsError(same_cell(f"{place}[{i}]", where))
     rows, against = found[: len(seeds.types)], found[len(seeds.types) :]
     z = table.descriptors
-    bank = Bank(
-        names=tuple(t.name for t in seeds.types),
-        colors=tuple(t.color for t in seeds.types),
-        clicks=tuple(clicks[: len(rows)]),
-        clicked=tuple(z[r].astype(np.float32) for r in rows),
-        negative=tuple(z[r].astype(np.float32) for r in against),
-        cells=Cells.empty(z.shape[1]),
-        high=(),
-        low=(),
-        similarity_thresholds=np.empty(0, np.float32),
-        negative_clicks=tuple(clicks[len(rows) :]),
+    types = tuple(
+        TypePrototypes(
+            name=kind.name,
+            color=kind.color,
+            clicks=clicks[t],
+            clicked=z[rows[t]].astype(np.float32),
+            negative=z[against[t]].astype(np.float32),
+            negative_clicks=clicks[len(rows) + t],
+        )
+        for t, kind in enumerate(seeds.types)
     )
-    return bank, rows
+    return Bank(types, Cells.empty(z.shape[1])), rows
 
 
 def _no_cell(place: str, point: tuple[float, float], table: CellTable, mpp: float) -> str:
@@ -258,14 +261,14 @@ def _slide_info(manifest: Manifest, table: CellTable) -> SlideInfo:
         slide = manifest.slide
         size, bounds = slide["size_px0"], slide["bounds"]
         return SlideInfo(
-            slide["path"],
-            slide["reader"],
-            slide["format"],
-            ((int(size[0]), int(size[1])),),
-            (1.0,),
-            float(slide["mpp"]),
-            slide["mpp_source"],
-            tuple(bounds) if bounds else None,
+            path=slide["path"],
+            reader=slide["reader"],
+            format=slide["format"],
+            level_sizes=((int(size[0]), int(size[1])),),
+            downsamples=(1.0,),
+            mpp=float(slide["mpp"]),
+            mpp_source=slide["mpp_source"],
+            bounds=tuple(bounds) if bounds else None,
         )
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise FormatError(f"{table.path.parent / 'manifest.json'}: damaged ({error!r}); run the slide again") from error

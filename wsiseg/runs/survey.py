@@ -5,15 +5,13 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from wsiseg.config import TILE_UM, RunConfig
+from wsiseg.config import RunConfig
 from wsiseg.errors import SlideError, counted
-from wsiseg.geometry import Lattice
+from wsiseg.models import load_model
 from wsiseg.segmentation.nuclear_scale import estimate_scale, scale_contradiction
 from wsiseg.slide import open_slide, require_cellular, thumbnail
-from wsiseg.slide.tiling import plan_blocks
+from wsiseg.slide.tiling import plan_for_model
 from wsiseg.slide.tissue import SearchArea, find_tissue
-
-NATIVE_MPP = 0.25  #: scale of the default model; `survey` counts tiles without loading it
 
 
 def survey(
@@ -65,18 +63,14 @@ def survey(
                 warnings += scale_contradiction(info.mpp, found)
         if info.mpp_source != "none":
             tissue = find_tissue(*thumbnail(opened, config.tissue.overview_mpp), config.tissue, mpp=info.mpp)
-            blocks = plan_blocks(
-                info.size_px0,
-                Lattice(info.mpp, NATIVE_MPP),
-                config.tiling,
-                stride_px=1,
-                reach_px=0,
-                wanted=SearchArea(tissue, None).wanted,
-            )
+            model = load_model(config.model, "cpu")
+            area = SearchArea(tissue if config.tissue.enabled else None, None)
+            blocks = plan_for_model(info, model, config.tiling, area.wanted)
+            core_px = blocks[0].tiles[0].core.width if blocks else 0
             warnings += tissue.warnings
             facts["tissue"] = f"{tissue.area_um2(info.mpp) / 1e6:.2f} mm2, margin included"
             facts["tiles"] = (
-                f"{sum(len(b.tiles) for b in blocks)} of {config.tiling.tile_um or TILE_UM:g} um, in {counted(len(blocks), 'block')}"
+                f"{sum(len(b.tiles) for b in blocks)} of {core_px * model.mpp:g} um, in {counted(len(blocks), 'block')}"
             )
             try:
                 require_cellular(info)

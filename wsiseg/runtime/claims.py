@@ -47,7 +47,7 @@ class _State(NamedTuple):
     mtime_ns: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Owner:
     """Owner of a claim."""
 
@@ -134,7 +134,9 @@ class Claims:
         if name in self._held:
             return True
         path, pid = self._path(name), os.getpid()
-        owner = _Owner(machine.host(), pid, machine.started(pid), machine.space(), secrets.token_hex(8))
+        owner = _Owner(
+            host=machine.host(), pid=pid, start=machine.started(pid), space=machine.space(), token=secrets.token_hex(8)
+        )
         with translate_os_errors(path):
             won = self._take(path, owner)
         if won:
@@ -354,4 +356,4 @@ def _owner(state: _State | None) -> _Owner | None:
     texts = all(isinstance(text, str) for text in (host, space, token))
     if not texts or type(pid) is not int or pid < 1 or not (start is None or type(start) is int):
         return None
-    return _Owner(str(host), pid, start, str(space), str(token))
+    return _Owner(host=str(host), pid=pid, start=start, space=str(space), token=str(token))

@@ -149,6 +149,19 @@ def did_you_mean(word: object, allowed: Iterable[str]) -> str:
     return f"did you mean {by_case[near[0]]!r}? " if near else ""
 
 
+def first_line(error: BaseException) -> str:
+    r"""First line of the message of a library's error; its class where there is no message.
+
+    Examples
+    --------
+    >>> first_line(ValueError("bad header\nat byte 3"))
+    'bad header'
+    >>> first_line(ValueError())
+    'ValueError'
+    """
+    return (str(error).splitlines() or [""])[0] or type(error).__name__
+
+
 def show(value: object) -> str:
     """``value`` as JSON, at most ``SHOWN`` characters of it."""
     try:

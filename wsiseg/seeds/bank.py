@@ -17,7 +17,7 @@ import torch
 
 from wsiseg.errors import SeedsError
 from wsiseg.geometry import Box, round_up
-from wsiseg.records import Bank, Cells
+from wsiseg.records import Bank, Cells, ChainPrototypes, TypePrototypes
 from wsiseg.seeds.glass import GlassFinder
 from wsiseg.seeds.matching import describe_nearest, match_clicks, match_groups
 from wsiseg.segmentation.decoding import decode
@@ -43,9 +43,9 @@ _SAME_UM = 1e-3  #: prompts this close are one
 _CANDIDATES = 12  #: automatic prompts around a click that are tried for the cell it may mean
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _ClickContext:
-    """What every click needs."""
+    """Resources for finding the cell of a click."""
 
     reader: SlideReader
     model: PromptableModel
@@ -68,7 +68,7 @@ class _ClickContext:
             return box, self.model.encode(torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].to(self.model.device))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ClickedCell:
     """The cell that a click means.
 
@@ -116,8 +116,7 @@ def build_bank(
     config
         ``cop`` and ``masks``.
     chains
-        Also run Chain-of-Prompts from every click and fill ``high``, ``low`` and ``similarity_thresholds``; they stay empty
-        otherwise. Memory does not grow with the number of clicks.
+        Also run Chain-of-Prompts from every click and fill ``chain`` of each type. Memory does not grow with the number of clicks.
     on_warning
         Called with a sentence for each click where the network finds no nucleus.
 
@@ -126,7 +125,7 @@ def build_bank(
     SeedsError
         A click is on glass, or clicks of two types hit the same cell.
     """
-    context = _ClickContext(reader, model, lattice, config)
+    context = _ClickContext(reader=reader, model=model, lattice=lattice, config=config)
     clicked, against = (
         [
             [
@@ -141,30 +140,25 @@ def build_bank(
     for click in (click for kind in (*clicked, *against) for click in kind):
         if click.doubt:
             on_warning(click.doubt)
-    negative = [[click.descriptor for click in kind] for kind in against]
-    descriptors = tuple(np.stack([c.descriptor for c in kind]) for kind in clicked)
-    banks = (
-        [_reliable(context, kind, [d for k, d in enumerate(descriptors) if k != t]) for t, kind in enumerate(clicked)]
-        if chains
-        else []
+    descriptors = [np.stack([c.descriptor for c in cells]) for cells in clicked]
+    types = tuple(
+        TypePrototypes(
+            name=kind.name,
+            color=kind.color,
+            clicks=np.array(kind.points, float).reshape(-1, 2),
+            clicked=descriptors[t],
+            negative=np.array([c.descriptor for c in against[t]], np.float32).reshape(-1, model.descriptor_size),
+            negative_clicks=np.array(kind.negative, float).reshape(-1, 2),
+            chain=_chain(context, clicked[t], [*descriptors[:t], *descriptors[t + 1 :]]) if chains else None,
+        )
+        for t, kind in enumerate(seeds.types)
     )
-    return Bank(
-        names=tuple(t.name for t in seeds.types),
-        colors=tuple(t.color for t in seeds.types),
-        clicks=tuple(np.array(t.points, float).reshape(-1, 2) for t in seeds.types),
-        clicked=descriptors,
-        negative=tuple(np.array(n, np.float32).reshape(-1, model.descriptor_size) for n in negative),
-        cells=Cells.concatenate([c.cell for kind in clicked for c in kind], model.descriptor_size),
-        high=tuple(high for high, _, _ in banks),
-        low=tuple(low for _, low, _ in banks),
-        similarity_thresholds=np.array([floor for _, _, floor in banks], np.float32),
-        negative_clicks=tuple(np.array(t.negative, float).reshape(-1, 2) for t in seeds.types),
-    )
+    return Bank(types, Cells.concatenate([c.cell for cells in clicked for c in cells], model.descriptor_size))
 
 
 def missed_cells(bank: Bank, cells: CellIndex, reach_px0: float) -> Cells:
     """The bank's own cells of the clicks that mean none of ``cells``; a click outside the searched area has none."""
-    points = np.concatenate([np.empty((0, 2)), *bank.clicks])
+    points = np.concatenate([np.empty((0, 2)), *(of.clicks for of in bank.types)])
     missed = points[match_clicks(points, cells, reach_px0) < 0]
     rows = match_clicks(missed, bank.cells, reach_px0)
     return bank.cells.take(np.unique(rows[rows >= 0]))
@@ -197,28 +191,34 @@ def match_bank(
         return bank, [], []
     owner: dict[int, str] = {}
     warnings: list[str] = []
-    matched = match_groups([*bank.clicks, *bank.negative_clicks], cells, reach_px0)
-    rows, against = matched[: len(bank.clicks)], matched[len(bank.clicks) :]
-    for name, points, mine in zip(bank.names, bank.clicks, rows, strict=True):
-        for k, row in enumerate(mine.tolist()):
-            if row >= 0 and owner.setdefault(row, name) == name:
+    negative_clicks = [np.empty((0, 2)) if of.negative_clicks is None else of.negative_clicks for of in bank.types]
+    matched = match_groups([*(of.clicks for of in bank.types), *negative_clicks], cells, reach_px0)
+    rows, against = matched[: len(bank.types)], matched[len(bank.types) :]
+    for of, found in zip(bank.types, rows, strict=True):
+        for k, row in enumerate(found.tolist()):
+            if row >= 0 and owner.setdefault(row, of.name) == of.name:
                 continue
             meets = f"the cell that was clicked as {owner[row]}" if row >= 0 else "no cell of the result"
-            warnings.append(f"the click on {name} at [{points[k][0]:g}, {points[k][1]:g}] meets {meets}")
-            mine[k] = -1
-    clicked = _seen(bank.clicked, rows, descriptors)
-    negative = _seen(bank.negative, against, descriptors) if against else bank.negative
-    return dataclasses.replace(bank, clicked=clicked, negative=negative), rows, warnings
-
-
-def _seen(
-    known: tuple[NDArray[np.float32], ...], rows: list[NDArray[np.intp]], descriptors: NDArray[np.float16]
-) -> tuple[NDArray[np.float32], ...]:
-    """Per type (k, D): the descriptors at ``rows``, or the known one where there is no row."""
-    return tuple(
-        np.where(mine[:, None] >= 0, descriptors[mine] if len(descriptors) else own, own).astype(np.float32)
-        for own, mine in zip(known, rows, strict=True)
+            warnings.append(f"the click on {of.name} at [{of.clicks[k][0]:g}, {of.clicks[k][1]:g}] meets {meets}")
+            found[k] = -1
+    types = tuple(
+        dataclasses.replace(
+            of,
+            clicked=_descriptors_at(rows[t], descriptors, of.clicked),
+            negative=of.negative
+            if of.negative_clicks is None
+            else _descriptors_at(against[t], descriptors, of.negative),
+        )
+        for t, of in enumerate(bank.types)
     )
+    return dataclasses.replace(bank, types=types), rows, warnings
+
+
+def _descriptors_at(
+    rows: NDArray[np.intp], descriptors: NDArray[np.float16], known: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    """The descriptors at ``rows``, (k, D), or the known one where there is no row."""
+    return np.where(rows[:, None] >= 0, descriptors[rows] if len(descriptors) else known, known).astype(np.float32)
 
 
 def find_clicked(
@@ -249,7 +249,7 @@ def find_clicked(
     SeedsError
         The click is on glass.
     """
-    return _find_cell(_ClickContext(reader, model, lattice, config), place, point)
+    return _find_cell(_ClickContext(reader=reader, model=model, lattice=lattice, config=config), place, point)
 
 
 def _find_cell(context: _ClickContext, place: str, point: tuple[float, float]) -> ClickedCell:
@@ -280,7 +280,8 @@ def _find_cell(context: _ClickContext, place: str, point: tuple[float, float]) -
         if row >= 0:
             cell = candidates.take(np.array([row]))
             prompt = context.lattice.to_model(cell.points_xy[0])
-            return ClickedCell(place, prompt, cell.descriptors[0].astype(np.float32), cell)
+            descriptor = cell.descriptors[0].astype(np.float32)
+            return ClickedCell(place=place, prompt=prompt, descriptor=descriptor, cell=cell)
     return _decode_doubtful(context, place, point, box, embeddings, cells)
 
 
@@ -305,8 +306,13 @@ def _decode_doubtful(
     else:
         used, descriptor = "its surroundings are used for typing, and no cell is outlined", descriptors[0]
     near = f"; {describe_nearest(point, others, lattice.slide_mpp)}" if len(others) else ""
-    doubt = f"{place} = {_at(point)}: the model finds no nucleus there; {used}{near}"
-    return ClickedCell(place, centre, descriptor.astype(np.float32), cell, doubt)
+    return ClickedCell(
+        place=place,
+        prompt=centre,
+        descriptor=descriptor.astype(np.float32),
+        cell=cell,
+        doubt=f"{place} = {_at(point)}: the model finds no nucleus there; {used}{near}",
+    )
 
 
 def _at(point: tuple[float, float]) -> str:
@@ -337,10 +343,8 @@ def same_cell(place: str, other: str) -> str:
     return f"{place}: hits the same cell as {other.rpartition(': ')[2]}, of another type; remove one of the two"
 
 
-def _reliable(
-    context: _ClickContext, clicked: list[ClickedCell], others: list[NDArray[np.float32]]
-) -> tuple[NDArray[np.float32], NDArray[np.float32], float]:
-    """F_h and F_l (m, C) of a type's prototypes, and its floor.
+def _chain(context: _ClickContext, clicked: list[ClickedCell], others: list[NDArray[np.float32]]) -> ChainPrototypes:
+    """Prototypes of a type for Chain-of-Prompts; ``others`` holds the descriptors of the other types' clicked cells.
 
     The reliable places are the clicked cells and what Chain-of-Prompts reaches from them, without what looks more like another type's click.
     """
@@ -382,7 +386,9 @@ def _reliable(
     rows = _spread(f, config.cop.prototypes, min(len(first), len(kept)))
     floor = _floor(h, f, rows, config.cop.floor_percentile)
     # Components of the similarity map grow together below it; the maps' components do not.
-    return h[rows], f[rows], min(floor, config.cop.highest_floor) if config.cop.localise == "maps" else floor
+    if config.cop.localise == "maps":
+        floor = min(floor, config.cop.highest_floor)
+    return ChainPrototypes(h[rows], f[rows], float(np.float32(floor)))
 
 
 def _spread(rows: NDArray[np.float32], count: int, keep: int) -> NDArray[np.intp]:

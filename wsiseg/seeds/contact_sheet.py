@@ -41,7 +41,7 @@ _LEGEND = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Panel:
     """One click. Lengths are px of the panel, origin at its outer corner.
 

@@ -33,7 +33,7 @@ WINDOW_UM = 48.0  #: side of a panel: a nucleus and its neighbours, enough to fi
 MAX_PANELS = 640  #: on one sheet; the bad clicks first
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PreviewSummary:
     """Summary of a preview.
 
@@ -58,7 +58,7 @@ class PreviewSummary:
     warnings: tuple[str, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Click:
     """A click and its result: a cell, a fault, a doubt."""
 
@@ -140,14 +140,26 @@ def preview_seeds(
     with atomic_path(out) as partial:
         sheet.save(partial, format="PNG")
     return PreviewSummary(
-        found, len(clicks), len(drawn), bad, len(doubts), faults, (*info.warnings, *warnings, *doubts)
+        seeds=found,
+        clicks=len(clicks),
+        drawn=len(drawn),
+        bad=bad,
+        doubtful=len(doubts),
+        faults=faults,
+        warnings=(*info.warnings, *warnings, *doubts),
     )
 
 
 def _list_clicks(seeds: Seeds) -> list[_Click]:
     """Every click, type by type, the negative ones of a type last."""
     return [
-        _Click(t, i, negative, point, f"{seeds.source}: types[{t}].{'negative' if negative else 'points'}[{i}]")
+        _Click(
+            kind=t,
+            number=i,
+            negative=negative,
+            point=point,
+            place=f"{seeds.source}: types[{t}].{'negative' if negative else 'points'}[{i}]",
+        )
         for t, kind in enumerate(seeds.types)
         for negative, points in ((False, kind.points), (True, kind.negative))
         for i, point in enumerate(points)
@@ -199,4 +211,15 @@ def _panel(click: _Click, reader: SlideReader, side: int) -> Panel:
     # The caption already shows the place: "on glass, ..." remains of "seeds.json: types[0].points[0] = [5, 5]: on glass, ...".
     fault, doubt = (said.removeprefix(click.place).partition(": ")[2] for said in (click.fault, click.doubt))
     at = (float(centre[0] - x0), float(centre[1] - y0))
-    return Panel(click.kind, click.number, click.negative, click.point, pixels, at, outline, score, fault, doubt)
+    return Panel(
+        kind=click.kind,
+        number=click.number,
+        negative=click.negative,
+        point=click.point,
+        pixels=pixels,
+        click_xy=at,
+        outline=outline,
+        score=score,
+        fault=fault,
+        doubt=doubt,
+    )

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 _STEPS = np.array([(0, 0), (0, 1), (1, 1), (1, 0)])  # row, column of the corners a, b, c, d
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Rings:
     """R rings of all images, image by image.
 
@@ -99,7 +99,7 @@ def zero_rings(images: NDArray[np.float32]) -> Rings:
     edge = np.concatenate([across, down + size])
     start, step = np.concatenate([across, down]), np.repeat([1, width], [len(across), len(down)])
     if not len(edge):
-        return Rings(np.empty((0, 2)), np.empty(0, np.intp), np.empty(0, np.intp), np.empty(0))
+        return Rings(xy=np.empty((0, 2)), first=np.empty(0, np.intp), image=np.empty(0, np.intp), area=np.empty(0))
     out = inside[start]
     # The cell in which the walk round it goes out over this edge, by its corner a, and which edge of the cell it is.
     is_across = np.arange(len(edge)) < len(across)
@@ -121,7 +121,7 @@ def zero_rings(images: NDArray[np.float32]) -> Rings:
     ]
     first = np.flatnonzero(np.diff(label[order], prepend=-1))
     # A ring's label is its first "across" crossing, and these are in order of the images: so are the rings.
-    rings = Rings(xy, first, start[order[first]] // (height * width), np.empty(0))
+    rings = Rings(xy=xy, first=first, image=start[order[first]] // (height * width), area=np.empty(0))
     following = xy[rings.following()]
     twice = np.add.reduceat(xy[:, 0] * following[:, 1] - following[:, 0] * xy[:, 1], first)
     return replace(rings, area=np.abs(twice) / 2)

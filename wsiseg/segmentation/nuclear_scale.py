@@ -204,8 +204,8 @@ def require_scale(reader: SlideReader) -> None:
     if not math.isnan(info.mpp):
         require_cellular(info)
         return
-    notes = "".join(f" ({note})" for note in info.warnings if "resolution" in note)
-    missing = f"{info.path}: no microns per pixel in the file{notes}"
+    ignored = f" ({info.ignored_scale})" if info.ignored_scale else ""
+    missing = f"{info.path}: no microns per pixel in the file{ignored}"
     found = estimate_scale(reader)
     if found is None:
         raise SlideError(

@@ -128,8 +128,8 @@ def open_slide(
     slide = first_that_decodes(address, mpp, names, hidden_damage=reader == "auto")
     if require_mpp and math.isnan(slide.info.mpp):
         slide.close()
-        notes = "".join(f" ({note})" for note in slide.info.warnings if "resolution" in note)
-        raise SlideError(f"{address}: no microns per pixel in the file{notes}; pass --mpp (for example --mpp 0.25)")
+        ignored = f" ({slide.info.ignored_scale})" if slide.info.ignored_scale else ""
+        raise SlideError(f"{address}: no microns per pixel in the file{ignored}; pass --mpp (for example --mpp 0.25)")
     return slide
 
 

@@ -32,7 +32,15 @@ class ArrayReader:
             )
         self._image = image
         size = (image.shape[1], image.shape[0])
-        self.info = SlideInfo(name, "image", "array", (size,), (1.0,), mpp, "given with the array")
+        self.info = SlideInfo(
+            path=name,
+            reader="image",
+            format="array",
+            level_sizes=(size,),
+            downsamples=(1.0,),
+            mpp=mpp,
+            mpp_source="given with the array",
+        )
 
     def read(self, level: int, box: Box) -> NDArray[np.uint8]:
         """Pixels of ``box``, white outside; the only level is 0."""

@@ -55,19 +55,21 @@ class TiffReader:
         self._pixels = TiffPixels(tiff, series)
         sizes = self._pixels.level_sizes
         tags = {tag.name: tag.value for tag in series.keyframe.tags}
-        found, scale_warnings = from_tiff_tags(tags, tiff.imagej_metadata)
+        found, ignored = from_tiff_tags(tags, tiff.imagej_metadata)
         found = from_ome_xml(tiff.ome_metadata, sizes[0]) or found
-        value, source, notes = choose_mpp(found, mpp, None)
-        scale_warnings = () if found else scale_warnings
+        chosen = choose_mpp(found, mpp, None)
+        ignored = () if found else ignored
         return SlideInfo(
             path=path,
             reader="image",
             format="ome-tiff" if tiff.is_ome else "tiff",
             level_sizes=sizes,
             downsamples=whole_downsamples(sizes),
-            mpp=value,
-            mpp_source=source,
-            warnings=(*scale_warnings, *notes, *self._pixels.notes, *uneven_levels(sizes)),
+            mpp=chosen.mpp,
+            mpp_source=chosen.source,
+            warnings=(*ignored, *chosen.warnings, *self._pixels.notes, *uneven_levels(sizes)),
+            ignored_scale="; ".join(ignored),
+            not_square=chosen.not_square,
         )
 
     def read(self, level: int, box: Box) -> NDArray[np.uint8]:
@@ -99,9 +101,7 @@ class ImageReader:
     def __init__(self, path: str, mpp: float | None) -> None:
         loaded = _load(path)
         self._pixels: NDArray[np.uint8] | None = loaded.pixels
-        value, source, notes = choose_mpp(
-            None, mpp, None
-        )  # the dpi of PNG and JPEG are print resolutions: never an mpp
+        chosen = choose_mpp(None, mpp, None)  # the dpi of PNG and JPEG are print resolutions: never an mpp
         height, width = loaded.pixels.shape[:2]
         self.info = SlideInfo(
             path=path,
@@ -109,9 +109,9 @@ class ImageReader:
             format=loaded.format,
             level_sizes=((width, height),),
             downsamples=(1.0,),
-            mpp=value,
-            mpp_source=source,
-            warnings=(*loaded.notes, *notes),
+            mpp=chosen.mpp,
+            mpp_source=chosen.source,
+            warnings=(*loaded.notes, *chosen.warnings),
         )
 
     def read(self, level: int, box: Box) -> NDArray[np.uint8]:

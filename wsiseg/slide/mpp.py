@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import unicodedata
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from xml.etree import ElementTree as ET
 
 from wsiseg.config import CELLULAR_MPP
@@ -42,7 +42,6 @@ MICRONS = {
     **dict.fromkeys(("in", "inch", "inches"), 25400.0),
     **dict.fromkeys(("ft", "foot", "feet"), 304800.0),
 }
-STRETCHED = "pixels are far from square"  # how `require_cellular` recognises the warning
 
 
 @dataclass(frozen=True)
@@ -144,9 +143,16 @@ def drop_print_resolution(size: PixelSize) -> tuple[PixelSize | None, tuple[str,
     return None, (f"its resolution tag, {25400 / size.mean:.0f} dpi, is a print resolution and was ignored",)
 
 
-def choose_mpp(
-    found: PixelSize | None, override: float | None, objective: float | None
-) -> tuple[float, str, tuple[str, ...]]:
+class ChosenMpp(NamedTuple):
+    """Microns per level-0 pixel to use, and what is doubtful about them; as in :class:`~wsiseg.records.SlideInfo`."""
+
+    mpp: float
+    source: str
+    warnings: tuple[str, ...] = ()
+    not_square: str = ""
+
+
+def choose_mpp(found: PixelSize | None, override: float | None, objective: float | None) -> ChosenMpp:
     """Choose the microns per pixel to use.
 
     Parameters
@@ -160,10 +166,17 @@ def choose_mpp(
 
     Returns
     -------
-    tuple[float, str, tuple[str, ...]]
+    ChosenMpp
         mpp (NaN when unknown), its source, and a warning about each doubt.
+
+    Examples
+    --------
+    >>> choose_mpp(PixelSize(0.25, 0.25, "openslide.mpp-x/-y"), None, 40).mpp
+    0.25
+    >>> choose_mpp(PixelSize(0.25, 0.3, "openslide.mpp-x/-y"), None, 40).not_square
+    'pixels are far from square: 0.25 x 0.3 microns (openslide.mpp-x/-y)'
     """
-    notes = []
+    notes, not_square = [], ""
     if override is not None:
         mpp, source = override, OVERRIDE
         if found and abs(override / found.mean - 1) > CONTRADICTION:
@@ -171,7 +184,7 @@ def choose_mpp(
     elif found is not None:
         mpp, source = found.mean, found.source
     else:
-        return math.nan, NO_SOURCE, ()
+        return ChosenMpp(math.nan, NO_SOURCE)
     low, high = CELLULAR_MPP
     if not low <= mpp <= high:
         notes.append(
@@ -180,14 +193,15 @@ def choose_mpp(
     if found and found.anisotropy > ANISOTROPY_NOTE:
         sides = f"{found.x:.4g} x {found.y:.4g} microns ({found.source})"
         if found.anisotropy > ANISOTROPY_LIMIT and override is None:
-            notes.append(f"{STRETCHED}: {sides}")
+            not_square = f"pixels are far from square: {sides}"
+            notes.append(not_square)
         else:
             notes.append(f"pixels are not square: {sides}; {mpp:.4g} is used for both sides")
     if objective and not 1 / OBJECTIVE_TOLERANCE < mpp * objective / 10 < OBJECTIVE_TOLERANCE:
         notes.append(
             f"{mpp:.4g} microns per pixel ({source}) contradicts the {objective:g}x objective (about {10 / objective:.3g})"
         )
-    return mpp, source, tuple(notes)
+    return ChosenMpp(mpp, source, tuple(notes), not_square)
 
 
 def require_cellular(info: SlideInfo) -> None:
@@ -213,8 +227,7 @@ def require_cellular(info: SlideInfo) -> None:
             f"{info.path}: {info.mpp:.4g} microns per pixel ({info.mpp_source}) is too {'fine' if info.mpp < low else 'coarse'} for cells; "
             f"allowed is {low} to {high}: give the full-resolution slide, or pass --mpp if the file is wrong"
         )
-    for note in info.warnings:
-        if note.startswith(STRETCHED):
-            raise SlideError(
-                f"{info.path}: {note}; save the slide with square pixels, or pass --mpp to treat them as square"
-            )
+    if info.not_square:
+        raise SlideError(
+            f"{info.path}: {info.not_square}; save the slide with square pixels, or pass --mpp to treat them as square"
+        )

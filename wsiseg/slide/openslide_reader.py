@@ -48,19 +48,21 @@ class OpenSlideReader:
         sizes = tuple(self._handle.level_dimensions)
         background = properties.get("openslide.background-color", "FFFFFF")
         self._background = np.array([int(background[i : i + 2], 16) for i in (0, 2, 4)], np.uint16)
-        found, scale_warnings = _pixel_size(properties, vendor)
+        found, ignored = _pixel_size(properties, vendor)
         objective = pixel_size(properties.get("openslide.objective-power"), None, "")
-        value, source, notes = choose_mpp(found, mpp, objective.x if objective else None)
+        chosen = choose_mpp(found, mpp, objective.x if objective else None)
         self.info = SlideInfo(
             path=path,
             reader="openslide",
             format=vendor,
             level_sizes=sizes,
             downsamples=whole_downsamples(sizes, self._stated),
-            mpp=value,
-            mpp_source=source,
+            mpp=chosen.mpp,
+            mpp_source=chosen.source,
             bounds=_bounds(properties),
-            warnings=(*scale_warnings, *notes, *uneven_levels(sizes)),
+            warnings=(*ignored, *chosen.warnings, *uneven_levels(sizes)),
+            ignored_scale="; ".join(ignored),
+            not_square=chosen.not_square,
         )
 
     def read(self, level: int, box: Box) -> NDArray[np.uint8]:

@@ -75,9 +75,9 @@ class TiffSlideReader:
                 f"its parts hold {page.samplesperpixel} samples of {page.dtype} per pixel, which is not supported"
             )
         sizes = tuple((int(width), int(height)) for width, height in slide.level_dimensions)
-        found, scale_warnings = _pixel_size(slide, sizes[0], page)
+        found, ignored = _pixel_size(slide, sizes[0], page)
         objective = pixel_size(properties.get("tiffslide.objective-power"), None, "")
-        value, source, notes = choose_mpp(found, mpp, objective.x if objective else None)
+        chosen = choose_mpp(found, mpp, objective.x if objective else None)
         remarks = self._pixels.notes if self._pixels else ()
         return SlideInfo(
             path=self._path,
@@ -85,9 +85,11 @@ class TiffSlideReader:
             format=str(vendor or ("ome-tiff" if slide.ts_tifffile.is_ome else "tiff")),
             level_sizes=sizes,
             downsamples=whole_downsamples(sizes),
-            mpp=value,
-            mpp_source=source,
-            warnings=(*scale_warnings, *notes, *remarks, *uneven_levels(sizes)),
+            mpp=chosen.mpp,
+            mpp_source=chosen.source,
+            warnings=(*ignored, *chosen.warnings, *remarks, *uneven_levels(sizes)),
+            ignored_scale="; ".join(ignored),
+            not_square=chosen.not_square,
         )
 
     def read(self, level: int, box: Box) -> NDArray[np.uint8]:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from wsiseg.config import TilingConfig
+    from wsiseg.models.contract import PromptableModel
+    from wsiseg.records import SlideInfo
 
 
 def plan_blocks(
@@ -81,6 +83,36 @@ def plan_blocks(
             if tiles:
                 blocks.append(Block(f"{block_row // step:04d}-{block_column // step:04d}", tuple(tiles)))
     return blocks
+
+
+def plan_for_model(
+    info: SlideInfo, model: PromptableModel, config: TilingConfig, wanted: Callable[[float, float, float, float], bool]
+) -> list[Block]:
+    """Plan the blocks of a slide for a model: :func:`plan_blocks` on its lattice, with its stride, reach and input size.
+
+    Parameters
+    ----------
+    info
+        Size and scale of the slide.
+    model
+        The network that will read the tiles.
+    config, wanted
+        As for :func:`plan_blocks`.
+
+    Returns
+    -------
+    list of Block
+        As of :func:`plan_blocks`.
+    """
+    return plan_blocks(
+        info.size_px0,
+        Lattice(info.mpp, model.mpp),
+        config,
+        stride_px=model.stride_px,
+        reach_px=model.reach_px,
+        input_px=model.input_px,
+        wanted=wanted,
+    )
 
 
 def _sizes(mpp: float, config: TilingConfig, stride_px: int, reach_px: int, input_px: int | None) -> tuple[int, int]:

@@ -52,7 +52,7 @@ GLOW_FLOOR, GLOW_PART = (
 SMALL_IMAGE_UM2 = 1e6  # a field of view has its subject everywhere; leaving parts of it out saves a few tiles at most
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TissueMask:
     """Mask of the tissue of a slide.
 
@@ -100,7 +100,10 @@ def _unpack(
 ) -> TissueMask:
     bits = np.frombuffer(zlib.decompress(packed), np.uint8)
     return TissueMask(
-        np.unpackbits(bits, count=shape[0] * shape[1]).reshape(shape).astype(bool), scale, brightfield, warnings
+        mask=np.unpackbits(bits, count=shape[0] * shape[1]).reshape(shape).astype(bool),
+        scale=scale,
+        brightfield=brightfield,
+        warnings=warnings,
     )
 
 
@@ -138,7 +141,7 @@ def find_tissue(
         found &= ~_padding(thumbnail)
     small = found.size * pixel_um**2 < SMALL_IMAGE_UM2
     mask = np.full_like(found, found.any()) if small else _clean_mask(found, config, pixel_um)
-    return TissueMask(mask, scale, brightfield, warnings)
+    return TissueMask(mask=mask, scale=scale, brightfield=brightfield, warnings=warnings)
 
 
 def _background(thumbnail: NDArray[np.uint8]) -> tuple[bool, tuple[str, ...]]:

@@ -164,13 +164,13 @@ def _processes(workers: int, before_spawn: dict[str, str]) -> Iterator[Pool]:
                 f"--workers {workers}: the processes cannot be started ({describe(error)}); {remedy}"
             ) from error
         yield Pool(
-            client,
-            f"--workers {workers}",
-            max(machine.cores() // workers, 1),
-            workers,
-            "they are started again and again; run with -vv to see why they end",
-            "pass fewer --workers or a smaller --tile-size",
-            partial(cluster.scale, workers),
+            client=client,
+            name=f"--workers {workers}",
+            threads=max(machine.cores() // workers, 1),
+            workers=workers,
+            when_none="they are started again and again; run with -vv to see why they end",
+            when_dead="pass fewer --workers or a smaller --tile-size",
+            replace_lost_workers=partial(cluster.scale, workers),
         )
 
 
@@ -191,12 +191,12 @@ def _connection(address: str) -> Iterator[Pool]:
             remedy = "pass tcp://host:port of a scheduler of the same Dask"
             raise RunError(f"--scheduler {address}: cannot be used ({describe(error)}); {remedy}") from error
         yield Pool(
-            client,
-            f"--scheduler {address}",
-            None,
-            0,
-            f"start some: `dask worker {address} --nthreads 1`",
-            "give the workers more memory, or pass a smaller --tile-size",
+            client=client,
+            name=f"--scheduler {address}",
+            threads=None,
+            workers=0,
+            when_none=f"start some: `dask worker {address} --nthreads 1`",
+            when_dead="give the workers more memory, or pass a smaller --tile-size",
         )
 
 
@@ -258,13 +258,13 @@ def _jobs(workers: int, system: str, settings: ClusterConfig, scratch: Path) -> 
                 )
 
         yield Pool(
-            client,
-            f"--scheduler {system}",
-            settings.cores,
-            workers,
-            f"the jobs wait in the queue, or cannot start: {seen}",
-            f"raise cluster.memory, {seen}",
-            replace_lost_workers,
+            client=client,
+            name=f"--scheduler {system}",
+            threads=settings.cores,
+            workers=workers,
+            when_none=f"the jobs wait in the queue, or cannot start: {seen}",
+            when_dead=f"raise cluster.memory, {seen}",
+            replace_lost_workers=replace_lost_workers,
         )
 
 

@@ -24,7 +24,7 @@ WARN_S = 60.0  #: between two warnings that there is no worker, and two attempts
 _SAME = "use the same environment everywhere"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Pool:
     """A pool of workers.
 

@@ -51,7 +51,7 @@ POINT_SUFFIXES = (".geojson", ".geojson.gz")  #: that are written
 COLUMNS = ("x", "y", "class", "name", "color")  #: of the table of points
 
 
-@dataclass
+@dataclass(kw_only=True)
 class QuPathClicks:
     """Points of one or more QuPath exports, gathered by class."""
 

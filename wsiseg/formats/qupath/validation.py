@@ -12,6 +12,8 @@ import json
 import math
 import uuid
 import zipfile
+from collections import Counter
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -43,8 +45,47 @@ class _Rule(Exception):  # noqa: N818 - not an error of the program: one broken 
     """A broken rule: what is wrong with one member."""
 
 
+@dataclass(kw_only=True)
+class GeoJsonSummary:
+    """Content of a GeoJSON file as QuPath would import it.
+
+    Attributes
+    ----------
+    problems
+        One message per problem, beginning with its place (``features[3].geometry: ...``); empty when QuPath 0.4 to 0.7 imports
+        everything. After ``MAX_PROBLEMS`` the rest is only said to exist, and not counted.
+    objects
+        Number of objects by their type: ``detection``, ``annotation``, ...
+    classes
+        Number of objects by the name of their class; objects without class are left out.
+    ids
+        Ids seen so far, in the canonical form of a UUID.
+    """
+
+    problems: list[str] = field(default_factory=list)
+    objects: Counter[str] = field(default_factory=Counter)
+    classes: Counter[str] = field(default_factory=Counter)
+    ids: set[str] = field(default_factory=set, repr=False)
+
+
 def validate_geojson(path: Path) -> list[str]:
     """List what would stop QuPath from importing the file, or make it silently drop something.
+
+    Parameters
+    ----------
+    path
+        As for :func:`summarise_geojson`.
+
+    Returns
+    -------
+    list of str
+        ``problems`` of :func:`summarise_geojson`.
+    """
+    return summarise_geojson(path).problems
+
+
+def summarise_geojson(path: Path) -> GeoJsonSummary:
+    """Check a file by the rules of QuPath's import, and count its objects.
 
     Parameters
     ----------
@@ -53,26 +94,26 @@ def validate_geojson(path: Path) -> list[str]:
 
     Returns
     -------
-    list of str
-        One message per problem, beginning with its place (``features[3].geometry: ...``); empty when QuPath 0.4 to 0.7 imports
-        everything. After ``MAX_PROBLEMS`` the rest is only said to exist.
+    GeoJsonSummary
+        A file that cannot be read has that as its problem.
     """
-    problems: list[str] = []
+    found = GeoJsonSummary()
+    problems = found.problems
     if not path.name.lower().endswith(QUPATH_SUFFIXES):
         problems.append(f"name: QuPath reads nothing from {path.name!r}; call it .geojson or .geojson.gz")
-    seen: set[str] = set()
     try:
         if path.name.lower().endswith(".zip"):
             problems += _zip_names(path)
         for place, text in read_texts(path, FormatError, utf8_only=True):
             prefix = "" if place == str(path) else place.removeprefix(f"{path}: ") + ": "
-            for problem in _document_problems(text, seen):
+            for problem in _document_problems(text, found):
                 problems.append(prefix + problem)
                 if len(problems) >= MAX_PROBLEMS:
-                    return [*problems, f"and more: only the first {MAX_PROBLEMS} problems are listed"]
+                    problems.append(f"and more: only the first {MAX_PROBLEMS} problems are listed")
+                    return found
     except FormatError as error:
         problems.append(str(error))
-    return problems
+    return found
 
 
 def _zip_names(path: Path) -> list[str]:
@@ -85,7 +126,7 @@ def _zip_names(path: Path) -> list[str]:
     return [f"{name}: QuPath skips this entry; call it .geojson" for name in ignored]
 
 
-def _document_problems(text: str, seen: set[str]) -> Iterator[str]:
+def _document_problems(text: str, found: GeoJsonSummary) -> Iterator[str]:
     """Problems of one document; Features become objects one at a time, so that memory is the text and one Feature."""
     scanner = _Scanner(text)
     members: dict[str, Any] = {}
@@ -93,14 +134,14 @@ def _document_problems(text: str, seen: set[str]) -> Iterator[str]:
         opening = scanner.next_token()
         if opening == "[":
             for index, feature in enumerate(scanner.items()):
-                yield from _feature_problems(feature, f"[{index}]", seen)
+                yield from _feature_problems(feature, f"[{index}]", found)
         elif opening == "{":
             for key in scanner.members():
                 if key == "features" and scanner.peek() == "[":
                     scanner.next_token()
                     members[key] = True
                     for index, feature in enumerate(scanner.items()):
-                        yield from _feature_problems(feature, f"features[{index}]", seen)
+                        yield from _feature_problems(feature, f"features[{index}]", found)
                 else:
                     members[key] = scanner.value()
         else:
@@ -113,16 +154,16 @@ def _document_problems(text: str, seen: set[str]) -> Iterator[str]:
         yield f"document: not JSON ({error}); QuPath imports nothing"
         return
     if opening == "{":
-        yield from _top_problems(members, seen)
+        yield from _top_problems(members, found)
 
 
-def _top_problems(members: dict[str, Any], seen: set[str]) -> Iterator[str]:
+def _top_problems(members: dict[str, Any], found: GeoJsonSummary) -> Iterator[str]:
     kind = members.get("type")
     if kind == "FeatureCollection":
         if members.get("features") is not True:
             yield "features: missing or not a list; QuPath imports nothing"
     elif kind == "Feature":
-        yield from _feature_problems(members, "Feature", seen)
+        yield from _feature_problems(members, "Feature", found)
     elif isinstance(kind, str) and (kind in NESTING or kind == "GeometryCollection"):
         try:
             _check_geometry(members)
@@ -187,13 +228,13 @@ class _Scanner:
         return token == closing
 
 
-def _feature_problems(feature: Any, place: str, seen: set[str]) -> Iterator[str]:  # noqa: ANN401
+def _feature_problems(feature: Any, place: str, found: GeoJsonSummary) -> Iterator[str]:  # noqa: ANN401
     if not isinstance(feature, dict) or feature.get("type") != "Feature":
         yield f"{place}: not an object of type 'Feature'; QuPath does not make an object of it"
         return
     properties = feature.get("properties", {})
     checks: list[tuple[str, Callable[[], None]]] = [
-        ("id", lambda: _check_id(feature, seen)),
+        ("id", lambda: _check_id(feature, found)),
         ("geometry", lambda: _check_geometry(feature.get("geometry"))),
         ("nucleusGeometry", lambda: _check_nucleus(feature)),
     ]
@@ -212,10 +253,25 @@ def _feature_problems(feature: Any, place: str, seen: set[str]) -> Iterator[str]
         except _Rule as rule:
             yield f"{place}.{member}: {rule}"
     if isinstance(properties, dict):
+        _count(properties, found)
         for key in ("childObjects", "children"):
             children = properties.get(key)
             for index, child in enumerate(children if isinstance(children, list) else []):
-                yield from _feature_problems(child, f"{place}.properties.{key}[{index}]", seen)
+                yield from _feature_problems(child, f"{place}.properties.{key}[{index}]", found)
+
+
+def _count(properties: dict[str, Any], found: GeoJsonSummary) -> None:
+    """Count an object by type and class, as far as they are sound."""
+    kind = _object_type(properties)
+    found.objects[kind if kind in OBJECT_TYPES else "annotation"] += 1
+    value = properties.get("classification")
+    names = value.get("names", [value.get("name")]) if isinstance(value, dict) else [value]
+    if isinstance(names, list) and names and all(isinstance(name, str) for name in names):
+        found.classes[": ".join(names)] += 1
+
+
+def _object_type(properties: dict[str, Any]) -> Any:  # noqa: ANN401
+    return properties.get("objectType", properties.get("object_type", properties.get("type")))
 
 
 def _check_not_null(members: dict[str, Any], key: str) -> None:
@@ -223,7 +279,7 @@ def _check_not_null(members: dict[str, Any], key: str) -> None:
         raise _Rule("null aborts the import; leave the member out")
 
 
-def _check_id(feature: dict[str, Any], seen: set[str]) -> None:
+def _check_id(feature: dict[str, Any], found: GeoJsonSummary) -> None:
     _check_not_null(feature, "id")
     if "id" not in feature:
         return
@@ -233,14 +289,14 @@ def _check_id(feature: dict[str, Any], seen: set[str]) -> None:
         raise _Rule(
             f"{feature['id']!r} is not a UUID, so QuPath replaces it by a random one; write a UUID or leave it out"
         ) from error
-    if key in seen:
+    if key in found.ids:
         raise _Rule(f"{key} appears twice; ids must be unique")
-    seen.add(key)
+    found.ids.add(key)
 
 
 def _check_object_type(properties: dict[str, Any]) -> None:
     _check_not_null(properties, "objectType")
-    kind = properties.get("objectType", properties.get("object_type", properties.get("type")))
+    kind = _object_type(properties)
     if kind == "tmaCore":
         raise _Rule("'tmaCore' is skipped by the import; allowed are detection, cell, annotation, tile")
     if kind not in OBJECT_TYPES:

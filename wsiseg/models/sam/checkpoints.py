@@ -30,6 +30,7 @@ from torch import Tensor
 from wsiseg.errors import WeightsError
 from wsiseg.models.sam.torch_files import read_torch_file
 from wsiseg.runtime.paths import kind_of, readable, require_regular
+from wsiseg.runtime.text import first_line
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -67,7 +68,7 @@ class Checkpoint:
     notes: tuple[str, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Architecture:
     """The image encoder, as its tensors' shapes tell it.
 
@@ -176,7 +177,15 @@ def recognise(sam: Mapping[str, Tensor]) -> Architecture:
             f"tables of relative positions of {sorted(set(rows))} rows; SAM has {whole} and one other odd number"
         )
     global_blocks = tuple(k for k, n in enumerate(rows) if n not in windowed)
-    return Architecture(dim, len(rows), dim // head_dim, global_blocks, (min(windowed) + 1) // 2, grid, patch)
+    return Architecture(
+        dim=dim,
+        depth=len(rows),
+        heads=dim // head_dim,
+        global_blocks=global_blocks,
+        window=(min(windowed) + 1) // 2,
+        grid=grid,
+        patch=patch,
+    )
 
 
 def _shape(sam: Mapping[str, Tensor], key: str, ndim: int) -> tuple[int, ...]:
@@ -251,7 +260,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return dict(load_file(path))
     except (SafetensorError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise WeightsError(
             f"{path}: not a readable safetensors file ({reason}); it may be truncated: download it again"
         ) from error

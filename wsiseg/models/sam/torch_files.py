@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from wsiseg.errors import WeightsError
+from wsiseg.runtime.text import first_line
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -196,7 +197,7 @@ def _read_zip(path: Path) -> TorchFile:
             f"{path}: asks to run {error}, which no weight file needs; it was not run; get the file from a source you trust"
         ) from None
     except _BROKEN as error:
-        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+        reason = first_line(error)
         raise WeightsError(
             f"{path}: truncated or damaged ({reason}), as after a broken download; download it again"
         ) from error

@@ -47,19 +47,17 @@ def find_points(
         return points
     high, low = (x[0].float().cpu().numpy() for x in (embeddings.high, embeddings.low))
     stride_px = width_px / high.shape[2]
-    gates = [gate_map(high, low, h, f) for h, f in zip(bank.high, bank.low, strict=True)]
+    thresholds = [chain.similarity_threshold for chain in bank.chains]
+    gates = [gate_map(high, low, chain.high, chain.low) for chain in bank.chains]
     if config.cop.localise == "maps" and embeddings.maps is not None:
         column, row = (points / stride_px).astype(int).T
         passed = np.zeros(len(points), bool)
-        for gate, floor in zip(gates, bank.similarity_thresholds, strict=True):
+        for gate, floor in zip(gates, thresholds, strict=True):
             passed |= gate[row, column] >= floor
         return points[passed]
     # No instance maps, or the paper's own localisation: components of each type's similarity; where two coincide, the first type's stays.
     min_area_px = config.cop.min_component_um2 / (stride_px * mpp) ** 2
-    found = [
-        component_points(g, floor, min_area_px) * stride_px
-        for g, floor in zip(gates, bank.similarity_thresholds, strict=True)
-    ]
+    found = [component_points(g, floor, min_area_px) * stride_px for g, floor in zip(gates, thresholds, strict=True)]
     return _apart(np.concatenate(found).astype(np.float32), config.cop.dedup_um / mpp)
 
 
