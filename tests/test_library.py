@@ -108,7 +108,7 @@ def test_a_slide_takes_every_kind_of_seeds_and_gives_the_same_cells(
     slide, file = place / "demo/ihc.tiff", place / "demo/seeds.json"
     document = json.loads(file.read_text())
     again = wsiseg.segment_slide(slide, seeds=wsiseg.read_seeds(file), out=place / "demo/out")
-    assert again.manifest["already"]  # what was read and not changed is the file
+    assert again.already  # what was read and not changed is the file
     assert again.path == run.path
     others = wsiseg.segment_slide(slide, seeds=document, out=tmp_path)
     assert others.manifest["seeds"] == "seeds"
@@ -116,12 +116,10 @@ def test_a_slide_takes_every_kind_of_seeds_and_gives_the_same_cells(
     np.testing.assert_array_equal(found[1].codes, expected[1].codes)
     assert (found[0].polygons == expected[0].polygons).all()
     assert found[1].names == expected[1].names
-    assert wsiseg.segment_slide(slide, seeds=document, out=tmp_path).manifest["already"]
+    assert wsiseg.segment_slide(slide, seeds=document, out=tmp_path).already
     written = tmp_path / "written.json"
     write_seeds(written, wsiseg.read_seeds(document))
-    assert wsiseg.segment_slide(slide, seeds=written, out=tmp_path).manifest[
-        "already"
-    ]  # a file of them is the same run
+    assert wsiseg.segment_slide(slide, seeds=written, out=tmp_path).already  # a file of them is the same run
     document["types"][0]["points"] = [[424, 113]]
     with pytest.raises(RunError, match="holds a run with another configuration"):
         wsiseg.segment_slide(slide, seeds=document, out=tmp_path)
@@ -131,7 +129,7 @@ def test_a_finished_run_is_found_where_it_is_now(run: wsiseg.Run, place: Path, m
     """Not where its manifest says it was made, which may be relative to another folder."""
     monkeypatch.chdir(place / "demo")
     again = wsiseg.segment_slide("ihc.tiff", seeds="seeds.json", out="out")
-    assert again.manifest["already"]
+    assert again.already
     assert len(again.cells()) == run.counts["cells"]
 
 

@@ -24,7 +24,7 @@ from wsiseg.records import Seeds, TypedCells
 from wsiseg.runs import image as in_memory
 from wsiseg.runs import slide as on_disk
 from wsiseg.runs.folder import RunFolder
-from wsiseg.runs.manifest import Status
+from wsiseg.runs.manifest import Manifest, Status
 from wsiseg.runtime.text import show
 
 if TYPE_CHECKING:
@@ -49,6 +49,8 @@ class Run:
         The folder.
     manifest
         Content of manifest.json: settings, slide, counts, warnings (docs/output.md has the keys).
+    already
+        The run was complete before the call that returned this, which changed nothing.
 
     Examples
     --------
@@ -66,6 +68,7 @@ class Run:
 
     path: Path
     manifest: dict[str, Any]
+    already: bool = False
 
     @property
     def status(self) -> str:
@@ -221,7 +224,7 @@ def segment_slide(
         on_warning=on_warning,
         stopped=stopped,
     )
-    return Run(Path(manifest.folder), manifest.content())
+    return Run(Path(manifest.folder), manifest.content(), already=isinstance(manifest, Manifest) and manifest.already)
 
 
 def segment_image(
