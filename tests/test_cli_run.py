@@ -13,6 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 from wsiseg.cli import main
+from wsiseg.errors import ConfigError
 from wsiseg.formats.geoparquet import read_geoparquet
 
 if TYPE_CHECKING:
@@ -140,6 +141,39 @@ def test_a_click_where_no_nucleus_is_found_counts(demo: tuple[Path, Path], tmp_p
     assert [typing.names[typing.codes[k]] for k in clicked] == ["missed"]
     manifest = json.loads((tmp_path / "out" / demo[0].stem / "manifest.json").read_text())
     assert sum(doubt in warning for warning in manifest["warnings"]) == 2
+
+
+def test_types_without_a_click_and_with(demo: tuple[Path, Path], tmp_path: Path) -> None:
+    """By `run` and by `type`, the same; clicks take the place of the classes that they cover."""
+    run = tmp_path / "out" / demo[0].stem
+    own = "the types are the model's own (lymphocyte, tumour or epithelial, stromal), without a click"
+
+    def types() -> tuple[str, ...]:
+        _, typing, _ = read_geoparquet(run / "cells.parquet")
+        return tuple(typing.names[code] for code in typing.codes)
+
+    status, output = wsiseg("run", demo[0], "--known-types", "--out", tmp_path / "out")
+    assert status == 0, output
+    assert output.count(f"Warning: {own}") == 1
+    first = types()
+    assert set(first) >= {"lymphocyte", "tumour or epithelial", "stromal"}
+    assert not (run / "bank.safetensors").exists()
+    status, output = wsiseg("type", run, "--seeds", demo[1])
+    assert status == 0, output
+    assert set(types()) <= {"epithelium", "immune", "stroma", "unassigned"}
+    assert (run / "bank.safetensors").exists()
+    status, output = wsiseg("type", run, "--known-types")
+    assert status == 0, output
+    assert own in output
+    assert types() == first
+    assert not (run / "bank.safetensors").exists()
+
+
+def test_a_model_without_types_of_its_own_is_refused_for_them() -> None:
+    from wsiseg.runs.inputs import require_known_types
+
+    with pytest.raises(ConfigError, match="--known-types: vit_b knows no types by itself; leave the option out"):
+        require_known_types("vit_b", None)
 
 
 def test_other_wrong_options(demo: tuple[Path, Path], tmp_path: Path) -> None:

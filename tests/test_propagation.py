@@ -312,3 +312,34 @@ def test_a_space_is_found_on_the_slide_when_the_weights_have_none() -> None:
     assert not notes.reference_classes[0]
     few, _ = assign_types(z[:2], xy[:2], bank, None, TypingConfig())
     assert len(few.codes) == 2
+
+
+def test_without_a_click_the_models_own_classes_are_the_types() -> None:
+    """On a slide whose stain shifts all cells; no cell has a click to resemble, and a sentence says so."""
+    z, kinds = table([0.5, 0.3, 0.2])
+    z = (z.astype(float) + 1.2 * np.random.default_rng(1).standard_normal(SIZE)).astype(np.float16)
+    config = TypingConfig(known_types=True)
+    typing, notes = assign_types(z, places(len(z)), Bank((), Cells.empty(SIZE)), space(kinds=3), config)
+    assert typing.names == ("unassigned", "kind 0", "kind 1", "kind 2")
+    assert len(set(typing.colors)) == 4
+    assert (typing.codes == kinds + 1).mean() > 0.95
+    assert (typing.prototypes == -1).all()
+    assert notes.reference_classes == ()
+    assert notes.warnings == (
+        "the types are the model's own (kind 0, kind 1, kind 2), without a click: check them, or click one cell per type",
+    )
+
+
+def test_clicks_refine_the_models_own_classes() -> None:
+    """A class that a click covers is that click's type; the others stay types of their own, and so does a class of a clicked type's name."""
+    z, kinds = table([0.5, 0.3, 0.2])
+    bank = bank_of(z, kinds, [1], clicks=3)
+    typing, notes = assign_types(z, places(len(z)), bank, space(kinds=3), TypingConfig(known_types=True))
+    assert typing.names == ("unassigned", "type 1", "kind 0", "kind 2")
+    for kind, name in ((0, "kind 0"), (1, "type 1"), (2, "kind 2")):
+        assert (typing.codes[kinds == kind] == typing.names.index(name)).mean() > 0.95
+    assert (typing.prototypes[typing.codes != 1] == -1).all()
+    assert notes.warnings == ()
+    named = dataclasses.replace(bank, types=(dataclasses.replace(bank.types[0], name="Kind 2"),))
+    typing, _ = assign_types(z, places(len(z)), named, space(kinds=3), TypingConfig(known_types=True))
+    assert typing.names == ("unassigned", "Kind 2", "kind 0")

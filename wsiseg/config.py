@@ -240,6 +240,9 @@ class TypingConfig:
 
     Attributes
     ----------
+    known_types
+        The model's reference classes are types too: without clicks all of them, with clicks those that no click covers. Off, because a lab
+        decides what its types are.
     unknown_kind
         Prior probability that a clicked type is none of the model's reference classes.
     rival_kind, rival_other
@@ -263,6 +266,7 @@ class TypingConfig:
         Types whose clouds are closer than this (in standard deviations; at 2, one in six cells is on the wrong side) are reported.
     """
 
+    known_types: bool = setting(False)
     unknown_kind: float = setting(0.3, 1e-6, 1 - 1e-6)
     rival_kind: float = setting(0.3, 1e-9, 1e6)
     rival_other: float = setting(0.1, 1e-9, 1e6)

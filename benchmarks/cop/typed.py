@@ -22,7 +22,9 @@ from benchmarks.cop.rules import (
     nearest_in_space,
     ours,
 )
+from wsiseg.celltypes.assignment import assign_types
 from wsiseg.config import TypingConfig
+from wsiseg.records import Bank, Cells
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -175,6 +177,19 @@ def more_clicks_rows(found: dict[tuple[str, int], np.ndarray], name: str) -> lis
         | {f"{n} click{'s' * (n > 1)}": spread(macro_f1(found[rule, n].sum(1))) for n in COUNTS}
         for rule in shown
     ]
+
+
+def known_type_rows(scenes: list[Scene], name: str, names: list[str], space: TypeSpace) -> list[dict[str, object]]:
+    """`--known-types`: no click at all; every image by itself. The classes of the model are those of the collection, in its order."""
+    kinds, nothing = SETS[name][1], Bank((), Cells.empty(len(scenes[0].z[0])))
+    table = np.zeros((kinds + 1, kinds + 1))
+    for s in scenes:
+        typing, _ = assign_types(s.z, s.xy, nothing, space, TypingConfig(known_types=True))
+        table += confusion(typing.codes, s.types, kinds)
+    f1 = f1_by_type(table)
+    row = {"set": name, "clicks": 0, "macro-F1": round(float(macro_f1(table)), 3)}
+    row |= {"accuracy of assigned": round(float(accuracy(table)), 3), "unassigned": round(float(unassigned(table)), 3)}
+    return [row | {f"F1 of {n}": round(float(f1[t]), 3) for t, n in enumerate(names)}]
 
 
 def by_type_rows(found: dict[tuple[str, int], np.ndarray], name: str, names: list[str]) -> list[dict[str, object]]:

@@ -23,6 +23,7 @@ import numpy as np
 
 from wsiseg.celltypes.plda import (
     Hypothesis,
+    hypothesis_without_clicks,
     infer_hypotheses,
     local_shift,
     posterior,
@@ -31,6 +32,7 @@ from wsiseg.celltypes.plda import (
     squares,
     transfer_to_slide,
 )
+from wsiseg.formats.seed_rules import PALETTE
 from wsiseg.records import UNASSIGNED, Typing, TypingNotes
 
 if TYPE_CHECKING:
@@ -42,6 +44,9 @@ if TYPE_CHECKING:
 _GREY = (128, 128, 128)
 _ROWS = 65_536  #: cells worked on at once: a few hundred MB at 75 numbers each
 _AMBIGUOUS = 0.1  #: probability of a second reference class from which a type's clicks are called ambiguous
+_COVERED = (
+    0.5  #: probability that some clicked type is a reference class, from which that class is not a type of its own
+)
 _MANY = 0.1  #: share of the cells from which a reference class without clicks is worth a warning
 
 
@@ -61,7 +66,8 @@ def assign_types(
     xy_um
         (N, 2): where the cells are, microns.
     bank
-        The clicked cells' descriptors and the types' names; ``bank.from_other_slide`` when they are from another slide.
+        The clicked cells' descriptors and the types' names; ``bank.from_other_slide`` when they are from another slide. Without types, all
+        types are the model's (``config.known_types``).
     space
         Type space of the model that made the descriptors; ``None``: estimated on the slide (:func:`plda.slide_space`).
     config
@@ -75,13 +81,12 @@ def assign_types(
     notes
         Reference classes of the types, and warnings about types that cannot be told apart.
     """
-    names, colors = (UNASSIGNED, *bank.names), (_GREY, *(of.color for of in bank.types))
     count = len(descriptors)
     if not count:
         empty = np.empty(0, np.float32)
         return Typing(
-            names=names,
-            colors=colors,
+            names=(UNASSIGNED, *bank.names),
+            colors=(_GREY, *(of.color for of in bank.types)),
             codes=np.empty(0, np.int32),
             scores=empty,
             margins=empty.copy(),
@@ -96,9 +101,15 @@ def assign_types(
         rows = order[start : start + _ROWS]
         z[start : start + _ROWS] = space.project(descriptors[rows])
     clicked = [space.project(of.clicked).astype(np.float64) for of in bank.types]
-    hypotheses = [r for r in infer_hypotheses(clicked, space, config) if r.weight > 1e-3]  # the rest decides no type
+    if clicked:
+        hypotheses = [
+            r for r in infer_hypotheses(clicked, space, config) if r.weight > 1e-3
+        ]  # the rest decides no type
+    else:
+        hypotheses = [hypothesis_without_clicks(z, space, config)]
+    known = _known_classes(bank, hypotheses, space) if config.known_types else []
     negative = [space.project(of.negative).astype(np.float64) for of in bank.types]
-    if bank.from_other_slide:
+    if bank.from_other_slide and clicked:
         there = hypotheses[0].slide_effect
         hypotheses = transfer_to_slide(hypotheses, z, space, config)
         clicked, negative = ([x + (hypotheses[0].slide_effect - there) for x in cells] for cells in (clicked, negative))
@@ -114,20 +125,22 @@ def assign_types(
     p = _with_local_prevalence(p, xy_um[order], config)
     ranked = np.argsort(-p, 1, kind="stable")
     top, second = (np.take_along_axis(p, ranked[:, k : k + 1], 1)[:, 0] for k in (0, 1))
-    best = p[:, : len(bank.types)].argmax(1)
-    assigned = (ranked[:, 0] == best) & (top >= config.min_score) & (top - second >= config.min_margin)
+    columns = np.array([*range(len(bank.types)), *(len(bank.types) + k for k in known)])
+    best = p[:, columns].argmax(1)
+    leads = ranked[:, 0] == columns[best]
+    assigned = leads & (top >= config.min_score) & (top - second >= config.min_margin)
     for start in range(0, count, _ROWS):
         part = slice(start, start + _ROWS)
         nearest[part] = _nearest_click(z[part], clicked, best[part])
     back = np.empty(count, np.intp)
     back[order] = np.arange(count)
     codes = np.where(assigned, best + 1, 0).astype(np.int32)
-    scores = np.take_along_axis(p, best[:, None], 1)[:, 0]
-    margins = np.where(ranked[:, 0] == best, top - second, 0).astype(np.float32)
+    scores = np.take_along_axis(p, columns[best][:, None], 1)[:, 0]
+    margins = np.where(leads, top - second, 0).astype(np.float32)
     prototypes = np.where(assigned, nearest, -1).astype(np.int32)
     typing = Typing(
-        names=names,
-        colors=colors,
+        names=(UNASSIGNED, *bank.names, *(space.class_names[k] for k in known)),
+        colors=(_GREY, *(of.color for of in bank.types), *_unused_colors(bank, len(known))),
         codes=codes[back],
         scores=scores[back],
         margins=margins[back],
@@ -140,10 +153,16 @@ def assign_types(
         }
         for t in range(len(bank.types))
     )
+    own = ", ".join(space.class_names)
     warnings = (
+        *(
+            []
+            if clicked
+            else [f"the types are the model's own ({own}), without a click: check them, or click one cell per type"]
+        ),
         *_ambiguous(reference_classes, bank.names),
         *_confusable(hypotheses[0], bank.names, config),
-        *_unclicked(ranked[:, 0] - len(bank.types), space),
+        *_unclicked(ranked[:, 0] - len(bank.types), known, space),
     )
     return typing, TypingNotes(reference_classes, warnings)
 
@@ -171,9 +190,9 @@ def _squared_distances(z: NDArray[np.float32], anchors: NDArray[np.float64]) -> 
 def _nearest_click(
     z: NDArray[np.float32], clicked: list[NDArray[np.float64]], best: NDArray[np.intp]
 ) -> NDArray[np.int32]:
-    """Index of the most similar click of each cell's best type, counted through all types -> (N,)."""
+    """Index of the most similar click of each cell's best type, counted through all types; -1 for a type without -> (N,)."""
     first = np.cumsum([0, *(len(x) for x in clicked)])
-    nearest = np.empty(len(z), np.int32)
+    nearest = np.full(len(z), -1, np.int32)
     for t, anchors in enumerate(clicked):
         of_type = best == t
         nearest[of_type] = first[t] + _squared_distances(z[of_type], anchors).argmin(1)
@@ -234,12 +253,28 @@ def _confusable(hypothesis: Hypothesis, names: tuple[str, ...], config: TypingCo
     return warnings
 
 
-def _unclicked(best_class: NDArray[np.intp], space: TypeSpace) -> list[str]:
-    """A warning for each reference class that many cells belong to and nobody clicked."""
+def _known_classes(bank: Bank, hypotheses: list[Hypothesis], space: TypeSpace) -> list[int]:
+    """Reference classes that are types of their own: those that no clicked type probably is, or is called like."""
+    clicked = {name.casefold() for name in bank.names}
+    return [
+        k
+        for k, name in enumerate(space.class_names)
+        if name.casefold() not in clicked and sum(h.weight for h in hypotheses if k in h.classes) < _COVERED
+    ]
+
+
+def _unused_colors(bank: Bank, count: int) -> list[tuple[int, int, int]]:
+    """Colours for this many more types."""
+    used = {of.color for of in bank.types}
+    return list(itertools.islice(itertools.cycle([c for c in PALETTE if c not in used] or PALETTE), count))
+
+
+def _unclicked(best_class: NDArray[np.intp], known: list[int], space: TypeSpace) -> list[str]:
+    """A warning for each reference class that many cells belong to and that is not a type."""
     warnings = []
     for k, name in enumerate(space.class_names):
         share = float((best_class == k).mean())
-        if share >= _MANY:
+        if share >= _MANY and k not in known:
             warnings.append(
                 f"{share:.0%} of the cells look {name}, which none of the clicked types covers, and stay {UNASSIGNED}; click one to have them typed"
             )
@@ -268,18 +303,19 @@ def set_click_labels(typing: Typing, rows: list[NDArray[np.intp]]) -> Typing:
     )
 
 
-def typing_summary(typing: Typing, bank: Bank, notes: TypingNotes) -> dict[str, Any]:
+def typing_summary(typing: Typing, bank: Bank | None, notes: TypingNotes) -> dict[str, Any]:
     """Summary of the types for the manifest: clicks (numbered as in ``prototypes``), reference classes, cells, fraction unassigned."""
     cells = np.bincount(typing.codes, minlength=len(typing.names))
-    types = {
-        of.name: {
-            "cells": int(cells[t + 1]),
-            "clicks": len(of.clicked) if bank.from_other_slide else np.round(of.clicks, 2).tolist(),
+    types: dict[str, dict[str, Any]] = {
+        name: {"cells": int(n), "clicks": [], "negative": 0, "kind": {name: 1.0}}
+        for name, n in zip(typing.names[1:], cells[1:], strict=True)
+    }
+    for t, of in enumerate(bank.types if bank else ()):
+        types[of.name] |= {
+            "clicks": np.round(of.clicks, 2).tolist() if bank and not bank.from_other_slide else len(of.clicked),
             "negative": len(of.negative),
             "kind": notes.reference_classes[t] if notes.reference_classes else {},
         }
-        for t, of in enumerate(bank.types)
-    }
     return {
         "types": types,
         "warnings": list(notes.warnings),

@@ -196,6 +196,20 @@ def transfer_to_slide(
     return carried
 
 
+def hypothesis_without_clicks(z: NDArray[np.float32], space: TypeSpace, config: TypingConfig) -> Hypothesis:
+    """No type was clicked: only the shift of the slide is estimated, from its cells (N, D) and the reference classes."""
+    known = Hypothesis(
+        weight=1.0,
+        classes=tuple(range(len(space.reference_classes))),
+        slide_effect=np.zeros(z.shape[1]),
+        means=space.reference_classes,
+        variances=np.tile(1 + space.class_variance, (len(space.reference_classes), 1)),
+    )
+    (here,) = transfer_to_slide([known], z, space, config)
+    none = np.empty((0, z.shape[1]))
+    return Hypothesis(weight=1.0, classes=(), slide_effect=here.slide_effect, means=none, variances=none)
+
+
 def posterior(
     z: NDArray[np.float32], hypothesis: Hypothesis, space: TypeSpace, config: TypingConfig
 ) -> NDArray[np.float32]:
@@ -203,7 +217,8 @@ def posterior(
     free = [k for k in range(len(space.reference_classes)) if k not in hypothesis.classes]
     means = hypothesis.slide_effect + np.vstack([hypothesis.means, space.reference_classes[free], space.mean])
     variances = np.vstack([hypothesis.variances, *([1 + space.class_variance] * len(free)), 1 + space.between_variance])
-    weights = np.log(np.r_[np.ones(len(hypothesis.means)), np.full(len(free), config.rival_kind), config.rival_other])
+    weight = 1.0 if config.known_types else config.rival_kind
+    weights = np.log(np.r_[np.ones(len(hypothesis.means)), np.full(len(free), weight), config.rival_other])
     constant = weights - (np.log(variances) + means**2 / variances).sum(1) / 2
     # (z - m)^2 / v in two matrix products
     log_p = (

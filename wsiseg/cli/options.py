@@ -46,6 +46,11 @@ model_option = click.option(
 device_option = click.option(
     "--device", metavar="NAME", help=f"auto, cpu, cuda or cuda:N.  [default: {_DEFAULT.device}]"
 )
+known_types_option = click.option(
+    "--known-types",
+    is_flag=True,
+    help="The model's own classes are types too: without clicks all of them, else those that no click covers.",
+)
 quiet_option = click.option("-q", "--quiet", is_flag=True, help="Errors only.")
 runs_argument = click.argument("runs", nargs=-1, required=True, metavar="RUN...", type=click.Path(path_type=Path))
 

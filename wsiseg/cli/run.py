@@ -16,6 +16,7 @@ from wsiseg.cli.options import (
     config_option,
     device_option,
     formats_option,
+    known_types_option,
     model_option,
     mpp_options,
     overwrite_option,
@@ -43,6 +44,7 @@ _DEFAULT = RunConfig()
     "--seeds", metavar="FILE", help="Clicks, one or more per cell type: seeds.json, or points exported from QuPath."
 )
 @click.option("--bank", metavar="FILE", help="bank.safetensors of another slide's run: type this slide by its clicks.")
+@known_types_option
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
@@ -276,6 +278,8 @@ def _as_settings(options: dict[str, Any]) -> dict[str, Any]:
         settings["tiling"] = tiling
     if options["no_tissue"]:
         settings["tissue"] = {"enabled": False}
+    if options["known_types"]:
+        settings["typing"] = {"known_types": True}
     if "formats" in settings:
         settings["formats"] = tuple(f.strip() for f in settings["formats"].split(",") if f.strip())
     return settings

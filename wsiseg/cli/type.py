@@ -8,7 +8,7 @@ import click
 
 from wsiseg.cli.arguments import Working
 from wsiseg.cli.failures import Failures
-from wsiseg.cli.options import config_option, formats_option, runs_argument, split_list
+from wsiseg.cli.options import config_option, formats_option, known_types_option, runs_argument, split_list
 
 
 @click.command(cls=Working, short_help="Re-type a finished run with other clicks.")
@@ -25,6 +25,7 @@ from wsiseg.cli.options import config_option, formats_option, runs_argument, spl
     metavar="FILE",
     help="bank.safetensors of another slide's run: type RUN by its clicks.",
 )
+@known_types_option
 @click.option("--model", metavar="NAME|PATH", help="Model of RUN, if it is not the bundled one.")
 @formats_option(": parquet alone halves the time.  [default: those of RUN]")
 @config_option("TOML or JSON file; only its table `typing` is used.")
@@ -35,6 +36,7 @@ def command(
     runs: tuple[Path, ...],
     seeds: Path | None,
     bank: Path | None,
+    known_types: bool,
     model: str | None,
     formats: str | None,
     config_file: Path | None,
@@ -57,7 +59,13 @@ def command(
     for run in runs:
         with failures.collect():
             manifest = type_run(
-                run, seeds=seeds, bank=bank, model=model, settings=config_file, formats=split_list(formats)
+                run,
+                seeds=seeds,
+                bank=bank,
+                known_types=known_types,
+                model=model,
+                settings=config_file,
+                formats=split_list(formats),
             )
             for warning in manifest.typing["warnings"]:
                 click.echo(f"Warning: {warning}", err=True)

@@ -12,7 +12,7 @@ from wsiseg import __version__
 from wsiseg.celltypes.assignment import assign_types, set_click_labels, typing_summary
 from wsiseg.formats import FILE_NAMES, load_writer
 from wsiseg.formats.bank import write_bank
-from wsiseg.records import Cells, Provenance, Typing, TypingNotes
+from wsiseg.records import Bank, Cells, Provenance, Typing, TypingNotes
 from wsiseg.runs.manifest import Manifest, Status
 from wsiseg.runs.plausibility import implausible
 from wsiseg.runtime.profiling import Clock, trim_memory
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from wsiseg.config import RunConfig
-    from wsiseg.records import Bank, SlideInfo, TypeSpace
+    from wsiseg.records import SlideInfo, TypeSpace
     from wsiseg.runs.folder import RunFolder
     from wsiseg.runs.plan_file import RunPlan
     from wsiseg.runs.statistics import RunStatistics
@@ -84,7 +84,7 @@ def finish(
         warnings=(*plan.warnings, *result.notes.warnings, *warnings),
         counts=counts,
         types=typing.count(),
-        typing=typing_summary(typing, bank, result.notes) if bank else {},
+        typing=typing_summary(typing, bank, result.notes) if len(typing.names) > 1 else {},
         **outcome,
     )
     manifest.write(folder.manifest_path)
@@ -166,7 +166,12 @@ def stitch_and_type(
     none = Cells.empty(descriptor_size)
     if bank is None:
         cells, counts = join(none)
-        return StitchedResult(cells, Typing.untyped(len(cells)), notes, None, counts)
+        typing = Typing.untyped(len(cells))
+        if config.typing.known_types:
+            with clock("type"):
+                xy_um = cells.points_xy * info.mpp
+                typing, notes = assign_types(cells.descriptors(), xy_um, Bank((), none), types, config.typing)
+        return StitchedResult(cells, typing, notes, None, counts)
     cells, counts = join(bank.cells if config.method == "cop" else none)
     missed = none if config.method == "cop" else missed_cells(bank, cells, reach_px0)
     if len(missed):

@@ -14,7 +14,7 @@ from wsiseg.geometry import Lattice
 from wsiseg.models import load_model
 from wsiseg.records import Cells
 from wsiseg.runs.finish import stitch_and_type
-from wsiseg.runs.inputs import resolve
+from wsiseg.runs.inputs import require_known_types, resolve
 from wsiseg.seeds.bank import build_bank
 from wsiseg.segmentation.tile import TileSegmenter
 from wsiseg.slide import read_region
@@ -105,6 +105,8 @@ def open_image(
         for warning in seed_warnings:
             logger.warning("%s", warning)
     model = model or load_model(config.model, config.device, config.precision)
+    if config.typing.known_types:
+        require_known_types(config.model, model.types)
     resolved = resolve(config, config.model, maps=model.has_maps, clicked=seeds is not None)
     lattice = Lattice(config.mpp, model.mpp)
     bank = build_bank(reader, model, seeds, lattice, resolved, chains=resolved.method == "cop") if seeds else None

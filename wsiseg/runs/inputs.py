@@ -26,7 +26,7 @@ from wsiseg.workers import check_scheduler
 if TYPE_CHECKING:
     from shapely import MultiPolygon
 
-    from wsiseg.records import Bank, Seeds, SlideInfo
+    from wsiseg.records import Bank, Seeds, SlideInfo, TypeSpace
     from wsiseg.slide import SlideReader
 
 
@@ -171,6 +171,20 @@ def resolve(config: RunConfig, model: str, *, maps: bool, clicked: bool, chains:
     if precision == "auto":
         precision = "bf16" if pick_device(config.device).type == "cuda" else "fp32"
     return dataclasses.replace(config, method=method, precision=precision)
+
+
+def require_known_types(model: str, types: TypeSpace | None) -> None:
+    """Refuse to type by the model's own classes when it has none.
+
+    Raises
+    ------
+    ConfigError
+        ``types`` is missing, or names no class.
+    """
+    if types is None or not types.class_names:
+        raise ConfigError(
+            f"--known-types: {model} knows no types by itself; leave the option out and click one cell per type, or use another model"
+        )
 
 
 def slide_path(slide: str) -> str:

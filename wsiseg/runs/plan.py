@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from wsiseg.geometry import Lattice
 from wsiseg.models import load_model
+from wsiseg.runs.inputs import require_known_types
 from wsiseg.runs.plan_file import RunPlan, read_plan
 from wsiseg.runtime.claims import Claims
 from wsiseg.runtime.paths import target
@@ -65,6 +66,8 @@ def plan_run(inputs: RunInputs, parts: Path) -> PreparedRun:
     """
     reader, info, config, bank = inputs.reader, inputs.info, inputs.config, inputs.bank
     model = load_model(config.model, config.device, config.precision)
+    if config.typing.known_types:
+        require_known_types(config.model, model.types)
     lattice = Lattice(info.mpp, model.mpp)
     tissue = None
     if config.tissue.enabled:

@@ -7,7 +7,6 @@ import hashlib
 import json
 import time
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,13 +23,15 @@ from wsiseg.models import find_weights, load_types
 from wsiseg.models.cards import file_hash
 from wsiseg.records import Bank, Cells, Provenance, SlideInfo, TypePrototypes
 from wsiseg.runs.folder import RunFolder, refuse_own_bank
-from wsiseg.runs.inputs import load_bank
+from wsiseg.runs.inputs import load_bank, require_known_types
 from wsiseg.runs.manifest import FINISHED, Status
 from wsiseg.runtime.paths import kind_of
 from wsiseg.seeds.bank import same_cell
 from wsiseg.seeds.matching import describe_nearest, match_groups
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from numpy.typing import NDArray
 
     from wsiseg.config import RunConfig
@@ -43,6 +44,7 @@ def type_run(
     *,
     seeds: Path | None = None,
     bank: Path | None = None,
+    known_types: bool = False,
     model: str | None = None,
     settings: Path | None = None,
     formats: tuple[str, ...] | None = None,
@@ -54,7 +56,9 @@ def type_run(
     run
         Folder of one slide's run.
     seeds, bank
-        Clicks on this slide, or the bank of another one; one of the two.
+        Clicks on this slide, or the bank of another one; at most one of the two.
+    known_types
+        The model's own classes are types too; without clicks, all the types.
     model
         Name or weights of the run's model, when they are not those of the package any more.
     settings
@@ -73,8 +77,10 @@ def type_run(
         The run is not finished, its table is damaged, the weights are others, or a click meets no cell. Nothing has been written then.
     """
     started = time.perf_counter()
-    if (seeds is None) == (bank is None):
-        raise ConfigError("types come from --seeds FILE or from --bank FILE; pass one of the two")
+    if (seeds is not None and bank is not None) or (seeds is None and bank is None and not known_types):
+        raise ConfigError(
+            "types come from --seeds FILE, --bank FILE or --known-types; pass one of the first two, or the last alone"
+        )
     folder, manifest = _finished_run(run)
     config = from_mapping(manifest.config, str(folder.manifest_path))
     config = dataclasses.replace(
@@ -82,6 +88,8 @@ def type_run(
     )
     if settings is not None:
         config = dataclasses.replace(config, typing=read_config(settings, config).typing)
+    if known_types:
+        config = dataclasses.replace(config, typing=dataclasses.replace(config.typing, known_types=True))
     if formats:
         config = dataclasses.replace(config, formats=tuple(dict.fromkeys((*formats, "parquet"))))
     for format_name in config.formats:
@@ -99,8 +107,12 @@ def type_run(
         raise ConfigError(
             f"{run}: was made with other weights than {weights.name} of this wsiseg; pass them with --model, or run the slide again"
         )
+    types = load_types(name)
+    if config.typing.known_types:
+        require_known_types(name, types)
     table = read_table(folder.path / FILE_NAMES["parquet"])
     info = _slide_info(manifest, table)
+    clicks = Bank((), Cells.empty(table.descriptors.shape[1]))
     warnings: list[str] = []
     rows: list[NDArray[np.intp]] = []
     if seeds is not None:
@@ -108,12 +120,13 @@ def type_run(
         clicks, rows = bank_of_table(table, checked, config, info.mpp)
     elif bank is not None:
         clicks = load_bank(bank, weights)
-    result, notes = assign_types(table.descriptors, table.points_xy * info.mpp, clicks, load_types(name), config.typing)
+    result, notes = assign_types(table.descriptors, table.points_xy * info.mpp, clicks, types, config.typing)
     result = set_click_labels(result, rows)
     notes = dataclasses.replace(notes, warnings=(*warnings, *notes.warnings))
 
     # Not the hash of `run` with these clicks: there a click where no cell was found adds one.
-    clicked = file_hash(seeds or bank or Path())
+    source = seeds or bank
+    clicked = file_hash(source) if source else ""
     digest = hashlib.sha256(
         json.dumps(["type", manifest.parts_hash, clicked, dataclasses.asdict(config.typing)]).encode()
     ).hexdigest()[:16]
@@ -190,7 +203,7 @@ def _write(
         if format_name != "parquet":
             path = folder.path / FILE_NAMES[format_name]
             files.append((load_writer(format_name)(path, table, typing, info, provenance) or path).name)
-    if not clicks.from_other_slide:
+    if clicks.types and not clicks.from_other_slide:
         write_bank(folder.bank, clicks, table.note["slide"], weights)
         files.append(folder.bank.name)
     folder.drop_old_files(files)

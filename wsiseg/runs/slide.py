@@ -155,7 +155,8 @@ def merge_run(
         raise RunError(
             f"{run}: another run was begun over the shards; run it to its end, or the shards again with --overwrite"
         )
-    if plan.bank is not None and file_hash(find_weights(plan.config.model)[1]) != plan.weights:
+    typed = plan.bank is not None or plan.config.typing.known_types
+    if typed and file_hash(find_weights(plan.config.model)[1]) != plan.weights:
         raise RunError(
             f"{run}: was made with other weights than {plan.config.model} has here; merge it with the wsiseg that ran the shards"
         )
@@ -171,4 +172,4 @@ def merge_run(
                 f"{run}: {statistics.describe_missing(folder, missing, plan, claims)}; run those shards again, or pass --allow-missing"
             )
         with sole_writer(claims, stopped, statistics):
-            return finish(folder, plan, statistics, load_types(plan.config.model) if plan.bank else None, stopped)
+            return finish(folder, plan, statistics, load_types(plan.config.model) if typed else None, stopped)
