@@ -95,6 +95,6 @@ def test_a_shard_that_was_stopped_says_so_and_one_that_ended_is_left_alone(tmp_p
     interrupt_shard(folder, shard, "run")
     assert json.loads(record.read_text())["status"] == "interrupted"
     statistics.add(BlockReport("a", counts(tiles=1), [], {}, process="p"))
-    assert statistics.end_shard(folder, shard)["counts"]["tiles"] == 1
+    assert statistics.end_shard(folder, shard).counts["tiles"] == 1
     interrupt_shard(folder, shard, "run")
     assert json.loads(record.read_text())["status"] == "shard"

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from wsiseg.config import RunConfig
 from wsiseg.errors import ConfigError, RunError
-from wsiseg.formats import FILE_NAMES
+from wsiseg.formats import FILE_NAMES, ZIP_NAME
 from wsiseg.runs.manifest import FINISHED, Manifest, Status
 from wsiseg.runtime.atomic import PARTIAL_PATTERN, is_abandoned, partial_name, translate_os_errors
 from wsiseg.runtime.paths import kind_of, normal, readable, require_text, target
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from wsiseg.runs.inputs import RunInputs
 
-FINAL_FILES = ("bank.safetensors", *FILE_NAMES.values(), "cells.geojson.zip")  # the zip: GeoJSON of very many cells
+FINAL_FILES = ("bank.safetensors", *FILE_NAMES.values(), ZIP_NAME)
 _NAMED = 3  #: differing settings that are named in one message
 _EXECUTION = {f.name for f in dataclasses.fields(RunConfig) if f.metadata.get("group") == "execution"}
 
