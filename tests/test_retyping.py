@@ -317,7 +317,10 @@ def test_wrong_inputs_are_one_line_and_change_nothing(wsiseg: Command, run: Path
     before = (run / "cells.parquet").read_bytes()
     cases = [
         (["type", run], "pass one of the first two, or the last alone"),
-        (["type", run, "--seeds", good, "--bank", run / "bank.safetensors"], "pass one of the first two, or the last alone"),
+        (
+            ["type", run, "--seeds", good, "--bank", run / "bank.safetensors"],
+            "pass one of the first two, or the last alone",
+        ),
         (["type", tmp_path, "--seeds", good], "no manifest.json of wsiseg in it"),
         (
             ["type", run, "--seeds", seeds_of(tmp_path, "glass", {"a": [[5, 300]]})],
