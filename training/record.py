@@ -16,7 +16,7 @@ from skimage.segmentation import find_boundaries
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.accuracy import accuracy_rows
-from benchmarks.apg_sweep import development_images
+from benchmarks.apg_sweep import COLLECTIONS, development_images
 from benchmarks.common import automatic_points, cells_of, encode, table
 from training.data import EXCLUDED, image_files
 from wsiseg.config import RunConfig
@@ -82,7 +82,8 @@ def draw_pictures(weights: Path, data: Path, out: Path) -> None:
     with torch.random.fork_rng():  # building a network draws numbers
         model, config = load_model(str(weights), "cpu"), RunConfig()
     views = []
-    for _, image, label in development_images(data)[:6]:
+    images = development_images(data)
+    for _, image, label in [row for name in COLLECTIONS for row in [r for r in images if r[0] == name][:2]]:
         found = rasterise(
             cells_of(model, e := encode(model, image), automatic_points(e, config), label.shape, config).polygons,
             label.shape,
@@ -106,7 +107,7 @@ def write_card(weights: Path, data: Path, out: Path, options: argparse.Namespace
     gmac = counter.get_total_flops() / 2 / 1.048576e9
     sets = [name for name in ("monuseg/dev_nc", "tnbc/dev", "nuinsseg/dev") if (data / "instances" / name).exists()]
     size = sum(p.numel() for p in model.parameters())  # type: ignore[attr-defined]
-    unsaid = {"data", "out"} | ({"minutes"} if options.steps else set())
+    unsaid = {"data", "out", "imagenet"} | ({"minutes"} if options.steps else set())
     command = " ".join(f"--{k} {v}" for k, v in sorted(vars(options).items()) if k not in unsaid and v is not None)
     text = (
         (Path(__file__).parent / "card.md")
