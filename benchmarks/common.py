@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from training.data import image_files, read_instances
 from wsiseg.geometry import Box, Lattice
 from wsiseg.records import Cells, Embeddings
 from wsiseg.segmentation.decoding import decode
@@ -28,23 +29,19 @@ MPP = 0.25
 
 
 def instance_images(data: Path, name: str) -> list[tuple[str, np.ndarray, np.ndarray]]:
-    """(id, image, label) of `instances/<name>`, in order of id."""
-    folder = data / "instances" / name
-    return [
-        (
-            p.stem,
-            np.asarray(Image.open(p).convert("RGB")),
-            np.asarray(Image.open(folder / "label" / p.name)).astype(np.int64),
-        )
-        for p in sorted((folder / "image").glob("*.png"))
-    ]
+    """(id, image, label) of `instances/<name>`, in order of id, at the scale that the training reads them at."""
+    out = []
+    for path in image_files(data / "instances" / name / "image"):
+        image, label = read_instances(path, name.partition("/")[0])
+        out.append((path.stem, image, label.astype(np.int64)))
+    return out
 
 
 def point_images(data: Path, name: str) -> list[tuple[str, np.ndarray, np.ndarray]]:
     """(id, image, rows of x, y, type) of `points/<name>`; x, y in the corner frame."""
     folder = data / "points" / name
     out = []
-    for p in sorted((folder / "image").glob("*.png")):
+    for p in image_files(folder / "image"):
         with (folder / "points" / f"{p.stem}.csv").open() as stream:
             rows = np.array(
                 [(float(r["x"]) + 0.5, float(r["y"]) + 0.5, int(r["type"])) for r in csv.DictReader(stream)]

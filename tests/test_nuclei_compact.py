@@ -7,7 +7,7 @@ import pytest
 import skimage.data
 import torch
 
-from wsiseg.config import MaskConfig
+from wsiseg.config import HALO_UM, MaskConfig
 from wsiseg.models.nuclei_compact import MASKS, NucleiCompact
 from wsiseg.records import PromptExtras
 from wsiseg.segmentation.decoding import decode
@@ -78,8 +78,19 @@ def test_folded_batch_norms_change_nothing(picture) -> None:
         np.testing.assert_allclose(folded.encode(picture).maps, plain.encode(picture).maps, atol=1e-3)
 
 
+def test_the_halo_hides_the_border_of_a_tile(model) -> None:
+    """The maps of an image cut in two are those of the whole, a halo away from the cut."""
+    image = torch.from_numpy(skimage.data.immunohistochemistry().repeat(2, 0).repeat(2, 1).copy())
+    image = image.permute(2, 0, 1)[None, :, :448]
+    halo = round(HALO_UM / model.mpp) // 2
+    with torch.inference_mode():
+        whole, part = (model.encode(x).maps.sigmoid() for x in (image, image[..., 512:]))
+    difference = (whole[..., 256:] - part).abs()
+    assert difference[..., halo:].max() < 0.01
+    assert difference[..., : halo // 8].max() > 0.05  # a narrow one would not do
+
+
 def test_bf16_stays_close(model, picture) -> None:
-    low = NucleiCompact()
     from wsiseg.models import load_model
     from wsiseg.models.registry import WEIGHTS_FOLDER
 

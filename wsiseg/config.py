@@ -50,8 +50,8 @@ class TissueConfig:
     margin_um: float = setting(32.0, 0, 10000)
 
 
-TILE_UM = 256.0  #: 1024 px at 0.25: the halo costs 27 %, the working set stays under 1 GB
-HALO_UM = 24.0  #: the encoder's receptive field has died away (benchmarks/results/tiling.md)
+TILE_UM = 256.0  #: 1024 px at 0.25: the working set stays under 1 GB
+HALO_UM = 40.0  #: behind it a tile border moves no probability by more than 0.01 (benchmarks/results/tiling.md)
 
 
 @dataclass(frozen=True, kw_only=True)
