@@ -160,7 +160,7 @@ def merge(folder: Path) -> dict[str, object]:
     return {
         "outlines": counts["outlines"],
         "cells": counts["cells"],
-        "trimmed": counts["trimmed"],
+        "clipped": counts["clipped"],
         **{f"{k} s": seconds[k] for k in ("stitch", "type", "write")},
         "validate s": time.perf_counter() - started,
     }

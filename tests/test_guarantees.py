@@ -192,7 +192,7 @@ def test_the_order_of_blocks_does_not_show(
 def test_every_outline_is_accounted_for_and_no_two_cells_overlap(finished: tuple[Path, dict[str, object]]) -> None:
     folder, manifest = finished
     counts, (cells, typing, _) = manifest.counts, read_geoparquet(folder / "cells.parquet")
-    assert counts["outlines"] == counts["kept"] + counts["overlapped"] + counts["clusters"] + counts["slivers"]
+    assert counts["outlines"] == counts["kept"] + counts["overlapped"] + counts["clusters"] + counts["too_small"]
     assert counts["cells"] == len(cells) == sum(typing.count().values())
     assert shapely.is_valid(cells.polygons).all()
     assert shapely.within(cells.polygons, shapely.box(0, 0, 512, 512)).all()

@@ -100,7 +100,7 @@ def test_outputs_hold_what_they_promise(reference: tuple[Path, dict[str, object]
 def test_manifest_accounts_for_every_outline(reference: tuple[Path, dict[str, object]]) -> None:
     _, manifest = reference
     counts = manifest.counts
-    assert counts["outlines"] == counts["kept"] + counts["overlapped"] + counts["clusters"] + counts["slivers"]
+    assert counts["outlines"] == counts["kept"] + counts["overlapped"] + counts["clusters"] + counts["too_small"]
     assert sum(manifest.types.values()) == counts["cells"]
     assert manifest.status == "complete"
     assert {"read", "encode", "prompt", "decode", "vectorise", "stitch", "write"} <= set(manifest.seconds)

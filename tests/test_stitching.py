@@ -62,7 +62,7 @@ def test_small_overlaps_are_cut_from_the_worse() -> None:
     by_score = dict(zip(out.scores.round(2).tolist(), shapely.area(out.polygons), strict=True))
     assert by_score[np.float32(0.9).round(2).item()] == 100
     assert by_score[np.float32(0.7).round(2).item()] == 80
-    assert counts.trimmed == 1
+    assert counts.clipped == 1
 
 
 def test_a_cluster_goes_and_its_members_stay() -> None:

@@ -193,7 +193,7 @@ class MaskConfig:
     min_score
         Predicted IoU x stability; at 0.3 the two development sets together are best, above 0.4 cells are lost (benchmarks/results/apg_sweep.md).
     min_area_um2
-        A disc of 2.5 um diameter; smaller outlines are debris or slivers.
+        A disc of 2.5 um diameter; smaller outlines are debris.
     simplify_um
         Outlines are thinned by this much: a tenth of the mask's own sampling, 60 -> 25 vertices.
     convex_above
@@ -219,7 +219,7 @@ class StitchingConfig:
     ----------
     max_overlap
         An outline is dropped when more than this share of it belongs to better ones. Upstream has 0.15; between 0.15 and 0.5 the
-        development sets do not tell (benchmarks/results/apg_sweep.md), and what overlaps is trimmed here anyway.
+        development sets do not tell (benchmarks/results/apg_sweep.md), and what overlaps is clipped here anyway.
     contained
         An outline that holds at least ``cluster_size`` others to this share is a cluster, and dropped.
     cluster_size

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class StitchCounts:
-    """Counts of the outlines: ``kept + overlapped + clusters + slivers = outlines``.
+    """Counts of the outlines: ``kept + overlapped + clusters + too_small = outlines``.
 
     Attributes
     ----------
@@ -40,18 +40,18 @@ class StitchCounts:
         Dropped in favour of better ones.
     clusters
         Dropped because they hold others.
-    slivers
+    too_small
         Too small after clipping, or from the start.
-    trimmed
-        Clipped; counted among ``kept`` or ``slivers``.
+    clipped
+        Clipped; counted among ``kept`` or ``too_small``.
     """
 
     outlines: int
     kept: int
     overlapped: int
     clusters: int
-    slivers: int
-    trimmed: int
+    too_small: int
+    clipped: int
 
 
 def stitch(
@@ -108,8 +108,8 @@ def stitch(
         kept=len(rows),
         overlapped=len(outlines) - int(kept.sum()) - clusters,
         clusters=clusters,
-        slivers=int(kept.sum()) - len(rows),
-        trimmed=len(clipped.rows),
+        too_small=int(kept.sum()) - len(rows),
+        clipped=len(clipped.rows),
     )
     return StitchedCells(outlines=outlines, rows=rows, bounds=bounds[rows], areas=areas[rows], clipped=clipped), counts
 
