@@ -67,8 +67,8 @@ def cells_of(model, embeddings: Embeddings, points: np.ndarray, shape: tuple[int
     height, width = shape
     box, lattice = Box(0, 0, width, height), Lattice(MPP, MPP)
     batches = list(decode(model, embeddings, 0, points.astype(np.float32), config.masks))
-    if config.second_round.enabled:
-        batches = refine_masks(model, embeddings, max(shape), batches, config.masks, config.second_round)
+    if config.refinement.enabled:
+        batches = refine_masks(model, embeddings, max(shape), batches, config.masks, config.refinement)
     traced = [trace(m, box, lattice, config.masks)[0] for m in batches]
     cells = Cells.concatenate(traced, model.descriptor_size)
     settled, _ = stitch(

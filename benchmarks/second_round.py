@@ -16,16 +16,16 @@ import numpy as np
 
 from benchmarks.accuracy import interval
 from benchmarks.common import automatic_points, cells_of, encode, instance_images, write_results
-from wsiseg.config import RunConfig, SecondRoundConfig
+from wsiseg.config import RefinementConfig, RunConfig
 from wsiseg.evaluation.metrics import score
 from wsiseg.evaluation.rasterize import rasterise
 from wsiseg.models import load_model
 
 FORMS = {
-    "once": SecondRoundConfig(),
-    "box, 6 negatives": SecondRoundConfig(enabled=True),
-    "box alone": SecondRoundConfig(enabled=True, neighbours=0),
-    "box, 6 negatives, agree 0.5": SecondRoundConfig(enabled=True, agree=0.5),
+    "once": RefinementConfig(),
+    "box, 6 negatives": RefinementConfig(enabled=True),
+    "box alone": RefinementConfig(enabled=True, neighbours=0),
+    "box, 6 negatives, agree 0.5": RefinementConfig(enabled=True, agree=0.5),
 }
 
 
@@ -40,7 +40,7 @@ def main() -> None:
         images = [(image, label, encode(model, image)) for _, image, label in instance_images(options.data, name)]
         before = np.empty(0)
         for form, second in FORMS.items():
-            config = dataclasses.replace(RunConfig(), second_round=second)
+            config = dataclasses.replace(RunConfig(), refinement=second)
             started = time.process_time()
             cells = [cells_of(model, e, automatic_points(e, config), label.shape, config) for _, label, e in images]
             seconds = time.process_time() - started

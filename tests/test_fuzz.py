@@ -136,7 +136,7 @@ CONFIG = {
     "tiling": {"tile_um": 128.0, "block_tiles": 2},
     "masks": {"min_score": 0.3},
     "cop": {"gate": "product"},
-    "second_round": {"enabled": True},
+    "refinement": {"enabled": True},
     "cluster": {"directives": ["a"], "queue": "q"},
 }
 TABLES = (

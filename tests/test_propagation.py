@@ -94,8 +94,8 @@ def test_an_odd_click_is_put_right_by_the_kinds_and_by_the_other_clicks() -> Non
     bank = bank_of(z, kinds, [0, 1])
     odd = 1.8 * np.eye(SIZE)[0] + 4.0 * np.eye(SIZE)[1]
     bank = with_clicked(bank, odd[None].astype(np.float32), 6 * np.eye(SIZE, dtype=np.float32)[1:2])
-    informed, _ = assign_types(z, places(len(z)), bank, space(kinds=2), TypingConfig(drift=0))
-    plain, _ = assign_types(z, places(len(z)), bank, space(kinds=0), TypingConfig(drift=0))
+    informed, _ = assign_types(z, places(len(z)), bank, space(kinds=2), TypingConfig(local_shift=0))
+    plain, _ = assign_types(z, places(len(z)), bank, space(kinds=0), TypingConfig(local_shift=0))
     assert (informed.codes == kinds + 1).mean() > 0.97
     assert (plain.codes == kinds + 1).mean() < (informed.codes == kinds + 1).mean() - 0.02
     assert infer_hypotheses([of.clicked for of in bank.types], space(kinds=2), TypingConfig())[0].classes == (0, 1)
@@ -131,7 +131,8 @@ def test_local_shares_settle_doubtful_cells() -> None:
     bank = bank_of(z, kinds, [0, 1], clicks=20)
     false = [
         (
-            assign_types(z, xy, bank, space(), dataclasses.replace(TypingConfig(), share_rounds=n))[0].codes[left] == 2
+            assign_types(z, xy, bank, space(), dataclasses.replace(TypingConfig(), prevalence_rounds=n))[0].codes[left]
+            == 2
         ).mean()
         for n in (0, 20)
     ]
@@ -148,7 +149,11 @@ def test_softer_probabilities_let_the_neighbours_say_more() -> None:
     false, right = [], []
     for temperature in (1.0, 4.0):
         typing, _ = assign_types(
-            z[here], places(int(here.sum())), bank, space(), TypingConfig(share_temperature=temperature, min_score=0.4)
+            z[here],
+            places(int(here.sum())),
+            bank,
+            space(),
+            TypingConfig(prevalence_temperature=temperature, min_score=0.4),
         )
         false.append((typing.codes == 3).mean())
         right.append((typing.codes == kinds[here] + 1).mean())
@@ -179,7 +184,8 @@ def test_a_stain_that_changes_over_the_slide_is_followed() -> None:
     bank = bank_of(z[left], kinds[left], [0, 1], clicks=5)
     model = dataclasses.replace(space(kinds=2), slide_variance=np.full(SIZE, 9.0))
     good = [
-        (assign_types(z, xy, bank, model, TypingConfig(drift=d))[0].codes == kinds + 1)[right].mean() for d in (0, 0.25)
+        (assign_types(z, xy, bank, model, TypingConfig(local_shift=d))[0].codes == kinds + 1)[right].mean()
+        for d in (0, 0.25)
     ]
     assert good[0] < 0.8
     assert good[1] > 0.95
@@ -201,7 +207,7 @@ def test_a_bank_of_another_slide_finds_this_slides_shift() -> None:
         z + np.float16(3) * np.eye(SIZE, dtype=np.float16)[0] - np.float16(3) * np.eye(SIZE, dtype=np.float16)[1]
     ).astype(np.float16)
     model = dataclasses.replace(space(kinds=2), slide_variance=np.full(SIZE, 9.0))
-    here, _ = assign_types(displaced, places(len(z)), bank, model, TypingConfig(drift=0))
+    here, _ = assign_types(displaced, places(len(z)), bank, model, TypingConfig(local_shift=0))
     carried, _ = assign_types(
         displaced, places(len(z)), dataclasses.replace(bank, from_other_slide=True), model, TypingConfig()
     )

@@ -186,14 +186,14 @@ def test_a_damaged_outline_is_found_before_anything_is_written(wsiseg: Command, 
 def test_the_runs_own_warnings_and_settings_stay(wsiseg: Command, run: Path, tmp_path: Path) -> None:
     manifest = json.loads((run / "manifest.json").read_text())
     manifest["warnings"].insert(0, "the scale is doubtful")
-    manifest["config"]["typing"]["rival_other"] = 0.7
+    manifest["config"]["typing"]["background_weight"] = 0.7
     (run / "manifest.json").write_text(json.dumps(manifest))
     (tmp_path / "c.toml").write_text("[typing]\nmin_score = 0.6\n")
     status, output = wsiseg("type", run, "--seeds", seeds_of(tmp_path, "w", CLICKS), "--config", tmp_path / "c.toml")
     assert status == 0, output
     manifest = json.loads((run / "manifest.json").read_text())
     assert manifest["warnings"][0] == "the scale is doubtful"
-    assert manifest["config"]["typing"]["rival_other"] == 0.7
+    assert manifest["config"]["typing"]["background_weight"] == 0.7
     assert manifest["config"]["typing"]["min_score"] == 0.6
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from wsiseg.config import MaskConfig, SecondRoundConfig
+from wsiseg.config import MaskConfig, RefinementConfig
 from wsiseg.records import Embeddings, PromptExtras, WindowMasks
 from wsiseg.segmentation.refinement import refine_masks
 
@@ -66,7 +66,7 @@ def areas(batches: list[WindowMasks]) -> list[float]:
 
 def again(model: Told, batches: list[WindowMasks], **settings: float) -> list[WindowMasks]:
     nothing = Embeddings(high=torch.empty(0), low=torch.empty(0), maps=None, extra={})
-    config = SecondRoundConfig(enabled=True, **settings)  # type: ignore[arg-type]
+    config = RefinementConfig(enabled=True, **settings)  # type: ignore[arg-type]
     return refine_masks(model, nothing, 512, batches, MaskConfig(prompts_per_batch=8), config)  # type: ignore[arg-type]
 
 

@@ -113,7 +113,7 @@ class GridConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SecondRoundConfig:
+class RefinementConfig:
     """Mask refinement: every instance prompted again with its box and its neighbours' points (refinement.py).
 
     Attributes
@@ -243,23 +243,23 @@ class TypingConfig:
     known_types
         The model's reference classes are types too: without clicks all of them, with clicks those that no click covers. Off, because a lab
         decides what its types are.
-    unknown_kind
+    unknown_class
         Prior probability that a clicked type is none of the model's reference classes.
-    rival_kind, rival_other
+    unclicked_weight, background_weight
         Weight of a reference class without clicks, and of anything else, relative to a clicked type's 1: cells closer to these stay
         ``unassigned``. Without them every cell gets a clicked type.
     min_score, min_margin
         Probability, and lead over the runner-up, below which a cell stays ``unassigned``. Higher values leave out right and wrong cells alike.
-    drift, drift_um
+    local_shift, local_shift_um
         Cells of a place share a shift beside the slide's own: its variance, relative to that between slides, on squares of this side. More
         costs accuracy where the clicks are near, less where the stain changes.
     neighbourhood_um
         Side of the squares on which, with their neighbours, the prevalence of types is estimated.
     neighbourhood_cells
         The slide's shares count like this many cells of the square.
-    share_rounds
+    prevalence_rounds
         Rounds of estimating the shares; 0 leaves them out.
-    share_temperature
+    prevalence_temperature
         Probabilities are softened by this before the shares are estimated, so that the neighbours say more: fewer cells get a type that is not
         near, and more of a rare type are lost (benchmarks/results/cop.md: c1, c2 and the ablation have it at 4).
     separable
@@ -267,17 +267,17 @@ class TypingConfig:
     """
 
     known_types: bool = setting(False)
-    unknown_kind: float = setting(0.3, 1e-6, 1 - 1e-6)
-    rival_kind: float = setting(0.3, 1e-9, 1e6)
-    rival_other: float = setting(0.1, 1e-9, 1e6)
+    unknown_class: float = setting(0.3, 1e-6, 1 - 1e-6)
+    unclicked_weight: float = setting(0.3, 1e-9, 1e6)
+    background_weight: float = setting(0.1, 1e-9, 1e6)
     min_score: float = setting(0.5, 0, 1)
     min_margin: float = setting(0.05, 0, 1)
-    drift: float = setting(0.1, 0, 100)
-    drift_um: float = setting(128.0, 64, 1e6)
+    local_shift: float = setting(0.1, 0, 100)
+    local_shift_um: float = setting(128.0, 64, 1e6)
     neighbourhood_um: float = setting(256.0, 8, 1e6)
     neighbourhood_cells: float = setting(20.0, 0, 1e6)
-    share_rounds: int = setting(20, 0, 1000)
-    share_temperature: float = setting(1.0, 1, 100)
+    prevalence_rounds: int = setting(20, 0, 1000)
+    prevalence_temperature: float = setting(1.0, 1, 100)
     separable: float = setting(2.0, 0, 100)
 
 
@@ -355,7 +355,7 @@ class RunConfig:
     grid: GridConfig = field(default_factory=GridConfig)
     cop: CopConfig = field(default_factory=CopConfig)
     masks: MaskConfig = field(default_factory=MaskConfig)
-    second_round: SecondRoundConfig = field(default_factory=SecondRoundConfig)
+    refinement: RefinementConfig = field(default_factory=RefinementConfig)
     stitching: StitchingConfig = field(default_factory=StitchingConfig)
     typing: TypingConfig = field(default_factory=TypingConfig)
     device: str = setting("auto", group="execution")
@@ -399,9 +399,29 @@ def from_mapping(mapping: dict[str, Any], where: str, base: RunConfig | None = N
     ConfigError
         A key is unknown or a value has the wrong type or range.
     """
-    config: RunConfig = merge(base or RunConfig(), mapping, where)
+    config: RunConfig = merge(base or RunConfig(), _current_names(mapping), where)
     check(config, where)
     return config
+
+
+_FORMER = {
+    "second_round": "refinement",
+    "unknown_kind": "unknown_class",
+    "rival_kind": "unclicked_weight",
+    "rival_other": "background_weight",
+    "drift": "local_shift",
+    "drift_um": "local_shift_um",
+    "share_rounds": "prevalence_rounds",
+    "share_temperature": "prevalence_temperature",
+}  #: keys of version 0.1: its manifests and files of settings are read
+
+
+def _current_names(mapping: Any) -> Any:  # noqa: ANN401 - whatever a file holds
+    """Replace the former names of keys, unless the mapping has the current one too."""
+    if not isinstance(mapping, dict):
+        return mapping
+    renamed = {k: _FORMER[k] if k in _FORMER and _FORMER[k] not in mapping else k for k in mapping}
+    return {renamed[k]: _current_names(v) for k, v in mapping.items()}
 
 
 def read_config(path: Path, base: RunConfig | None = None) -> RunConfig:

@@ -88,11 +88,14 @@ def click(m: Mosaic, kinds: int, where: str, rng: np.random.Generator) -> Clicks
 
 def verdicts(m: Mosaic, clicks: Clicks, space: TypeSpace) -> dict[str, np.ndarray]:
     clicked = [m.z[c] for c in clicks]
-    near = dataclasses.replace(TypingConfig(), share_temperature=4.0)
-    alone, still = dataclasses.replace(TypingConfig(), share_rounds=0), dataclasses.replace(TypingConfig(), drift=0.0)
+    near = dataclasses.replace(TypingConfig(), prevalence_temperature=4.0)
+    alone, still = (
+        dataclasses.replace(TypingConfig(), prevalence_rounds=0),
+        dataclasses.replace(TypingConfig(), local_shift=0.0),
+    )
     return {
         "ours": ours(m.z, m.xy, clicked, space),
-        "ours, share_temperature 4": ours(m.z, m.xy, clicked, space, near),
+        "ours, prevalence_temperature 4": ours(m.z, m.xy, clicked, space, near),
         "ours, no drift": ours(m.z, m.xy, clicked, space, still),
         "ours, no local shares": ours(m.z, m.xy, clicked, space, alone),
         "ours, shift from the cells (as a bank)": ours(m.z, m.xy, clicked, space, from_other_slide=True),

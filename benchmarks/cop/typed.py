@@ -263,20 +263,20 @@ def variants(space: TypeSpace) -> dict[str, tuple[TypeSpace, TypingConfig]]:
 
     out = {
         "defaults": (space, base),
-        "no local shares": moved(share_rounds=0),
-        "share_temperature 2": moved(share_temperature=2.0),
-        "share_temperature 4": moved(share_temperature=4.0),
-        "no drift": moved(drift=0.0),
-        "drift 0.25": moved(drift=0.25),
-        "drift 1": moved(drift=1.0),
-        "no rivals": moved(rival_kind=1e-9, rival_other=1e-9),
+        "no local shares": moved(prevalence_rounds=0),
+        "prevalence_temperature 2": moved(prevalence_temperature=2.0),
+        "prevalence_temperature 4": moved(prevalence_temperature=4.0),
+        "no drift": moved(local_shift=0.0),
+        "drift 0.25": moved(local_shift=0.25),
+        "drift 1": moved(local_shift=1.0),
+        "no rivals": moved(unclicked_weight=1e-9, background_weight=1e-9),
         "no known kinds": (
             dataclasses.replace(space, reference_classes=space.reference_classes[:0], class_names=()),
             base,
         ),
         "no shift": (dataclasses.replace(space, slide_variance=np.full_like(space.slide_variance, 1e-9)), base),
     }
-    out |= {f"unknown_kind {v:g}": moved(unknown_kind=v) for v in (0.1, 0.3, 0.6, 0.9) if v != base.unknown_kind}
+    out |= {f"unknown_class {v:g}": moved(unknown_class=v) for v in (0.1, 0.3, 0.6, 0.9) if v != base.unknown_class}
     out |= {
         f"neighbourhood_um {v:g}": moved(neighbourhood_um=v)
         for v in (128.0, 256.0, 512.0)

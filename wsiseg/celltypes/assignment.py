@@ -210,11 +210,11 @@ def _with_local_prevalence(
     here, height, width = squares(xy_um, config.neighbourhood_um)
     types = p.shape[1]
     prevalence = np.full((height * width, types), 1 / types)
-    if config.share_rounds and config.share_temperature != 1:
-        p = p ** np.float32(1 / config.share_temperature)
+    if config.prevalence_rounds and config.prevalence_temperature != 1:
+        p = p ** np.float32(1 / config.prevalence_temperature)
         p /= np.maximum(p.sum(1, keepdims=True), 1e-12)
     out = p
-    for _ in range(config.share_rounds):
+    for _ in range(config.prevalence_rounds):
         out = p * prevalence[here].astype(np.float32)
         out /= np.maximum(out.sum(1, keepdims=True), 1e-12)
         count = np.stack(

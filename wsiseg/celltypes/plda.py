@@ -92,7 +92,7 @@ def infer_hypotheses(clicked: list[NDArray[np.float64]], space: TypeSpace, confi
         [space.reference_classes, space.mean]
     )  # the last row means "no reference class", also as index -1
     prior_variance = np.vstack([*([space.class_variance] * known), space.between_variance])
-    log_prior = np.log(np.r_[np.full(known, (1 - config.unknown_kind) / max(known, 1)), config.unknown_kind])
+    log_prior = np.log(np.r_[np.full(known, (1 - config.unknown_class) / max(known, 1)), config.unknown_class])
     classes = _enumerate_assignments(mean, n, space, known)  # (M, T)
     residual, variance = mean - prior_mean[classes], prior_variance[classes] + 1 / n  # (M, T, D)
     # The slide effect is integrated out: the residuals of all types share it.
@@ -217,8 +217,8 @@ def posterior(
     free = [k for k in range(len(space.reference_classes)) if k not in hypothesis.classes]
     means = hypothesis.slide_effect + np.vstack([hypothesis.means, space.reference_classes[free], space.mean])
     variances = np.vstack([hypothesis.variances, *([1 + space.class_variance] * len(free)), 1 + space.between_variance])
-    weight = 1.0 if config.known_types else config.rival_kind
-    weights = np.log(np.r_[np.ones(len(hypothesis.means)), np.full(len(free), weight), config.rival_other])
+    weight = 1.0 if config.known_types else config.unclicked_weight
+    weights = np.log(np.r_[np.ones(len(hypothesis.means)), np.full(len(free), weight), config.background_weight])
     constant = weights - (np.log(variances) + means**2 / variances).sum(1) / 2
     # (z - m)^2 / v in two matrix products
     log_p = (
@@ -240,12 +240,12 @@ def local_shift(
 ) -> tuple[NDArray[np.float32], NDArray[np.intp]]:
     """Estimate the local shift around each cell, in addition to the slide's own: (squares, D), and each cell's square (N,).
 
-    Each square of ``drift_um`` has a shift, N(0, ``drift`` x ``slide_variance``), estimated from its cells and those of the 3 x 3 squares
+    Each square of ``local_shift_um`` has a shift, N(0, ``local_shift`` x ``slide_variance``), estimated from its cells and those of the 3 x 3 squares
     around it (weights 1, 2, 1) like the slide effect: what all types of a square have in common is shift, the rest is type.
     """
-    if not config.drift:
+    if not config.local_shift:
         return np.zeros((1, z.shape[1]), np.float32), np.zeros(len(z), np.intp)
-    here, height, width = squares(xy_um, config.drift_um)
+    here, height, width = squares(xy_um, config.local_shift_um)
     step = max(len(z) // _LOCAL_SAMPLE, 1)
     seen, place = z[::step], here[::step]
     rows = np.argsort(place, kind="stable")
@@ -265,7 +265,7 @@ def local_shift(
         n, total = (smooth(x.reshape(height, width, -1)).reshape(x.shape) for x in (n, total))
         weight = np.where(n >= _FEW, 1 / (space.class_variance + 1 / np.maximum(n, 1)), 0)
         shift = ((total / np.maximum(n, 1e-9) - anchors) * weight).sum(1) / (
-            1 / (config.drift * space.slide_variance) + weight.sum(1)
+            1 / (config.local_shift * space.slide_variance) + weight.sum(1)
         )
     return shift.astype(np.float32), here
 

@@ -28,7 +28,7 @@ from wsiseg.records import PromptExtras, WindowMasks
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from wsiseg.config import MaskConfig, SecondRoundConfig
+    from wsiseg.config import MaskConfig, RefinementConfig
     from wsiseg.models.contract import PromptableModel
     from wsiseg.records import Embeddings
 
@@ -40,7 +40,7 @@ def refine_masks(
     size_px: int,
     batches: list[WindowMasks],
     masks_config: MaskConfig,
-    config: SecondRoundConfig,
+    config: RefinementConfig,
     which: int = 0,
 ) -> list[WindowMasks]:
     """Improve the masks of one tile.
@@ -116,7 +116,7 @@ class _Tile:
         (x, y), cell = self.corner[row], self.masks.mask_stride_px
         return (x + columns[0]) * cell, (y + lines[0]) * cell, (x + columns[-1] + 1) * cell, (y + lines[-1] + 1) * cell
 
-    def accepts(self, row: int, second: NDArray[np.bool_], config: SecondRoundConfig) -> bool:
+    def accepts(self, row: int, second: NDArray[np.bool_], config: RefinementConfig) -> bool:
         """Tell whether the second mask is the same instance and does not overlap the others."""
         first, owner = self.inside[row], self.window(row)
         same = (first & second).sum() / max((first | second).sum(), 1)
@@ -131,7 +131,7 @@ def _decode(
     tile: _Tile,
     rows: NDArray[np.intp],
     kept: NDArray[np.intp],
-    config: SecondRoundConfig,
+    config: RefinementConfig,
 ) -> WindowMasks:
     """The second round's masks of ``rows``, on the CPU."""
     points = tile.masks.points_xy[torch.from_numpy(rows)]

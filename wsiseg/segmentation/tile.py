@@ -144,8 +144,8 @@ class TileSegmenter:
         kept = dataclasses.replace(config.masks, prompts_per_batch=self.batch.prompts)
         grid = config.grid if config.method == "amg" else None
         masks = list(decode(self.model, embeddings, k, points, kept, grid=grid))
-        if config.second_round.enabled:
-            masks = refine_masks(self.model, embeddings, tile.outer.width, masks, kept, config.second_round, k)
+        if config.refinement.enabled:
+            masks = refine_masks(self.model, embeddings, tile.outer.width, masks, kept, config.refinement, k)
         return masks
 
     def trace(self, tile: Tile, masks: Sequence[WindowMasks]) -> tuple[Cells, int]:
