@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -61,7 +62,7 @@ def write_demo(folder: str | Path) -> tuple[Path, Path]:
             with atomic_path(slide) as partial:
                 _write_pyramid(partial, data.immunohistochemistry())
         if not seeds.exists():
-            write_seeds(seeds, Seeds(_SEEDS, str(seeds), slide.name))
+            write_seeds(seeds, dataclasses.replace(demo_seeds(), source=str(seeds), slide=slide.name))
     except OSError as error:
         if isinstance(error, RunError):
             raise
@@ -69,6 +70,11 @@ def write_demo(folder: str | Path) -> tuple[Path, Path]:
             f"{folder}: cannot be written ({error.strerror}); pass a folder that you may write to"
         ) from error
     return slide, seeds
+
+
+def demo_seeds() -> Seeds:
+    """The demo's clicks, px of the image."""
+    return Seeds(_SEEDS, "demo", None)
 
 
 def _write_pyramid(path: Path, image: np.ndarray[tuple[int, ...], np.dtype[np.uint8]]) -> None:
