@@ -162,15 +162,17 @@ def find_stain(
 
 def recognise(windows: list[NDArray[np.uint8]]) -> tuple[Literal["he", "ihc", "ihc-nuclear"], float, float]:
     """Recognise the stain on pieces of tissue (H, W, 3) at ``WINDOW_MPP``: its name, and the shares of brown and pink."""
-    white = np.percentile(np.concatenate([w.reshape(-1, 3) for w in windows]), WHITE_POINT, axis=0)
+    everything = np.concatenate([w.reshape(-1, 3) for w in windows])
+    white, glass = np.percentile(everything, WHITE_POINT, axis=0), glass_white(everything)
     tissue = brown = pink = 0
     for window in windows:
         density = optical_density(window, white)
-        red, green, blue = np.moveaxis(density, 2, 0)
         amount = np.linalg.norm(density, axis=2)
         tissue += int((amount > TISSUE).sum())
-        is_brown = (blue > 1.1 * green) & (blue > 1.1 * red) & (separate(density)[1] > BROWN)
-        brown += int(is_brown.sum())
+        is_brown = density[..., 2] > 1.1 * density[..., :2].max(axis=2)
+        brown += int((is_brown & (amount > TISSUE) & (separate(density)[1] > BROWN)).sum())
+        # A field full of tissue has no glass: its brightest px are pink, and against them nothing is.
+        red, green, blue = np.moveaxis(optical_density(window, glass), 2, 0)
         pink += int(((green > 1.25 * red) & (blue < 0.8 * green) & (amount > TISSUE)).sum())
     brown_share, pink_share = brown / max(tissue, 1), pink / max(tissue, 1)
     if brown_share < LEAST_BROWN or pink_share > max(MOST_PINK, PINK_PER_BROWN * brown_share):
