@@ -111,11 +111,11 @@ def forms(stain: SlideStain) -> dict[str, Callable[[np.ndarray], np.ndarray]]:
         "haematoxylin x 2, eosin 0.1 everywhere": of(lambda h, d: (2 * h, 0 * d + 0.1)),
         "haematoxylin x 2, 0.4 of the brown as eosin": of(lambda h, d: (2 * h, 0.4 * d)),
         "3 x haematoxylin above 0.05, 0.4 of the brown as eosin": of(
-            lambda h, d: (3 * np.maximum(h - 0.05, 0), 0.03 + 0.4 * d)
+            lambda h, d: (3 * np.maximum(h - 0.05, 0), 0.05 + 0.4 * d)
         ),
         "saturating haematoxylin, eosin 0.1 everywhere": of(lambda h, d: (saturated(h), 0 * d + 0.1)),
-        "saturating haematoxylin, 0.4 of the brown as eosin": of(lambda h, d: (saturated(h), 0.03 + 0.4 * d)),
-        "the same, dyes measured on the picture": of(lambda h, d: (saturated(h), 0.03 + 0.4 * d), measured),
+        "saturating haematoxylin, 0.4 of the brown as eosin": of(lambda h, d: (saturated(h), 0.05 + 0.4 * d)),
+        "the same, dyes measured on the picture": of(lambda h, d: (saturated(h), 0.05 + 0.4 * d), measured),
         "what wsiseg does": lambda image: render(image, stain),
     }
 
@@ -192,6 +192,7 @@ def recognition_rows(folder: Path) -> list[dict[str, object]]:
             "number": len(images),
             **{stain: sum(f.name == stain for f in found) for stain in ("he", "ihc", "ihc-nuclear")},
             "largest share of brown": max(f.brown or 0.0 for f in found),
+            "least pink where brown >= 0.05": min((f.pink for f in found if (f.brown or 0.0) >= 0.05), default="-"),
             "largest on the overview alone": max(brown_on_overview(image, mpp) for image, mpp in images),
         }
 
@@ -215,12 +216,12 @@ def main() -> None:
     options = parser.parse_args()
     model = load_model(options.model, "cpu")
     tables = {
-        "nuclei of the picture; types by the three clicks of `wsiseg demo`": picture_rows(model),
+        "nuclei of the picture; types by the clicks of `wsiseg demo`": picture_rows(model),
         "forms of showing it, on the part that settings were chosen on": form_rows(model),
     }
     if options.data is not None:
         tables |= {
-            "nuclei that are brown themselves: SYNTHETIC, half of the nuclei of six images of tnbc/dev, within 4 um": nuclear_rows(model, options.data),
+            "brown nuclei: SYNTHETIC, half of the nuclei of six images of tnbc/dev, within 4 um": nuclear_rows(model, options.data),
             "what images are taken for": recognition_rows(options.data),
         }  # fmt: skip
     note = (

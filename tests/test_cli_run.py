@@ -343,7 +343,7 @@ def test_info_and_seeds_check_and_doctor(demo: tuple[Path, Path]) -> None:
     assert json.loads(output)["size"] == "512 x 512 px"
     status, output = wsiseg("seeds", "check", demo[1], "--slide", demo[0])
     assert status == 0
-    assert "epithelium: 1 click" in output
+    assert "epithelium: 2 clicks" in output
     status, output = wsiseg("doctor")
     assert status == 0, output
     assert "model nuclei-compact" in output

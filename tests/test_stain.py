@@ -116,6 +116,18 @@ def test_the_view_does_not_depend_on_the_box() -> None:
     np.testing.assert_array_equal(whole, render(IHC, stain))
 
 
+def test_glass_is_judged_on_the_slide_itself() -> None:
+    """Or a run would refuse other clicks than `wsiseg seeds check` does."""
+    from wsiseg.seeds.glass import GlassFinder
+
+    slide = ArrayReader(IHC, 0.5)
+    finders = [GlassFinder(reader, RunConfig()) for reader in (slide, found(IHC).view(slide))]
+    points = [(x + 0.5, y + 0.5) for x in range(0, 512, 32) for y in range(0, 512, 32)]
+    faults = [[finder.fault(point) for point in points] for finder in finders]
+    assert faults[0] == faults[1]
+    assert any(faults[0])
+
+
 def test_he_is_seen_as_it_is() -> None:
     reader = ArrayReader(HE, 0.5)
     assert found(HE).view(reader) is reader

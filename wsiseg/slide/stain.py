@@ -39,11 +39,9 @@ HAEMATOXYLIN_AND_DAB = np.array([_HAEMATOXYLIN, (0.268, 0.570, 0.776)])
 
 # What is shown (benchmarks/results/ihc_accuracy.md compares other forms and values).
 VEIL = 0.05  #: haematoxylin below it is background: uneven light, and what the two dyes' vectors do not explain
-DARKEST, HALFWAY = (
-    0.8,
-    0.2,
-)  #: haematoxylin saturates at the first, as fast as the second says: counterstains differ in strength by 4x
-COUNTERSTAIN = 0.03  #: eosin everywhere: the network knows no tissue without it
+DARKEST = 0.9  #: the shown haematoxylin saturates here ..
+HALFWAY = 0.2  #: .. and this much of the slide's gives 63 % of it: counterstains differ in strength by 4x
+COUNTERSTAIN = 0.05  #: eosin everywhere: the network knows no tissue without it
 BROWN_AS_EOSIN = 0.4  #: the brown is shown as this much eosin ..
 BROWN_AS_HAEMATOXYLIN = 0.3  #: .. and where it marks nuclei, as this much haematoxylin ..
 COUNTERSTAIN_OF_NUCLEAR = 0.15  #: .. with this much eosin everywhere, as there is no brown to give any
@@ -51,18 +49,14 @@ COUNTERSTAIN_OF_NUCLEAR = 0.15  #: .. with this much eosin everywhere, as there 
 # How it is recognised, on squares of tissue at 1 um per px.
 WINDOWS, WINDOW_UM, WINDOW_MPP = 16, 256.0, 1.0  #: one in two is where the overview is brownest: a marker may be rare
 TISSUE = 0.08  #: optical density; fainter is glass
-BROWN = 0.2  #: DAB of a brown px; 762 labelled fields of H&E have less than 5 % of such px, with eosin around them
-LEAST_BROWN = 0.05  #: share of the tissue that is brown, at least
+BROWN = 0.2  #: DAB of a brown px
+LEAST_BROWN = 0.05  #: share of the tissue that is brown, at least; fields of H&E have up to 13 %, with eosin around
 MOST_PINK = 0.1  #: share of the tissue that is eosin, at most ..
 PINK_PER_BROWN = 0.25  #: .. or this share of the brown, whose edges may look like it
-SHEET_UM, SHEETS = (
-    5.0,
-    0.2,
-)  #: brown discs of this radius fit into cytoplasm, not into nuclei; share of the brown that may lie in such
-NUCLEI_UM2, COMPACT = (
-    (8.0, 120.0),
-    0.3,
-)  #: areas of brown nuclei; share of the brown that must lie in pieces of these areas
+SHEET_UM = 5.0  #: brown discs of this radius fit into cytoplasm, not into nuclei ..
+SHEETS = 0.2  #: .. and may hold this share of the brown of a nuclear marker
+NUCLEI_UM2 = (8.0, 120.0)  #: areas of brown nuclei ..
+COMPACT = 0.3  #: .. in pieces of which at least this share of its brown lies
 SOLID = 0.8  #: .. that fill this share of their convex hull: membranes are nets
 FAINT_BROWN = 0.15  #: brown px of those pieces: their edges count
 
@@ -144,16 +138,18 @@ def find_stain(
         if setting == "auto":  # whoever needs the pixels will say so
             return SlideStain()
         raise
-    white = tuple(float(round(level)) for level in glass_white(overview))
-    glass = (white[0], white[1], white[2])
-    if setting != "auto":
-        return SlideStain(setting, glass, source="given")
-    if not is_brightfield(overview):
+    if setting == "auto" and not is_brightfield(overview):
         return SlideStain()
     windows = []
     for box in choose_windows(overview, scale, reader.info.mpp):
         with contextlib.suppress(SlideError):  # a damaged tile costs itself only
             windows.append(read_window(reader, box))
+    # Glass of gaps and lumina, which are narrower than a px of the overview, is all that a small image may have.
+    whites = [glass_white(pixels.reshape(-1, 1, 3)) for pixels in (overview, *windows)]
+    levels = np.rint(np.max(whites, axis=0)).tolist()
+    glass = (levels[0], levels[1], levels[2])
+    if setting != "auto":
+        return SlideStain(setting, glass, source="given")
     if not windows:
         return SlideStain()
     name, brown, pink = recognise(windows)
@@ -271,6 +267,11 @@ def compose(haematoxylin: NDArray[np.floating], eosin: NDArray[np.floating]) -> 
     return seen
 
 
+def as_scanned(reader: SlideReader) -> SlideReader:
+    """The slide without any view of it: glass is what it is for everybody."""
+    return reader.slide if isinstance(reader, _StainedReader) else reader
+
+
 def _unit(dye: NDArray[np.float64]) -> NDArray[np.float64]:
     return dye / np.linalg.norm(dye)
 
@@ -279,15 +280,15 @@ class _StainedReader:
     """A slide whose pixels are rendered as they are read."""
 
     def __init__(self, reader: SlideReader, stain: SlideStain) -> None:
-        self.info, self._reader, self._stain = reader.info, reader, stain
+        self.info, self.slide, self._stain = reader.info, reader, stain
 
     def read(self, level: int, box: Box) -> NDArray[np.uint8]:
         """Pixels of a box, rendered."""
-        return render(self._reader.read(level, box), self._stain)
+        return render(self.slide.read(level, box), self._stain)
 
     def close(self) -> None:
         """Release the file."""
-        self._reader.close()
+        self.slide.close()
 
     def __enter__(self) -> Self:
         return self
