@@ -343,7 +343,7 @@ def test_info_and_seeds_check_and_doctor(demo: tuple[Path, Path]) -> None:
     assert json.loads(output)["size"] == "512 x 512 px"
     status, output = wsiseg("seeds", "check", demo[1], "--slide", demo[0])
     assert status == 0
-    assert "epithelium: 1 click" in output
+    assert "epithelium: 2 clicks" in output
     status, output = wsiseg("doctor")
     assert status == 0, output
     assert "model nuclei-compact" in output
@@ -351,7 +351,7 @@ def test_info_and_seeds_check_and_doctor(demo: tuple[Path, Path]) -> None:
 
 def test_quiet_in_a_pipe(demo: tuple[Path, Path], tmp_path: Path) -> None:
     """Nothing but the result on stdout, nothing on stderr, no bar."""
-    command = [sys.executable, "-m", "wsiseg", "run", str(demo[0]), "--out", str(tmp_path / "out")]
+    command = [sys.executable, "-m", "wsiseg", "run", str(demo[0]), "--stain", "ihc", "--out", str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stderr == ""
     assert done.stdout.count("\n") == 1

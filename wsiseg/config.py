@@ -321,6 +321,9 @@ class RunConfig:
     ----------
     mpp, force_mpp
         Microns per level-0 pixel in place of what the file says; outside of ``CELLULAR_MPP`` only with ``force_mpp``.
+    stain
+        ``he``: haematoxylin and eosin; ``ihc``: haematoxylin with a brown chromogen outside of nuclei; ``ihc-nuclear``: with brown nuclei.
+        ``auto`` looks at the slide. What is not H&E is shown to the network as if it were (slide/stain.py).
     batch_size
         Tiles encoded together. ``None``: one on a CPU, as many as fit on a GPU.
     max_ram_gb, max_vram_gb
@@ -345,6 +348,7 @@ class RunConfig:
     mpp: float | None = setting(None, *FORCED_MPP, group="source")
     force_mpp: bool = setting(False, group="source")
     reader: Literal["auto", "openslide", "tiffslide", "image"] = setting("auto", group="source")
+    stain: Literal["auto", "he", "ihc", "ihc-nuclear"] = setting("auto", group="source")
     seeds: str | None = setting(None, group="source")
     bank: str | None = setting(None, group="source")
     roi: str | None = setting(None, group="source")

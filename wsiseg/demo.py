@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +17,12 @@ from wsiseg.runtime.atomic import atomic_path
 MPP = 0.5  # not stated with the image; a colon gland's nuclei (about 12 x 5 um) fit this
 _TILE = 256
 
-# Clicks made by eye on the image: one nucleus of each of the three kinds that anybody can tell apart in it: in the brown glands,
-# round and single between them, long and thin between them.
+# Clicks made by eye on the image: two nuclei of each of the three kinds that anybody can tell apart in it: in the brown glands (one round, one long),
+# round and angular ones between them, long and thin ones between them.
 _SEEDS = (
-    SeedType("epithelium", (200, 80, 0), ((424.0, 112.0),)),
-    SeedType("immune", (0, 80, 200), ((296.0, 280.0),)),
-    SeedType("stroma", (0, 140, 60), ((189.0, 356.0),)),
+    SeedType("epithelium", (200, 80, 0), ((424.0, 112.0), (56.0, 175.0))),
+    SeedType("immune", (0, 80, 200), ((296.0, 280.0), (317.0, 291.0))),
+    SeedType("stroma", (0, 140, 60), ((456.0, 248.0), (332.0, 270.0))),
 )
 
 
@@ -61,7 +62,7 @@ def write_demo(folder: str | Path) -> tuple[Path, Path]:
             with atomic_path(slide) as partial:
                 _write_pyramid(partial, data.immunohistochemistry())
         if not seeds.exists():
-            write_seeds(seeds, Seeds(_SEEDS, str(seeds), slide.name))
+            write_seeds(seeds, dataclasses.replace(demo_seeds(), source=str(seeds), slide=slide.name))
     except OSError as error:
         if isinstance(error, RunError):
             raise
@@ -69,6 +70,11 @@ def write_demo(folder: str | Path) -> tuple[Path, Path]:
             f"{folder}: cannot be written ({error.strerror}); pass a folder that you may write to"
         ) from error
     return slide, seeds
+
+
+def demo_seeds() -> Seeds:
+    """The demo's clicks, px of the image."""
+    return Seeds(_SEEDS, "demo", None)
 
 
 def _write_pyramid(path: Path, image: np.ndarray[tuple[int, ...], np.dtype[np.uint8]]) -> None:

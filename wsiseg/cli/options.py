@@ -51,6 +51,11 @@ known_types_option = click.option(
     is_flag=True,
     help="The model's own classes are types too: without clicks all of them, else those that no click covers.",
 )
+stain_option = click.option(
+    "--stain",
+    type=choices("stain"),
+    help=f"H&E, or haematoxylin with a brown marker: ihc outside of nuclei, ihc-nuclear in them.  [default: {_DEFAULT.stain}]",
+)
 quiet_option = click.option("-q", "--quiet", is_flag=True, help="Errors only.")
 runs_argument = click.argument("runs", nargs=-1, required=True, metavar="RUN...", type=click.Path(path_type=Path))
 

@@ -22,6 +22,7 @@ from wsiseg.cli.options import (
     overwrite_option,
     quiet_option,
     reader_option,
+    stain_option,
 )
 from wsiseg.config import HALO_UM, TILE_UM, RunConfig, from_mapping, read_config
 from wsiseg.errors import counted
@@ -56,6 +57,7 @@ _DEFAULT = RunConfig()
 @model_option
 @mpp_options
 @reader_option
+@stain_option
 @click.option("--roi", metavar="FILE", help="GeoJSON polygons (QuPath annotations): segment only inside them.")
 @click.option("--no-tissue", is_flag=True, help="Search the whole slide, not only tissue.")
 @click.option(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from wsiseg.cli.arguments import Group, Working
-from wsiseg.cli.options import device_option, model_option, mpp_options, overwrite_option, reader_option
+from wsiseg.cli.options import device_option, model_option, mpp_options, overwrite_option, reader_option, stain_option
 from wsiseg.config import RunConfig, check_mpp, from_mapping
 from wsiseg.errors import counted
 
@@ -107,6 +107,7 @@ def convert(source: Path, target: Path, slide: str | None, mpp: float | None, fo
 @model_option
 @device_option
 @reader_option
+@stain_option
 @overwrite_option("Replace FILE.png.")
 def preview(seeds: Path, slide: str, out: Path, overwrite: bool, **options: str | float | bool | None) -> None:
     """Draw one panel per click of SEEDS on SLIDE: its surroundings, and the outline of the cell that a run would match it to.

@@ -19,6 +19,7 @@ from wsiseg.seeds.bank import build_bank
 from wsiseg.segmentation.tile import TileSegmenter
 from wsiseg.slide import read_region
 from wsiseg.slide.array_reader import ArrayReader
+from wsiseg.slide.stain import find_stain
 from wsiseg.slide.tiling import plan_for_model
 from wsiseg.slide.tissue import SearchArea
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
     from wsiseg.models.contract import PromptableModel
     from wsiseg.records import Bank, Seeds, Typing
+    from wsiseg.slide import SlideReader
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +87,7 @@ def segment_image(
 class OpenedImage:
     """An image in memory that was checked, with the model and the clicked types."""
 
-    reader: ArrayReader
+    reader: SlideReader
     config: RunConfig
     model: PromptableModel
     lattice: Lattice
@@ -99,7 +101,11 @@ def open_image(
     if config.mpp is None:
         raise ConfigError("image: the scale is unknown; set mpp (for example mpp=0.25)")
     check(config, "image")
-    reader = ArrayReader(image, config.mpp)
+    slide = ArrayReader(image, config.mpp)
+    stain = find_stain(slide, config.stain, config.tissue.overview_mpp)
+    reader = stain.view(slide)
+    for warning in stain.warnings:
+        logger.info("%s", warning)
     if seeds:
         seeds, seed_warnings = check_seeds(dataclasses.replace(seeds, slide=None), reader.info)
         for warning in seed_warnings:
@@ -108,6 +114,7 @@ def open_image(
     if config.typing.known_types:
         require_known_types(config.model, model.types)
     resolved = resolve(config, config.model, maps=model.has_maps, clicked=seeds is not None)
+    resolved = dataclasses.replace(resolved, stain=stain.name)
     lattice = Lattice(config.mpp, model.mpp)
     bank = build_bank(reader, model, seeds, lattice, resolved, chains=resolved.method == "cop") if seeds else None
     return OpenedImage(reader=reader, config=resolved, model=model, lattice=lattice, bank=bank)

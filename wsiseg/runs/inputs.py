@@ -21,6 +21,7 @@ from wsiseg.models.cards import file_hash
 from wsiseg.runtime.paths import readable, require_text
 from wsiseg.segmentation.nuclear_scale import require_scale
 from wsiseg.slide import open_slide
+from wsiseg.slide.stain import SlideStain, find_stain
 from wsiseg.workers import check_scheduler
 
 if TYPE_CHECKING:
@@ -40,8 +41,10 @@ class RunInputs:
         Path or URL as given, and as in manifests: absolute.
     reader
         The opened slide; the caller closes it.
+    stain
+        The slide's stain, and how the network is to see it.
     config
-        Resolved: its method and precision are not ``auto``.
+        Resolved: its method, precision and stain are not ``auto``.
     seeds
         Clicks of this run, level-0 px.
     clicks_name
@@ -61,6 +64,7 @@ class RunInputs:
     slide: str
     path: str
     reader: SlideReader
+    stain: SlideStain
     config: RunConfig
     seeds: Seeds | None
     clicks_name: str
@@ -127,12 +131,16 @@ def read_inputs(slide: str, config: RunConfig, *, clicks: Seeds | None = None) -
             raise ConfigError(
                 f"--bank {config.bank}: has no prototypes for --method cop; leave --method out, or make it by a run with --method cop"
             )
+        stain = find_stain(reader, config.stain, config.tissue.overview_mpp)
+        warnings += stain.warnings
+        resolved = dataclasses.replace(resolved, stain=stain.name)
         run_hash, parts_hash = _digests(slide, resolved, reader.info, weights, _digest_of_clicks(config, clicks))
         stack.pop_all()
     return RunInputs(
         slide=slide,
         path=slide_path(slide),
         reader=reader,
+        stain=stain,
         config=resolved,
         seeds=seeds,
         clicks_name="" if clicks is None else clicks.source,
@@ -233,6 +241,8 @@ def _digests(slide: str, config: RunConfig, info: SlideInfo, weights: Path, clic
         "weights": file_hash(weights),
         "roi": _content_hash(config.roi),
     }
+    if config.stain != "he":  # the hash of H&E is that of versions that knew no other stain
+        facts["stain"] = config.stain
     # Stages after the parts do not make them stale: types, overlaps, and under APG the seeds.
     segmenting = dataclasses.replace(config, typing=TypingConfig(), stitching=StitchingConfig())
     clicked = {"seeds": clicks} if config.method == "cop" else {}

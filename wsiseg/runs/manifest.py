@@ -114,6 +114,7 @@ class Manifest:
                 "mpp_source": info.mpp_source,
                 "bounds": list(info.bounds) if info.bounds else None,
                 "searched_mm2": round(plan.tissue_mm2, 4),
+                "stain": str(plan.stain),
             },
             config=dataclasses.asdict(config),
             seeds=config.seeds or config.bank or plan.seeds or None,

@@ -64,7 +64,7 @@ def plan_run(inputs: RunInputs, parts: Path) -> PreparedRun:
     WsisegError
         The weights cannot be loaded, or a click meets nothing.
     """
-    reader, info, config, bank = inputs.reader, inputs.info, inputs.config, inputs.bank
+    reader, info, config, bank, stain = inputs.reader, inputs.info, inputs.config, inputs.bank, inputs.stain
     model = load_model(config.model, config.device, config.precision)
     if config.typing.known_types:
         require_known_types(config.model, model.types)
@@ -75,11 +75,17 @@ def plan_run(inputs: RunInputs, parts: Path) -> PreparedRun:
     area = SearchArea(tissue, inputs.roi)
     warnings = [*inputs.warnings, *(tissue.warnings if tissue else ())]
     earlier = read_plan(parts, inputs.run_hash)
-    if earlier:  # one bank for all shards of a run, wherever they were made
-        bank, warnings = earlier.bank, [*earlier.warnings]
+    if earlier:  # one bank and one view of the slide for all shards of a run, wherever they were made
+        bank, stain, warnings = earlier.bank, earlier.stain, [*earlier.warnings]
     elif inputs.seeds is not None:
         bank = build_bank(
-            reader, model, inputs.seeds, lattice, config, chains=config.method == "cop", on_warning=warnings.append
+            stain.view(reader),
+            model,
+            inputs.seeds,
+            lattice,
+            config,
+            chains=config.method == "cop",
+            on_warning=warnings.append,
         )
         bank = dataclasses.replace(bank, cells=bank.cells.take(area.holds(bank.cells.points_xy)))
     blocks = plan_for_model(info, model, config.tiling, area.wanted)
@@ -96,6 +102,7 @@ def plan_run(inputs: RunInputs, parts: Path) -> PreparedRun:
         warnings=tuple(warnings),
         target=target(inputs.slide),
         seeds=inputs.clicks_name,
+        stain=stain,
     )
-    spec = RunSpec(inputs.slide, config, lattice, area, bank, parts, inputs.parts_hash)
-    return PreparedRun(plan, blocks, WorkerContext(spec, reader, model, Claims(parts)))
+    spec = RunSpec(inputs.slide, config, lattice, area, bank, parts, inputs.parts_hash, stain)
+    return PreparedRun(plan, blocks, WorkerContext(spec, stain.view(reader), model, Claims(parts)))

@@ -22,6 +22,7 @@ from wsiseg.formats.parts import read_part, write_part
 from wsiseg.records import SlideInfo
 from wsiseg.runtime.atomic import write_json
 from wsiseg.runtime.paths import read_text, refusal
+from wsiseg.slide.stain import AS_HE, SlideStain
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -59,6 +60,8 @@ class RunPlan:
         Identity of the slide's file, links followed (:func:`wsiseg.runtime.paths.target`).
     seeds
         Name of clicks that are in no file; empty for those of a file.
+    stain
+        The slide's stain, and how the network is to see it.
     """
 
     info: SlideInfo
@@ -73,6 +76,7 @@ class RunPlan:
     warnings: tuple[str, ...] = ()
     target: str = ""
     seeds: str = ""
+    stain: SlideStain = AS_HE
 
 
 def keep_plan(folder: Path, plan: RunPlan) -> None:
@@ -92,6 +96,7 @@ def write_plan(folder: Path, plan: RunPlan) -> None:
         "version": VERSION,
         "info": dataclasses.asdict(plan.info),
         "config": dataclasses.asdict(plan.config),
+        "stain": dataclasses.asdict(plan.stain),
         "clicks": plan.bank is not None,
     }
     note["tiles"] = list(plan.tiles.items())  # in order
@@ -121,6 +126,7 @@ def read_plan(folder: Path, run_hash: str | None = None) -> RunPlan | None:
         known = {f.name for f in dataclasses.fields(RunPlan)}
         rest = {k: v for k, v in note.items() if k in known}
         rest |= {"tiles": {str(name): int(count) for name, count in note["tiles"]}, "warnings": tuple(note["warnings"])}
+        rest["stain"] = SlideStain(**note.get("stain", {}))
         return RunPlan(
             **rest | {"info": _info(note["info"]), "config": from_mapping(note["config"], str(path)), "bank": bank}
         )

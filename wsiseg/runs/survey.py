@@ -10,6 +10,7 @@ from wsiseg.errors import SlideError, counted
 from wsiseg.models import load_model
 from wsiseg.segmentation.nuclear_scale import estimate_scale, scale_contradiction
 from wsiseg.slide import open_slide, require_cellular, thumbnail
+from wsiseg.slide.stain import SlideStain, find_stain
 from wsiseg.slide.tiling import plan_for_model
 from wsiseg.slide.tissue import SearchArea, find_tissue
 
@@ -55,9 +56,13 @@ def survey(
             else "none in the file; runs need --mpp",
             "bounds": None if info.bounds is None else "x {} y {} width {} height {} px".format(*info.bounds),
         }
-        warnings = list(info.warnings)
+        warnings, stain = list(info.warnings), SlideStain()
+        if not math.isnan(info.mpp):
+            stain = find_stain(opened, config.stain, config.tissue.overview_mpp)
+            facts["stain"] = str(stain)
+            warnings += stain.warnings
         if estimate:
-            found = estimate_scale(opened)
+            found = estimate_scale(stain.view(opened))
             facts["mpp by nuclei"] = "no estimate: too few nuclei" if found is None else str(found)
             if found is not None and not math.isnan(info.mpp):
                 warnings += scale_contradiction(info.mpp, found)

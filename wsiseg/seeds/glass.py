@@ -8,6 +8,7 @@ import numpy as np
 
 from wsiseg.geometry import Box, Lattice
 from wsiseg.slide import read_region, thumbnail
+from wsiseg.slide.stain import as_scanned
 from wsiseg.slide.tissue import glass_white, is_brightfield, is_glass
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ class GlassFinder:
     """
 
     def __init__(self, reader: SlideReader, config: RunConfig) -> None:
+        reader = as_scanned(reader)
         overview, _ = thumbnail(reader, config.tissue.overview_mpp)
         self._reader, self._reach_um = reader, config.cop.click_reach_um
         self._white = glass_white(overview) if is_brightfield(overview) else None

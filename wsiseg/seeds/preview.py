@@ -20,6 +20,7 @@ from wsiseg.seeds.bank import find_clicked, on_one_cell, same_cell
 from wsiseg.seeds.contact_sheet import Panel, draw_sheet, panel_side
 from wsiseg.segmentation.nuclear_scale import require_scale
 from wsiseg.slide import open_slide, read_region
+from wsiseg.slide.stain import find_stain
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -92,7 +93,7 @@ def preview_seeds(
     out
         The PNG to write.
     config
-        ``model``, ``device``, ``mpp``, ``reader``, and how clicks are read (``cop``, ``apg``, ``masks``); defaults when absent.
+        ``model``, ``device``, ``mpp``, ``reader``, ``stain``, and how clicks are read (``cop``, ``apg``, ``masks``); defaults when absent.
     overwrite
         Replace ``out``.
     on_progress
@@ -120,10 +121,12 @@ def preview_seeds(
         require_scale(reader)
         info = reader.info
         found, warnings = check_seeds(found, info)
+        stain = find_stain(reader, config.stain, config.tissue.overview_mpp)
+        seen, warnings = stain.view(reader), [*warnings, *stain.warnings]
         model = load_model(config.model, config.device, config.precision)
         listed, clicks = _list_clicks(found), []
         for click in listed:
-            clicks.append(_decode_click(click, reader, model, config))
+            clicks.append(_decode_click(click, seen, model, config))
             on_progress(len(clicks), len(listed), sum(c.cell is not None for c in clicks))
         clicks, faults = _mark_faults(clicks)
         drawn = _choose_panels(clicks)

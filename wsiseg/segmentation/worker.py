@@ -11,6 +11,7 @@ from wsiseg.models import load_model
 from wsiseg.runtime.claims import Claims
 from wsiseg.segmentation.tile import TileSegmenter
 from wsiseg.slide import open_slide
+from wsiseg.slide.stain import AS_HE, SlideStain
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -41,6 +42,8 @@ class RunSpec:
         Prototypes, of runs with clicks.
     parts, parts_hash
         Folder of the part files, and the digest of everything that decides their content.
+    stain
+        How the network is to see the slide.
     """
 
     slide: str
@@ -50,6 +53,7 @@ class RunSpec:
     bank: Bank | None
     parts: Path
     parts_hash: str
+    stain: SlideStain = AS_HE
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,7 @@ class WorkerContext:
 def open_worker_context(spec: RunSpec, number: int = 0) -> WorkerContext:
     """Open the slide and model of worker ``number``; where there are several GPUs, each worker has its own."""
     config = spec.config
-    reader = open_slide(spec.slide, mpp=config.mpp, force_mpp=config.force_mpp, reader=config.reader)
+    reader = spec.stain.view(open_slide(spec.slide, mpp=config.mpp, force_mpp=config.force_mpp, reader=config.reader))
     device = config.device
     if device in ("auto", "cuda") and torch.cuda.device_count() > 1:
         device = f"cuda:{number % torch.cuda.device_count()}"
