@@ -126,21 +126,49 @@ def test_seeds_that_cannot_be_used(content: object, sentence: str, demo: tuple[P
 
 
 def test_a_click_where_no_nucleus_is_found_counts(demo: tuple[Path, Path], tmp_path: Path) -> None:
-    """A warning, and the mask decoded from the click is a cell of its type; one on which nothing can be outlined types by its surroundings."""
-    clicks = {"a": (437, 318), "missed": (246, 218), "nothing": (164, 39)}
-    content = {"version": 1, "types": [{"name": name, "points": [point]} for name, point in clicks.items()]}
-    file = seeds_file(tmp_path, content)
-    status, output = wsiseg("run", demo[0], "--seeds", file, "--out", tmp_path / "out")
+    """With a threshold that no mask reaches, every click is doubtful: it is said, and the mask decoded from it is a cell of its type."""
+    (tmp_path / "strict.toml").write_text("[cop]\nclick_min_score = 1\n[masks]\nmin_score = 1\n")
+    x, y = json.loads(demo[1].read_text())["types"][0]["points"][0]
+    file = seeds_file(tmp_path, types((x, y)))
+    out = tmp_path / "out" / demo[0].stem
+    status, output = wsiseg(
+        "run", demo[0], "--seeds", file, "--config", tmp_path / "strict.toml", "--out", tmp_path / "out"
+    )
     assert status == 0, output
-    doubt = "the model finds no nucleus there"
-    assert f"Warning: {file}: types[1].points[0] = [246, 218]: {doubt}; the mask decoded there (score 0.0" in output
-    assert f"Warning: {file}: types[2].points[0] = [164, 39]: {doubt}; its surroundings are used for typing" in output
-    assert output.count(doubt) == 2
-    cells, typing, _ = read_geoparquet(tmp_path / "out" / demo[0].stem / "cells.parquet")
-    clicked = np.flatnonzero(np.hypot(*(cells.points_xy - clicks["missed"]).T) < 0.01)
-    assert [typing.names[typing.codes[k]] for k in clicked] == ["missed"]
-    manifest = json.loads((tmp_path / "out" / demo[0].stem / "manifest.json").read_text())
-    assert sum(doubt in warning for warning in manifest["warnings"]) == 2
+    doubt = f"{file}: types[0].points[0] = [{x:g}, {y:g}]: the model finds no nucleus there; the mask decoded there (score 0."
+    assert output.count(f"Warning: {doubt}") == 1
+    cells, typing, _ = read_geoparquet(out / "cells.parquet")
+    assert [typing.names[code] for code in typing.codes] == ["a"]
+    assert np.hypot(*(cells.points_xy[0] - (x, y))) < 0.01
+    assert sum(doubt in warning for warning in json.loads((out / "manifest.json").read_text())["warnings"]) == 1
+
+
+def test_a_click_on_which_nothing_can_be_outlined_types_by_its_surroundings(demo: tuple[Path, Path]) -> None:
+    from wsiseg.config import CopConfig, MaskConfig, RunConfig
+    from wsiseg.geometry import Lattice
+    from wsiseg.models import load_model
+    from wsiseg.records import Seeds, SeedType
+    from wsiseg.seeds.bank import build_bank
+    from wsiseg.slide import open_slide
+
+    point = tuple(json.loads(demo[1].read_text())["types"][0]["points"][0])
+    strict = RunConfig(cop=CopConfig(click_min_score=1.0), masks=MaskConfig(min_area_um2=5000.0))
+    said: list[str] = []
+    model = load_model("nuclei-compact", "cpu")
+    with open_slide(demo[0]) as reader:
+        seeds = Seeds((SeedType("a", (1, 2, 3), (point,), (point,)),), "s.json")
+        lattice = Lattice(reader.info.mpp, model.mpp)
+        bank = build_bank(reader, model, seeds, lattice, strict, chains=False, on_warning=said.append)
+    assert ["its surroundings are used for typing, and no cell is outlined" in sentence for sentence in said] == [
+        True,
+        True,
+    ]
+    assert [sentence.partition(" = ")[0] for sentence in said] == [
+        "s.json: types[0].points[0]",
+        "s.json: types[0].negative[0]",
+    ]
+    assert len(bank.cells) == 0
+    np.testing.assert_allclose(np.linalg.norm(bank.types[0].clicked, axis=1), 1, atol=1e-2)
 
 
 def test_types_without_a_click_and_with(demo: tuple[Path, Path], tmp_path: Path) -> None:
@@ -283,9 +311,10 @@ def test_two_types_may_not_click_one_cell(demo: tuple[Path, Path], tmp_path: Pat
     content = json.loads(demo[1].read_text())
     x, y = content["types"][1]["points"][0]
     content["types"][0]["points"].append([x + 1, y + 1])
+    last = len(content["types"][0]["points"]) - 1
     complains(
         tmp_path / "out",
-        "hits the same cell as types[0].points[1], of another type",
+        f"hits the same cell as types[0].points[{last}], of another type",
         "run",
         demo[0],
         "--seeds",

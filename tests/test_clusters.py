@@ -64,6 +64,8 @@ def test_signals_are_held_back_only_while_workers_start() -> None:
 
 
 def test_dasks_own_words_are_quiet_and_its_loggers_restored() -> None:
+    import distributed  # noqa: F401 - which sets its loggers' levels
+
     logger = logging.getLogger("distributed")
     level = logger.level
     with clusters.quiet():

@@ -317,7 +317,7 @@ def _what_differs(manifest: Manifest, config: Mapping[str, Any]) -> str:
     held, wanted = _flat(manifest.config), _flat(config)
     keys = [k for k in wanted if k in held and held[k] != wanted[k] and k.partition(".")[0] not in _EXECUTION]
     if not keys:
-        return "the same settings, but another scale, seeds file, region, weights or version of the slide"
+        return "the same settings, but another scale, seeds file, region, slide file, weights or version of wsiseg"
     told = [f"{k} {_value(held[k])} there, {_value(wanted[k])} here" for k in keys[:_NAMED]]
     return "; ".join(told) + (f"; {len(keys) - _NAMED} more" if len(keys) > _NAMED else "")
 
