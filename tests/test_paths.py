@@ -383,7 +383,7 @@ def test_the_target_of_a_link_decides_whether_it_is_the_same_slide(slide: Path) 
         stage = slide.parent / f"stage{number}"
         stage.mkdir()
         (stage / "p.png").symlink_to(slide)
-        assert segment_slide(stage / "p.png", config, out).get("already", False) is bool(number)
+        assert segment_slide(stage / "p.png", config, out).already is bool(number)
         (stage / "p.png").unlink()
     assert [p.name for p in out.iterdir()] == ["p"]
     (slide.parent / "p.png").write_bytes(slide.read_bytes())
@@ -396,7 +396,7 @@ def test_composed_and_decomposed_names_are_the_same(slide: Path) -> None:
     folders = []
     for name in names:
         (slide.parent / f"{name}.png").symlink_to(slide.name)
-        folders.append(segment_slide(slide.parent / f"{name}.png", RunConfig(mpp=0.25), out)["folder"])
+        folders.append(segment_slide(slide.parent / f"{name}.png", RunConfig(mpp=0.25), out).folder)
     assert folders[0] == folders[1]
     seeds = slide.parent / "seeds.json"
     seeds.write_text(json.dumps(SEEDS | {"slide": f"{names[0]}.png"}))

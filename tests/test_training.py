@@ -185,7 +185,7 @@ def test_what_the_annotators_may_have_left_out_weighs_nothing(data, training) ->
         def encode(self, images):
             dark = F.max_pool2d((images[:, :1] < 150).float(), 5, 1, 2)
             maps = F.avg_pool2d(20 * dark - 10, 2).repeat(1, 3, 1, 1)
-            return Embeddings(maps, maps, maps, {})
+            return Embeddings(high=maps, low=maps, maps=maps, extra={})
 
     drawn = incomplete.label == 1
     for field_ in (incomplete, complete):
