@@ -29,11 +29,11 @@ MODELS = {
         name="nuclei-compact",
         network="wsiseg.models.nuclei_compact:NucleiCompact",
         weights=WEIGHTS_FOLDER / "nuclei-compact.safetensors",
-        sha256="2ede63198121d11c3a95baa80e43ae2e512ee5ac884b48db27605b60e5ed7332",
+        sha256="1d5a730ae71903071396dfd48dfac2a29e1a384245454764d909fe884321d870",
         licence="Apache-2.0",
         source="training/train_nuclei_compact.py; card: wsiseg/models/weights/nuclei-compact.md",
         mpp=0.25,
-        architecture="convolutional pyramid, 2.7 M parameters",
+        architecture="EfficientNet-Lite2 with a feature pyramid, 1.7 M parameters",
         instance_decoder=True,
     )
 }

@@ -2,7 +2,7 @@
 
 One pass over the tile gives a feature pyramid; every prompt after that costs a few small matrix products::
 
-    image -> stem (stride 2) -> residual stages (strides 4, 8, 16) -> top-down pyramid p8, p4, p2
+    image -> EfficientNet-Lite2 (strides 2, 4, 8, 16) -> top-down pyramid p8, p4, p2
     p2  -> instance maps (foreground, centre distance, boundary distance) and 16 mask features
     p4  -> F_h, p8 -> F_l (unit norm), for Chain-of-Prompts
     point -> pyramid sampled at the point -> weights of three 1x1 convolutions (conditional convolutions [1]_)
@@ -15,6 +15,7 @@ that two tiles that share pixels give the same cells. The lattice is ``STRIDE_PX
 References
 ----------
 .. [1] Tian, Shen, Chen: Conditional Convolutions for Instance Segmentation, ECCV 2020, arXiv:2003.05664.
+.. [2] Lin et al.: Feature Pyramid Networks for Object Detection, CVPR 2017, arXiv:1612.03144.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from wsiseg.models.efficientnet_lite import PIXEL_MEAN, PIXEL_SD, EfficientNetLite
 from wsiseg.models.morphology import MEASUREMENTS, measure, optical_density, windows
 from wsiseg.records import Embeddings, PromptExtras, TypeSpace, WindowMasks
 
@@ -59,50 +61,36 @@ _SIGNS = 8  #: what a mask says of its own quality: stability, certainty, each i
 _DISTANCE_PX = 32.0  #: distances from the point enter the network in units of this (8 um, a nucleus)
 
 
-def conv_block(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
+def conv_block(inputs: int, outputs: int) -> nn.Sequential:
     """3 x 3 convolution, batch norm, ReLU."""
     return nn.Sequential(
-        nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)
+        nn.Conv2d(inputs, outputs, 3, 1, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)
     )
 
 
-class _Residual(nn.Module):
-    def __init__(self, width: int) -> None:
+class FeaturePyramid(nn.Module):
+    """Encoder with a top-down path [2]_: (B, 3, H, W) -> p2 (32), p4 (64), p8 (96) at strides 2, 4, 8."""
+
+    def __init__(self, encoder: EfficientNetLite) -> None:
         super().__init__()
-        self.body = nn.Sequential(
-            conv_block(width, width), nn.Conv2d(width, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width)
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(x + self.body(x), inplace=True)
-
-
-class Pyramid(nn.Module):
-    """Convolutional encoder with a top-down pyramid: (B, 3, H, W) -> p2 (32), p4 (64), p8 (96) at strides 2, 4, 8."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Sequential(conv_block(3, 24, 2), conv_block(24, 32))
-        self.stage4 = nn.Sequential(conv_block(32, 64, 2), _Residual(64), _Residual(64))
-        self.stage8 = nn.Sequential(conv_block(64, 128, 2), _Residual(128), _Residual(128))
-        self.stage16 = nn.Sequential(conv_block(128, 192, 2), _Residual(192), _Residual(192))
-        self.lateral16 = nn.Conv2d(192, 96, 1)
-        self.lateral8 = nn.Conv2d(128, 96, 1)
+        c2, c4, c8, c16 = encoder.widths
+        self.encoder = encoder
+        self.lateral16 = nn.Conv2d(c16, 96, 1)
+        self.smooth16 = conv_block(96, 96)
+        self.lateral8 = nn.Conv2d(c8, 96, 1)
         self.smooth8 = conv_block(96, 96)
         self.down8 = nn.Conv2d(96, 64, 1)
-        self.lateral4 = nn.Conv2d(64, 64, 1)
+        self.lateral4 = nn.Conv2d(c4, 64, 1)
         self.smooth4 = conv_block(64, 64)
         self.down4 = nn.Conv2d(64, 32, 1)
-        self.lateral2 = nn.Conv2d(32, 32, 1)
+        self.lateral2 = nn.Conv2d(c2, 32, 1)
         self.smooth2 = nn.Sequential(conv_block(32, 32), conv_block(32, 32))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Run the encoder: standardised images in, p2, p4, p8 out."""
-        c2 = self.stem(x)
-        c4 = self.stage4(c2)
-        c8 = self.stage8(c4)
-        c16 = self.stage16(c8)
-        p8 = self.smooth8(self.lateral8(c8) + _double(self.lateral16(c16)))
+        """Run the encoder and the top-down path: standardised images in, p2, p4, p8 out."""
+        c2, c4, c8, c16 = self.encoder(x)
+        p16 = self.smooth16(self.lateral16(c16))
+        p8 = self.smooth8(self.lateral8(c8) + _double(p16))
         p4 = self.smooth4(self.lateral4(c4) + _double(self.down8(p8)))
         p2 = self.smooth2(self.lateral2(c2) + _double(self.down4(p4)))
         return p2, p4, p8
@@ -127,7 +115,7 @@ class NucleiCompact(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.pyramid = Pyramid()
+        self.pyramid = FeaturePyramid(EfficientNetLite())
         self.maps = nn.Conv2d(32, 3, 1)
         self.mask_features = nn.Conv2d(32, MASK_FEATURES, 1)
         self.high = nn.Conv2d(64, 32, 1)
@@ -152,8 +140,8 @@ class NucleiCompact(nn.Module):
         self.standardise = nn.BatchNorm1d(MEASUREMENTS, affine=False)
         self.pixel_mean: Tensor
         self.pixel_sd: Tensor
-        self.register_buffer("pixel_mean", torch.tensor([0.70, 0.55, 0.70]).view(1, 3, 1, 1))
-        self.register_buffer("pixel_sd", torch.tensor([0.20, 0.22, 0.17]).view(1, 3, 1, 1))
+        self.register_buffer("pixel_mean", torch.full((1, 3, 1, 1), PIXEL_MEAN))
+        self.register_buffer("pixel_sd", torch.full((1, 3, 1, 1), PIXEL_SD))
         # Distribution of types in the descriptors (`TypeSpace`); filled in after training (training/fit_types.py).
         self.register_buffer("type_transform", torch.eye(DESCRIPTOR_SIZE))
         self.register_buffer("type_kinds", torch.zeros(len(REFERENCE_CLASSES), DESCRIPTOR_SIZE))
