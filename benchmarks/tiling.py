@@ -36,13 +36,14 @@ def main() -> None:
     whole = cells(TilingConfig(tile_um=512))
     rows: list[dict[str, object]] = []
     for tile, halo, origin in [
-        (256, 24, 0),
-        (256, 24, 37),
-        (256, 24, 100),
+        (256, 40, 0),
+        (256, 40, 37),
+        (256, 40, 100),
         (64, 17, 0),
         (64, 24, 0),
         (64, 32, 0),
-        (64, 48, 0),
+        (64, 40, 0),
+        (64, 64, 0),
     ]:
         found = cells(TilingConfig(tile, halo, 4, origin))
         i, j = shapely.STRtree(found).query(whole, predicate="intersects")
