@@ -360,7 +360,7 @@ def test_licences_are_there() -> None:
     assert "END OF TERMS AND CONDITIONS" in (ROOT / "LICENSE").read_text()
     notice = (ROOT / "NOTICE").read_text()
     data = ("TNBC", "licenses/by/4.0", "DSB 2018", "CC0", "NuCLS", "BRCA-M2C", "Copyright (c) 2022, TopoXLab")
-    for word in (*data, "micro-sam", "Chain-of-Prompts", "scikit-image"):
+    for word in (*data, "NuInsSeg", "EfficientNet-Lite2", "micro-sam", "Chain-of-Prompts", "scikit-image"):
         assert word in notice
     version = re.search(r'__version__ = "(.+)"', (ROOT / "wsiseg/__init__.py").read_text())
     assert version

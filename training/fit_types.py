@@ -6,7 +6,8 @@ Every dot of brca_m2c/train and nucls_mini/train is a click; its descriptor is a
 `wsiseg.records.TypeSpace`): the covariance within a type and image, which `transform` makes the identity; the variance of the means of types in
 general (`between_variance`); the means of the classes that both collections know (`reference_classes`), how much a class mean varies between
 images (`class_variance`), and the variance of the shift that all types of an image share (`slide_variance`). Both collections have the same
-weight. Patients of evaluation sets are left out as in training. Nothing is random.
+weight. Patients of evaluation sets are left out as in training. Nothing is random. The file that is written is the one that ships: its kernels and
+matrices are rounded to fp16.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from training.data import load_points
 from wsiseg.models.nuclei_compact import LEARNED, MEASURED_SHARE, NucleiCompact
@@ -102,6 +104,12 @@ def _covariances(images: list[Dots], weights: np.ndarray) -> tuple[np.ndarray, n
     return np.mean(within, 0), np.sum(between, 0) / degrees
 
 
+def half_size(model: NucleiCompact) -> dict[str, Tensor]:
+    """Tensors of the file that ships: kernels and matrices in fp16; what is one number per channel stays, some variances are below its range."""
+    wide = {name for name, parameter in model.named_parameters() if parameter.ndim > 1}
+    return {k: (v.half() if k in wide else v.clone()).contiguous() for k, v in model.state_dict().items()}
+
+
 def _round(covariance: np.ndarray, share: float) -> np.ndarray:
     return (1 - share) * covariance + share * np.trace(covariance) / len(covariance) * np.eye(len(covariance))
 
@@ -113,8 +121,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     model = NucleiCompact()
-    model.load_state_dict({**model.state_dict(), **load_file(options.weights)})
-    tensors = {k: v.clone().contiguous() for k, v in model.state_dict().items()}
+    model.load_state_dict(load_file(options.weights))
+    tensors = half_size(model)
+    model.load_state_dict(tensors)  # the types are those of the rounded weights
     model.ready(torch.device("cpu"), bf16=False)
     space = fit({name: describe(model, options.data, name) for name in SETS})
     fitted = {

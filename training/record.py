@@ -16,9 +16,9 @@ from skimage.segmentation import find_boundaries
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.accuracy import accuracy_rows
-from benchmarks.apg_sweep import development_images
+from benchmarks.apg_sweep import COLLECTIONS, development_images
 from benchmarks.common import automatic_points, cells_of, encode, table
-from training.data import EXCLUDED
+from training.data import EXCLUDED, image_files
 from wsiseg.config import RunConfig
 from wsiseg.evaluation.rasterize import rasterise
 from wsiseg.models import load_model
@@ -31,6 +31,7 @@ SAM_VIT_B_GMAC = (
 )  # one 1024-px input, and micro-sam's usual 512-px tile enlarged to it: four inputs for a megapixel
 
 SOURCES = {
+    "nuinsseg": ("Mahbod et al. 2024, NuInsSeg, doi.org/10.1038/s41597-024-03117-2", "CC BY 4.0"),
     "tnbc": ("Naylor et al. 2019, zenodo.org/records/2579118", "CC BY 4.0"),
     "dsb2018_histology": ("Caicedo et al. 2019, BBBC038", "CC0 1.0"),
     "nucls_mini": ("Amgad et al. 2022, NuCLS", "CC0 1.0"),
@@ -45,7 +46,7 @@ def list_images(data: Path, out: Path) -> None:
         writer.writerow(["set", "image", "sha256", "source", "licence"])
         for name, (source, licence) in SOURCES.items():
             folder = data / ("points" if name == "brca_m2c" else "instances") / name / "train" / "image"
-            for path in sorted(folder.glob("*.png")):
+            for path in image_files(folder):
                 if not path.name.startswith(EXCLUDED):
                     writer.writerow(
                         [f"{name}/train", path.name, hashlib.sha256(path.read_bytes()).hexdigest(), source, licence]
@@ -81,7 +82,8 @@ def draw_pictures(weights: Path, data: Path, out: Path) -> None:
     with torch.random.fork_rng():  # building a network draws numbers
         model, config = load_model(str(weights), "cpu"), RunConfig()
     views = []
-    for _, image, label in development_images(data)[:6]:
+    images = development_images(data)
+    for _, image, label in [row for name in COLLECTIONS for row in [r for r in images if r[0] == name][:2]]:
         found = rasterise(
             cells_of(model, e := encode(model, image), automatic_points(e, config), label.shape, config).polygons,
             label.shape,
@@ -103,9 +105,9 @@ def write_card(weights: Path, data: Path, out: Path, options: argparse.Namespace
     with torch.inference_mode(), FlopCounterMode(display=False) as counter:
         model.encode(torch.zeros(1, 3, 1024, 1024, dtype=torch.uint8))
     gmac = counter.get_total_flops() / 2 / 1.048576e9
-    sets = [name for name in ("monuseg/dev_nc", "tnbc/dev") if (data / "instances" / name).exists()]
+    sets = [name for name in ("monuseg/dev_nc", "tnbc/dev", "nuinsseg/dev") if (data / "instances" / name).exists()]
     size = sum(p.numel() for p in model.parameters())  # type: ignore[attr-defined]
-    unsaid = {"data", "out"} | ({"minutes"} if options.steps else set())
+    unsaid = {"data", "out", "imagenet"} | ({"minutes"} if options.steps else set())
     command = " ".join(f"--{k} {v}" for k, v in sorted(vars(options).items()) if k not in unsaid and v is not None)
     text = (
         (Path(__file__).parent / "card.md")

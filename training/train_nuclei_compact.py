@@ -2,18 +2,19 @@
 
     python -m training.train_nuclei_compact --data DATA --out OUT --minutes 45 [--device auto]
 
-First the network learns outlines from hand-drawn masks (tnbc, dsb2018_histology; silver masks of nucls_mini). Then its moving average draws
-one mask per annotated dot of brca_m2c/train (pseudo masks: real, permissively licensed H&E with cell types), and training goes on with both;
-later the better teacher draws them again. Types come from the dots. What may be trained on is the data folder's `train` splits only.
+The encoder starts from ImageNet weights (`imagenet.py`). First the network learns outlines from drawn masks (nuinsseg, tnbc,
+dsb2018_histology; silver masks of nucls_mini). Then its moving average draws one mask per annotated dot of brca_m2c/train (pseudo masks: real,
+permissively licensed H&E with cell types) and marks what nuinsseg's annotators may have left out (`pseudo_labels.py`), and training continues
+with both; later the better teacher does so again. Types come from the dots. Only the data folder's `train` splits are trained on.
 
-A run that was killed goes on at its last save when the same command is given again. With `--steps` instead of `--minutes` an uninterrupted run
-on the same CPU, threads and workers gives the same bytes. `OUT` then holds the weights (a moving average), their card, the losses as rows and as
-a plot, and pictures.
+A run that was stopped continues from its last save when the same command is given again; one that was paused does not lose time. With `--steps`
+instead of `--minutes` an uninterrupted run on the same CPU, threads and workers gives the same bytes. `OUT` then holds the weights (a moving
+average), their card, the losses as rows and as a plot, and pictures.
 
 Losses, each a mean over what it covers:
     maps        cross-entropy + Dice of the foreground, L1 of the two distance maps (twice the weight inside nuclei)
     mask        cross-entropy + Dice of every prompt's window; of the best of three for some of them
-    quality     cross-entropy of the predicted IoU with the true IoU (0 for clicks on background)
+    quality     cross-entropy of the predicted IoU with the true IoU (0 for clicks on known background)
     high        pairs of places on F_h: nucleus-nucleus alike, nucleus-background not
     types       cosine classifier on the descriptors, and on F_l at the prompts (heads are thrown away)
 """
@@ -35,7 +36,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from training.data import CROP, INSTANCES, TYPES, Crops, Field, distances_of, load_instances, load_points
+from training.data import CROP, INSTANCES, TYPES, Crops, load_instances
+from training.imagenet import find_checkpoint, load_imagenet
+from training.pseudo_labels import mark_doubtful, pseudo_masks
 from training.record import draw_curve, draw_pictures, list_images, write_card
 from wsiseg.models.morphology import windows
 from wsiseg.models.nuclei_compact import LEARNED, MASK_STRIDE_PX, MASKS, WINDOW_SIZE, NucleiCompact
@@ -44,9 +47,17 @@ from wsiseg.records import Embeddings, PromptExtras
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-MASK_SHARES = {"tnbc": 0.42, "dsb2018_histology": 0.46, "nucls_mini": 0.12}
-ALL_SHARES = {"tnbc": 0.28, "dsb2018_histology": 0.28, "nucls_mini": 0.09, "brca_m2c": 0.35}
-ROUNDS = (0.3, 0.56)  #: share of the run after which the pseudo masks are drawn (again)
+#: Chance of each collection in a crop. nuinsseg alone has other organs than breast (31); tnbc has the most careful outlines, and pathological
+#: nuclei; dsb2018_histology is varied in stain but most of its images lack eosin; nucls_mini is small and its outlines are machine-drawn.
+MASK_SHARES = {"nuinsseg": 0.45, "tnbc": 0.28, "dsb2018_histology": 0.20, "nucls_mini": 0.07}
+DOTS_SHARE = 0.3  #: of brca_m2c, once it has pseudo masks: the only dots for types in number, but breast again
+ALL_SHARES = {**{name: share * (1 - DOTS_SHARE) for name, share in MASK_SHARES.items()}, "brca_m2c": DOTS_SHARE}
+ROUNDS = (0.25, 0.55)  #: share of the run after which the pseudo labels are made (again)
+ENCODER_RATE = (
+    0.4  #: learning rate of the encoder, which starts from ImageNet, relative to the rest, which starts from nothing
+)
+WEIGHT_DECAY = 0.03
+LONGEST_STEP = 30.0  #: seconds; a longer step was a pause of the process and does not count
 CALM = 0.8  #: from this share of the run on, crops are damaged and restained less often: the end is spent on images as they are
 CALM_STRENGTH = 0.35
 AMBIGUOUS = 12  #: prompts per batch that also train the alternative masks
@@ -99,7 +110,8 @@ def losses(model: NucleiCompact, heads: TypeHeads, batch: dict[str, Tensor], amp
     click = owners > 0
     per, iou = compare_masks(masks.logits, target, known)
     out["mask"] = (per * click).sum() / click.sum().clamp_min(1)
-    out["quality"] = F.binary_cross_entropy(masks.predicted_iou, iou * click)
+    sure = click | is_known(weight, tile, points)
+    out["quality"] = F.binary_cross_entropy(masks.predicted_iou, iou * click, weight=sure.float())
     few = click.nonzero()[:, 0]
     few = few[torch.randperm(len(few), device=few.device)[:AMBIGUOUS]]
     if len(few):
@@ -147,6 +159,12 @@ def losses(model: NucleiCompact, heads: TypeHeads, batch: dict[str, Tensor], amp
     return out
 
 
+def is_known(weight: Tensor, tile: Tensor, points: Tensor) -> Tensor:
+    """Whether the place under each point is labelled: ``weight`` (B, H / 2, W / 2), points (N, 2) in px of the crop -> bool (N,)."""
+    cell = (points / 2).long().clamp(0, weight.shape[-1] - 1)
+    return weight[tile, cell[:, 1], cell[:, 0]] > 0
+
+
 def compare_masks(logits: Tensor, target: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
     """Loss and true IoU of every mask (N, h, w), where ``known`` is not 0."""
     bce = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
@@ -162,50 +180,6 @@ def _balanced(logits: Tensor, target: Tensor) -> Tensor:
     count = torch.bincount(target, minlength=logits.shape[1]).float()
     weight = torch.where(count > 0, count.clamp_min(1).rsqrt(), torch.zeros_like(count))
     return F.cross_entropy(logits, target, weight=weight / weight.max(), label_smoothing=0.05)
-
-
-@torch.no_grad()
-def pseudo_masks(model: NucleiCompact, root: Path, device: torch.device) -> list[Field]:
-    """One mask per dot of brca_m2c/train from the network itself; doubtful places get weight 0."""
-    fields = []
-    for name, image, points in load_points(root, "brca_m2c"):
-        height, width = image.shape[:2]
-        pad = [(0, -n % 16) for n in (height, width)]
-        padded = np.pad(image, [*pad, (0, 0)], mode="reflect")
-        e = model.encode(torch.from_numpy(padded).permute(2, 0, 1)[None].to(device))
-        xy = torch.from_numpy(points[:, :2]).to(device)
-        masks = model.decode(e, torch.zeros(len(xy), dtype=torch.long, device=device), xy)
-        score = (masks.predicted_iou * masks.stability).cpu().numpy()
-        logits = (
-            F.interpolate(masks.logits[:, None], scale_factor=MASK_STRIDE_PX, mode="bilinear", align_corners=False)[
-                :, 0
-            ]
-            .cpu()
-            .numpy()
-        )
-        foreground = F.interpolate(e.maps[:, :1], scale_factor=MASK_STRIDE_PX, mode="bilinear", align_corners=False)[
-            0, 0
-        ]
-        foreground = foreground.sigmoid().cpu().numpy()[:height, :width]
-        best = np.zeros((height, width), np.float32)
-        label = np.zeros((height, width), np.int32)
-        for i, (ox, oy) in enumerate(masks.origin_xy.tolist()):
-            y0, y1, x0, x1 = max(oy, 0), min(oy + 128, height), max(ox, 0), min(ox + 128, width)
-            if score[i] < 0.45 or y1 <= y0 or x1 <= x0:
-                continue
-            here = (logits[i, y0 - oy : y1 - oy, x0 - ox : x1 - ox] > 0) & (best[y0:y1, x0:x1] < score[i])
-            label[y0:y1, x0:x1][here] = i + 1
-            best[y0:y1, x0:x1][here] = score[i]
-        area = np.bincount(label.ravel(), minlength=len(points) + 1)
-        keep = (area > 120) & (area < 8000)
-        keep[0] = False
-        weight = np.where((label == 0) & (foreground > 0.25), 0.0, 1.0).astype(np.float32)
-        weight[(label > 0) & ~keep[label]] = 0
-        renumber = np.cumsum(keep) * keep
-        types = np.concatenate([[0], points[keep[1:], 2].astype(np.int64)])
-        label = renumber[label].astype(np.int32)
-        fields.append(Field(name, "brca_m2c", image, label, distances_of(label), weight, types, diameter=26.0))
-    return fields
 
 
 def batches(crops: Crops, batch: int, workers: int) -> Iterator[dict[str, Tensor]]:
@@ -231,6 +205,20 @@ def rate_at(progress: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * min((progress - WARM_UP) / (1 - WARM_UP), 1.0)))
 
 
+class TrainingClock:
+    """Seconds spent on training, also over resumed runs; the time of a process that was paused is left out."""
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        self.seconds = seconds
+        self._last = time.monotonic()
+
+    def tick(self, longest: float = LONGEST_STEP) -> None:
+        """Count the time since the last call, at most ``longest``."""
+        now = time.monotonic()
+        self.seconds += min(now - self._last, longest)
+        self._last = now
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
@@ -240,17 +228,19 @@ def main() -> None:
         "--minutes", type=float, default=45.0, help="how long to train; the learning rate follows the clock"
     )
     length.add_argument("--steps", type=int, help="how many steps to train instead")
-    parser.add_argument("--batch", type=int, help="crops per step (6; 64 on a GPU)")
+    parser.add_argument("--batch", type=int, help="crops per step (8; 64 on a GPU)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--workers", type=int, help="processes that make crops (1; 14 with a GPU)")
-    parser.add_argument("--init", type=Path, help="begin with these weights (safetensors)")
+    start = parser.add_mutually_exclusive_group()
+    start.add_argument("--init", type=Path, help="start from these weights (safetensors)")
+    start.add_argument("--imagenet", type=Path, help="checkpoint of the encoder (that of the dependency group `train`)")
     parser.add_argument("--rate", type=float, default=2e-3, help="largest learning rate")
     options = parser.parse_args()
     device = torch.device(
         "cuda" if options.device == "auto" and torch.cuda.is_available() else options.device.replace("auto", "cpu")
     )
-    size = options.batch or (6 if device.type == "cpu" else 64)
+    size = options.batch or (8 if device.type == "cpu" else 64)
     workers = options.workers or (1 if device.type == "cpu" else 14)
     random.seed(options.seed)
     np.random.seed(options.seed)
@@ -258,26 +248,38 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     state_path = options.out / "state.pt"
 
-    model = NucleiCompact().to(device).to(memory_format=torch.channels_last)
+    model = NucleiCompact()
     if options.init:
         missing, unexpected = model.load_state_dict(load_file(options.init), strict=False)
         print(f"initialised from {options.init}; not in it: {missing}; not used: {unexpected}", flush=True)
+    else:
+        try:
+            load_imagenet(model.pyramid.encoder, options.imagenet or find_checkpoint())
+        except FileNotFoundError as error:
+            parser.error(str(error))
+    model = model.to(device).to(memory_format=torch.channels_last)
     heads = TypeHeads(LEARNED, 64).to(device)
     average = copy.deepcopy(model).eval()
-    parameters = [*model.parameters(), *heads.parameters()]
-    optimiser = torch.optim.AdamW(parameters, lr=options.rate, weight_decay=0.02)
+    encoder = list(model.pyramid.encoder.parameters())
+    others = [p for name, p in model.named_parameters() if not name.startswith("pyramid.encoder.")]
+    others += heads.parameters()
+    optimiser = torch.optim.AdamW(
+        [{"params": others, "share": 1.0}, {"params": encoder, "share": ENCODER_RATE}],
+        lr=options.rate,
+        weight_decay=WEIGHT_DECAY,
+    )
     kept = {"model": model, "heads": heads, "average": average, "optimiser": optimiser}
-    step, before, drawn = 0, 0.0, 0
+    step, drawn, clock = 0, 0, TrainingClock()
     if state_path.exists():
         state = torch.load(state_path, map_location=device, weights_only=True)
         for name, thing in kept.items():
             thing.load_state_dict(state[name])
-        step, before, drawn = state["step"], state["seconds"], state["drawn"]
+        step, drawn, clock = state["step"], state["drawn"], TrainingClock(state["seconds"])
         print(f"resuming at step {step}", flush=True)
 
     list_images(options.data, options.out)
     outlines = [f for name in MASK_SHARES for f in load_instances(options.data, name)]
-    rounds = (0.0, *ROUNDS) if options.init else ROUNDS
+    rounds = (0.0, *ROUNDS) if options.init else ROUNDS  # weights that are trained already can draw at once
     stream, running, calm = None, {}, False
     curve = options.out / "curve.jsonl"
     rows = (
@@ -285,30 +287,38 @@ def main() -> None:
     )
     curve.write_text("".join(f"{line}\n" for line in rows))
     log = curve.open("a")
-    started = time.time()
+    clock.tick(0.0)  # loading does not count
     weights = options.out / "nuclei-compact.safetensors"
     while True:
-        seconds = before + time.time() - started
-        progress = step / options.steps if options.steps else seconds / (60 * options.minutes)
+        progress = step / options.steps if options.steps else clock.seconds / (60 * options.minutes)
         finished = progress >= 1
         if step and (finished or step % 250 == 0):
             save_weights(average, weights)
             part = state_path.with_suffix(".part")
             torch.save(
-                {**{k: v.state_dict() for k, v in kept.items()}, "step": step, "seconds": seconds, "drawn": drawn}, part
+                {
+                    **{k: v.state_dict() for k, v in kept.items()},
+                    "step": step,
+                    "seconds": clock.seconds,
+                    "drawn": drawn,
+                },
+                part,
             )
             part.replace(state_path)
         if step and (finished or step % 1000 == 0):
             draw_curve(options.out)
             draw_pictures(weights, options.data, options.out)
         if finished:
-            write_card(weights, options.data, options.out, options, step, seconds)
+            write_card(weights, options.data, options.out, options, step, clock.seconds)
             break
         due = sum(progress >= r for r in rounds)
         if stream is None or due > drawn:
             fields, shares = outlines, MASK_SHARES
             if due:
+                doubtful = mark_doubtful(average, outlines, device)
                 fields, shares = outlines + pseudo_masks(average, options.data, device), ALL_SHARES
+                print(f"pseudo labels; {doubtful:.1%} of the incomplete collections is doubtful", flush=True)
+                clock.tick(math.inf)
             drawn, stream = due, None
         if stream is None or (progress >= CALM and not calm):
             calm = progress >= CALM
@@ -318,19 +328,20 @@ def main() -> None:
         total = parts["maps"] + parts["mask"] + 0.5 * parts["quality"] + 0.5 * parts["high"] + 0.4 * parts["types"]
         optimiser.zero_grad(set_to_none=True)
         total.backward()
-        nn.utils.clip_grad_norm_(parameters, 5.0)
+        nn.utils.clip_grad_norm_([*others, *encoder], 5.0)
         for group in optimiser.param_groups:
-            group["lr"] = options.rate * rate_at(progress)
+            group["lr"] = options.rate * group["share"] * rate_at(progress)
         optimiser.step()
         step += 1
         decay = min(0.999, step / (step + 19))
         with torch.no_grad():
             for a, b in zip(average.state_dict().values(), model.state_dict().values(), strict=True):
                 a.lerp_(b, 1 - decay) if a.dtype.is_floating_point else a.copy_(b)
+        clock.tick()
         for k, v in parts.items():
             running[k] = 0.98 * running.get(k, v.item()) + 0.02 * v.item()
         if step % 50 == 0:
-            row = {"step": step, "seconds": round(seconds, 1), **{k: round(v, 4) for k, v in running.items()}}
+            row = {"step": step, "seconds": round(clock.seconds, 1), **{k: round(v, 4) for k, v in running.items()}}
             log.write(json.dumps(row) + "\n")
             log.flush()
             print(row, flush=True)
