@@ -2,7 +2,8 @@
 
     python -m benchmarks.apg_sweep --data DATA
 
-One value is moved at a time from the defaults. dsb2018_histology/dev is rescaled to 26 px per nucleus (its scale is unknown).
+One value is moved at a time from the defaults. dsb2018_histology/dev is rescaled to 26 px per nucleus (its scale is unknown); of nuinsseg/dev
+every third image is taken.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from wsiseg.models import load_model
 
 MOVES: list[dict[str, dict[str, float]]] = [
     {},
-    *({"masks": {"min_score": v}} for v in (0.2, 0.25, 0.35, 0.4, 0.5, 0.6)),
+    *({"masks": {"min_score": v}} for v in (0.1, 0.15, 0.25, 0.3, 0.4, 0.5)),
     *({"stitching": {"max_overlap": v}} for v in (0.15, 0.2, 0.4, 0.5)),
     *({"apg": {"foreground": v}} for v in (0.3, 0.4, 0.6)),
     *({"apg": {"centre": v}} for v in (0.4, 0.6)),
@@ -32,7 +33,11 @@ MOVES: list[dict[str, dict[str, float]]] = [
 ]
 
 
+COLLECTIONS = ("tnbc", "dsb2018", "nuinsseg")
+
+
 def development_images(data: Path) -> list[tuple[str, np.ndarray, np.ndarray]]:
+    """(collection, image, label), by collection in the order of ``COLLECTIONS``."""
     out = [("tnbc", image, label) for _, image, label in instance_images(data, "tnbc/dev")]
     groups = json.loads((data / "instances/dsb2018_histology/groups.json").read_text())
     for name, image, label in instance_images(data, "dsb2018_histology/dev"):
@@ -46,6 +51,7 @@ def development_images(data: Path) -> list[tuple[str, np.ndarray, np.ndarray]]:
                 small.astype(np.int64),
             )
         )
+    out += [("nuinsseg", image, label) for _, image, label in instance_images(data, "nuinsseg/dev")[::3]]
     return out
 
 
@@ -61,7 +67,7 @@ def main() -> None:
         row: dict[str, object] = {
             "moved": ", ".join(f"{s}.{k} = {v}" for s, d in move.items() for k, v in d.items()) or "defaults"
         }
-        for collection in ("tnbc", "dsb2018"):
+        for collection in COLLECTIONS:
             scores = [
                 score(
                     label,
@@ -77,7 +83,8 @@ def main() -> None:
     write_results(
         "apg_sweep",
         rows,
-        "`benchmarks/apg_sweep.py`: one value moved at a time; tnbc/dev (3 images) and dsb2018_histology/dev (12).",
+        "`benchmarks/apg_sweep.py`: one value moved at a time; "
+        + ", ".join(f"{name}: {sum(of == name for of, *_ in images)} images" for name in COLLECTIONS),
     )
 
 

@@ -50,8 +50,10 @@ SLOW_SEEDS, SLOW_IMAGES = (
 def collections(data: Path) -> dict[str, list[tuple[np.ndarray, np.ndarray]]]:
     """Images and labels; those of dsb2018 at 26 px per nucleus, their scale is unknown."""
     out: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {"tnbc/dev": [], "dsb2018_histology/dev": []}
+    names = {"tnbc": "tnbc/dev", "dsb2018": "dsb2018_histology/dev"}
     for name, image, label in development_images(data):
-        out["tnbc/dev" if name == "tnbc" else "dsb2018_histology/dev"].append((image, label))
+        if name in names:
+            out[names[name]].append((image, label))
     return out | {"monuseg/dev_nc": [(image, label) for _, image, label in instance_images(data, "monuseg/dev_nc")]}
 
 
