@@ -23,7 +23,7 @@ from wsiseg.models import load_model
 
 MOVES: list[dict[str, dict[str, float]]] = [
     {},
-    *({"masks": {"min_score": v}} for v in (0.2, 0.25, 0.35, 0.4, 0.5, 0.6)),
+    *({"masks": {"min_score": v}} for v in (0.1, 0.15, 0.25, 0.3, 0.4, 0.5)),
     *({"stitching": {"max_overlap": v}} for v in (0.15, 0.2, 0.4, 0.5)),
     *({"apg": {"foreground": v}} for v in (0.3, 0.4, 0.6)),
     *({"apg": {"centre": v}} for v in (0.4, 0.6)),

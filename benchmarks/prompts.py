@@ -105,8 +105,8 @@ def decode(
 def best_of_three(masks: WindowMasks) -> WindowMasks:
     """The mask of each prompt whose predicted IoU is highest."""
     best = masks.predicted_iou.view(-1, MASKS).argmax(1) + torch.arange(len(masks.predicted_iou) // MASKS) * MASKS
-    moved = {f.name: getattr(masks, f.name)[best] for f in dataclasses.fields(masks) if f.name != "mask_stride_px"}
-    return WindowMasks(mask_stride_px=masks.mask_stride_px, **moved)
+    values = {f.name: getattr(masks, f.name) for f in dataclasses.fields(masks)}
+    return dataclasses.replace(masks, **{k: v[best] for k, v in values.items() if isinstance(v, torch.Tensor)})
 
 
 def settled(model, masks: list[WindowMasks], shape: tuple[int, int]) -> np.ndarray:

@@ -147,7 +147,7 @@ def whole(model: PromptableModel) -> Cells:
 @pytest.mark.parametrize(("tile_um", "origin_um"), [(64, 0), (128, 41)])
 def test_tiled_equals_untiled(whole: Cells, model: PromptableModel, tile_um: float, origin_um: float) -> None:
     """As tiles of 256 px, and with the grid moved: at most 0.5 % of cells differ."""
-    assert len(whole) > 100
+    assert len(whole) > 80
     tiled = cells_of_demo_image(model, TilingConfig(tile_um=tile_um, origin_um=origin_um))
     assert share_identical(whole, tiled) >= 0.995
 

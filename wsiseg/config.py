@@ -173,7 +173,7 @@ class CopConfig:
     floor_percentile: float = setting(5.0, 0, 100)
     highest_floor: float = setting(0.2, 0, 1)
     click_reach_um: float = setting(4.0, 0.1, 100)
-    click_min_score: float = setting(0.2, 0, 1)
+    click_min_score: float = setting(0.1, 0, 1)
 
 
 #: Chain-of-Prompts by one name: ours; as the paper's text has it; as the authors' demo does it.
@@ -191,7 +191,7 @@ class MaskConfig:
     Attributes
     ----------
     min_score
-        Predicted IoU x stability; at 0.3 the two development sets together are best, above 0.4 cells are lost (benchmarks/results/apg_sweep.md).
+        Predicted IoU x stability; below 0.2 nothing is gained on the development sets, above 0.3 cells are lost (benchmarks/results/apg_sweep.md).
     min_area_um2
         A disc of 2.5 um diameter; smaller outlines are debris.
     simplify_um
@@ -204,7 +204,7 @@ class MaskConfig:
         Prompts decoded together; memory grows by about 1.5 MB each.
     """
 
-    min_score: float = setting(0.30, 0, 1)
+    min_score: float = setting(0.20, 0, 1)
     min_area_um2: float = setting(5.0, 0, 10000)
     simplify_um: float = setting(0.05, 0, 10)
     convex_above: float = setting(0.9, 0, 1)

@@ -17,7 +17,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 FILES = ("cells.parquet", "cells.geojson.gz", "bank.safetensors")
-SETTINGS = {"stain": "ihc", "tiling": {"tile_um": 64, "block_tiles": 1}}  # the stain given: nothing has to be said about it
+SETTINGS = {
+    "stain": "ihc",
+    "tiling": {"tile_um": 64, "block_tiles": 1},
+}  # the stain given: nothing has to be said about it
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
