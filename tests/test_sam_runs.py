@@ -89,7 +89,7 @@ def my_models(store, monkeypatch):
 def test_a_slide_runs_with_an_imported_checkpoint(wsiseg, tmp_path):
     """Two runs, and one of them in pieces: the same cells; the manifest says which model, and that it was asked for maps."""
     assert wsiseg("demo", tmp_path)[0] == 0
-    (tmp_path / "all.toml").write_text("[masks]\nmin_score = 0\n")
+    (tmp_path / "all.toml").write_text('stain = "he"\n[masks]\nmin_score = 0\n')
     base = ("run", tmp_path / "ihc.tiff", "--model", "toy-maps", "--no-progress", "--config", tmp_path / "all.toml")
     code, output = wsiseg(*base, "--out", tmp_path / "a")
     assert code == 0, output

@@ -126,8 +126,8 @@ def read_plan(folder: Path, run_hash: str | None = None) -> RunPlan | None:
         known = {f.name for f in dataclasses.fields(RunPlan)}
         rest = {k: v for k, v in note.items() if k in known}
         rest |= {"tiles": {str(name): int(count) for name, count in note["tiles"]}, "warnings": tuple(note["warnings"])}
-        stain = note.get("stain", {})
-        rest["stain"] = SlideStain(**{k: tuple(v) if isinstance(v, list) else v for k, v in stain.items()})
+        stain: dict[str, Any] = note.get("stain", {})
+        rest["stain"] = SlideStain(**stain | {k: tuple(v) for k, v in stain.items() if isinstance(v, list)})
         return RunPlan(
             **rest | {"info": _info(note["info"]), "config": from_mapping(note["config"], str(path)), "bank": bank}
         )
