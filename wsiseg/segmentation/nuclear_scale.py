@@ -39,7 +39,7 @@ WINDOW_PX = 320  #: model px: at the right scale 80 um, which hold 20 to 100 nuc
 WINDOWS = 4  #: a second each on one core
 DIAMETER_UM = 5.8  #: of the median nucleus that the network outlines, as a disc: at it, TNBC is estimated as much too coarse as BRCA-M2C too fine
 NUCLEUS_UM2 = math.pi / 4 * DIAMETER_UM**2
-CHANCE = 0.35  #: score of outlines that are found in texture at any scale; what is above it counts
+CHANCE = 0.25  #: score of outlines that are found in texture at any scale; what is above it counts
 TRUSTED = (
     0.2  #: how far, as a natural logarithm, the size seen on a rung may be from that before the rung counts for little
 )
