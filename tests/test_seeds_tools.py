@@ -394,8 +394,8 @@ def test_the_demo_is_drawn(tmp_path: Path, demo: tuple[Path, Path]) -> None:
     out = tmp_path / "new folder" / "clicks.png"
     status, output = wsiseg("seeds", "preview", demo[1], demo[0], "--out", out, "--device", "cpu")
     assert status == 0, output
-    assert "epithelium: 2 clicks" in output
-    assert f"{out}: 6 of 6 clicks drawn, 0 bad, 0 doubtful" in output
+    assert "epithelium: 4 clicks" in output
+    assert f"{out}: 12 of 12 clicks drawn, 0 bad, 0 doubtful" in output
     image = pixels(out)
     assert frames(image) == 0
     for kind in read_seeds(demo[1]).types:

@@ -238,3 +238,16 @@ def test_no_labelled_he_image_is_taken_for_it(shared_data: Path) -> None:
             taken.append(path.name)
     assert len(paths) > 900
     assert taken == []
+
+
+def test_the_view_of_a_pixel_does_not_depend_on_what_is_read_with_it() -> None:
+    """Tiles, shards and workers with other numbers of threads see the same."""
+    image = skimage.data.immunohistochemistry()
+    stain = SlideStain("ihc", (240.0, 240.0, 240.0), source="given")
+    whole = render(image, stain)
+    for rows, columns in (
+        (slice(3, 90), slice(7, 501)),
+        (slice(200, 201), slice(0, 13)),
+        (slice(0, 512), slice(255, 256)),
+    ):
+        np.testing.assert_array_equal(render(np.ascontiguousarray(image[rows, columns]), stain), whole[rows, columns])

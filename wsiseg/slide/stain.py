@@ -240,13 +240,19 @@ def separate(
     """Amounts (H, W) of two dyes (2, 3), haematoxylin and DAB when absent, that explain the density best, neither negative."""
     first, second = (_unit(dye).astype(np.float32) for dye in dyes)
     both = float(first @ second)
-    along_first, along_second = density @ first, density @ second
+    along_first, along_second = _along(density, first), _along(density, second)
     amount = (along_first - both * along_second) / (1 - both**2)
     other = (along_second - both * along_first) / (1 - both**2)
     only_first, only_second = other < 0, amount < 0
     amount = np.where(only_first, along_first, np.where(only_second, 0, amount))
     other = np.where(only_second, along_second, np.where(only_first, 0, other))
     return amount, other
+
+
+def _along(density: NDArray[np.float32], dye: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Product of densities (H, W, 3) and a dye (3,) -> (H, W); not by BLAS, whose last bits may depend on threads and on the place of a pixel."""
+    product: NDArray[np.float32] = density[..., 0] * dye[0] + density[..., 1] * dye[1] + density[..., 2] * dye[2]
+    return product
 
 
 def render(pixels: NDArray[np.uint8], stain: SlideStain) -> NDArray[np.uint8]:
