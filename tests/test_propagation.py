@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -349,3 +352,27 @@ def test_clicks_refine_the_models_own_classes() -> None:
     named = dataclasses.replace(bank, types=(dataclasses.replace(bank.types[0], name="Kind 2"),))
     typing, _ = assign_types(z, places(len(z)), named, space(kinds=3), TypingConfig(known_types=True))
     assert typing.names == ("unassigned", "Kind 2", "kind 0")
+
+
+def test_types_do_not_depend_on_the_number_of_threads() -> None:
+    """To the last bit, whatever the threads of BLAS, in the space of the packaged network."""
+    script = """
+import hashlib
+import numpy as np
+from wsiseg.celltypes.assignment import assign_types
+from wsiseg.config import TypingConfig
+from wsiseg.models import load_types
+from wsiseg.records import Bank, Cells
+rng = np.random.default_rng(0)
+space = load_types("nuclei-compact")
+z = (rng.normal(size=(167, len(space.transform))) / 9).astype(np.float16)
+typing, _ = assign_types(z, rng.uniform(0, 500, (167, 2)), Bank((), Cells.empty(z.shape[1])), space, TypingConfig(known_types=True))
+print(hashlib.sha256(space.project(z).tobytes() + typing.scores.tobytes() + typing.codes.tobytes()).hexdigest())
+"""
+    said = set()
+    for threads in ("1", "2", "3"):
+        env = os.environ | {"OMP_NUM_THREADS": threads, "OPENBLAS_NUM_THREADS": threads}
+        said.add(
+            subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=env).stdout
+        )
+    assert len(said) == 1

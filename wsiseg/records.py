@@ -494,7 +494,8 @@ class TypeSpace:
 
     def project(self, descriptors: NDArray[np.float16] | NDArray[np.float32]) -> NDArray[np.float32]:
         """Project descriptors (N, D) into the space."""
-        projected: NDArray[np.float32] = descriptors.astype(np.float32) @ self.transform
+        # Not by BLAS, whose last bits depend on the number of threads: types must not.
+        projected: NDArray[np.float32] = np.einsum("ij,jk->ik", descriptors.astype(np.float32), self.transform)
         return projected
 
 

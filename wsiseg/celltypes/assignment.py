@@ -183,7 +183,7 @@ def _exclude_by_negative_clicks(
 def _squared_distances(z: NDArray[np.float32], anchors: NDArray[np.float64]) -> NDArray[np.float32]:
     """Squared distances to the anchors (n, D), less what all anchors have in common -> (N, n)."""
     a = anchors.astype(np.float32)
-    gaps: NDArray[np.float32] = (a**2).sum(1) - 2 * z @ a.T
+    gaps: NDArray[np.float32] = (a**2).sum(1) - 2 * np.einsum("ij,kj->ik", z, a)
     return gaps
 
 

@@ -183,7 +183,7 @@ def transfer_to_slide(
             n = p.sum(0)[:, None]
             seen = n[:, 0] >= _FEW  # a type that is absent from this slide does not tell its slide effect
             variance = deviation + 1 / np.maximum(n, 1)
-            residual = (p.T @ z) / np.maximum(n, 1e-9) - means
+            residual = np.einsum("ij,ik->jk", p, z, dtype=np.float64) / np.maximum(n, 1e-9) - means
             slide_effect = (residual / variance)[seen].sum(0) / (1 / space.slide_variance + (1 / variance)[seen].sum(0))
             here = Hypothesis(
                 weight=here.weight,
@@ -220,10 +220,10 @@ def posterior(
     weight = 1.0 if config.known_types else config.unclicked_weight
     weights = np.log(np.r_[np.ones(len(hypothesis.means)), np.full(len(free), weight), config.background_weight])
     constant = weights - (np.log(variances) + means**2 / variances).sum(1) / 2
-    # (z - m)^2 / v in two matrix products
+    # (z - m)^2 / v in two matrix products, not by BLAS, whose last bits depend on the number of threads
     log_p = (
-        (z**2) @ (-0.5 / variances).T.astype(np.float32)
-        + z @ (means / variances).T.astype(np.float32)
+        np.einsum("ij,kj->ik", z**2, (-0.5 / variances).astype(np.float32))
+        + np.einsum("ij,kj->ik", z, (means / variances).astype(np.float32))
         + constant.astype(np.float32)
     )
     log_p -= log_p.max(1, keepdims=True)
