@@ -32,7 +32,6 @@ from benchmarks.cop.typed import (
     compare,
     comparison_rows,
     describe,
-    known_type_rows,
     more_clicks_rows,
 )
 from benchmarks.cop.untyped import retention_rows
@@ -81,7 +80,6 @@ def main() -> None:
         tables["b4. End to end"] = end_to_end_rows(model, scenes, seeds, say)
     if "d" in options.only:
         tables["d. More clicks: macro-F1 on true dots"] = [r for n in SETS for r in more_clicks_rows(found[n], n)]
-        tables["Known types: no click at all, true dots"] = known_type_rows(scenes[TYPED], TYPED, names[TYPED], space)
     if "bank" in options.only:
         tables[f"Bank: clicks in one image, cells in the others, {TYPED}"] = bank_rows(
             scenes[TYPED], TYPED, space, seeds, found[TYPED]
