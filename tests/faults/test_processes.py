@@ -28,6 +28,11 @@ def merge(run: Run, folder: Path, *more: str) -> subprocess.CompletedProcess[str
     return subprocess.run(command, capture_output=True, text=True, check=False, env=run.environment)
 
 
+def unexpected(errors: str) -> list[str]:
+    """Lines of stderr, less those on clicks that could mean two classes, which are about the demo's picture."""
+    return [line for line in errors.splitlines() if not line.startswith("Warning: the clicks on ")]
+
+
 def test_kill_9_at_random_moments(run: Run, undisturbed: tuple[dict[str, bytes], dict, float], tmp_path: Path) -> None:
     """Twenty kills at any moment, from the start of Python to the last rename: no finished part is repeated, and the files are the same."""
     expected, _, seconds = undisturbed
@@ -100,7 +105,7 @@ def test_a_worker_is_killed(run: Run, undisturbed: tuple[dict[str, bytes], dict,
     os.kill(workers_of(process)[0], signal.SIGKILL)
     _, errors = process.communicate(timeout=200)
     assert process.returncode == 0, errors
-    assert errors == ""
+    assert unexpected(errors) == []
     assert files_of(run.folder(tmp_path)) == undisturbed[0]
 
 
@@ -225,7 +230,7 @@ def test_nothing_is_written_elsewhere(run: Run, tmp_path: Path, more: tuple[str,
         env.pop(name, None)
     done = subprocess.run(run.command(out, *more), capture_output=True, text=True, check=False, env=env, cwd=here)
     assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
+    assert unexpected(done.stderr) == []
     assert [p for folder in (home, temporary, here) for p in folder.rglob("*")] == []
     assert sorted(run.slide.parent.rglob("*")) == beside
     assert not [p for p in run.folder(out).rglob("*") if p.is_dir() and p.name != "parts"], "a scratch folder was left"
