@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 import sys
 import time
@@ -242,7 +243,10 @@ def test_the_demo_slides_nuclei_say_its_scale(demo: tuple[Path, Path], wsiseg: C
     assert "mpp by nuclei" not in output
     for wrong in (0.1, 2):
         status, output = wsiseg("info", demo[0], "--mpp", wrong)
-        assert f"{wrong} microns per pixel contradicts the nuclei, which suggest about {found.mpp:.2g}" in output
+        # The stain is recognised at the stated scale, so that the view and with it the estimate differ a little.
+        said = re.search(f"{wrong} microns per pixel contradicts the nuclei, which suggest about ([0-9.]+) ", output)
+        assert said
+        assert float(said[1]) == pytest.approx(0.5, rel=0.25)
 
 
 def test_a_slide_without_scale_gets_a_suggestion(
