@@ -18,8 +18,8 @@ MPP = 0.5  # not stated with the image; a colon gland's nuclei (about 12 x 5 um)
 _TILE = 256
 
 # Four nuclei of each of the three kinds that anybody can tell apart in it: in the brown glands, round and angular ones between them, long and thin
-# ones between them. Of 40 draws from the dots of benchmarks/ihc (without the third that is held out) the one that types the others best: an
-# antibody's brown hides much of what tells types apart, so that clicks differ in worth.
+# ones between them. Of 40 draws from the dots of benchmarks/ihc (without the third that is held out) the one that types this slide best, not an
+# average one: an antibody's brown hides much of what tells types apart, so that clicks differ in worth.
 _SEEDS = (
     SeedType("epithelium", (200, 80, 0), ((67.0, 82.0), (310.0, 340.0), (147.0, 108.0), (293.0, 152.0))),
     SeedType("immune", (0, 80, 200), ((271.0, 271.0), (433.0, 330.0), (131.0, 261.0), (298.0, 252.0))),

@@ -109,7 +109,7 @@ def check_out(out: Path, name: str | None) -> None:
     Raises
     ------
     RunError
-        It is empty, cannot be read, or its name is not text.
+        It cannot be read, or its name is not text.
     """
     with readable(out, RunError):
         require_text((out / (name or "")).absolute(), RunError)
