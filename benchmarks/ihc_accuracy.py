@@ -17,11 +17,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import shapely
+import torch
 from PIL import Image
 from scipy import ndimage
 from skimage import data
 
-from benchmarks.common import instance_images, write_results
+from benchmarks.common import encode, instance_images, write_results
+from benchmarks.cop.rules import ours
+from benchmarks.cop.typed import accuracy, confusion, draw_clicks, macro_f1, spread, unassigned
 from wsiseg.config import RunConfig
 from wsiseg.demo import MPP, demo_seeds
 from wsiseg.evaluation.detection import detect, match_points
@@ -37,6 +40,7 @@ if TYPE_CHECKING:
 
 DOTS = Path(__file__).parent / "ihc" / "ihc_dots.csv"
 RADII_UM = (6.0, 3.0)
+DRAWS = 40  #: of random clicks
 SPLIT_Y = 341  #: the held-out third begins here
 HE_SETS = {  #: H&E images and their microns per px, where not stated what their nuclei suggest
     "nuinsseg/train": 0.2, "nuinsseg/dev": 0.2, "tnbc/train": 0.25, "tnbc/dev": 0.25, "dsb2018_histology/train": 0.4,
@@ -91,6 +95,33 @@ def picture_rows(model) -> list[dict[str, object]]:
                 | detection_row(xy, part)
                 | {"type accuracy": found.type_accuracy, "macro F1": found.macro_f1, "unassigned": found.unassigned}
             )
+    return rows
+
+
+def random_click_rows(model) -> list[dict[str, object]]:
+    """Types of the true dots by 1, 2, 4 random clicks per type, all within the part that settings were chosen on; every other dot is judged."""
+    image = data.immunohistochemistry()
+    places, types, out = read_dots()
+    names, codes = np.unique(types.astype(str), return_inverse=True)
+    shown = render(image, find_stain(ArrayReader(image, MPP), "auto", RunConfig().tissue.overview_mpp))
+    size = tuple(round(n * MPP / model.mpp) for n in image.shape[1::-1])
+    embeddings = encode(model, np.asarray(Image.fromarray(shown).resize(size, Image.Resampling.BICUBIC)))
+    points = torch.from_numpy((places * MPP / model.mpp).astype(np.float32))
+    with torch.inference_mode():
+        z = model.decode(embeddings, torch.zeros(len(points), dtype=torch.long), points).descriptors.half().numpy()
+    rows = []
+    for count in (1, 2, 4):
+        found = {"chosen on": [], "held out": []}
+        for seed in range(DRAWS):
+            clicks, _ = draw_clicks(np.where(out, 0, codes + 1), len(names), count, seed)
+            given = ours(z, places * MPP, [z[c] for c in clicks], model.types)
+            judged = np.setdiff1d(np.arange(len(z)), np.concatenate(clicks))
+            for part, mine in (("chosen on", judged[~out[judged]]), ("held out", judged[out[judged]])):
+                table = confusion(given[mine], codes[mine] + 1, len(names))
+                found[part].append((macro_f1(table), accuracy(table), unassigned(table)))
+        for part, values in found.items():
+            kinds = zip(("macro-F1", "accuracy of assigned", "unassigned"), np.array(values).T, strict=True)
+            rows.append({"clicks per type": count, "part": part} | {name: spread(of) for name, of in kinds})
     return rows
 
 
@@ -217,6 +248,7 @@ def main() -> None:
     model = load_model(options.model, "cpu")
     tables = {
         "nuclei of the picture; types by the clicks of `wsiseg demo`": picture_rows(model),
+        f"types of the true dots by random clicks, mean +- sd over {DRAWS} draws": random_click_rows(model),
         "forms of showing it, on the part that settings were chosen on": form_rows(model),
     }
     if options.data is not None:

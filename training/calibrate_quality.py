@@ -1,10 +1,11 @@
-"""Teach the finished network how good its masks are: only the quality head is trained.
+"""Set the finished network's masks to the outlines' size, then teach it how good they are: only the quality head is trained.
 
     python -m training.calibrate_quality --data DATA --weights OUT/nuclei-compact.safetensors --out OUT/calibrated.safetensors --minutes 8
 
 During training the head judges the masks of weights that still move; here it judges those of the moving average, single ones and the three
 answers to one prompt, on hand-drawn outlines with strong augmentation, so that it sees many bad masks. Its inputs are those of
-`NucleiCompact.decode`. Loss: cross-entropy of predicted with true IoU, and for pairs of masks of a batch the logistic loss of their order.
+`NucleiCompact.decode`. Before, the logits of all masks are raised by ``--border``, a bias of the last layer, because masks come out a little
+small. Loss: cross-entropy of predicted with true IoU, and for pairs of masks of a batch the logistic loss of their order.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from wsiseg.models.morphology import windows
 from wsiseg.models.nuclei_compact import MASK_STRIDE_PX, MASKS, WINDOW_SIZE, NucleiCompact
 
 SHARES = {"nuinsseg": 0.4, "tnbc": 0.35, "dsb2018_histology": 0.25}  # hand-drawn outlines only
+BORDER = 0.5  #: added to the logits of all masks; chosen on the development sets (training/README.md)
 PROMPTS = 40  #: per batch that are answered with three masks
 
 
@@ -44,6 +46,7 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=8.0)
+    parser.add_argument("--border", type=float, default=BORDER, help="added to the logits of all masks")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto")
     options = parser.parse_args()
@@ -53,6 +56,10 @@ def main() -> None:
     torch.manual_seed(options.seed)
     model = NucleiCompact()
     model.load_state_dict(load_file(options.weights))
+    with torch.no_grad():
+        model.controller[2].bias[-1] += (
+            options.border
+        )  # the last of the generated parameters: the bias of the mask's logits
     model = model.to(device).to(memory_format=torch.channels_last).eval().requires_grad_(requires_grad=False)
     model.quality.requires_grad_(requires_grad=True)
     average = copy.deepcopy(model)

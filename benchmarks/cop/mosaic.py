@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from benchmarks.cop.rules import Clicks, chain, mean_sd, nearest_in_space, ours
+from benchmarks.cop.rules import Clicks, chain, fitted_on_labels, mean_sd, nearest_in_space, ours
 from benchmarks.cop.typed import Scene, accuracy, confusion, f1_by_type, macro_f1, spread, unassigned
 from wsiseg.config import TypingConfig
 
@@ -23,6 +23,7 @@ DISTANCES = {
     "its neighbours": (1.0, 360.0),
     "farther": (360.0, np.inf),
 }  #: microns between centres of tiles
+MIN_SCORES = (0.9, 0.99, 0.999)  #: more and more cells stay unassigned
 CLICKS = {"one tile, 5 per type": 5, "every tile, 1 per type": 1}
 
 
@@ -86,6 +87,11 @@ def click(m: Mosaic, kinds: int, where: str, rng: np.random.Generator) -> Clicks
     return [np.concatenate(r) for r in rows]
 
 
+def abstaining(min_score: float) -> TypingConfig:
+    """Typing that leaves every cell unassigned whose type is not at least this probable."""
+    return dataclasses.replace(TypingConfig(), min_score=min_score)
+
+
 def verdicts(m: Mosaic, clicks: Clicks, space: TypeSpace) -> dict[str, np.ndarray]:
     clicked = [m.z[c] for c in clicks]
     near = dataclasses.replace(TypingConfig(), prevalence_temperature=4.0)
@@ -99,6 +105,7 @@ def verdicts(m: Mosaic, clicks: Clicks, space: TypeSpace) -> dict[str, np.ndarra
         "ours, no drift": ours(m.z, m.xy, clicked, space, still),
         "ours, no local shares": ours(m.z, m.xy, clicked, space, alone),
         "ours, shift from the cells (as a bank)": ours(m.z, m.xy, clicked, space, from_other_slide=True),
+        **{f"ours, min_score {at:g}": ours(m.z, m.xy, clicked, space, abstaining(at)) for at in MIN_SCORES},
         "nearest click in the type space": nearest_in_space(m.z, clicks, space),
         "mean + sd, tile by tile": mean_sd(m.z, clicks, m.tile),
         "chain of hops": chain(m.z, m.xy, clicks),
@@ -118,7 +125,8 @@ def mosaic_rows(
             m = without_types(whole, kinds, rng)
             clicks = click(m, kinds, where, rng)
             far = np.hypot(*(m.centres - m.centres[m.source]).T)[m.tile]
-            for rule, codes in verdicts(m, clicks, space).items():
+            best = {"a linear classifier, all labels of the other tiles": fitted_on_labels(m.z, m.types, m.tile, space)}
+            for rule, codes in (verdicts(m, clicks, space) | best).items():
                 found = absent[where, rule]
                 table = confusion(codes, m.types, kinds, clicks)
                 for what, value in (

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 
 from wsiseg.celltypes.assignment import assign_types
 from wsiseg.config import TypingConfig
@@ -78,6 +80,29 @@ def nearest_in_space(z: np.ndarray, clicks: Clicks, space: TypeSpace) -> np.ndar
     seen = space.project(z)
     gaps = [((seen[:, None] - seen[c][None]) ** 2).sum(2).min(1, initial=np.inf) for c in clicks]
     return np.stack(gaps, 1).argmin(1) + 1
+
+
+def fitted_on_labels(z: np.ndarray, types: np.ndarray, tile: np.ndarray, space: TypeSpace) -> np.ndarray:
+    """Types of each tile by a classifier fitted on every label of all other tiles: what the descriptors allow, without clicks."""
+    seen = torch.from_numpy(space.project(z)).float()
+    seen = torch.cat([seen / seen.std(0), torch.ones(len(seen), 1)], 1)
+    truth, codes = torch.from_numpy(types - 1), np.zeros(len(z), int)
+    for k in np.unique(tile):
+        here = torch.from_numpy(tile == k)
+        weights = torch.zeros(seen.shape[1], int(types.max()), requires_grad=True)
+        frequency = torch.bincount(truth[~here], minlength=weights.shape[1]).float()
+        optimiser = torch.optim.LBFGS([weights], max_iter=150)
+
+        def loss(weights=weights, here=here, frequency=frequency, optimiser=optimiser) -> torch.Tensor:
+            optimiser.zero_grad()
+            fit = F.cross_entropy(seen[~here] @ weights, truth[~here], weight=1 / frequency.clamp_min(1))
+            total = fit + 0.01 * (weights[:-1] ** 2).sum()
+            total.backward()
+            return total
+
+        optimiser.step(loss)
+        codes[here.numpy()] = (seen[here] @ weights).argmax(1).numpy() + 1
+    return codes
 
 
 def _stand_out(z: np.ndarray, clicks: Clicks, tile: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 # Optical densities of red, green and blue that a dye has in equal amounts everywhere: [1]_, and for eosin as well.
 _HAEMATOXYLIN = np.array([0.650, 0.704, 0.286])
 _EOSIN = np.array([0.072, 0.990, 0.105])
+HAEMATOXYLIN_AND_EOSIN = np.array([_HAEMATOXYLIN, _EOSIN])
 HAEMATOXYLIN_AND_DAB = np.array([_HAEMATOXYLIN, (0.268, 0.570, 0.776)])
 
 # What is shown (benchmarks/results/ihc_accuracy.md compares other forms and values).
@@ -262,13 +263,19 @@ def render(pixels: NDArray[np.uint8], stain: SlideStain) -> NDArray[np.uint8]:
     if stain.name == "ihc-nuclear":
         haematoxylin = haematoxylin + BROWN_AS_HAEMATOXYLIN * dab
         eosin = np.full_like(dab, COUNTERSTAIN_OF_NUCLEAR)
-    return compose(DARKEST * (1 - np.exp(-np.maximum(haematoxylin - VEIL, 0) / HALFWAY)), eosin)
+    return compose(saturated(haematoxylin), eosin)
+
+
+def saturated(haematoxylin: NDArray[np.floating]) -> NDArray[np.floating]:
+    """Amounts of haematoxylin (H, W) as they are shown: without the veil, and alike for faint and strong counterstains."""
+    shown: NDArray[np.floating] = DARKEST * (1 - np.exp(-np.maximum(haematoxylin - VEIL, 0) / HALFWAY))
+    return shown
 
 
 def compose(haematoxylin: NDArray[np.floating], eosin: NDArray[np.floating]) -> NDArray[np.uint8]:
     """Colour (H, W, 3) of amounts (H, W) of the two dyes on white."""
     seen = np.empty((*haematoxylin.shape, 3), np.uint8)
-    for k, (blue, pink) in enumerate(zip(_unit(_HAEMATOXYLIN), _unit(_EOSIN), strict=True)):
+    for k, (blue, pink) in enumerate(zip(*map(_unit, HAEMATOXYLIN_AND_EOSIN), strict=True)):
         seen[..., k] = np.rint(255 * np.exp(-math.log(10) * (blue * haematoxylin + pink * eosin)))
     return seen
 
