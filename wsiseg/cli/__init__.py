@@ -20,6 +20,7 @@ COMMANDS = {
     "info": "Show a slide's metadata and a run estimate.",
     "seeds": "Check, convert and preview files of clicks.",
     "models": "List, check, import and download models.",
+    "export": "Write a run's cells for other programs.",
     "check": "Check files of cells before QuPath reads them.",
     "evaluate": "Score outlines and types against the truth.",
     "demo": "Write a small real slide with clicks, ready to run.",
