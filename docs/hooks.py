@@ -1,0 +1,139 @@
+"""MkDocs: pages that lie outside of docs/, and links to them.
+
+Pages are written for readers of the repository, with links relative to the file. A link to a file outside of docs/ leads to a page of the site
+here: Markdown and pictures keep their path, any other text file becomes a page that shows it. Reference pages are made from the code.
+"""
+
+from __future__ import annotations
+
+import posixpath
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mkdocs.structure.files import File
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from mkdocs.config.defaults import MkDocsConfig
+    from mkdocs.structure.files import Files
+    from mkdocs.structure.pages import Page
+
+ROOT = Path(__file__).resolve().parent.parent
+LINK = re.compile(r"(?<!\\)\]\(([^)#\s]+)((?:#[^)\s]*)?)\)")
+PICTURES = {".png", ".svg", ".jpg"}
+LANGUAGES = {".py": "python", ".sh": "bash", ".json": "json", ".nf": "groovy", ".groovy": "groovy"}
+ROLE = re.compile(r":(?:class|func|meth|mod|data):(?=<code>)")  # what numpydoc links, MkDocs does not
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add everything that the pages link to, from page to page, and the reference."""
+    known = {f"docs/{file.src_uri}" for file in files}
+    waiting = [f"docs/{file.src_uri}" for file in files.documentation_pages()]
+    waiting += ["CONTRIBUTING.md", "CHANGELOG.md", "examples/README.md", "training/README.md"]
+    while waiting:
+        path = waiting.pop()
+        if path not in known:
+            known.add(path)
+            files.append(_file(path, config))
+        if path.endswith(".md"):
+            waiting += [target for target in _targets(path) if target not in known]
+    files.append(File.generated(config, "commands.md", content=_commands()))
+    files.append(File.generated(config, "python.md", content=_python()))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Make the links of a page lead to the site's pages."""
+    here = _repository_path(page.file.src_uri)
+    if here is None:
+        return markdown
+
+    def lead(match: re.Match[str]) -> str:
+        target = _resolve(here, match[1])
+        if target is None:
+            return match[0]
+        relative = posixpath.relpath(_site_path(target), posixpath.dirname(page.file.src_uri) or ".")
+        return f"]({relative}{match[2]})"
+
+    return LINK.sub(lead, markdown)
+
+
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Leave out the roles of reStructuredText."""
+    return ROLE.sub("", html)
+
+
+def _targets(path: str) -> Iterator[str]:
+    for match in LINK.finditer((ROOT / path).read_text(encoding="utf-8")):
+        target = _resolve(path, match[1])
+        if target is not None:
+            yield target
+
+
+def _resolve(page: str, link: str) -> str | None:
+    """Path in the repository of a link on a page; ``None`` for an address or something that is not there."""
+    if ":" in link or link.startswith("/"):
+        return None
+    target = posixpath.normpath(posixpath.join(posixpath.dirname(page), link))
+    if target == "README.md":  # the site's first page
+        return "docs/index.md"
+    return target if (ROOT / target).is_file() else None
+
+
+def _site_path(path: str) -> str:
+    """Where a file of the repository is on the site."""
+    if path.startswith("docs/"):
+        return path.removeprefix("docs/")
+    if Path(path).suffix in {".md", *PICTURES}:
+        return path
+    return f"source/{path.replace('/.', '/').lstrip('.')}.md"  # MkDocs leaves out what begins with a dot
+
+
+def _repository_path(uri: str) -> str | None:
+    """The file in the repository that a page of the site is; ``None`` for one that shows or is made from code."""
+    if uri.startswith("source/") or uri in {"commands.md", "python.md"}:
+        return None
+    return f"docs/{uri}" if (ROOT / "docs" / uri).is_file() else uri
+
+
+def _file(path: str, config: MkDocsConfig) -> File:
+    if Path(path).suffix in PICTURES:
+        return File.generated(config, _site_path(path), content=(ROOT / path).read_bytes())
+    text = (ROOT / path).read_text(encoding="utf-8")
+    if not path.endswith(".md"):
+        text = f"# `{path}`\n\n````{LANGUAGES.get(Path(path).suffix, 'text')}\n{text}\n````\n"
+    return File.generated(config, _site_path(path), content=text)
+
+
+def _commands() -> str:
+    """A page of what every command says with `--help`."""
+    import click
+
+    from wsiseg.cli import main
+
+    def sections(command: click.Command, parent: click.Context | None, name: str) -> Iterator[str]:
+        with click.Context(command, info_name=name, parent=parent, max_content_width=80, terminal_width=80) as context:
+            yield f"## {context.command_path}\n\n```text\n{command.get_help(context)}\n```\n"
+            if isinstance(command, click.Group):
+                for inner in command.list_commands(context):
+                    yield from sections(command.get_command(context, inner), context, inner)
+
+    return "\n".join(["# Commands\n", "What each command says with `--help`.\n", *sections(main, None, "wsiseg")])
+
+
+def _python() -> str:
+    """A page of all public names, in the order of their lesson."""
+    import wsiseg
+
+    first = ["segment_slide", "segment_image", "Run", "read_run", "read_cells", "TypedCells", "Seeds", "read_seeds"]
+    names = [*first, *sorted(set(wsiseg.__all__) - set(first) - {"__version__"})]
+    entries = [f"::: {getattr(wsiseg, name).__module__}.{name}\n" for name in names]
+    return "\n".join(
+        [
+            "# Python\n",
+            "Every name is one of `wsiseg` itself: `wsiseg.segment_slide`. [Use](library.md) has the lesson.\n",
+            *entries,
+        ]
+    )

@@ -1,0 +1,54 @@
+"""The documentation as a site: it is built without a warning, every link and anchor leads somewhere, and nothing is asked of other hosts."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("mkdocs")
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("site")
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--config-file", ROOT / "mkdocs.yml", "--site-dir", folder],
+        capture_output=True, text=True, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+def test_every_page_command_and_public_name_is_on_it(site: Path) -> None:
+    import wsiseg
+    from wsiseg.cli import COMMANDS
+
+    for page in (ROOT / "docs").glob("*.md"):
+        assert (site / (page.stem if page.stem != "index" else "") / "index.html").is_file(), page
+    commands = (site / "commands" / "index.html").read_text()
+    assert all(f">wsiseg {name}" in commands for name in COMMANDS)
+    python = (site / "python" / "index.html").read_text()
+    homes = {name: getattr(wsiseg, name).__module__ for name in wsiseg.__all__ if name != "__version__"}
+    assert all(f'id="{home}.{name}"' in python for name, home in homes.items())
+    assert ":class:" not in re.sub(r"<code>.*?</code>", "", python, flags=re.DOTALL)
+
+
+def test_links_to_results_and_code_lead_to_pages_of_the_site(site: Path) -> None:
+    methods = (site / "methods" / "index.html").read_text()
+    assert (site / "benchmarks" / "results" / "cop" / "index.html").is_file()
+    assert "../benchmarks/results/cop/" in methods
+    config = site / "source" / "wsiseg" / "config.py" / "index.html"
+    assert "class" in config.read_text()
+    assert "../source/wsiseg/config.py/" in methods
+
+
+def test_nothing_is_requested_from_other_hosts(site: Path) -> None:
+    for page in site.rglob("*.html"):
+        loaded = re.findall(r'<(?:script|link|img|iframe|source)[^>]+(?:src|href)="(https?:)?//', page.read_text())
+        assert not loaded, page
