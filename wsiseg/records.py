@@ -196,6 +196,47 @@ class WindowMasks:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Concept:
+    """What a detector is asked for on one tile.
+
+    Attributes
+    ----------
+    text
+        float32 of shape (L, C): the tokens of a phrase, encoded.
+    boxes_px
+        float32 of shape (K, 4): x0, y0, x1, y1 around examples on the tile, model px of the tile, corner frame.
+    is_example
+        bool of shape (K,): the box holds an instance, or what is not one.
+    """
+
+    text: NDArray[np.float32]
+    boxes_px: NDArray[np.float32] = field(default_factory=lambda: np.empty((0, 4), np.float32))
+    is_example: NDArray[np.bool_] = field(default_factory=lambda: np.empty(0, bool))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Detections:
+    """The N instances of a concept that a detector found on one tile, on the model's device.
+
+    Attributes
+    ----------
+    scores
+        float32 of shape (N,), in [0, 1].
+    boxes_px
+        float32 of shape (N, 4): x0, y0, x1, y1, model px of the tile, corner frame.
+    logits
+        float32 of shape (N, h, w): masks on the whole tile; > 0 is inside.
+    mask_stride_px
+        Model px per logit.
+    """
+
+    scores: Tensor
+    boxes_px: Tensor
+    logits: Tensor
+    mask_stride_px: float
+
+
 class CellSource(Protocol):
     """The cells of a slide in the order of its files, a few at a time: what writers take, so that no file needs all polygons in memory.
 
