@@ -55,6 +55,7 @@ class PromptedSam(nn.Module):
     box_replaces_point = True
     prompts_multiple = CPU_PROMPTS
     has_maps = False
+    prompts: tuple[str, ...] = ("points", "boxes")
     pixel_mean: Tensor
     pixel_sd: Tensor
     measured_mean: Tensor

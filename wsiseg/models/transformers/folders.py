@@ -25,6 +25,7 @@ import torch
 
 from wsiseg.errors import WeightsError
 from wsiseg.models.cards import require_same
+from wsiseg.models.transformers.detector import TOKENIZER_FILES, read_tokenizer
 from wsiseg.models.transformers.networks import CLASSES
 from wsiseg.models.transformers.recipe import Recipe
 from wsiseg.models.transformers.sam2 import Sam2
@@ -54,7 +55,6 @@ _VIDEO = (
     "occlusion_spatial_embedding_parameter",
 )
 _TIED = ("prompt_encoder.shared_embedding.positional_embedding", "shared_image_embedding.positional_embedding")
-_SAM = "wsiseg.models.sam"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +110,7 @@ def read_folder(folder: Path) -> HubFolder:
     config = _read_config(folder)
     kind = str(config.get("model_type"))
     tensors = _read_weights(folder)
-    notes = []
+    notes: list[str] = []
     licence, source = _licence(folder), _source(folder)
     if kind == "sam":
         return HubFolder(kind="sam", tensors=_as_sam(tensors), licence=licence, source=source)
@@ -119,7 +119,7 @@ def read_folder(folder: Path) -> HubFolder:
         notes.append(f"left out of {folder.name}: {len(left_out)} tensors for video ({_plain(min(left_out))}, ...)")
     tensors = {name: value for name, value in tensors.items() if not _plain(name).startswith(_VIDEO)}
     mean, sd = _pixel_statistics(folder, IMAGENET if kind.startswith("sam2") else HALVES)
-    recipe = Recipe(config=config, pixel_mean=mean, pixel_sd=sd, tokenizer=_tokenizer(folder))
+    recipe = Recipe(config=config, pixel_mean=mean, pixel_sd=sd, tokenizer=_tokenizer(folder, kind, notes))
     network: Sam2 | Sam3
     try:
         if kind.startswith("sam2"):
@@ -250,12 +250,14 @@ def _pixel_statistics(
     return mean, sd
 
 
-def _tokenizer(folder: Path) -> dict[str, str]:
-    for names in (("tokenizer.json",), ("vocab.json", "merges.txt")):
-        if all(kind_of(folder / name, WeightsError) == "file" for name in names):
-            with readable(folder, WeightsError):
-                return {name: read_text(folder / name) for name in names}
-    return {}
+def _tokenizer(folder: Path, kind: str, notes: list[str]) -> str | None:
+    """The tokenizer of a model that takes text; a model without its files can do the rest."""
+    if kind not in {"sam3", "sam3_video"}:
+        return None
+    if not any(kind_of(folder / name, WeightsError) == "file" for name in TOKENIZER_FILES):
+        notes.append(f"{folder.name} has no tokenizer.json, so the model takes no text; download it too and import again")
+        return None
+    return read_tokenizer(folder)
 
 
 def _licence(folder: Path) -> str:
@@ -310,7 +312,7 @@ def _ties(named: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str
             if name.endswith(one) and name not in named:
                 twin = name.removesuffix(one) + other
                 if twin in named:
-                    found[name] = named[twin]
+                    found[name] = named[twin].clone()  # a file of tensors holds no number twice
     return found
 
 

@@ -59,9 +59,31 @@ def configuration(content: Mapping[str, Any]) -> Any:  # noqa: ANN401
     """
     kind = getattr(library(), CLASSES[content["model_type"]])
     try:
-        return kind.from_dict(dict(content))
+        with _quiet():
+            return kind.from_dict(_without_precision(content))
     except Exception as error:  # whatever its checks raise
         raise WeightsError(f"transformers refuses the configuration ({first_line(error)}); get the folder again") from error
+
+
+def _without_precision(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The content without the precision that its weights were stored in, which says nothing about the network."""
+    return {
+        key: _without_precision(value) if isinstance(value, dict) else value
+        for key, value in content.items()
+        if key not in {"dtype", "torch_dtype"}
+    }
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Remarks of the library on configurations (a token's number beyond the vocabulary) are not for whoever runs a slide."""
+    logging = library().utils.logging
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Self
 
 from wsiseg.models.cards import read_note
@@ -22,13 +22,13 @@ class Recipe:
     pixel_mean, pixel_sd
         Of the training images' red, green and blue, 0 to 255.
     tokenizer
-        Files of the tokenizer, name -> text; empty for a model without text.
+        Content of ``tokenizer.json``; ``None`` for a model without text.
     """
 
     config: dict[str, Any]
     pixel_mean: tuple[float, ...]
     pixel_sd: tuple[float, ...]
-    tokenizer: dict[str, str] = field(default_factory=dict)
+    tokenizer: str | None = None
 
     def note(self) -> dict[str, Any]:
         """As metadata of a file."""

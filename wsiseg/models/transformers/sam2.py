@@ -39,8 +39,6 @@ class Sam2(HubModel):
         As for :class:`PromptedSam`.
     """
 
-    prompts = ("points", "boxes")
-
     def __init__(self, recipe: Recipe, *, mpp: float, normalise: str = "none") -> None:
         config = configuration(recipe.config)
         with without_memory():

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
+from wsiseg.models.transformers.detector import Sam3Detector
 from wsiseg.models.transformers.networks import compute_constants, configuration, library, without_memory
 from wsiseg.models.transformers.tracker import HubModel
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from wsiseg.models.transformers.tracker import Levels
     from wsiseg.records import Embeddings
 
-FPN = ("fpn4", "fpn2", "fpn1")  #: names in ``Embeddings.extra`` of the detector's levels, at 4, 2 and 1 times the tokens' resolution
+FPN = ("fpn0", "fpn1", "fpn2")  #: names in ``Embeddings.extra`` of the detector's levels, at 4, 2 and 1 times the tokens' resolution
 
 
 class Sam3(HubModel):
@@ -44,11 +45,15 @@ class Sam3(HubModel):
 
     Attributes
     ----------
+    detector
+        Finds all instances of a phrase or of examples in a tile, once the network is ready; ``None`` without one in the checkpoint.
     detector_model
         ``Sam3Model`` with its trunk; ``None`` when the checkpoint has no detector.
     tracker_model
         ``Sam3TrackerModel`` without a trunk; ``None`` when the checkpoint has no tracker: points and boxes are refused.
     """
+
+    detector: Sam3Detector | None = None
 
     def __init__(self, recipe: Recipe, *, mpp: float, normalise: str = "none") -> None:
         config = configuration(recipe.config)
@@ -100,6 +105,8 @@ class Sam3(HubModel):
         self.prepare([part for part in parts if part is not None], device, bf16=bf16)
         if tracker is not None:
             self.make_decoder()
+        if self.detector_model is not None:
+            self.detector = Sam3Detector(self.detector_model, self.recipe.tokenizer)
         return self
 
     def encode(self, images: Tensor) -> Embeddings:
