@@ -276,11 +276,11 @@ def hub_models(name: str, rounds: int) -> list[dict[str, object]]:
         difference = max(difference, relative(ours.extra["fpn0"], seen.fpn_hidden_states[0]))
     row("encode", "per s", 1, found, difference)
     del seen
-    for count in PROMPTS:
+    for count in PROMPTS[:-1]:  # of the last the library takes 10 GB
         points = torch.rand(count, 2, generator=torch.Generator().manual_seed(2)) * side
         which, given = torch.zeros(count, dtype=torch.long), points[None, :, None] - 0.5
         found = alternate(
-            rounds if count < 256 else 1,
+            rounds,
             lambda given=given: points_model(image_embeddings=embeddings, input_points=given).pred_masks[0],
             lambda which=which, points=points: network.decode(ours, which, points, multimask=True),
         )
