@@ -141,12 +141,12 @@ def test_no_memory_is_added_where_sam_3_was_trained_with_it():
 
 
 def test_detector_and_tracker_share_one_pass_of_the_trunk():
-    network = ours(tiny("sam3_video"))
-    calls = []
-    for layer in network.trunk.layers:
-        layer.attention.register_forward_hook(lambda *_: calls.append(1))
-    network.encode(tiles(network, 1))
-    assert len(calls) == len(network.trunk.layers)
+    network = ours(copy.deepcopy(tiny("sam3_video")))
+    passes = []
+    network.trunk.embeddings.register_forward_hook(lambda *_: passes.append(1))
+    found = network.encode(tiles(network, 1))
+    assert {"fpn0", "keys"} <= found.extra.keys()
+    assert len(passes) == 1
 
 
 def test_a_tile_of_a_batch_is_that_tile_alone(pair):
