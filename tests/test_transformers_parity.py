@@ -247,6 +247,28 @@ def test_windows_hold_the_logits_of_the_whole_tile(pair):
     assert torch.allclose(crops.descriptors.norm(dim=1), torch.ones(12), atol=1e-3)
 
 
+def test_in_a_window_the_rule_counts_the_windows_logits(pair, monkeypatch):
+    """The departure: stability is that of what is kept of the mask."""
+    _, network = pair
+    own, points = network.points.own, points_of(network, 24)
+    embeddings, which = network.encode(tiles(network, 1)), torch.zeros(24, dtype=torch.long)
+    three = network.decode(embeddings, which, points, multimask=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(own, "dynamic_multimask_via_stability", False)
+        single = network.decode(embeddings, which, points)
+    inner, outer = ((single.logits > d).sum((1, 2)) for d in (0.05, -0.05))
+    stability = inner / outer
+    values = stability.unique()
+    monkeypatch.setattr(own, "dynamic_multimask_stability_thresh", float(values[len(values) // 2 - 1 :][:2].mean()))
+    kept = stability >= own.dynamic_multimask_stability_thresh
+    assert 0 < int(kept.sum()) < len(kept)
+    best = three.predicted_iou.view(24, 3).argmax(1)
+    other = three.logits.view(24, 3, *three.logits.shape[1:])[torch.arange(24), best]
+    got = network.decode(embeddings, which, points)
+    assert torch.equal(got.logits, torch.where(kept[:, None, None], single.logits, other))
+    assert torch.equal(got.predicted_iou[kept], single.predicted_iou[kept])
+
+
 def test_boxes_and_further_points_are_the_librarys(pair):
     """Prompts of four kinds in one call: a point, one with a negative one, a box with a negative point, two points."""
     reference, network = pair
@@ -307,6 +329,13 @@ def test_bf16_is_within_its_precision(kind):
     for name in ("logits", "predicted_iou"):
         wanted, got = (getattr(m, name).float() for m in masks)
         assert float((got - wanted).norm() / wanted.norm()) < 2e-2
+
+
+def test_in_bf16_positions_keep_their_precision():
+    network = ours(tiny("sam3_video"), bf16=True)
+    assert {value.dtype for name, value in network.trunk.named_buffers() if "inv_freq" in name} == {torch.float32}
+    assert {value.dtype for value in network.trunk.parameters()} == {torch.bfloat16}
+    assert {value.dtype for value in network.tracker_model.prompt_encoder.parameters()} == {torch.float32}
 
 
 # Made without memory
