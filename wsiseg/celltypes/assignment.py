@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from wsiseg.config import TypingConfig
     from wsiseg.records import Bank, TypeSpace
 
-_GREY = (128, 128, 128)
+GREY = (128, 128, 128)  #: of unassigned cells
 _ROWS = 65_536  #: cells worked on at once: a few hundred MB at 75 numbers each
 _AMBIGUOUS = 0.1  #: probability of a second reference class from which a type's clicks are called ambiguous
 _COVERED = (
@@ -86,7 +86,7 @@ def assign_types(
         empty = np.empty(0, np.float32)
         return Typing(
             names=(UNASSIGNED, *bank.names),
-            colors=(_GREY, *(of.color for of in bank.types)),
+            colors=(GREY, *(of.color for of in bank.types)),
             codes=np.empty(0, np.int32),
             scores=empty,
             margins=empty.copy(),
@@ -140,7 +140,7 @@ def assign_types(
     prototypes = np.where(assigned, nearest, -1).astype(np.int32)
     typing = Typing(
         names=(UNASSIGNED, *bank.names, *(space.class_names[k] for k in known)),
-        colors=(_GREY, *(of.color for of in bank.types), *_unused_colors(bank, len(known))),
+        colors=(GREY, *(of.color for of in bank.types), *_unused_colors(bank, len(known))),
         codes=codes[back],
         scores=scores[back],
         margins=margins[back],
