@@ -141,7 +141,7 @@ class WindowMasks:
     origin_xy
         int of shape (N, 2): outer corner of each window, model pixels of the tile.
     mask_stride_px
-        Model pixels per logit.
+        Model pixels per logit; need not be whole (3.5 with SAM 3).
     predicted_iou
         float of shape (N,), in [0, 1].
     stability
@@ -158,7 +158,7 @@ class WindowMasks:
 
     logits: Tensor
     origin_xy: Tensor
-    mask_stride_px: int
+    mask_stride_px: float
     predicted_iou: Tensor
     stability: Tensor
     descriptors: Tensor

@@ -64,6 +64,7 @@ class DiscModel:
     mpp, stride_px, reach_px, input_px, has_maps, supports_full_tile = 0.25, 16, 64, None, True, False
     box_replaces_point, prompts_multiple, descriptor_size, types = False, 1, 8, None
     device = torch.device("cpu")
+    prompts = ("points", "boxes")
 
     def __init__(
         self, tile_seconds: float = 0.0, prompt_seconds: float = 0.0, spacing_px: int = 88, radius_px: float = 20

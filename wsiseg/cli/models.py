@@ -83,9 +83,12 @@ def verify(ctx: click.Context, names: tuple[str, ...]) -> None:
     help=f"Microns per px of the model's input images ({MPP_RANGE[0]:g} to {MPP_RANGE[1]:g}).",
 )
 @click.option(
-    "--licence", default="unknown", show_default=True, metavar="TEXT", help="Licence of the weights, for the card."
+    "--licence",
+    default="",
+    metavar="TEXT",
+    help="Licence of the weights, for the card.  [default: what a folder's README.md states, else unknown]",
 )
-@click.option("--source", default="", metavar="TEXT", help="Source of the weights, for the card.")
+@click.option("--source", default="", metavar="TEXT", help="Source of the weights, for the card.  [default: the path]")
 @click.option(
     "--normalise",
     type=click.Choice(NORMALISE),
@@ -117,7 +120,7 @@ def import_(
             decoder=decoder,
             mpp=mpp,
             licence=licence,
-            source=source or str(file),
+            source=source,
             normalise=normalise,
             overwrite=overwrite,
             on_note=_note,

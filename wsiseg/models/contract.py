@@ -38,6 +38,8 @@ class PromptableModel(Protocol):
         Type space of the descriptors; ``None`` when the weights have none.
     device
         Device of the weights.
+    prompts
+        What it can be asked with: ``points``, ``boxes``, ``text``, ``exemplars``; without ``points``, :meth:`decode` must not be called.
     """
 
     mpp: float
@@ -54,6 +56,9 @@ class PromptableModel(Protocol):
     box_replaces_point: bool
     prompts_multiple: int
     descriptor_size: int
+
+    @property
+    def prompts(self) -> tuple[str, ...]: ...  # noqa: D102
 
     @property
     def types(self) -> TypeSpace | None: ...  # noqa: D102

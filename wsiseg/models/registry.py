@@ -8,7 +8,13 @@ from pathlib import Path
 from wsiseg.models.cards import ModelCard
 
 WEIGHTS_FOLDER = Path(__file__).parent / "weights"
-SAM_NETWORK = "wsiseg.models.sam:SamModel"  #: of every imported checkpoint; stands in users' cards
+#: Networks of imported checkpoints, by the name that their files have for them; stand in users' cards.
+NETWORKS = {
+    "sam": "wsiseg.models.sam:SamModel",
+    "sam2": "wsiseg.models.transformers:Sam2",
+    "sam3": "wsiseg.models.transformers:Sam3",
+}
+SAM_NETWORK = NETWORKS["sam"]
 
 #: Models in the package, by name.
 MODELS = {

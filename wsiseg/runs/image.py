@@ -113,7 +113,9 @@ def open_image(
     model = model or load_model(config.model, config.device, config.precision)
     if config.typing.known_types:
         require_known_types(config.model, model.types)
-    resolved = resolve(config, config.model, maps=model.has_maps, clicked=seeds is not None)
+    resolved = resolve(
+        config, config.model, maps=model.has_maps, points="points" in model.prompts, clicked=seeds is not None
+    )
     resolved = dataclasses.replace(resolved, stain=stain.name)
     lattice = Lattice(config.mpp, model.mpp)
     bank = build_bank(reader, model, seeds, lattice, resolved, chains=resolved.method == "cop") if seeds else None

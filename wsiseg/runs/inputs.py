@@ -124,6 +124,7 @@ def read_inputs(slide: str, config: RunConfig, *, clicks: Seeds | None = None) -
             config,
             card.name,
             maps=card.instance_decoder,
+            points="points" in card.prompts,
             clicked=seeds is not None or bank is not None,
             chains=bank is None or bool(bank.chains),
         )
@@ -153,7 +154,9 @@ def read_inputs(slide: str, config: RunConfig, *, clicks: Seeds | None = None) -
     )
 
 
-def resolve(config: RunConfig, model: str, *, maps: bool, clicked: bool, chains: bool = True) -> RunConfig:
+def resolve(
+    config: RunConfig, model: str, *, maps: bool, clicked: bool, chains: bool = True, points: bool = True
+) -> RunConfig:
     """Resolve ``auto`` in every setting that decides the result.
 
     ``--method auto`` is automatic prompts where the model has instance maps: with them they type better on typed data than Chain-of-Prompts as
@@ -168,6 +171,10 @@ def resolve(config: RunConfig, model: str, *, maps: bool, clicked: bool, chains:
     method, precision = config.method, config.precision
     if method == "auto":
         method = "apg" if maps else "cop" if clicked and chains else "amg"
+    if method in {"cop", "amg"} and not points:
+        raise ConfigError(
+            f"--method {method}: {model} takes no points; import the whole model of its authors (SAM 3: Sam3VideoModel, with its tracker)"
+        )
     if method == "cop" and not clicked:
         raise ConfigError(
             f"--method cop: needs clicks; pass --seeds FILE or --bank FILE, or use --method {'apg' if maps else 'amg'}"
