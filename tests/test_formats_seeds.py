@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from wsiseg.errors import SeedsError
-from wsiseg.formats.seed_rules import require_points, require_text
+from wsiseg.formats.seed_rules import require_phrases, require_points
 from wsiseg.formats.seeds import (
     PALETTE,
     QuPathSeeds,
@@ -126,7 +126,7 @@ def test_phrases_stand_beside_points_or_in_place_of_them(tmp_path: Path) -> None
     with pytest.raises(SeedsError, match=r"types\[2\]: type 'c' has only phrases, and --method apg needs clicks"):
         require_points(seeds, "--method apg")
     with pytest.raises(SeedsError, match=r"types\[1\]: type 'b' has no phrase, which --method text needs"):
-        require_text(seeds, "--method text")
+        require_phrases(seeds, "--method text")
 
 
 def test_phrases_do_not_go_to_qupath_in_silence(tmp_path: Path) -> None:

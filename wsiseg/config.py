@@ -19,6 +19,7 @@ if typing.TYPE_CHECKING:
 
 Method = Literal["auto", "apg", "cop", "amg", "text", "exemplar"]
 DETECTING = ("text", "exemplar")  #: methods by which a detector finds cells, of the types that it is asked for
+CHAINED = ("cop", "exemplar")  #: methods that spread from the clicks by Chain-of-Prompts
 
 CELLULAR_MPP = (0.05, 2.0)  #: finer is below what light resolves, coarser makes a 6 um nucleus 3 px wide
 FORCED_MPP = (0.01, 100.0)  #: with --force-mpp: 1000x oil immersion with a small camera pixel .. a macro photograph

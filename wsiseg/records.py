@@ -153,7 +153,7 @@ class WindowMasks:
     full_tile
         The windows are the whole tile: a mask that reaches their border is larger than the halo.
     concept_scores
-        float of shape (N, T): of what a detector found, its score as the type that it was asked for, and 0 as the others; ``None`` for masks of points.
+        float of shape (N, T): of what a detector found, its score as the type that it was asked for, 0 as the others; ``None`` for masks of points.
     """
 
     logits: Tensor
@@ -428,7 +428,7 @@ def _content(kind: SeedType) -> str:
     said = [
         counted(n, thing)
         for n, thing in ((clicks, "click"), (phrases, "phrase"))
-        if n or thing == "click" and not phrases
+        if n or (thing == "click" and not phrases)
     ]
     return ", ".join(said)
 

@@ -145,7 +145,7 @@ def require_points(seeds: Seeds, purpose: str) -> None:
             )
 
 
-def require_text(seeds: Seeds, purpose: str) -> None:
+def require_phrases(seeds: Seeds, purpose: str) -> None:
     """Refuse seeds of which a type has no phrases; ``purpose`` says what needs them.
 
     Raises

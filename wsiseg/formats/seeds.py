@@ -4,8 +4,9 @@
      "types": [{"name": "tumour", "color": "#c80000", "points": [[10234.5, 8801.0]], "negative": [[10020, 8700]]},
                {"name": "lymphocyte", "points": [[9120, 4410], [9177, 4502]]}]}
 
-``slide``, ``color`` and ``negative`` are optional; ``"text": ["phrase", ...]`` stands beside ``points`` or in place of them. Points are absolute level-0 px, corner frame. ``"frame": "qupath"`` (optional) says
-that they are relative to the slide's OpenSlide bounds instead, as QuPath's points are; it keeps a converted file right.
+``slide``, ``color`` and ``negative`` are optional; ``"text": ["phrase", ...]`` stands beside ``points`` or in place of them. Points are absolute
+level-0 px, corner frame. ``"frame": "qupath"`` (optional) says that they are relative to the slide's OpenSlide bounds instead, as QuPath's points
+are; it keeps a converted file right.
 
 QuPath's points (points.py) stay as they are in :func:`read_seeds`; :func:`check_seeds`, which knows the slide, makes them absolute.
 """
@@ -29,8 +30,8 @@ from wsiseg.formats.seed_rules import (
     Point,
     QuPathSeeds,
     check_clicks,
-    check_phrases,
     check_names,
+    check_phrases,
     coordinate,
     default_colors,
     file_name,

@@ -143,8 +143,8 @@ class ConceptModel(PromptableModel, Protocol):
     @property
     def detector(self) -> ConceptDetector: ...  # noqa: D102
 
-    def describe(self, embeddings: Embeddings, batch_index: Tensor, origin_xy: Tensor, logits: Tensor) -> Tensor:
-        """Descriptors (N, D), unit norm, of masks: ``logits`` (N, h, w) on windows that start at ``origin_xy`` (N, 2), multiples of ``stride_px``."""
+    def describe(self, embeddings: Embeddings, batch_index: Tensor, corner: Tensor, logits: Tensor) -> Tensor:
+        """Descriptors (N, D), unit norm, of masks: ``logits`` (N, h, w) on windows whose ``corner`` (N, 2) counts in strides of ``stride_px``."""
         ...
 
 

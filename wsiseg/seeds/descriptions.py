@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
 from wsiseg.errors import ConfigError, SeedsError
@@ -12,6 +11,7 @@ from wsiseg.models.contract import detector_of
 from wsiseg.records import DescribedType
 
 if TYPE_CHECKING:
+    import numpy as np
     from numpy.typing import NDArray
 
     from wsiseg.config import RunConfig
@@ -20,10 +20,11 @@ if TYPE_CHECKING:
 
 BOXES_ONLY = "visual"  #: the phrase that SAM 3 was trained to see beside boxes without a phrase
 
-#: Sources: mean mSA of nine sets of H&E and IHC in arXiv:2603.17845, tables of appendix C, and its table 1; AJI on the project page of arXiv:2605.29429.
+#: Sources: means of appendix C and table 1 of the first (PanNuke for the words), the project page of the second (CoNIC, CoNSeP, PanNuke).
 UNRELIABLE = (
-    'text finds nuclei unreliably without fine-tuning: "cell" reached a mean mSA of 0.33 on nine histology sets, automatic prompts 0.40, and "nucleus" was '
-    "not understood (arXiv:2603.17845); by type it reached an AJI of 0.45, 0.00 and 0.56 on three sets (arXiv:2605.29429); compare the result with the slide"
+    'phrases find nuclei unreliably in a model that was not tuned for them: "cell" reached a mean mSA of 0.33 on nine histology sets, '
+    'automatic prompts 0.40, and "nucleus" was not understood (arXiv:2603.17845); by type, AJI was 0.45, 0.00 and 0.56 on three sets '
+    "(arXiv:2605.29429); look at the result on the slide before you use it"
 )
 
 
@@ -66,7 +67,7 @@ def describe_types(
             tokens = detector.count_tokens(phrase)
             if tokens > detector.max_tokens:
                 raise SeedsError(
-                    f"{place}.text[{number}]: the phrase has {tokens} tokens, its two ends included; the model reads {detector.max_tokens}; shorten it"
+                    f"{place}.text[{number}]: the phrase has {tokens} tokens with its ends; the model reads {detector.max_tokens}; shorten it"
                 )
         encoded = tuple(_encode(detector, phrase) for phrase in phrases or (BOXES_ONLY,))
         types.append(DescribedType(name=name, color=color, phrases=phrases, tokens=encoded))

@@ -94,7 +94,7 @@ class Detector:
     @torch.inference_mode()
     def find(
         self,
-        pixels: NDArray[np.uint8],
+        pixels: NDArray[np.uint8] | None,
         core: Box,
         embeddings: Embeddings,
         index: int,
@@ -105,7 +105,7 @@ class Detector:
         Parameters
         ----------
         pixels
-            uint8 of shape (side, side, 3): the tile.
+            uint8 of shape (side, side, 3): the tile; without them crowded tiles are not searched in quarters.
         core
             The part of the tile in which an instance's centre must lie, model px of the tile.
         embeddings, index
@@ -132,7 +132,7 @@ class Detector:
 
     def _search(
         self,
-        pixels: NDArray[np.uint8],
+        pixels: NDArray[np.uint8] | None,
         whole: _Field,
         field: _Field,
         requests: list[_Request],
@@ -141,15 +141,18 @@ class Detector:
         """Add what is found on a field to ``found``; crowded requests are passed on to its quarters."""
         smallest_px = self.config.smallest_field_um / self.model.mpp
         limit = self.config.crowded * self.detector.max_instances
-        crowded: list[tuple[_Request, Detections]] = []
+        crowded: list[tuple[_Request, NDArray[np.float32]]] = []
         for request in requests:
             detections = self.detector.detect(field.embeddings, field.index, request.concept, self.config.min_score)
-            if len(detections.scores) > limit and field.side_px * _QUARTER >= smallest_px:
-                crowded.append((request, detections))
+            if pixels is not None and len(detections.scores) > limit and field.side_px * _QUARTER >= smallest_px:
+                surest = torch.argsort(detections.scores, descending=True, stable=True)
+                crowded.append((request, detections.boxes_px[surest].cpu().numpy()))
             else:
                 found += self._masks(whole, field, detections, request.row)
-        for corner_xy, side_px, core in _quarters(field) if crowded else ():
-            narrowed = [self._narrowed(r, d, field, corner_xy, side_px) for r, d in crowded]
+        if not crowded or pixels is None:
+            return
+        for corner_xy, side_px, core in _quarters(field):
+            narrowed = [self._narrowed(r, boxes, field, corner_xy, side_px) for r, boxes in crowded]
             wanted = [r for r in narrowed if r is not None]
             if wanted:
                 image = _enlarged(pixels, corner_xy, side_px, self.side).to(self.model.device)
@@ -158,11 +161,11 @@ class Detector:
                 self._search(pixels, whole, quarter, wanted, found)
 
     def _narrowed(
-        self, request: _Request, detections: Detections, field: _Field, corner_xy: NDArray[np.float64], side_px: int
+        self, request: _Request, found: NDArray[np.float32], field: _Field, corner_xy: NDArray[np.float64], side_px: int
     ) -> _Request | None:
         """The request on a quarter of ``field``; ``None`` when a type that is shown by boxes has none there.
 
-        Without one of the given boxes in a quarter, what the field's own pass was surest of there stands in.
+        Without one of the given boxes in a quarter, what the field's own pass ``found`` there, the surest first, stands in.
         """
         concept = request.concept
         if not concept.is_example.any():
@@ -172,15 +175,15 @@ class Detector:
         def placed(boxes: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
             """Boxes of the field in px of the quarter, and which of them lie in it whole."""
             moved = (boxes * to_tile + np.tile(field.corner_xy - corner_xy, 2)) * to_quarter
-            return moved.astype(np.float32), ((moved >= 0) & (moved <= self.side)).all(1)
+            inside: NDArray[np.bool_] = np.logical_and.reduce((moved >= 0) & (moved <= self.side), axis=1)
+            return moved.astype(np.float32), inside
 
         boxes, inside = placed(concept.boxes_px)
         if (inside & concept.is_example).any():
             return replace(
                 request, concept=replace(concept, boxes_px=boxes[inside], is_example=concept.is_example[inside])
             )
-        order = np.argsort(-detections.scores.cpu().numpy(), kind="stable")
-        boxes, inside = placed(detections.boxes_px.cpu().numpy()[order])
+        boxes, inside = placed(found)
         boxes = boxes[inside][: self.config.examples]
         if not len(boxes):
             return None
@@ -222,12 +225,13 @@ class Detector:
         """Descriptors (N, D) from the features of the whole tile, also for masks of a quarter: cells are compared at one scale."""
         model, cell = self.model, self.model.mask_stride_px
         if math.isclose(scale, cell):
-            corner = origin.round().long()
+            corner = (origin / model.stride_px).round().long()
         else:
             grid, per_patch = self.side // model.stride_px, round(model.stride_px / cell)
             patches = min(math.ceil(logits.shape[2] * scale / model.stride_px) + 1, grid)
-            corner = torch.floor(origin / model.stride_px).long().clamp(0, grid - patches) * model.stride_px
-            logits = _resampled(logits.float(), origin, scale, corner, cell, patches * per_patch)
+            corner = torch.floor(origin / model.stride_px).long().clamp(0, grid - patches)
+            at = corner.double() * model.stride_px
+            logits = _resampled(logits.float(), origin, scale, at, cell, patches * per_patch)
         index = torch.full((len(logits),), whole.index, dtype=torch.long, device=logits.device)
         step = max(_DESCRIBED * (self.side / cell / logits.shape[2]) ** 2 // 1, 1)
         parts = [slice(k, k + int(step)) for k in range(0, len(logits), int(step))]
@@ -288,10 +292,13 @@ def _cut(logits: Tensor, start: Tensor, side: int) -> Tensor:
 
 
 def _resampled(logits: Tensor, origin: Tensor, scale: float, corner: Tensor, cell: float, side: int) -> Tensor:
-    """Masks on windows at ``origin`` with cells of ``scale`` px -> on windows of ``side`` cells of ``cell`` px at ``corner``; outside of them, no mask."""
+    """Masks on windows at ``origin`` (N, 2), px, with cells of ``scale`` px -> on windows of ``side`` cells of ``cell`` px at ``corner``, px.
+
+    Outside of their windows there is no mask.
+    """
     nothing, size = 10.0, logits.shape[2]
     centres = (torch.arange(side, device=logits.device, dtype=torch.float64) + 0.5) * cell
-    at = (corner.double()[:, :, None] + centres - origin[:, :, None]) / scale  # (N, 2, side), cells of the old window
+    at = (corner[:, :, None] + centres - origin[:, :, None]) / scale  # (N, 2, side), cells of the old window
     at = (at / size * 2 - 1).float()
     grid = torch.stack([at[:, 0, None, :].expand(-1, side, -1), at[:, 1, :, None].expand(-1, -1, side)], -1)
     return F.grid_sample(logits[:, None] + nothing, grid, padding_mode="zeros", align_corners=False)[:, 0] - nothing
