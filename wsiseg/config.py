@@ -206,6 +206,9 @@ class DetectionConfig:
     examples
         Boxes per type and tile, of cells of the type, and as many of others: one odd cell among four is outvoted. Not measured on SAM 3's own
         weights, which are not ours to try.
+    min_lead
+        Least sureness of an example (prompts/exemplars.py): 0 is half way between two types' clicks, 1 is like the click. A tile without the type
+        should give no example of it; in between, a quarter is a choice.
     candidates
         Places per type and tile that look most like its clicks and are decoded, for the examples to be chosen from: six for each.
     """
@@ -216,6 +219,7 @@ class DetectionConfig:
     same_cell: float = setting(0.5, 0.01, 1)
     seam_um: float = setting(2.0, 0, 32)
     examples: int = setting(4, 1, 64)
+    min_lead: float = setting(0.25, 0, 1)
     candidates: int = setting(24, 1, 1000)
 
 

@@ -22,11 +22,12 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from wsiseg.config import MaskConfig, RunConfig
+    from wsiseg.config import DetectionConfig, MaskConfig, RunConfig
     from wsiseg.geometry import Box, Lattice
     from wsiseg.models.contract import PromptableModel
     from wsiseg.records import Bank, Embeddings, TypePrototypes
 
+_ALIKE = 0.02  #: a lead of a clicked cell below this, in cosine, tells nothing: its type looks like another one to the network
 _SAME_PX0 = 1e-2  #: prompts this close are one
 
 
@@ -68,17 +69,24 @@ def likely_places(
 def sureness(descriptors: NDArray[np.float32], types: Sequence[TypePrototypes]) -> NDArray[np.float32]:
     """How sure it is that cells (N, D) are of each type -> (N, T), > 0 for at most one type of each.
 
-    The largest cosine with a clicked cell of the type, less that with a cell clicked as another type or against this one; without such rivals,
-    the cosine itself.
+    The lead of the largest cosine with a clicked cell of the type over that with a cell clicked as another type or against this one, relative to
+    the lead that the clicked cells have themselves: 0 half way between two types, 1 like the click. Without rivals, the cosine itself.
     """
+    sure = _leads(descriptors, types)
+    for t, of in enumerate(types):
+        sure[:, t] /= max(float(_leads(of.clicked, types)[:, t].max()), _ALIKE)
+    return sure
+
+
+def _leads(descriptors: NDArray[np.float32], types: Sequence[TypePrototypes]) -> NDArray[np.float32]:
     like = np.stack([_most_like(descriptors, of.clicked) for of in types], 1)
-    sure = like.copy()
+    leads = like.copy()
     for t, of in enumerate(types):
         rivals = [np.delete(like, t, 1), *([_most_like(descriptors, of.negative)[:, None]] if len(of.negative) else [])]
         rival = np.concatenate(rivals, 1)
         if rival.shape[1]:
-            sure[:, t] -= rival.max(1)
-    return sure
+            leads[:, t] -= rival.max(1)
+    return leads
 
 
 def _most_like(descriptors: NDArray[np.float32], clicked: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -88,12 +96,12 @@ def _most_like(descriptors: NDArray[np.float32], clicked: NDArray[np.float32]) -
     return cosines
 
 
-def choose(sure: NDArray[np.float32], boxes: NDArray[np.float32], count: int) -> list[NDArray[np.float32]]:
-    """The surest boxes of each type: (N, T), (N, 4) -> T arrays (at most ``count``, 4)."""
+def choose(sure: NDArray[np.float32], boxes: NDArray[np.float32], config: DetectionConfig) -> list[NDArray[np.float32]]:
+    """The surest boxes of each type, of those sure enough: (N, T), (N, 4) -> T arrays (at most ``examples``, 4)."""
     chosen = []
     for column in sure.T:
-        order = np.argsort(-column, kind="stable")[:count]
-        chosen.append(boxes[order[column[order] > 0]])
+        order = np.argsort(-column, kind="stable")[: config.examples]
+        chosen.append(boxes[order[column[order] >= config.min_lead]])
     return chosen
 
 
@@ -138,7 +146,7 @@ def find_examples(
         return cells, np.clip(boxes, 0, outer.width).astype(np.float32)
 
     cells, boxes = cells_at(points, config.masks)
-    shown = choose(sureness(cells.descriptors.astype(np.float32), bank.types), boxes, count)
+    shown = choose(sureness(cells.descriptors.astype(np.float32), bank.types), boxes, config.detection)
     nothing = np.empty((0, 2))
     clicks = [of.clicks for of in bank.types]
     clicks += [nothing if of.negative_clicks is None else of.negative_clicks for of in bank.types]
