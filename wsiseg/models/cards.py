@@ -63,8 +63,8 @@ class ModelCard:
     parameters: int = 0
 
 
-def read_note(path: Path) -> dict[str, Any]:
-    """What `wsiseg models import` wrote into a safetensors file beside the tensors; empty when it did not make the file.
+def read_note(path: Path) -> dict[str, Any] | None:
+    """What `wsiseg models import` wrote into a safetensors file beside the tensors; ``None`` when it did not make the file.
 
     Raises
     ------
@@ -76,14 +76,27 @@ def read_note(path: Path) -> dict[str, Any]:
     try:
         with safe_open(path, framework="numpy") as file:
             text = (file.metadata() or {}).get("wsiseg")
-        note = {} if text is None else json.loads(text)
     except (SafetensorError, OSError, ValueError) as error:
         raise WeightsError(
             f"{path}: not a readable safetensors file ({first_line(error)}); pass an undamaged weight file"
         ) from error
+    if text is None:
+        return None
+    try:
+        note = json.loads(text)
+    except ValueError:
+        note = None
     if not isinstance(note, dict):
-        raise WeightsError(f"{path}: its metadata belong to another version; import the checkpoint again")
+        raise foreign_note(path, text)
     return note
+
+
+def foreign_note(path: Path, text: str) -> WeightsError:
+    """Make the error for a note in a weight file that this version cannot use."""
+    shown = " ".join(text.split())[:80]
+    return WeightsError(
+        f"{path}: its metadata (wsiseg: {shown}) belong to another version; import the checkpoint again"
+    )
 
 
 def file_hash(path: Path) -> str:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import platformdirs
 
 from wsiseg.errors import ConfigError, RunError, WeightsError
-from wsiseg.models.cards import ModelCard, file_hash, read_note, require_same
+from wsiseg.models.cards import ModelCard, file_hash, foreign_note, read_note, require_same
 from wsiseg.models.registry import MODELS, NETWORKS
 from wsiseg.runtime.atomic import atomic_path, is_abandoned
 from wsiseg.runtime.paths import kind_of, names_in, read_text, readable
@@ -148,7 +148,7 @@ def card_of_file(path: Path) -> ModelCard:
     note = read_note(path)
     with safe_open(path, framework="numpy") as file:
         keys = list(file.keys())
-    if note:
+    if note is not None:
         return ModelCard(
             name=path.stem,
             weights=path,
@@ -175,10 +175,7 @@ def _stated(note: dict[str, Any], path: Path) -> dict[str, Any]:
     except (ValueError, TypeError, KeyError):
         sound = False
     if not sound:
-        shown = " ".join(json.dumps(note, sort_keys=True).split())[:80]
-        raise WeightsError(
-            f"{path}: its metadata (wsiseg: {shown}) belong to another version; import the checkpoint again"
-        )
+        raise foreign_note(path, json.dumps(note, sort_keys=True))
     return fields
 
 
@@ -250,7 +247,9 @@ def import_model(
             on_note(note)
     weights, card_path = folder / f"{name}.safetensors", folder / f"{name}.json"
     facts = {**converted.facts, "parameters": sum(value.numel() for value in converted.tensors.values())}
-    stated = {"network": converted.network, "mpp": mpp, "normalise": normalise, **facts, **converted.recipe}
+    stated = {"network": converted.network, "mpp": mpp, "normalise": normalise}
+    if converted.recipe:  # a SAM tells the rest by its tensors, and its file keeps the hash that earlier versions gave it
+        stated |= {**facts, **converted.recipe}
     with _temporary(weights) as partial:
         _save(converted.tensors, partial, stated)
         card = ModelCard(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Self
 
-from wsiseg.models.cards import read_note
+from wsiseg.models.cards import foreign_note, read_note
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -37,10 +37,13 @@ class Recipe:
     @classmethod
     def of(cls, path: Path) -> Self:
         """Read the recipe in a file of `wsiseg models import`."""
-        note = read_note(path)
-        return cls(
-            config=note["config"],
-            pixel_mean=tuple(note["pixel_mean"]),
-            pixel_sd=tuple(note["pixel_sd"]),
-            tokenizer=note["tokenizer"],
-        )
+        note = read_note(path) or {}
+        try:
+            return cls(
+                config=dict(note["config"]),
+                pixel_mean=tuple(note["pixel_mean"]),
+                pixel_sd=tuple(note["pixel_sd"]),
+                tokenizer=note["tokenizer"],
+            )
+        except (KeyError, TypeError, ValueError):
+            raise foreign_note(path, str(note)) from None

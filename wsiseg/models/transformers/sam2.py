@@ -16,6 +16,7 @@ import torch
 
 from wsiseg.models.transformers.networks import configuration, library, without_memory
 from wsiseg.models.transformers.tracker import HubModel
+from wsiseg.models.transformers.trunks import hiera_levels
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -88,7 +89,7 @@ class Sam2(HubModel):
 
     def pyramid(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Levels of the feature pyramid of standardised tiles (B, 3, input_px, input_px), finest first."""
-        return self.three_levels(self.sam.vision_encoder(x).fpn_hidden_states)
+        return self.three_levels(hiera_levels(self.sam.vision_encoder, x))
 
     def check_pyramid(self) -> None:
         """Run the encoder without weights.

@@ -20,6 +20,7 @@ import torch
 from wsiseg.models.transformers.detector import Sam3Detector
 from wsiseg.models.transformers.networks import compute_constants, configuration, library, without_memory
 from wsiseg.models.transformers.tracker import HubModel
+from wsiseg.models.transformers.trunks import vit_features, vit_levels
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -131,10 +132,9 @@ class Sam3(HubModel):
 
     def pyramids(self, x: Tensor) -> tuple[Levels | None, Levels | None]:
         """The detector's and the tracker's pyramid of standardised tiles (B, 3, input_px, input_px), finest level first."""
-        grid = self.input_px // self.patch
-        features = self.trunk(x).last_hidden_state.view(len(x), grid, grid, -1).permute(0, 3, 1, 2)
+        features = vit_features(self.trunk, x)
         necks = (self.detector_model and self.detector_model.vision_encoder.neck, self.tracker_neck)
-        detector, tracker = (None if neck is None else self.three_levels(neck(features)[0]) for neck in necks)
+        detector, tracker = (None if neck is None else self.three_levels(vit_levels(neck, features)) for neck in necks)
         return detector, tracker
 
     def check_pyramid(self) -> None:

@@ -1,0 +1,115 @@
+"""The image encoders of SAM 2 and SAM 3, the same numbers in less time and memory.
+
+Symbol   here      shape             meaning
+x        x         (B, h, w, C)      image tokens
+         rows      window rows       a strip of the image as high as a window
+
+Inside windows a block sees nothing of other windows, and its norms and multilayer perceptron see one token alone. So a block is applied to one
+strip of windows after the other [1]_, by the library's own module: the queries, keys, values and hidden layers of a strip stay in the cache, and
+those of the whole image never exist. Blocks that attend to the whole image do the attention at once, and the rest in strips too. The necks compute
+the levels that are used, without their positional encodings, which only video needs.
+
+References
+----------
+.. [1] Windows: Li et al.: Exploring Plain Vision Transformer Backbones for Object Detection, ECCV 2022, arXiv:2203.16527, and Ryali et al.: Hiera,
+   ICML 2023, arXiv:2306.00989.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+_TOKENS = 2048  #: of a strip, about: fewer make products too small, more leave the cache (SAM 2.1's Hiera-T: 2.2, 2.3, 2.4 s at 2048, 4096, 16384)
+
+
+def hiera_levels(encoder: Any, images: Tensor) -> list[Tensor]:  # noqa: ANN401
+    """The feature pyramid of ``Sam2VisionModel``, finest level first: (B, C, h, w) each, as many as the checkpoint uses.
+
+    Parameters
+    ----------
+    encoder
+        A ``Sam2VisionModel`` in evaluation mode.
+    images
+        (B, 3, side, side), standardised.
+    """
+    backbone, neck = encoder.backbone, encoder.neck
+    x = backbone.patch_embed(images)
+    x = (x + _hiera_position(backbone, x.shape[1:3])).contiguous()
+    levels: list[Tensor] = []
+    for i, block in enumerate(backbone.blocks):
+        x = _in_strips(block, x, block.window_size) if block.window_size else _attend_to_all(block, block.attn, x)
+        if i in backbone.stage_ends:  # the lateral convolution at once: nothing else of a stage is needed later
+            levels.append(neck.convs[len(backbone.stage_ends) - 1 - len(levels)](x.permute(0, 3, 1, 2)))
+    for i in range(len(levels) - 2, -1, -1):
+        if i in neck.fpn_top_down_levels:
+            levels[i] += F.interpolate(levels[i + 1].float(), scale_factor=2.0, mode="nearest").to(x.dtype)
+    return levels[: encoder.num_feature_levels]
+
+
+def _hiera_position(backbone: Any, size: Sequence[int]) -> Tensor:  # noqa: ANN401
+    """Positional encoding (1, h, w, C): that of the whole image, and in each window the same."""
+    whole = F.interpolate(backbone.pos_embed, size=tuple(size), mode="bicubic")
+    window = backbone.pos_embed_window
+    step = window.shape[-1]
+    whole.view(*whole.shape[:2], size[0] // step, step, size[1] // step, step).add_(window[:, :, None, :, None, :])
+    return whole.permute(0, 2, 3, 1)
+
+
+def vit_features(trunk: Any, images: Tensor) -> Tensor:  # noqa: ANN401
+    """Features (B, C, g, g) of ``Sam3ViTModel``, as its last layer leaves them.
+
+    Parameters
+    ----------
+    trunk
+        A ``Sam3ViTModel`` in evaluation mode.
+    images
+        (B, 3, side, side), standardised.
+    """
+    grid = images.shape[-1] // trunk.config.patch_size
+    x = trunk.layer_norm(trunk.embeddings(images).view(len(images), grid, grid, -1))
+    for layer in trunk.layers:
+        if layer.window_size:
+            x = _in_strips(layer, x, layer.window_size)
+        else:
+            x = _attend_to_all(layer, lambda h, layer=layer: layer.attention(h, layer.rotary_emb(h, layer.position_ids))[0], x)
+    features: Tensor = x.permute(0, 3, 1, 2)
+    return features
+
+
+def vit_levels(neck: Any, features: Tensor) -> list[Tensor]:  # noqa: ANN401
+    """The levels of ``Sam3VisionNeck`` at the resolution of the features (B, C, g, g) and above, finest first."""
+    return [layer(features) for layer in neck.fpn_layers if layer.scale_factor >= 1]
+
+
+def _in_strips(block: Any, x: Tensor, window: int) -> Tensor:  # noqa: ANN401
+    """A block that attends within windows of ``window`` rows; in place where it keeps the shape."""
+    batch, height, width, _ = x.shape
+    rows = height if x.is_cuda else max(_TOKENS // (batch * width * window), 1) * window
+    if rows >= height:
+        whole: Tensor = block(x)
+        return whole
+    strips = x.split(rows, 1)
+    if getattr(block, "dim", None) != getattr(block, "dim_out", None) or getattr(block, "query_stride", None):
+        return torch.cat([block(strip) for strip in strips], 1)
+    for strip in strips:
+        strip.copy_(block(strip))
+    return x
+
+
+def _attend_to_all(block: Any, attention: Any, x: Tensor) -> Tensor:  # noqa: ANN401
+    """A block that attends to the whole image."""
+    if x.is_cuda or getattr(block, "query_stride", None):
+        whole: Tensor = block(x)
+        return whole
+    x = x + attention(block.layer_norm1(x))
+    for strip in x.split(max(_TOKENS // x.shape[2] // len(x), 1), 1):
+        strip += block.mlp(block.layer_norm2(strip))
+    return x
