@@ -45,7 +45,9 @@ def find_weights(model: str) -> tuple[ModelCard, Path]:
         return card_of_file(path), path
     if found == "folder":
         how = f"wsiseg models import {path} --name NAME --mpp UM"
-        raise WeightsError(f"--model {model}: a folder; a model in one is converted once, and then used by its name: {how}")
+        raise WeightsError(
+            f"--model {model}: a folder; a model in one is converted once, and then used by its name: {how}"
+        )
     if found == "file":
         how = f"wsiseg models import {path} --name NAME --mpp UM"
         raise WeightsError(

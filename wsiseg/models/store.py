@@ -28,7 +28,7 @@ from wsiseg.models.cards import ModelCard, file_hash, foreign_note, read_note, r
 from wsiseg.models.registry import MODELS, NETWORKS
 from wsiseg.runtime.atomic import atomic_path, is_abandoned
 from wsiseg.runtime.paths import kind_of, names_in, read_text, readable
-from wsiseg.runtime.text import did_you_mean, first_line
+from wsiseg.runtime.text import did_you_mean
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -139,7 +139,7 @@ def card_of_file(path: Path) -> ModelCard:
     WeightsError
         Not safetensors, or a SAM checkpoint that has not been imported.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
     for card in MODELS.values():
         with readable(path, WeightsError):
@@ -238,17 +238,17 @@ def import_model(
             f"normalise {normalise}: unknown; {did_you_mean(normalise, NORMALISE)}choose from {', '.join(NORMALISE)}"
         )
 
-    if kind_of(file, WeightsError) == "folder":
-        converted = _from_folder(file, decoder)
-    else:
-        converted = _from_checkpoint(file, decoder)
+    read = _from_folder if kind_of(file, WeightsError) == "folder" else _from_checkpoint
+    converted = read(file, decoder)
     for note in converted.notes:
         if on_note:
             on_note(note)
     weights, card_path = folder / f"{name}.safetensors", folder / f"{name}.json"
     facts = {**converted.facts, "parameters": sum(value.numel() for value in converted.tensors.values())}
     stated = {"network": converted.network, "mpp": mpp, "normalise": normalise}
-    if converted.recipe:  # a SAM tells the rest by its tensors, and its file keeps the hash that earlier versions gave it
+    if (
+        converted.recipe
+    ):  # a SAM tells the rest by its tensors, and its file keeps the hash that earlier versions gave it
         stated |= {**facts, **converted.recipe}
     with _temporary(weights) as partial:
         _save(converted.tensors, partial, stated)
@@ -296,7 +296,9 @@ def _from_folder(folder: Path, decoder: Path | None) -> _Converted:
     from wsiseg.models.transformers.folders import read_folder
 
     if decoder is not None:
-        raise ConfigError(f"--decoder: belongs to a SAM checkpoint that is one file; {folder} is a folder: leave it out")
+        raise ConfigError(
+            f"--decoder: belongs to a SAM checkpoint that is one file; {folder} is a folder: leave it out"
+        )
     found = read_folder(folder)
     if found.recipe is None:
         converted = _from_sam(found.tensors, {}, found.notes, folder)
@@ -312,9 +314,7 @@ def _from_folder(folder: Path, decoder: Path | None) -> _Converted:
     )
 
 
-def _from_sam(
-    sam: dict[str, Tensor], decoder: dict[str, Tensor], notes: tuple[str, ...], file: Path
-) -> _Converted:
+def _from_sam(sam: dict[str, Tensor], decoder: dict[str, Tensor], notes: tuple[str, ...], file: Path) -> _Converted:
     """A SAM, and its instance decoder if it has one, with all their tensors."""
     from wsiseg.models.sam.checkpoints import recognise
     from wsiseg.models.sam.model import SamModel

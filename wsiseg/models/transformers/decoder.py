@@ -73,9 +73,13 @@ class FineDecoder(PointDecoder):
         return torch.cat([super()._own_tokens(), self.own.obj_score_token.weight])
 
     def _decode(
-        self, shared: Shared, tile: Tensor, prompts: Tensor, corner: Tensor | None, masks: slice
+        self,
+        shared: FineShared,  # type: ignore[override] - its own ``shared_type``
+        tile: Tensor,
+        prompts: Tensor,
+        corner: Tensor | None,
+        masks: slice,
     ) -> tuple[Tensor, Tensor]:
-        assert isinstance(shared, FineShared)
         tokens, keys = self._transform(shared, tile, prompts)
         by_stability = masks == SINGLE and self.own.dynamic_multimask_via_stability
         weights, quality = self._heads(tokens, _ALL if by_stability else masks)

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from wsiseg.errors import WeightsError
+from wsiseg.errors import WeightsError, counted
 from wsiseg.models.cards import require_same
 from wsiseg.models.transformers.detector import TOKENIZER_FILES, read_tokenizer
 from wsiseg.models.transformers.networks import CLASSES
@@ -114,30 +114,11 @@ def read_folder(folder: Path) -> HubFolder:
     licence, source = _licence(folder), _source(folder)
     if kind == "sam":
         return HubFolder(kind="sam", tensors=_as_sam(tensors), licence=licence, source=source)
-    left_out = [name for name in tensors if _plain(name).startswith(_VIDEO)]
-    if left_out:
-        notes.append(f"left out of {folder.name}: {len(left_out)} tensors for video ({_plain(min(left_out))}, ...)")
-    tensors = {name: value for name, value in tensors.items() if not _plain(name).startswith(_VIDEO)}
     mean, sd = _pixel_statistics(folder, IMAGENET if kind.startswith("sam2") else HALVES)
     recipe = Recipe(config=config, pixel_mean=mean, pixel_sd=sd, tokenizer=_tokenizer(folder, kind, notes))
-    network: Sam2 | Sam3
-    try:
-        if kind.startswith("sam2"):
-            network, named = Sam2(recipe, mpp=1.0), {f"sam.{name}": value for name, value in tensors.items()}
-        else:
-            network, named = Sam3(recipe, mpp=1.0), {_sam3_name(name, kind): value for name, value in tensors.items()}
-        network.check_pyramid()
-        architecture = network.architecture(config)
-    except WeightsError as error:
-        raise WeightsError(f"{folder}: {error}") from error
-    wanted = network.state_dict()
-    named |= _ties(named, wanted)
-    require_same(
-        {k: v.shape for k, v in wanted.items()},
-        {k: v.shape for k, v in named.items()},
-        f"the {kind} that its config.json describes",
-        folder,
-    )
+    network, named, left_out = fit(recipe, tensors, folder)
+    if left_out:
+        notes.append(f"left out of {folder.name}: {counted(len(left_out), 'tensor')} for video ({left_out[0]}, ...)")
     broken = sorted(k for k, v in named.items() if v.is_floating_point() and not torch.isfinite(v).all())
     if broken:
         raise WeightsError(
@@ -147,11 +128,60 @@ def read_folder(folder: Path) -> HubFolder:
         kind=kind[:4],
         tensors=named,
         recipe=recipe,
-        facts={"architecture": architecture, "prompts": network.prompts, "input_px": network.input_px},
+        facts={"architecture": network.architecture(config), "prompts": network.prompts, "input_px": network.input_px},
         licence=licence,
         source=source,
         notes=tuple(notes),
     )
+
+
+def fit(recipe: Recipe, tensors: Mapping[str, Tensor], place: Path) -> tuple[Sam2 | Sam3, dict[str, Tensor], list[str]]:
+    """Fit the tensors of a folder to the network of its configuration.
+
+    Parameters
+    ----------
+    recipe
+        Its ``config`` is one of SAM 2 or SAM 3.
+    tensors
+        Under the names in the files.
+    place
+        Where they are from, for messages.
+
+    Returns
+    -------
+    network
+        Without memory of its own.
+    named
+        The tensors that images need, under the network's names: all that it has, in its shapes.
+    left_out
+        Names of the tensors that only video needs.
+
+    Raises
+    ------
+    WeightsError
+        The configuration cannot be built, or tensors are missing, unexpected or misshapen.
+    """
+    kind = recipe.config["model_type"]
+    left_out = sorted(name for name in tensors if _plain(name).startswith(_VIDEO))
+    kept = {name: value for name, value in tensors.items() if not _plain(name).startswith(_VIDEO)}
+    network: Sam2 | Sam3
+    try:
+        if kind.startswith("sam2"):
+            network, named = Sam2(recipe, mpp=1.0), {f"sam.{name}": value for name, value in kept.items()}
+        else:
+            network, named = Sam3(recipe, mpp=1.0), {_sam3_name(name, kind): value for name, value in kept.items()}
+        network.check_pyramid()
+    except WeightsError as error:
+        raise WeightsError(f"{place}: {error}") from error
+    wanted = network.state_dict()
+    named |= _ties(named, wanted)
+    require_same(
+        {k: v.shape for k, v in wanted.items()},
+        {k: v.shape for k, v in named.items()},
+        f"the {kind} that its config.json describes",
+        place,
+    )
+    return network, named, left_out
 
 
 # Files
@@ -168,7 +198,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if _asks_for_code(config):
         raise WeightsError(f"{path}: asks for code of its own (auto_map), which is never run; {_ONE_OF}")
     if "quantization_config" in config:
-        raise WeightsError(f"{path}: quantised weights, which are not supported; get the folder of the original weights")
+        raise WeightsError(
+            f"{path}: quantised weights, which are not supported; get the folder of the original weights"
+        )
     if kind not in CLASSES and kind != "sam":
         raise WeightsError(f"{path}: a model of type {str(kind)[:40]!r}, which is not supported; {_ONE_OF}")
     return config
@@ -255,7 +287,9 @@ def _tokenizer(folder: Path, kind: str, notes: list[str]) -> str | None:
     if kind not in {"sam3", "sam3_video"}:
         return None
     if not any(kind_of(folder / name, WeightsError) == "file" for name in TOKENIZER_FILES):
-        notes.append(f"{folder.name} has no tokenizer.json, so the model takes no text; download it too and import again")
+        notes.append(
+            f"{folder.name} has no tokenizer.json, so the model takes no text; download it too and import again"
+        )
         return None
     return read_tokenizer(folder)
 

@@ -62,7 +62,9 @@ def configuration(content: Mapping[str, Any]) -> Any:  # noqa: ANN401
         with _quiet():
             return kind.from_dict(_without_precision(content))
     except Exception as error:  # whatever its checks raise
-        raise WeightsError(f"transformers refuses the configuration ({first_line(error)}); get the folder again") from error
+        raise WeightsError(
+            f"transformers refuses the configuration ({first_line(error)}); get the folder again"
+        ) from error
 
 
 def _without_precision(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -89,7 +91,7 @@ def _quiet() -> Iterator[None]:
 @contextmanager
 def without_memory() -> Iterator[None]:
     """Networks made inside have names and shapes, and no weights."""
-    with torch.device("meta"):
+    with torch.device("meta"), torch.no_grad():
         try:
             yield
         except WeightsError:

@@ -29,7 +29,11 @@ if TYPE_CHECKING:
     from wsiseg.models.transformers.tracker import Levels
     from wsiseg.records import Embeddings
 
-FPN = ("fpn0", "fpn1", "fpn2")  #: names in ``Embeddings.extra`` of the detector's levels, at 4, 2 and 1 times the tokens' resolution
+FPN = (
+    "fpn0",
+    "fpn1",
+    "fpn2",
+)  #: names in ``Embeddings.extra`` of the detector's levels, at 4, 2 and 1 times the tokens' resolution
 
 
 class Sam3(HubModel):
@@ -124,11 +128,13 @@ class Sam3(HubModel):
             ``low`` (B, C, g, g) and ``high`` (B, C, 4g, 4g), unit norm along channels; no maps; with a detector, ``extra`` has its pyramid under
             the names ``FPN``.
         """
-        detector, tracker = self.pyramids(self.standardised(images))
-        cop = detector or tracker
-        assert cop is not None
+        pyramids = self.pyramids(self.standardised(images))
+        fine, _, coarse = next(
+            levels for levels in pyramids if levels is not None
+        )  # the detector's, where there is one
+        detector, tracker = pyramids
         kept = dict(zip(FPN, detector, strict=True)) if detector else {}
-        return self.embeddings(images, tracker, cop[0], cop[2], **kept)
+        return self.embeddings(images, tracker, fine, coarse, **kept)
 
     def pyramids(self, x: Tensor) -> tuple[Levels | None, Levels | None]:
         """The detector's and the tracker's pyramid of standardised tiles (B, 3, input_px, input_px), finest level first."""

@@ -102,7 +102,9 @@ class HubModel(PromptedSam):
             )
         return by_size[4 * grid], by_size[2 * grid], by_size[grid]
 
-    def embeddings(self, images: Tensor, levels: Levels | None, fine: Tensor, coarse: Tensor, **more: Tensor) -> Embeddings:
+    def embeddings(
+        self, images: Tensor, levels: Levels | None, fine: Tensor, coarse: Tensor, **more: Tensor
+    ) -> Embeddings:
         """Embeddings of tiles whose tracker's pyramid is ``levels``; F_h and F_l are made of ``fine`` and ``coarse``."""
         extra = {"density": optical_density(images.float() / 255, self.mask_stride_px), **more}
         if levels is not None:

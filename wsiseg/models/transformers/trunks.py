@@ -79,7 +79,9 @@ def vit_features(trunk: Any, images: Tensor) -> Tensor:  # noqa: ANN401
         if layer.window_size:
             x = _in_strips(layer, x, layer.window_size)
         else:
-            x = _attend_to_all(layer, lambda h, layer=layer: layer.attention(h, layer.rotary_emb(h, layer.position_ids))[0], x)
+            x = _attend_to_all(
+                layer, lambda h, layer=layer: layer.attention(h, layer.rotary_emb(h, layer.position_ids))[0], x
+            )
     features: Tensor = x.permute(0, 3, 1, 2)
     return features
 
@@ -111,5 +113,5 @@ def _attend_to_all(block: Any, attention: Any, x: Tensor) -> Tensor:  # noqa: AN
         return whole
     x = x + attention(block.layer_norm1(x))
     for strip in x.split(max(_TOKENS // x.shape[2] // len(x), 1), 1):
-        strip += block.mlp(block.layer_norm2(strip))
+        strip.add_(block.mlp(block.layer_norm2(strip)))
     return x
