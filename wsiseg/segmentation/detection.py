@@ -191,7 +191,7 @@ class Detector:
 
     def _masks(self, whole: _Field, field: _Field, detections: Detections, row: int) -> Iterator[WindowMasks]:
         """The masks of what is centred in the field's core: those that fit into windows, then the others."""
-        inside = detections.logits > 0
+        inside = _in_boxes(detections)
         scale = detections.mask_stride_px * field.side_px / self.side  # px of the tile per cell of the masks
         area = inside.sum((1, 2))
         steps = torch.arange(inside.shape[2], device=inside.device) + 0.5
@@ -200,8 +200,8 @@ class Detector:
         low, high = torch.from_numpy(field.core).to(centre).view(2, 2)
         seam = self.config.seam_um / self.model.mpp
         own = ((centre >= low - seam) & (centre < high + seam)).all(1) & (area > 0)
-        logits, inside, centre, scores = (v[own] for v in (detections.logits, inside, centre, detections.scores))
-        start, fits = _window_start(inside)
+        logits, centre, scores = (v[own] for v in (detections.logits, centre, detections.scores))
+        start, fits = _window_start(inside[own])
         for rows, corner, side in ((fits, start, WINDOW), (~fits, torch.zeros_like(start), logits.shape[2])):
             if rows.any():
                 cut = logits[rows] if side == logits.shape[2] else _cut(logits[rows], corner[rows], side)
@@ -267,6 +267,19 @@ def _enlarged(pixels: NDArray[np.uint8], corner_xy: NDArray[np.float64], side_px
     part = torch.from_numpy(pixels[y : y + side_px, x : x + side_px].astype(np.float32)).permute(2, 0, 1)[None]
     larger = F.interpolate(part, size=(size, size), mode="bilinear", align_corners=False)
     return larger.round().clamp(0, 255).byte()
+
+
+def _in_boxes(detections: Detections) -> Tensor:
+    """The masks (N, h, w), each inside of its box; where nothing of it is there, as it is.
+
+    A mask may light up on other things of its kind. The box says which of them is meant; what hangs together with that is outlined later.
+    """
+    inside = detections.logits > 0
+    steps = torch.arange(inside.shape[2], device=inside.device) + 0.5
+    low, high = (detections.boxes_px / detections.mask_stride_px).view(-1, 2, 2, 1).unbind(1)  # (N, 2, 1), x and y
+    across, down = ((steps >= low - 1) & (steps <= high + 1)).unbind(1)
+    boxed = inside & across[:, None, :] & down[:, :, None]
+    return torch.where(boxed.any(1).any(1)[:, None, None], boxed, inside)
 
 
 def _window_start(inside: Tensor) -> tuple[Tensor, Tensor]:
