@@ -54,7 +54,6 @@ class PromptedSam(nn.Module):
     supports_full_tile = True
     box_replaces_point = True
     prompts_multiple = CPU_PROMPTS
-    has_maps = False
     prompts: tuple[str, ...] = ("points", "boxes")
     pixel_mean: Tensor
     pixel_sd: Tensor
@@ -88,6 +87,11 @@ class PromptedSam(nn.Module):
             ("measured_sd", MEASURED_SD, (-1,)),
         ):
             self.register_buffer(name, torch.tensor(values).view(shape), persistent=False)
+
+    @property
+    def has_maps(self) -> bool:
+        """True if it makes instance maps."""
+        return False
 
     @property
     def device(self) -> torch.device:

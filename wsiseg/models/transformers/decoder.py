@@ -74,7 +74,7 @@ class FineDecoder(PointDecoder):
 
     def _decode(
         self,
-        shared: FineShared,  # type: ignore[override] - its own ``shared_type``
+        shared: FineShared,  # type: ignore[override]  # what its own share_fine makes
         tile: Tensor,
         prompts: Tensor,
         corner: Tensor | None,

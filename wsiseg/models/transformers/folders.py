@@ -360,7 +360,7 @@ _TO_SAM = (
     (r"neck\.layer_norm1\.", "neck.1."),
     (r"neck\.conv2\.", "neck.2."),
     (r"neck\.layer_norm2\.", "neck.3."),
-    (r"point_embed\.", "point_embeddings."),
+    (r"prompt_encoder\.point_embed\.", "prompt_encoder.point_embeddings."),
     (r"mask_embed\.conv1\.", "mask_downscaling.0."),
     (r"mask_embed\.layer_norm1\.", "mask_downscaling.1."),
     (r"mask_embed\.conv2\.", "mask_downscaling.3."),

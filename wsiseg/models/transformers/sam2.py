@@ -44,13 +44,9 @@ class Sam2(HubModel):
         config = configuration(recipe.config)
         with without_memory():
             sam = library().Sam2Model(config)
-        super().__init__(
-            recipe,
-            mpp=mpp,
-            normalise=normalise,
-            vision=config.prompt_encoder_config,
-            channels=config.vision_config.fpn_hidden_size,
-        )
+            prompts, channels = config.prompt_encoder_config, config.vision_config.fpn_hidden_size
+            sizes = (prompts.image_size, prompts.patch_size, channels)
+        super().__init__(recipe, mpp=mpp, normalise=normalise, sizes=sizes)
         self.sam: Any = sam
 
     @staticmethod

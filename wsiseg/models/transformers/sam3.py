@@ -64,14 +64,13 @@ class Sam3(HubModel):
         config = configuration(recipe.config)
         detector = config if config.model_type == "sam3" else getattr(config, "detector_config", None)
         tracker = None if config.model_type == "sam3" else getattr(config, "tracker_config", config)
-        vision = (detector or tracker).vision_config
         with without_memory():
             detector_model = library().Sam3Model(detector) if detector else None
             tracker_model = library().Sam3TrackerModel(tracker) if tracker else None
-            encoder = tracker_model.vision_encoder if tracker_model else None
-        super().__init__(
-            recipe, mpp=mpp, normalise=normalise, vision=vision.backbone_config, channels=vision.fpn_hidden_size
-        )
+            encoder: Any = tracker_model.vision_encoder if tracker_model else None
+            vision: Any = (detector or tracker).vision_config  # type: ignore[union-attr]  # there is one of them
+            sizes = (vision.backbone_config.image_size, vision.backbone_config.patch_size, vision.fpn_hidden_size)
+        super().__init__(recipe, mpp=mpp, normalise=normalise, sizes=sizes)
         if tracker_model is not None:
             tracker_model.vision_encoder = None
         self.detector_model: Any = detector_model

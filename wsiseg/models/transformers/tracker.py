@@ -34,20 +34,19 @@ class HubModel(PromptedSam):
         Of the network.
     mpp, normalise
         As for :class:`PromptedSam`.
-    vision
-        The part of the configuration that has ``image_size`` and ``patch_size`` of the image tokens.
-    channels
-        Of the pyramid.
+    sizes
+        Of the input and of an image token, as the configuration has them: a side, or height and width; and the pyramid's channels.
     """
 
     points: FineDecoder
     _kind = torch.float32
 
-    def __init__(self, recipe: Recipe, *, mpp: float, normalise: str, vision: Any, channels: int) -> None:  # noqa: ANN401
+    def __init__(self, recipe: Recipe, *, mpp: float, normalise: str, sizes: tuple[Any, Any, int]) -> None:
+        image, patch, channels = sizes
         super().__init__(
             mpp=mpp,
-            input_px=_side(vision.image_size, "image_size"),
-            patch=_side(vision.patch_size, "patch_size"),
+            input_px=_side(image, "image_size"),
+            patch=_side(patch, "patch_size"),
             channels=channels,
             pixel_mean=recipe.pixel_mean,
             pixel_sd=recipe.pixel_sd,
