@@ -13,7 +13,6 @@ from scipy import ndimage
 
 from wsiseg.celltypes.described import assign_described
 from wsiseg.config import DetectionConfig, MaskConfig, RunConfig, TilingConfig, TypingConfig
-from wsiseg.errors import ConfigError, SeedsError
 from wsiseg.geometry import Box, Lattice
 from wsiseg.records import (
     Cells,
@@ -27,10 +26,9 @@ from wsiseg.records import (
     WindowMasks,
 )
 from wsiseg.runs.image import segment_image
-from wsiseg.runs.inputs import phrases_as_seeds
 from wsiseg.seeds.bank import build_bank
 from wsiseg.segmentation.competition import compete
-from wsiseg.segmentation.detection import WINDOW, Detector
+from wsiseg.segmentation.detection import Detector
 from wsiseg.segmentation.polygons import trace
 from wsiseg.segmentation.prompts.exemplars import choose, find_examples, likely_places, sureness
 from wsiseg.slide.array_reader import ArrayReader
@@ -189,15 +187,21 @@ def described(model, *names):
     ]
 
 
-@pytest.mark.parametrize(("count", "smallest"), [(1, 64), (150, 64), (350, 64), (700, 16)])
-def test_all_instances_of_a_crowded_tile_are_found(count, smallest):
-    """More than the detector's 200 queries: the tile is searched in quarters, and those in quarters of their own."""
-    model, spots = SpotModel(), grid(count, radius=8 if count < 700 else 6)
-    cells = one_tile(picture(spots), described(model, "dark"), model=model, smallest_field_um=smallest)
+@pytest.mark.parametrize(("count", "queries", "passes"), [(1, 200, 1), (150, 200, 1), (350, 200, 5), (350, 80, 21)])
+def test_all_instances_of_a_crowded_tile_are_found(count, queries, passes):
+    """More than the detector has queries: the tile is searched in quarters, and those in quarters of their own."""
+    model, spots = SpotModel(), grid(count)
+    model.detector.max_instances = queries
+    cells = one_tile(picture(spots), described(model, "dark"), model=model, smallest_field_um=40)
     assert matched(cells, spots) == count == len(cells)
-    assert model.detector.passes == {1: 1, 150: 1, 350: 5, 700: 21}[count]
-    assert model.trunk == model.detector.passes
-    assert max(model.detector.fields[1:], default=0) <= 200
+    assert model.detector.passes == model.trunk == passes
+    assert max(model.detector.fields) <= queries
+
+
+def test_a_field_without_room_for_many_is_not_searched_in_quarters():
+    model = SpotModel()
+    one_tile(picture(grid(350)), described(model, "dark"), model=model, smallest_field_um=81)
+    assert model.detector.passes == 1  # a quarter would be 80 um
 
 
 class PlacedModel(SpotModel):
@@ -246,20 +250,20 @@ def test_a_tile_without_instances_gives_none():
 def test_cells_at_the_seams_of_tiles_are_found_once(origin):
     """A run over four tiles and more, whose grid lies elsewhere the second time."""
     rng = np.random.default_rng(5)
-    at = rng.permutation(np.stack(np.meshgrid(np.arange(12, 900, 24), np.arange(12, 900, 24)), -1).reshape(-1, 2))[:400]
+    at = rng.permutation(np.stack(np.meshgrid(np.arange(12, 700, 24), np.arange(12, 700, 24)), -1).reshape(-1, 2))[:250]
     spots = [(x + 0.3, y + 0.6, 7.0, "dark") for x, y in at.astype(float)]
     tiling = TilingConfig(origin_um=origin)
     model, cells, _ = text_run(
-        picture(spots, 900), "dark", tiling=tiling, masks=MaskConfig(convex_above=1, simplify_um=0)
+        picture(spots, 700), "dark", tiling=tiling, masks=MaskConfig(convex_above=1, simplify_um=0)
     )
     assert model.trunk >= 4
-    assert matched(cells, spots) == len(cells) == 400
+    assert matched(cells, spots) == len(cells) == 250
 
 
 def test_types_compete_for_each_cell():
     """The cell has the best phrase's type and score, the best outline once, and its lead over the other type is the margin."""
     spots = [*grid(9), (30.0, 30.0, 8.0, "red")]
-    _, cells, typing = text_run(picture(spots), "dark", "red")
+    _, _, typing = text_run(picture(spots), "dark", "red")
     assert typing.count() == {"unassigned": 0, "dark": 9, "red": 1}
     assert (typing.scores > 0.8).all()
     assert typing.margins == pytest.approx(typing.scores)  # nothing was found twice

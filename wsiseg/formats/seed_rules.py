@@ -140,8 +140,8 @@ def require_points(seeds: Seeds, purpose: str) -> None:
     for number, kind in enumerate(seeds.types):
         if not kind.points:
             raise SeedsError(
-                f"{seeds.source}: types[{number}]: type {kind.name!r} has only phrases, and {purpose} needs clicks; click a cell of it, "
-                "or pass --method text with a model that reads text"
+                f"{seeds.source}: types[{number}]: type {kind.name!r} has only phrases, and {purpose} needs clicks; click a cell of it "
+                "(phrases alone are for `wsiseg run --method text`)"
             )
 
 

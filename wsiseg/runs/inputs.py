@@ -15,10 +15,11 @@ from wsiseg.errors import ConfigError, SlideError
 from wsiseg.formats import load_writer
 from wsiseg.formats.bank import read_bank
 from wsiseg.formats.regions import read_regions
-from wsiseg.formats.seed_rules import MAX_NAME, require_phrases, require_points
+from wsiseg.formats.seed_rules import MAX_NAME, default_colors, require_phrases, require_points
 from wsiseg.formats.seeds import check_seeds, read_seeds, seeds_text
 from wsiseg.models import find_weights, pick_device
 from wsiseg.models.cards import file_hash
+from wsiseg.records import Seeds, SeedType
 from wsiseg.runtime.paths import readable, require_text
 from wsiseg.segmentation.nuclear_scale import require_scale
 from wsiseg.slide import open_slide
@@ -28,7 +29,7 @@ from wsiseg.workers import check_scheduler
 if TYPE_CHECKING:
     from shapely import MultiPolygon
 
-    from wsiseg.records import Bank, Seeds, SlideInfo, TypeSpace
+    from wsiseg.records import Bank, SlideInfo, TypeSpace
     from wsiseg.slide import SlideReader
 
 
@@ -158,8 +159,10 @@ def phrases_as_seeds(phrases: tuple[str, ...]) -> Seeds:
     SeedsError
         As for the phrases and names in a seeds.json.
     """
-    types = [{"name": " ".join(phrase.replace(":", " ").split())[:MAX_NAME], "text": [phrase]} for phrase in phrases]
-    return dataclasses.replace(read_seeds({"version": 1, "types": types}), source="--text")
+    names = [" ".join(phrase.replace(":", " ").split())[:MAX_NAME].strip() for phrase in phrases]
+    colors = default_colors([None] * len(phrases))
+    types = [SeedType(name, color, text=(phrase,)) for name, color, phrase in zip(names, colors, phrases, strict=True)]
+    return read_seeds(Seeds(tuple(types), "--text"))
 
 
 def resolve(
