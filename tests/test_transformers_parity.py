@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
@@ -14,12 +15,14 @@ from wsiseg.models.transformers.folders import HALVES, IMAGENET, fit
 from wsiseg.models.transformers.networks import library
 from wsiseg.models.transformers.recipe import Recipe
 from wsiseg.models.transformers.sam3 import FPN
+from wsiseg.models.transformers.trunks import vit_features
 from wsiseg.records import PromptExtras
 from wsiseg.testing import tiny_hub_model
 
 transformers = pytest.importorskip("transformers")
 
 CPU = torch.device("cpu")
+tiny = lru_cache(tiny_hub_model)  #: a test that changes one takes a copy
 
 
 @pytest.fixture(autouse=True)
@@ -38,10 +41,9 @@ def recipe_of(model) -> Recipe:
     return Recipe(config=model.config.to_dict(), pixel_mean=mean, pixel_sd=sd)
 
 
-def ours(model, *, bf16: bool = False, mpp: float = 0.25):
+def ours(model, *, bf16: bool = False):
     """The model as wsiseg loads it, with the same weights."""
     network, tensors, _ = fit(recipe_of(model), model.state_dict(), Path("here"))
-    network = type(network)(recipe_of(model), mpp=mpp)
     network.compute_constants()
     network.load_state_dict({k: v.clone() for k, v in tensors.items()}, assign=True)
     return network.ready(CPU, bf16=bf16)
@@ -71,7 +73,7 @@ def tracker_of(model):
 @pytest.fixture(scope="module", params=["sam2", "sam3_tracker", "sam3_video"])
 def pair(request):
     """transformers' model for points, and ours."""
-    model = tiny_hub_model(request.param)
+    model = tiny(request.param)
     return tracker_of(model), ours(model)
 
 
@@ -93,14 +95,14 @@ def points_of(network, count: int, seed: int = 6) -> torch.Tensor:
 # The encoders
 
 
-@pytest.mark.parametrize("tokens", [64, 10**6], ids=["strips", "whole"])
+@pytest.mark.parametrize("tokens", [400, 10**6], ids=["strips", "whole"])
 @pytest.mark.parametrize("kind", ["sam2", "sam3_tracker"])
 def test_the_pyramid_is_the_librarys(kind, tokens, monkeypatch):
     monkeypatch.setattr("wsiseg.models.transformers.trunks._TOKENS", tokens)
-    model = tiny_hub_model(kind)
+    model = tiny(kind)
     network = ours(model)
     x = theirs(network, tiles(network))
-    levels = network.pyramid(x) if kind == "sam2" else network.pyramids(x)[1]
+    levels = network.pyramid(x) if kind == "sam2" else network.tracker_pyramid(vit_features(network.trunk, x))
     wanted = model.vision_encoder(x).fpn_hidden_states[:3]
     assert [level.shape[-1] for level in levels] == [80, 40, 20]
     for level, other in zip(levels, wanted, strict=True):
@@ -110,7 +112,7 @@ def test_the_pyramid_is_the_librarys(kind, tokens, monkeypatch):
 def test_features_of_two_scales_are_those_that_chain_of_prompts_takes():
     """SAM 2: levels 0 and 2 of the raw pyramid. SAM 3: those of the detector's neck, which are kept for the detector too."""
     for kind in ("sam2", "sam3_video", "sam3", "sam3_tracker"):
-        model = tiny_hub_model(kind)
+        model = tiny(kind)
         network = ours(model)
         images = tiles(network)
         found = network.encode(images)
@@ -127,7 +129,7 @@ def test_features_of_two_scales_are_those_that_chain_of_prompts_takes():
 
 def test_no_memory_is_added_where_sam_3_was_trained_with_it():
     """``Sam3VideoModel`` leaves the coarsest level out first, so that the embedding goes to the level of the image tokens."""
-    model = tiny_hub_model("sam3_video")
+    model = tiny("sam3_video")
     network = ours(model)
     images = tiles(network, 1)
     seen = model.detector_model.vision_encoder(theirs(network, images))
@@ -139,7 +141,7 @@ def test_no_memory_is_added_where_sam_3_was_trained_with_it():
 
 
 def test_detector_and_tracker_share_one_pass_of_the_trunk():
-    network = ours(tiny_hub_model("sam3_video"))
+    network = ours(tiny("sam3_video"))
     calls = []
     for layer in network.trunk.layers:
         layer.attention.register_forward_hook(lambda *_: calls.append(1))
@@ -160,8 +162,8 @@ def test_a_tile_of_a_batch_is_that_tile_alone(pair):
 @pytest.mark.parametrize("levels", [3, 4])
 def test_a_pyramid_with_another_level_gives_the_same(levels):
     """A checkpoint may keep the coarsest level, or not have it: levels are known by their size."""
-    usual = ours(tiny_hub_model("sam2"))
-    model = tiny_hub_model("sam2", levels=levels)
+    usual = ours(tiny("sam2"))
+    model = tiny("sam2", levels=levels)
     images = tiles(usual, 1)
     wanted, found = usual.encode(images), ours(model).encode(images)
     for name in ("keys", "fine", "middle"):
@@ -169,7 +171,7 @@ def test_a_pyramid_with_another_level_gives_the_same(levels):
 
 
 def test_a_neck_without_the_coarsest_level_gives_the_same():
-    model = tiny_hub_model("sam3_tracker")
+    model = tiny("sam3_tracker")
     usual, network = ours(model), copy.deepcopy(model)
     network.config.vision_config.scale_factors = [4.0, 2.0, 1.0]
     del network.vision_encoder.neck.fpn_layers[3]
@@ -294,7 +296,7 @@ def test_a_box_alone_is_the_librarys(pair):
 @pytest.mark.parametrize("kind", ["sam2", "sam3_video"])
 def test_bf16_is_within_its_precision(kind):
     """Relative to the norm; the three masks, since a rule with a threshold may decide otherwise in another precision."""
-    model = tiny_hub_model(kind)
+    model = tiny(kind)
     full, half = ours(model), ours(model, bf16=True)
     images, points, which = tiles(full, 1), points_of(full, 8), torch.zeros(8, dtype=torch.long)
     found = [(n.encode(images), n) for n in (full, half)]
@@ -313,7 +315,7 @@ def test_bf16_is_within_its_precision(kind):
 @pytest.mark.parametrize("kind", ["sam3", "sam3_tracker"])
 def test_what_no_checkpoint_holds_is_computed(kind):
     """Rotary frequencies and positions, as in a model that is built the usual way."""
-    model = tiny_hub_model(kind)
+    model = tiny(kind)
     built = dict(ours(model).named_buffers())
     wanted = {n: b for n, b in model.named_buffers() if "inv_freq" in n or "position_ids" in n}
     assert wanted
@@ -384,7 +386,7 @@ def test_a_network_for_another_input_than_its_tokens_is_refused():
     """A pyramid whose levels are not the decoder's is found before a slide is."""
     from wsiseg.errors import WeightsError
 
-    model = tiny_hub_model("sam2")
+    model = tiny("sam2")
     recipe = recipe_of(model)
     wrong = {**recipe.config, "prompt_encoder_config": {**recipe.config["prompt_encoder_config"], "patch_size": 20}}
     with pytest.raises(WeightsError, match=r"here: the feature pyramid has levels of 80 x 80, .* none of 64 x 64"):

@@ -81,7 +81,7 @@ class Sam2(HubModel):
             ``low`` (B, C, g, g) and ``high`` (B, C, 4g, 4g), unit norm along channels; no maps.
         """
         levels = self.pyramid(self.standardised(images))
-        return self.embeddings(images, levels, levels[0], levels[2])
+        return self.embeddings(images, levels[0], levels[2], self.share_levels(levels), spare=True)
 
     def pyramid(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Levels of the feature pyramid of standardised tiles (B, 3, input_px, input_px), finest first."""

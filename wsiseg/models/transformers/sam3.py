@@ -20,7 +20,7 @@ import torch
 from wsiseg.models.transformers.detector import Sam3Detector
 from wsiseg.models.transformers.networks import compute_constants, configuration, library, without_memory
 from wsiseg.models.transformers.tracker import HubModel
-from wsiseg.models.transformers.trunks import vit_features, vit_levels
+from wsiseg.models.transformers.trunks import VitNeck, vit_features
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,6 +59,7 @@ class Sam3(HubModel):
     """
 
     detector: Sam3Detector | None = None
+    _necks: tuple[Any, Any] = (None, None)
 
     def __init__(self, recipe: Recipe, *, mpp: float, normalise: str = "none") -> None:
         config = configuration(recipe.config)
@@ -107,6 +108,7 @@ class Sam3(HubModel):
         tracker = self.tracker_model
         parts = [self.detector_model, self.backbone, self.tracker_neck, tracker and tracker.mask_decoder]
         self.prepare([part for part in parts if part is not None], device, bf16=bf16)
+        self._make_necks()
         if tracker is not None:
             self.make_decoder()
         if self.detector_model is not None:
@@ -127,20 +129,29 @@ class Sam3(HubModel):
             ``low`` (B, C, g, g) and ``high`` (B, C, 4g, 4g), unit norm along channels; no maps; with a detector, ``extra`` has its pyramid under
             the names ``FPN``.
         """
-        pyramids = self.pyramids(self.standardised(images))
-        fine, _, coarse = next(
-            levels for levels in pyramids if levels is not None
-        )  # the detector's, where there is one
-        detector, tracker = pyramids
-        kept = dict(zip(FPN, detector, strict=True)) if detector else {}
-        return self.embeddings(images, tracker, fine, coarse, **kept)
+        features = vit_features(self.trunk, self.standardised(images))
+        extra: dict[str, Tensor] = {}
+        if self.tracker_neck is not None:  # one pyramid after the other: each has 110 MB a tile
+            levels = self.tracker_pyramid(features)
+            extra |= self.share_levels(levels)
+        if self.detector_model is not None:
+            levels = self.detector_pyramid(features)
+            extra |= dict(zip(FPN, levels, strict=True))
+        return self.embeddings(images, levels[0], levels[2], extra, spare=self.detector_model is None)
 
-    def pyramids(self, x: Tensor) -> tuple[Levels | None, Levels | None]:
-        """The detector's and the tracker's pyramid of standardised tiles (B, 3, input_px, input_px), finest level first."""
-        features = vit_features(self.trunk, x)
-        necks = (self.detector_model and self.detector_model.vision_encoder.neck, self.tracker_neck)
-        detector, tracker = (None if neck is None else self.three_levels(vit_levels(neck, features)) for neck in necks)
-        return detector, tracker
+    def tracker_pyramid(self, features: Tensor) -> Levels:
+        """The tracker's pyramid of the trunk's features (B, C, g, g), finest level first."""
+        return self.three_levels(self._necks[0](features))
+
+    def detector_pyramid(self, features: Tensor) -> Levels:
+        """The detector's pyramid of the trunk's features (B, C, g, g), finest level first."""
+        return self.three_levels(self._necks[1](features))
+
+    def _make_necks(self) -> None:
+        """Make the fast necks of the weights as they are now: the tracker's and the detector's."""
+        detector = self.detector_model and self.detector_model.vision_encoder.neck
+        tracker, detector = (None if neck is None else VitNeck(neck) for neck in (self.tracker_neck, detector))
+        self._necks = (tracker, detector)
 
     def check_pyramid(self) -> None:
         """Run the encoder without weights.
@@ -151,4 +162,9 @@ class Sam3(HubModel):
             It does not run, or its pyramid lacks a level.
         """
         with without_memory():
-            self.pyramids(torch.empty(1, 3, self.input_px, self.input_px))
+            self._make_necks()
+            features = vit_features(self.trunk, torch.empty(1, 3, self.input_px, self.input_px))
+            if self.tracker_neck is not None:
+                self.tracker_pyramid(features)
+            if self.detector_model is not None:
+                self.detector_pyramid(features)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
-import torch.nn.functional as F
 
 from wsiseg.errors import WeightsError
 from wsiseg.models.morphology import optical_density
@@ -101,19 +100,20 @@ class HubModel(PromptedSam):
             )
         return by_size[4 * grid], by_size[2 * grid], by_size[grid]
 
+    def share_levels(self, levels: Levels) -> dict[str, Tensor]:
+        """Compute what the prompts of tiles share, from the tracker's pyramid: for ``Embeddings.extra``."""
+        tracker = self.tracker()
+        no_memory = tracker.no_memory_embedding.view(1, -1, 1, 1).to(self._kind)
+        no_mask = tracker.prompt_encoder.no_mask_embed.weight[0].to(self._kind)
+        return vars(self.points.share_fine(levels[2] + no_memory, no_mask, levels[1], levels[0]))
+
     def embeddings(
-        self, images: Tensor, levels: Levels | None, fine: Tensor, coarse: Tensor, **more: Tensor
+        self, images: Tensor, fine: Tensor, coarse: Tensor, extra: dict[str, Tensor], *, spare: bool
     ) -> Embeddings:
-        """Embeddings of tiles whose tracker's pyramid is ``levels``; F_h and F_l are made of ``fine`` and ``coarse``."""
-        extra = {"density": optical_density(images.float() / 255, self.mask_stride_px), **more}
-        if levels is not None:
-            tracker = self.tracker()
-            no_memory = tracker.no_memory_embedding.view(1, -1, 1, 1).to(self._kind)
-            no_mask = tracker.prompt_encoder.no_mask_embed.weight[0].to(self._kind)
-            extra |= vars(self.points.share_fine(levels[2] + no_memory, no_mask, levels[1], levels[0]))
-        return Embeddings(
-            high=F.normalize(fine.float(), dim=1), low=F.normalize(coarse.float(), dim=1), maps=None, extra=extra
-        )
+        """Embeddings with F_h and F_l of two levels of a pyramid, which may be written over if they are ``spare``."""
+        density = optical_density(images.float() / 255, self.mask_stride_px)
+        high, low = (_unit(x, spare=spare) for x in (fine, coarse))
+        return Embeddings(high=high, low=low, maps=None, extra={"density": density, **extra})
 
     def _prompt_tokens(self, points: Tensor, labels: Tensor, boxes: Tensor | None) -> Tensor:
         # the library takes pixel indices and adds half a pixel
@@ -125,6 +125,13 @@ class HubModel(PromptedSam):
             input_masks=None,
         )[0][0]
         return tokens.to(self.points.position.dtype)
+
+
+def _unit(x: Tensor, *, spare: bool) -> Tensor:
+    """float32, unit norm along channels; in place if nobody else needs ``x``: F_h has 64 MB a tile."""
+    x32 = x.float()
+    norm = torch.linalg.vector_norm(x32, dim=1, keepdim=True).clamp_min_(1e-12)
+    return x32.div_(norm) if spare or x32 is not x else x32 / norm
 
 
 def _side(size: int | Sequence[int], name: str) -> int:

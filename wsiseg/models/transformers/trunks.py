@@ -86,9 +86,58 @@ def vit_features(trunk: Any, images: Tensor) -> Tensor:  # noqa: ANN401
     return features
 
 
-def vit_levels(neck: Any, features: Tensor) -> list[Tensor]:  # noqa: ANN401
-    """The levels of ``Sam3VisionNeck`` at the resolution of the features (B, C, g, g) and above, finest first."""
-    return [layer(features) for layer in neck.fpn_layers if layer.scale_factor >= 1]
+class VitNeck:
+    """The levels of a ``Sam3VisionNeck`` at the resolution of the features and above.
+
+    Of a level, the last enlargement and the projection after it are one linear map, and are applied as one. The 3 x 3 convolution at the end sees one
+    row more on each side, so that a level is made in strips too.
+
+    Parameters
+    ----------
+    neck
+        In evaluation mode, on its device and in its precision.
+    """
+
+    def __init__(self, neck: Any) -> None:  # noqa: ANN401
+        self.levels = [_VitLevel(layer) for layer in neck.fpn_layers if layer.scale_factor >= 1]
+
+    def __call__(self, features: Tensor) -> list[Tensor]:
+        """Features (B, C, g, g) -> levels, finest first."""
+        return [level(features) for level in self.levels]
+
+
+class _VitLevel:
+    def __init__(self, layer: Any) -> None:  # noqa: ANN401
+        self.up = int(layer.scale_factor)
+        self.last = layer.proj2
+        *self.before, merge = layer.scale_layers or [None]
+        self.projection, self.enlarge = layer.proj1, merge
+        if merge is not None:  # (in, mid, 2, 2) then (out, mid)
+            project = layer.proj1.weight[:, :, 0, 0].float()
+            weight = torch.einsum("imkl,om->iokl", merge.weight.float(), project)
+            self.weight = weight.to(merge.weight.dtype)
+            self.bias = (project @ merge.bias.float() + layer.proj1.bias.float()).to(merge.weight.dtype)
+
+    def __call__(self, features: Tensor) -> Tensor:
+        batch, _, height, width = features.shape
+        up, step = self.up, height if features.is_cuda else max(_TOKENS // (batch * width), 1)
+        level = features.new_empty(batch, self.last.out_channels, up * height, up * width)
+        for start in range(0, height, step):
+            stop = min(start + step, height)
+            above, below = min(start, 1), min(height - stop, 1)  # rows of features that are seen for their edge
+            x = self._enlarged(features[:, :, start - above : stop + below])
+            x = x[:, :, (up - 1) * above : x.shape[2] - (up - 1) * below]
+            x = F.pad(x, (0, 0, 1 - above, 1 - below))
+            level[:, :, up * start : up * stop] = F.conv2d(x, self.last.weight, self.last.bias, padding=(0, 1))
+        return level
+
+    def _enlarged(self, x: Tensor) -> Tensor:
+        if self.enlarge is None:
+            projected: Tensor = self.projection(x)
+            return projected
+        for layer in self.before:
+            x = layer(x)
+        return F.conv_transpose2d(x, self.weight, self.bias, stride=2)
 
 
 def _in_strips(block: Any, x: Tensor, window: int) -> Tensor:  # noqa: ANN401
