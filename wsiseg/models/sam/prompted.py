@@ -166,7 +166,7 @@ class PromptedSam(nn.Module):
             mask_stride_px=self.mask_stride_px,
             predicted_iou=quality,
             stability=strict / loose.clamp_min(1),
-            descriptors=self._describe(embeddings, batch_index, corner, logits),
+            descriptors=self.describe(embeddings, batch_index, corner, logits),
             points_xy=points_xy,
             full_tile=full_tile,
         )
@@ -208,8 +208,11 @@ class PromptedSam(nn.Module):
         """Tokens (N, K', C), fp32, of points (N, K, 2) with labels 1 and 0, and boxes (N, 4), corner frame."""
         raise NotImplementedError
 
-    def _describe(self, embeddings: Embeddings, batch_index: Tensor, corner: Tensor, logits: Tensor) -> Tensor:
-        """(N, C + 11), unit norm: F_l pooled in each mask, and standardised measurements."""
+    def describe(self, embeddings: Embeddings, batch_index: Tensor, corner: Tensor, logits: Tensor) -> Tensor:
+        """Descriptors (N, C + 11), unit norm: F_l pooled in each mask, and standardised measurements.
+
+        ``logits`` (N, h, w) lie on windows that start at the image token ``corner`` (N, 2), x and y, of the tiles ``batch_index`` (N,).
+        """
         hard = (logits > 0).float()
         side = logits.shape[-1]
         coarse = F.avg_pool2d(hard[:, None], UP)

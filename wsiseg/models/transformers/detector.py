@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from wsiseg.records import Concept, Embeddings
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt")  #: the first alone, or the other two, in a hub folder
-BOXES_ONLY = "visual"  #: the phrase that SAM 3 was trained to see beside boxes without a phrase
 
 
 def read_tokenizer(folder: Path) -> str:
@@ -254,7 +253,7 @@ class Sam3Detector:
         embeddings, tile
             A batch of tiles, and the index of this one in it.
         concept
-            A phrase (``text``), boxes around examples, or both. Without a phrase ``text`` is that of ``BOXES_ONLY``.
+            A phrase (``text``), boxes around examples, or both. Without a phrase ``text`` is that of "visual", as in training.
         min_score
             Least score of what is returned.
 
