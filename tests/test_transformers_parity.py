@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from wsiseg.errors import WeightsError
 from wsiseg.models.transformers.folders import HALVES, IMAGENET, fit
 from wsiseg.models.transformers.networks import library
 from wsiseg.models.transformers.recipe import Recipe
@@ -413,10 +414,29 @@ def test_sam_3_fits_in_name_and_shape(name):
 
 def test_a_network_for_another_input_than_its_tokens_is_refused():
     """A pyramid whose levels are not the decoder's is found before a slide is."""
-    from wsiseg.errors import WeightsError
-
     model = tiny("sam2")
     recipe = recipe_of(model)
     wrong = {**recipe.config, "prompt_encoder_config": {**recipe.config["prompt_encoder_config"], "patch_size": 20}}
     with pytest.raises(WeightsError, match=r"here: the feature pyramid has levels of 80 x 80, .* none of 64 x 64"):
         fit(dataclasses.replace(recipe, config=wrong), model.state_dict(), Path("here"))
+
+
+def test_a_tracker_for_another_grid_is_refused():
+    model = tiny("sam3_tracker")
+    recipe = recipe_of(model)
+    wrong = {**recipe.config, "prompt_encoder_config": {**recipe.config["prompt_encoder_config"], "image_size": 560}}
+    with pytest.raises(
+        WeightsError, match=r"here: its prompts are placed on 40 x 40 image tokens, and the encoder makes 20 x 20"
+    ):
+        fit(dataclasses.replace(recipe, config=wrong), model.state_dict(), Path("here"))
+
+
+def test_both_necks_are_as_the_detectors_part_says():
+    """As in ``Sam3VideoModel``: the tracker's part may say nothing about the levels, or something else."""
+    model = tiny("sam3_video")
+    recipe = recipe_of(model)
+    tracker = recipe.config["tracker_config"]
+    other = {**tracker, "vision_config": {**tracker["vision_config"], "scale_factors": [4.0, 2.0, 1.0]}}
+    config = {**recipe.config, "tracker_config": other}
+    _, named, _ = fit(dataclasses.replace(recipe, config=config), model.state_dict(), Path("here"))
+    assert "tracker_neck.fpn_layers.3.proj1.weight" in named
