@@ -58,6 +58,16 @@ def store(tmp_path_factory) -> Path:
 @pytest.fixture(autouse=True)
 def my_models(store, monkeypatch):
     monkeypatch.setenv("WSISEG_MODELS", str(store))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Sums of small products round with the number of threads; workers have one each."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def files_of(out: Path) -> dict[str, bytes]:
@@ -70,7 +80,7 @@ def command(demo, store: Path, out: Path, *more: object) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def finished(store, demo, tmp_path_factory, wsiseg) -> Path:
+def finished(one_thread, store, demo, tmp_path_factory, wsiseg) -> Path:
     """A run of SAM 3's tracker from clicks, in one process."""
     out = tmp_path_factory.mktemp("finished")
     with pytest.MonkeyPatch.context() as patch:

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from wsiseg.errors import WeightsError
 from wsiseg.models.transformers.folders import HALVES, IMAGENET, fit
 from wsiseg.models.transformers.networks import library
 from wsiseg.models.transformers.recipe import Recipe
@@ -141,12 +142,12 @@ def test_no_memory_is_added_where_sam_3_was_trained_with_it():
 
 
 def test_detector_and_tracker_share_one_pass_of_the_trunk():
-    network = ours(tiny("sam3_video"))
-    calls = []
-    for layer in network.trunk.layers:
-        layer.attention.register_forward_hook(lambda *_: calls.append(1))
-    network.encode(tiles(network, 1))
-    assert len(calls) == len(network.trunk.layers)
+    network = ours(copy.deepcopy(tiny("sam3_video")))
+    passes = []
+    network.trunk.embeddings.register_forward_hook(lambda *_: passes.append(1))
+    found = network.encode(tiles(network, 1))
+    assert {"fpn0", "keys"} <= found.extra.keys()
+    assert len(passes) == 1
 
 
 def test_a_tile_of_a_batch_is_that_tile_alone(pair):
@@ -247,6 +248,28 @@ def test_windows_hold_the_logits_of_the_whole_tile(pair):
     assert torch.allclose(crops.descriptors.norm(dim=1), torch.ones(12), atol=1e-3)
 
 
+def test_in_a_window_the_rule_counts_the_windows_logits(pair, monkeypatch):
+    """The departure: stability is that of what is kept of the mask."""
+    _, network = pair
+    own, points = network.points.own, points_of(network, 24)
+    embeddings, which = network.encode(tiles(network, 1)), torch.zeros(24, dtype=torch.long)
+    three = network.decode(embeddings, which, points, multimask=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(own, "dynamic_multimask_via_stability", False)
+        single = network.decode(embeddings, which, points)
+    inner, outer = ((single.logits > d).sum((1, 2)) for d in (0.05, -0.05))
+    stability = inner / outer
+    values = stability.unique()
+    monkeypatch.setattr(own, "dynamic_multimask_stability_thresh", float(values[len(values) // 2 - 1 :][:2].mean()))
+    kept = stability >= own.dynamic_multimask_stability_thresh
+    assert 0 < int(kept.sum()) < len(kept)
+    best = three.predicted_iou.view(24, 3).argmax(1)
+    other = three.logits.view(24, 3, *three.logits.shape[1:])[torch.arange(24), best]
+    got = network.decode(embeddings, which, points)
+    assert torch.equal(got.logits, torch.where(kept[:, None, None], single.logits, other))
+    assert torch.equal(got.predicted_iou[kept], single.predicted_iou[kept])
+
+
 def test_boxes_and_further_points_are_the_librarys(pair):
     """Prompts of four kinds in one call: a point, one with a negative one, a box with a negative point, two points."""
     reference, network = pair
@@ -307,6 +330,13 @@ def test_bf16_is_within_its_precision(kind):
     for name in ("logits", "predicted_iou"):
         wanted, got = (getattr(m, name).float() for m in masks)
         assert float((got - wanted).norm() / wanted.norm()) < 2e-2
+
+
+def test_in_bf16_positions_keep_their_precision():
+    network = ours(tiny("sam3_video"), bf16=True)
+    assert {value.dtype for name, value in network.trunk.named_buffers() if "inv_freq" in name} == {torch.float32}
+    assert {value.dtype for value in network.trunk.parameters()} == {torch.bfloat16}
+    assert {value.dtype for value in network.tracker_model.prompt_encoder.parameters()} == {torch.float32}
 
 
 # Made without memory
@@ -384,10 +414,29 @@ def test_sam_3_fits_in_name_and_shape(name):
 
 def test_a_network_for_another_input_than_its_tokens_is_refused():
     """A pyramid whose levels are not the decoder's is found before a slide is."""
-    from wsiseg.errors import WeightsError
-
     model = tiny("sam2")
     recipe = recipe_of(model)
     wrong = {**recipe.config, "prompt_encoder_config": {**recipe.config["prompt_encoder_config"], "patch_size": 20}}
     with pytest.raises(WeightsError, match=r"here: the feature pyramid has levels of 80 x 80, .* none of 64 x 64"):
         fit(dataclasses.replace(recipe, config=wrong), model.state_dict(), Path("here"))
+
+
+def test_a_tracker_for_another_grid_is_refused():
+    model = tiny("sam3_tracker")
+    recipe = recipe_of(model)
+    wrong = {**recipe.config, "prompt_encoder_config": {**recipe.config["prompt_encoder_config"], "image_size": 560}}
+    with pytest.raises(
+        WeightsError, match=r"here: its prompts are placed on 40 x 40 image tokens, and the encoder makes 20 x 20"
+    ):
+        fit(dataclasses.replace(recipe, config=wrong), model.state_dict(), Path("here"))
+
+
+def test_both_necks_are_as_the_detectors_part_says():
+    """As in ``Sam3VideoModel``: the tracker's part may say nothing about the levels, or something else."""
+    model = tiny("sam3_video")
+    recipe = recipe_of(model)
+    tracker = recipe.config["tracker_config"]
+    other = {**tracker, "vision_config": {**tracker["vision_config"], "scale_factors": [4.0, 2.0, 1.0]}}
+    config = {**recipe.config, "tracker_config": other}
+    _, named, _ = fit(dataclasses.replace(recipe, config=config), model.state_dict(), Path("here"))
+    assert "tracker_neck.fpn_layers.3.proj1.weight" in named

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
+from wsiseg.errors import WeightsError
 from wsiseg.models.transformers.detector import Sam3Detector
 from wsiseg.models.transformers.networks import compute_constants, configuration, library, without_memory
 from wsiseg.models.transformers.tracker import HubModel
@@ -69,6 +70,11 @@ class Sam3(HubModel):
             detector_model = library().Sam3Model(detector) if detector else None
             tracker_model = library().Sam3TrackerModel(tracker) if tracker else None
             encoder: Any = tracker_model.vision_encoder if tracker_model else None
+            neck = encoder.neck if encoder is not None else None
+            if (
+                detector_model is not None and neck is not None
+            ):  # of a checkpoint with both, the detector's part says what the necks are
+                neck = type(neck)(detector.vision_config)  # type: ignore[union-attr]  # there is one
             vision: Any = (detector or tracker).vision_config  # type: ignore[union-attr]  # there is one of them
             sizes = (vision.backbone_config.image_size, vision.backbone_config.patch_size, vision.fpn_hidden_size)
         super().__init__(recipe, mpp=mpp, normalise=normalise, sizes=sizes)
@@ -76,7 +82,7 @@ class Sam3(HubModel):
             tracker_model.vision_encoder = None
         self.detector_model: Any = detector_model
         self.tracker_model: Any = tracker_model
-        self.tracker_neck: Any = encoder.neck if encoder is not None else None
+        self.tracker_neck: Any = neck
         self.backbone: Any = None if detector else encoder.backbone
         self.prompts = (*(("points", "boxes") if tracker else ()), *(("text", "exemplars") if detector else ()))
 
@@ -168,3 +174,10 @@ class Sam3(HubModel):
                 self.tracker_pyramid(features)
             if self.detector_model is not None:
                 self.detector_pyramid(features)
+        grid = self.input_px // self.patch
+        prompts = self.tracker_model and self.tracker_model.prompt_encoder.image_embedding_size
+        if prompts and tuple(prompts) != (grid, grid):
+            raise WeightsError(
+                f"its prompts are placed on {prompts[0]} x {prompts[1]} image tokens, and the encoder makes {grid} x {grid}; "
+                "the configuration is not SAM 3's"
+            )

@@ -72,7 +72,14 @@ class HubModel(PromptedSam):
         self.eval().requires_grad_(requires_grad=False)
         self._kind = torch.bfloat16 if bf16 else torch.float32
         for part in parts:
+            constants = [
+                (module, name, module._buffers[name])
+                for module in part.modules()
+                for name in module._non_persistent_buffers_set
+            ]
             part.to(self._kind)
+            for module, name, value in constants:  # angles of rotary positions would be off by tenths of a radian
+                module._buffers[name] = value
         self.to(device)
 
     def make_decoder(self) -> None:

@@ -17,6 +17,7 @@ References
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+_HEADS = 4  #: of a layer that attends to the whole image, worked on at once
 _TOKENS = 2048  #: of a strip, about: fewer make products too small, more leave the cache (SAM 2.1's Hiera-T: 2.2, 2.3, 2.4 s at 2048, 4096, 16384)
 
 
@@ -76,14 +78,35 @@ def vit_features(trunk: Any, images: Tensor) -> Tensor:  # noqa: ANN401
     grid = images.shape[-1] // trunk.config.patch_size
     x = trunk.layer_norm(trunk.embeddings(images).view(len(images), grid, grid, -1))
     for layer in trunk.layers:
-        if layer.window_size:
-            x = _in_strips(layer, x, layer.window_size)
-        else:
-            x = _attend_to_all(
-                layer, lambda h, layer=layer: layer.attention(h, layer.rotary_emb(h, layer.position_ids))[0], x
-            )
+        to_all = partial(_vit_attention, layer)
+        x = _in_strips(layer, x, layer.window_size) if layer.window_size else _attend_to_all(layer, to_all, x)
     features: Tensor = x.permute(0, 3, 1, 2)
     return features
+
+
+def _vit_attention(layer: Any, x: Tensor) -> Tensor:  # noqa: ANN401
+    """Attention of all tokens (B, h, w, C) to all, with rotary positions, some heads at a time: their queries and keys are held in fp32."""
+    attention, (batch, height, width, channels) = layer.attention, x.shape
+    cos, sin = layer.rotary_emb(x, layer.position_ids)
+    tokens, d = x.reshape(batch, -1, channels), attention.head_dim
+    out = torch.empty_like(tokens)
+    for start in range(0, channels, _HEADS * d):
+        rows = slice(start, start + _HEADS * d)
+        q, k, v = (
+            F.linear(tokens, p.weight[rows], p.bias[rows]).view(batch, height * width, -1, d).transpose(1, 2)
+            for p in (attention.q_proj, attention.k_proj, attention.v_proj)
+        )
+        seen = F.scaled_dot_product_attention(_rotate(q, cos, sin), _rotate(k, cos, sin), v, scale=attention.scaling)
+        out[..., rows] = seen.transpose(1, 2).flatten(2)
+    projected: Tensor = attention.o_proj(out).view(x.shape)
+    return projected
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate pairs of channels of (B, heads, S, d) by the angles of their positions, cos and sin (1, S, d)."""
+    x32 = x.float()
+    turned = torch.stack([-x32[..., 1::2], x32[..., ::2]], -1).flatten(-2)
+    return turned.mul_(sin).addcmul_(x32, cos).to(x.dtype)
 
 
 class VitNeck:
@@ -110,7 +133,8 @@ class _VitLevel:
     def __init__(self, layer: Any) -> None:  # noqa: ANN401
         self.up = int(layer.scale_factor)
         self.last = layer.proj2
-        *self.before, merge = layer.scale_layers or [None]
+        *before, merge = layer.scale_layers or [None]
+        self.before: list[Any] = before
         self.projection, self.enlarge = layer.proj1, merge
         if merge is not None:  # (in, mid, 2, 2) then (out, mid)
             project = layer.proj1.weight[:, :, 0, 0].float()
