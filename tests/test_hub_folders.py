@@ -285,7 +285,7 @@ def two_files(copy: Path) -> None:
         (without_a_tensor, "2 missing (first: sam.mask_decoder.conv_s0.bias) tensors"),
         (with_another_tensor, "1 unexpected (first: sam.classifier.weight) tensors"),
         (with_a_misshapen_tensor, "1 misshapen (first: sam.mask_decoder.iou_token.weight) tensors"),
-        (with_nan, "1 tensors hold NaN or infinity (first: sam.mask_decoder.iou_token.weight)"),
+        (with_nan, "1 tensors hold NaN or infinity (first: mask_decoder.iou_token.weight)"),
         (cut, "model.safetensors: not a readable safetensors file ("),
         (lambda c: index(c, "gone.safetensors"), "gone.safetensors: the file is missing; download the folder again"),
         (lambda c: index(c, "../model.safetensors"), "not an index of *.safetensors files beside it"),

@@ -110,6 +110,11 @@ def read_folder(folder: Path) -> HubFolder:
     config = _read_config(folder)
     kind = str(config.get("model_type"))
     tensors = _read_weights(folder)
+    broken = sorted(k for k, v in tensors.items() if v.is_floating_point() and not torch.isfinite(v).all())
+    if broken:
+        raise WeightsError(
+            f"{folder}: {len(broken)} tensors hold NaN or infinity (first: {broken[0]}); the file is damaged: download it again"
+        )
     notes: list[str] = []
     licence, source = _licence(folder), _source(folder)
     if kind == "sam":
@@ -119,11 +124,6 @@ def read_folder(folder: Path) -> HubFolder:
     network, named, left_out = fit(recipe, tensors, folder)
     if left_out:
         notes.append(f"left out of {folder.name}: {counted(len(left_out), 'tensor')} for video ({left_out[0]}, ...)")
-    broken = sorted(k for k, v in named.items() if v.is_floating_point() and not torch.isfinite(v).all())
-    if broken:
-        raise WeightsError(
-            f"{folder}: {len(broken)} tensors hold NaN or infinity (first: {broken[0]}); the file is damaged: download it again"
-        )
     return HubFolder(
         kind=kind[:4],
         tensors=named,
