@@ -229,11 +229,11 @@ def test_phrases_are_encoded_once_and_tiles_too(wsiseg, command, models, tmp_pat
     from wsiseg.models.transformers.sam3 import Sam3
 
     calls = Counter()
-    for owner, name in ((Sam3Detector, "encode_text"), (Sam3Detector, "answer"), (Sam3, "pyramids")):
+    for owner, name in ((Sam3Detector, "encode_text"), (Sam3Detector, "answer"), (Sam3, "encode")):
         plain = getattr(owner, name)
         monkeypatch.setattr(owner, name, lambda *a, plain=plain, name=name: (calls.update([name]), plain(*a))[1])
     assert wsiseg(*command("text", tmp_path))[0] == 0
-    assert calls == {"encode_text": 2, "answer": 18, "pyramids": 9}
+    assert calls == {"encode_text": 2, "answer": 18, "encode": 9}
 
 
 @pytest.mark.parametrize("kind", ["text", "exemplar"])

@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 BOXES_ONLY = "visual"  #: the phrase that SAM 3 was trained to see beside boxes without a phrase
 
-#: Sources: means of appendix C and table 1 of the first (PanNuke for the words), the project page of the second (CoNIC, CoNSeP, PanNuke).
+#: Sources: means of appendix C and table 1 of the first; tables of July 2026 by the authors of the second (CoNIC, CoNSeP, PanNuke). docs/methods.md.
 UNRELIABLE = (
     'phrases find nuclei unreliably in a model that was not tuned for them: "cell" reached a mean mSA of 0.33 on nine histology sets, '
     'automatic prompts 0.40, and "nucleus" was not understood (arXiv:2603.17845); by type, AJI was 0.45, 0.00 and 0.56 on three sets '
-    "(arXiv:2605.29429); look at the result on the slide before you use it"
+    "(authors of arXiv:2605.29429); look at the result on the slide before you use it"
 )
 
 
