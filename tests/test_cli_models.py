@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from typing import TYPE_CHECKING
 
 import pytest
@@ -54,8 +55,11 @@ def test_import_list_show_verify(checkpoint: Path, folder: Path, wsiseg: Callabl
     assert rows == {
         "name": "mine",
         "architecture": "ViT of width 16 and depth 4",
+        "takes": "points, boxes",
         "instance decoder": "no",
         "mpp": "0.125",
+        "tile": "128 x 128 px, 16 x 16 um",
+        "memory": "about 0.5 GB on the CPU, a tile at a time",
         "normalise": "tile-minmax",
         "licence": "MIT",
         "source": str(checkpoint),
@@ -70,6 +74,12 @@ def test_import_list_show_verify(checkpoint: Path, folder: Path, wsiseg: Callabl
     assert lines["mine"].endswith("imported")
     assert lines["nuclei-compact"].endswith("in the package")
     assert lines["sam-vit-b"].endswith("to download")
+    cells = {name: re.split("  +", line) for name, line in lines.items()}
+    assert cells["sam-vit-b"][2:5] == ["points, boxes", "256", "0.25"]
+    assert cells["vit-b-histopathology"][2:5] == ["points, boxes, maps", "128", "0.125"]
+    assert cells["nuclei-compact"][2:5] == ["points, boxes, maps", "any", "0.25"]
+    assert cells["sam2.1-hiera-tiny"][2:] == ["points, boxes", "128", "0.125", "Apache-2.0", "to get from the hub"]
+    assert cells["sam3"][2:5] == ["points, boxes, text, exemplars", "126", "0.125"]
     assert wsiseg("models", "verify") == (0, "nuclei-compact: OK\nmine: OK\n")
     assert wsiseg("models", "verify", "mine") == (0, "mine: OK\n")
 
@@ -107,6 +117,17 @@ def test_verify_finds_damage(checkpoint: Path, folder: Path, wsiseg: Callable[..
         (("verify", "absent"), 1, "absent: no such model here"),
         (("download", "absent"), 1, "absent: no download of this name"),
         (("download", "vit-h-histopathology"), 1, "vit-h-histopathology: no sha256 of it is published"),
+        (
+            ("download", "sam2.1-hiera-large"),
+            1,
+            "`hf download facebook/sam2.1-hiera-large --exclude '*.pt' --local-dir sam2.1-h",
+        ),
+        (
+            ("download", "sam3"),
+            1,
+            "accept its licence at https://huggingface.co/facebook/sam3, `hf auth login`, then `hf download",
+        ),
+        (("show", "sam3"), 1, "sam3: not downloaded yet; how to get it is said by `wsiseg models download sam3`"),
     ],
 )
 def test_refusals(

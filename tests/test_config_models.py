@@ -106,9 +106,9 @@ def test_weights_in_the_box_are_the_registered_ones() -> None:
 
 def test_unknown_model() -> None:
     with pytest.raises(
-        WeightsError, match=r"--model sam9: no such model and no such file; models here: nuclei-compact"
+        WeightsError, match=r"--model resnet9: no such model and no such file; models here: nuclei-compact"
     ):
-        find_weights("sam9")
+        find_weights("resnet9")
 
 
 def broken_weights(kind: str, folder: Path) -> Path:

@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from wsiseg.errors import SeedsError
-from wsiseg.formats.seeds import PALETTE, QuPathSeeds, check_seeds, default_colors, read_seeds, write_seeds
+from wsiseg.formats.seed_rules import require_phrases, require_points
+from wsiseg.formats.seeds import (
+    PALETTE,
+    QuPathSeeds,
+    check_seeds,
+    convert_seeds,
+    default_colors,
+    read_seeds,
+    write_seeds,
+)
 from wsiseg.records import Seeds, SeedType, SlideInfo
 
 if TYPE_CHECKING:
@@ -63,6 +72,11 @@ def two_types(first: dict[str, object], second: dict[str, object]) -> dict[str, 
     }
 
 
+def described(**members: object) -> dict[str, object]:
+    """Seeds of one type that has phrases and no clicks."""
+    return {"version": 1, "types": [{"name": "a", **members}]}
+
+
 def write(path: Path, document: object) -> Path:
     path.write_text(document if isinstance(document, str) else json.dumps(document), encoding="utf-8")
     return path
@@ -96,6 +110,32 @@ def test_own_file_round_trip_in_the_same_bytes(tmp_path: Path) -> None:
     write_seeds(tmp_path / "seeds.json", seeds)
     assert (tmp_path / "seeds.json").read_bytes() == text
     assert schema_accepts(json.loads(text))
+
+
+def test_phrases_stand_beside_points_or_in_place_of_them(tmp_path: Path) -> None:
+    document = two_types({"text": ["lymphocyte", "small round dark nucleus"]}, {})
+    document["types"].append({"name": "c", "text": ["gland"]})
+    seeds = read_seeds(write(tmp_path / "seeds.json", document))
+    assert [kind.text for kind in seeds.types] == [("lymphocyte", "small round dark nucleus"), (), ("gland",)]
+    assert repr(seeds) == "Seeds(a: 1 click, 2 phrases, b: 1 click, c: 1 phrase)"
+    write_seeds(tmp_path / "again.json", seeds)
+    again = read_seeds(tmp_path / "again.json")
+    assert again.types == seeds.types
+    assert check_seeds(again, INFO)[0].types == seeds.types
+    assert "points" not in json.loads((tmp_path / "again.json").read_text())["types"][2]
+    with pytest.raises(SeedsError, match=r"types\[2\]: type 'c' has only phrases, and --method apg needs clicks"):
+        require_points(seeds, "--method apg")
+    with pytest.raises(SeedsError, match=r"types\[1\]: type 'b' has no phrase, which --method text needs"):
+        require_phrases(seeds, "--method text")
+
+
+def test_phrases_do_not_go_to_qupath_in_silence(tmp_path: Path) -> None:
+    source = write(tmp_path / "seeds.json", two_types({"text": ["lymphocyte"]}, {}))
+    _, warnings = convert_seeds(source, tmp_path / "points.geojson")
+    assert any("the phrases of a are not in it" in warning for warning in warnings)
+    with pytest.raises(SeedsError, match="type 'a' has only phrases"):
+        convert_seeds(write(tmp_path / "text.json", described(text=["a"])), tmp_path / "none.geojson")
+    assert not (tmp_path / "none.geojson").exists()
 
 
 @pytest.mark.parametrize("name", ["s.json.gz", "s.zip", "named-wrongly.tsv", "bom.json"])
@@ -159,8 +199,24 @@ SCHEMA_ERRORS: list[tuple[object, str]] = [
     (one_type(name="x" * 101), r"types\[0\]\.name: the name has 101 characters; 100 are allowed"),
     (one_type(name="Unassigned"), r'types\[0\]\.name: "Unassigned" is reserved'),
     (7, "found 7; a seeds file is an object"),
+    (described(text=[]), r"types\[0\]\.text: is empty"),
+    (described(text="lymphocyte"), r"types\[0\]\.text: .* is not a list of phrases"),
+    (described(text=["a", 7]), r"types\[0\]\.text: .* is not a list of phrases"),
+    (described(text=["  "]), r"types\[0\]\.text\[0\]: the phrase is blank"),
+    (described(text=["a", ""]), r"types\[0\]\.text\[1\]: the phrase is blank"),
+    (described(text=["a\nb"]), "has a line break or a control character"),
+    (described(text=["a", "a"]), r"types\[0\]\.text\[1\]: \"a\" is also types\[0\]\.text\[0\]"),
+    (described(text=[f"phrase {k}" for k in range(100)]), "100 phrases; 32 are allowed"),
+    (described(text=["a"], negative=[[1, 2]]), r"types\[0\]\.negative: type 'a' has no points"),
+    (changed(types=[{"name": "a"}]), r"types\[0\]: no 'points'; every type needs 'name' and 'points', or 'text'"),
+    (described(text=["a"], name=None), r"types\[0\]\.name: null is not text"),
 ]
 OTHER_ERRORS: list[tuple[object, str]] = [
+    (described(text=["word " * 300]), r"types\[0\]\.text\[0\]: the phrase has 300 words; 30 are allowed"),
+    (
+        changed(types=[{"name": "a", "text": ["Dark  nucleus"]}, {"name": "b", "text": ["dark nucleus"]}]),
+        r"types\[1\]\.text\[0\]: \"dark nucleus\" is also types\[0\]\.text\[0\]; a phrase describes one type",
+    ),
     (two_types({}, {"name": "a"}), r'types\[1\]\.name: "a" appears twice'),
     (two_types({}, {"name": "A"}), r'types\[1\]\.name: "A" appears twice \(as "a", case does not count\)'),
     (
@@ -206,6 +262,9 @@ def test_the_schema_agrees_with_the_checks() -> None:
         one_type(negative=[]),
         one_type(name="p-53 (+), µ"),
         two_types({}, {"negative": [[1, 2]]}),
+        two_types({"text": ["small round dark nucleus"]}, {}),
+        described(text=["lymphocyte", "small round dark nucleus"]),
+        described(text=["lymphocyte"], points=[]),
     ):
         assert schema_accepts(document)
     assert schema_accepts({**one_type(points=[[-1, 2]]), "frame": "qupath"})

@@ -305,7 +305,7 @@ def test_cards_of_others(change: dict[str, Any], checkpoint: Path, folder: Path)
         find_card("a")
 
 
-@pytest.mark.parametrize("name", ["../a", "/etc/passwd", "", "sam.pt", "absent"])
+@pytest.mark.parametrize("name", ["../a", "/etc/passwd", "", "weights.pt", "absent"])
 def test_no_such_card(name: str, folder: Path) -> None:
     assert find_card(name) is None
     with pytest.raises(WeightsError, match="no such model here; models here: nuclei-compact; see `wsiseg models list`"):

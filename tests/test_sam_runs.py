@@ -288,11 +288,14 @@ def test_tiles_are_the_models_input(toy):
 
 
 def test_method_auto_is_what_the_model_can_do():
-    assert resolve(RunConfig(), "m", maps=True, clicked=True).method == "apg"
-    assert resolve(RunConfig(), "m", maps=False, clicked=True).method == "cop"
-    assert resolve(RunConfig(), "m", maps=False, clicked=False).method == "amg"
+    clicks = Seeds((SeedType("a", (200, 0, 0), ((60.0, 60.0),)),), "here")
+    phrases = Seeds((SeedType("a", (200, 0, 0), text=("lymphocyte",)),), "here")
+    assert resolve(RunConfig(), "m", maps=True, seeds=clicks).method == "apg"
+    assert resolve(RunConfig(), "m", maps=False, seeds=clicks).method == "cop"
+    assert resolve(RunConfig(), "m", maps=False).method == "amg"
+    assert resolve(RunConfig(), "m", maps=False, prompts=("text",), seeds=phrases).method == "text"
     with pytest.raises(ConfigError, match="has no instance decoder"):
-        resolve(RunConfig(method="apg"), "m", maps=False, clicked=True)
+        resolve(RunConfig(method="apg"), "m", maps=False, seeds=clicks)
 
 
 def test_published_forms_run_on_any_shape(toy):

@@ -17,7 +17,9 @@ from wsiseg.runtime.text import parse_json, read_text
 if typing.TYPE_CHECKING:
     from pathlib import Path
 
-Method = Literal["auto", "apg", "cop", "amg"]
+Method = Literal["auto", "apg", "cop", "amg", "text", "exemplar"]
+DETECTING = ("text", "exemplar")  #: methods by which a detector finds cells, of the types that it is asked for
+CHAINED = ("cop", "exemplar")  #: methods that spread from the clicks by Chain-of-Prompts
 
 CELLULAR_MPP = (0.05, 2.0)  #: finer is below what light resolves, coarser makes a 6 um nucleus 3 px wide
 FORCED_MPP = (0.01, 100.0)  #: with --force-mpp: 1000x oil immersion with a small camera pixel .. a macro photograph
@@ -185,6 +187,43 @@ COP_FORMS = {
 
 
 @dataclass(frozen=True, kw_only=True)
+class DetectionConfig:
+    """Detection of described types (``--method text``, ``exemplar``): SAM 3's detector.
+
+    Attributes
+    ----------
+    min_score
+        Of an instance, as the detector gives it: the default of transformers' post-processing. Meta's demo has 0.5, which finds fewer.
+    crowded
+        Share of the instances that one pass can find at all (200 in SAM 3) from which a tile is searched again in quarters: more may be there.
+    smallest_field_um
+        A quarter is not searched in quarters again below this: on 64 um there is no room for 150 nuclei.
+    same_cell
+        Outlines of two passes on a tile with at least this IoU are one cell, and their types compete for it. COCO's threshold of a match.
+    seam_um
+        A cell belongs to the tile whose core holds its centre. Two tiles may see the centre in two places: both take cells this near to the
+        border, and the better one is kept like any that overlaps.
+    examples
+        Boxes per type and tile, of cells of the type, and as many of others: one odd cell among four is outvoted. Not measured on SAM 3's own
+        weights, which are not ours to try.
+    min_lead
+        Least sureness of an example (prompts/exemplars.py): 0 is half way between two types' clicks, 1 is like the click. A tile without the type
+        should give no example of it; in between, a quarter is a choice.
+    candidates
+        Places per type and tile that look most like its clicks and are decoded, for the examples to be chosen from: six for each.
+    """
+
+    min_score: float = setting(0.3, 0, 1)
+    crowded: float = setting(0.75, 0.01, 1)
+    smallest_field_um: float = setting(64.0, 8, 4096)
+    same_cell: float = setting(0.5, 0.01, 1)
+    seam_um: float = setting(2.0, 0, 32)
+    examples: int = setting(4, 1, 64)
+    min_lead: float = setting(0.25, 0, 1)
+    candidates: int = setting(24, 1, 1000)
+
+
+@dataclass(frozen=True, kw_only=True)
 class MaskConfig:
     """Thresholds for decoded masks to count as cells.
 
@@ -324,6 +363,8 @@ class RunConfig:
     stain
         ``he``: haematoxylin and eosin; ``ihc``: haematoxylin with a brown chromogen outside of nuclei; ``ihc-nuclear``: with brown nuclei.
         ``auto`` looks at the slide. What is not H&E is shown to the network as if it were (slide/stain.py).
+    text
+        Phrases, each a type of its own, for ``--method text``.
     batch_size
         Tiles encoded together. ``None``: one on a CPU, as many as fit on a GPU.
     max_ram_gb, max_vram_gb
@@ -351,6 +392,7 @@ class RunConfig:
     stain: Literal["auto", "he", "ihc", "ihc-nuclear"] = setting("auto", group="source")
     seeds: str | None = setting(None, group="source")
     bank: str | None = setting(None, group="source")
+    text: tuple[str, ...] = setting((), group="source")
     roi: str | None = setting(None, group="source")
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     tissue: TissueConfig = field(default_factory=TissueConfig)
@@ -362,6 +404,8 @@ class RunConfig:
     refinement: RefinementConfig = field(default_factory=RefinementConfig)
     stitching: StitchingConfig = field(default_factory=StitchingConfig)
     typing: TypingConfig = field(default_factory=TypingConfig)
+    # (in the hashes of runs that detect only: those of other methods are as they were before there was a detector)
+    detection: DetectionConfig = field(default_factory=DetectionConfig, metadata={"group": "source"})
     device: str = setting("auto", group="execution")
     batch_size: int | None = setting(None, 1, 1024, group="execution")
     max_ram_gb: float | None = setting(None, 0.5, 100000, group="execution")

@@ -212,7 +212,7 @@ def segment_slide(
     config, clicks = _configured(config, settings, "segment_slide"), None
     if seeds is not None:  # in place of the clicks of the configuration, of either kind
         file, clicks = _file_or_clicks(seeds)
-        config = dataclasses.replace(config, seeds=file, bank=None)
+        config = dataclasses.replace(config, seeds=file, bank=None, text=())
     manifest = on_disk.segment_slide(
         os.fspath(slide),
         config,

@@ -141,7 +141,7 @@ class WindowMasks:
     origin_xy
         int of shape (N, 2): outer corner of each window, model pixels of the tile.
     mask_stride_px
-        Model pixels per logit.
+        Model pixels per logit; need not be whole (3.5 with SAM 3).
     predicted_iou
         float of shape (N,), in [0, 1].
     stability
@@ -152,16 +152,19 @@ class WindowMasks:
         float of shape (N, 2): the prompts, model pixels of the tile.
     full_tile
         The windows are the whole tile: a mask that reaches their border is larger than the halo.
+    concept_scores
+        float of shape (N, T): of what a detector found, its score as the type that it was asked for, 0 as the others; ``None`` for masks of points.
     """
 
     logits: Tensor
     origin_xy: Tensor
-    mask_stride_px: int
+    mask_stride_px: float
     predicted_iou: Tensor
     stability: Tensor
     descriptors: Tensor
     points_xy: Tensor
     full_tile: bool = False
+    concept_scores: Tensor | None = None
 
     def take(self, rows: Tensor) -> WindowMasks:
         """The masks at ``rows``, in that order."""
@@ -174,6 +177,7 @@ class WindowMasks:
             descriptors=self.descriptors[rows],
             points_xy=self.points_xy[rows],
             full_tile=self.full_tile,
+            concept_scores=None if self.concept_scores is None else self.concept_scores[rows],
         )
 
     @staticmethod
@@ -194,6 +198,61 @@ class WindowMasks:
             points_xy=all_of("points_xy"),
             full_tile=batches[0].full_tile,
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Concept:
+    """What a detector is asked for on one tile.
+
+    Attributes
+    ----------
+    text
+        float32 of shape (L, C): the tokens of a phrase, encoded.
+    boxes_px
+        float32 of shape (K, 4): x0, y0, x1, y1 around examples on the tile, model px of the tile, corner frame.
+    is_example
+        bool of shape (K,): the box holds an instance, or what is not one.
+    """
+
+    text: NDArray[np.float32]
+    boxes_px: NDArray[np.float32] = field(default_factory=lambda: np.empty((0, 4), np.float32))
+    is_example: NDArray[np.bool_] = field(default_factory=lambda: np.empty(0, bool))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Examples:
+    """Boxes that show what a type is, and what it is not, on one tile.
+
+    Attributes
+    ----------
+    positive, negative
+        float32 of shape (K, 4): x0, y0, x1, y1, model px of the tile, corner frame; the surest first.
+    """
+
+    positive: NDArray[np.float32]
+    negative: NDArray[np.float32]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Detections:
+    """The N instances of a concept that a detector found on one tile, on the model's device.
+
+    Attributes
+    ----------
+    scores
+        float32 of shape (N,), in [0, 1].
+    boxes_px
+        float32 of shape (N, 4): x0, y0, x1, y1, model px of the tile, corner frame.
+    logits
+        float32 of shape (N, h, w): masks on the whole tile; > 0 is inside.
+    mask_stride_px
+        Model px per logit.
+    """
+
+    scores: Tensor
+    boxes_px: Tensor
+    logits: Tensor
+    mask_stride_px: float
 
 
 class CellSource(Protocol):
@@ -253,12 +312,16 @@ class Cells:
         float32 of shape (N,): predicted IoU x stability, in [0, 1].
     descriptors
         float16 of shape (N, D), unit norm.
+    concept_scores
+        float32 of shape (N, T), in [0, 1]: score of each type that the run describes (``--method text``, ``exemplar``); 0 where the detector
+        did not find the cell as one of the type. ``None`` when the run describes none.
     """
 
     polygons: NDArray[np.object_]
     points_xy: NDArray[np.float64]
     scores: NDArray[np.float32]
     descriptors: NDArray[np.float16]
+    concept_scores: NDArray[np.float32] | None = None
 
     def __len__(self) -> int:
         return len(self.polygons)
@@ -293,6 +356,7 @@ class Cells:
             points_xy=self.points_xy[rows],
             scores=self.scores[rows],
             descriptors=self.descriptors[rows],
+            concept_scores=None if self.concept_scores is None else self.concept_scores[rows],
         )
 
     def __repr__(self) -> str:
@@ -310,19 +374,26 @@ class Cells:
 
     @staticmethod
     def concatenate(groups: list[Cells], descriptor_size: int) -> Cells:
-        """All groups in order; the empty list gives no cells."""
+        """All groups in order; the empty list gives no cells. Cells without scores of types, beside others with, have zeros."""
         groups = [Cells.empty(descriptor_size), *groups]
+        types = {g.concept_scores.shape[1] for g in groups if g.concept_scores is not None}
         return Cells(
             polygons=np.concatenate([g.polygons for g in groups]),
             points_xy=np.concatenate([g.points_xy for g in groups]),
             scores=np.concatenate([g.scores for g in groups]),
             descriptors=np.concatenate([g.descriptors for g in groups]),
+            concept_scores=np.concatenate([scores_or_zeros(g, max(types)) for g in groups]) if types else None,
         )
+
+
+def scores_or_zeros(cells: Cells, types: int) -> NDArray[np.float32]:
+    """Scores of the types (N, T) that cells were described as; zeros for cells that were not."""
+    return np.zeros((len(cells), types), np.float32) if cells.concept_scores is None else cells.concept_scores
 
 
 @dataclass(frozen=True)
 class SeedType:
-    """The clicks of one cell type, level-0 px.
+    """The clicks and phrases of one cell type, level-0 px.
 
     Attributes
     ----------
@@ -331,9 +402,11 @@ class SeedType:
     color
         Red, green and blue, 0 to 255.
     points
-        (x, y) of the clicks; of a :class:`Seeds` for an image in memory, px of the image.
+        (x, y) of the clicks; of a :class:`Seeds` for an image in memory, px of the image. None for a type that has phrases instead.
     negative
         Clicks on cells that are *not* of the type.
+    text
+        Phrases that describe the type, for ``--method text`` and ``exemplar``.
 
     Examples
     --------
@@ -344,8 +417,20 @@ class SeedType:
 
     name: str
     color: tuple[int, int, int]
-    points: tuple[tuple[float, float], ...]
+    points: tuple[tuple[float, float], ...] = ()
     negative: tuple[tuple[float, float], ...] = ()
+    text: tuple[str, ...] = ()
+
+
+def _content(kind: SeedType) -> str:
+    """Clicks and phrases of a type, counted: ``2 clicks, 1 phrase``."""
+    clicks, phrases = len(kind.points) + len(kind.negative), len(kind.text)
+    said = [
+        counted(n, thing)
+        for n, thing in ((clicks, "click"), (phrases, "phrase"))
+        if n or (thing == "click" and not phrases)
+    ]
+    return ", ".join(said)
 
 
 @dataclass(frozen=True)
@@ -381,8 +466,7 @@ class Seeds:
     notes: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
-        clicks = [f"{kind.name}: {counted(len(kind.points) + len(kind.negative), 'click')}" for kind in self.types]
-        return f"{type(self).__name__}({', '.join(clicks)})"
+        return f"{type(self).__name__}({', '.join(f'{kind.name}: {_content(kind)}' for kind in self.types)})"
 
 
 @dataclass(frozen=True)
@@ -429,6 +513,26 @@ class TypePrototypes:
     negative: NDArray[np.float32]
     negative_clicks: NDArray[np.float64] | None = None
     chain: ChainPrototypes | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DescribedType:
+    """A type that a detector is asked for.
+
+    Attributes
+    ----------
+    name, color
+        As in the seeds file.
+    phrases
+        As written; empty for a type that is shown by boxes alone.
+    tokens
+        float32 of shape (L, C) each: the phrases, encoded; one that stands for "what is in the boxes" for a type without phrases.
+    """
+
+    name: str
+    color: tuple[int, int, int]
+    phrases: tuple[str, ...]
+    tokens: tuple[NDArray[np.float32], ...]
 
 
 @dataclass(frozen=True)

@@ -36,12 +36,14 @@ from wsiseg.formats.seed_rules import PALETTE
 from wsiseg.records import UNASSIGNED, Typing, TypingNotes
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import NDArray
 
     from wsiseg.config import TypingConfig
-    from wsiseg.records import Bank, TypeSpace
+    from wsiseg.records import Bank, DescribedType, TypeSpace
 
-_GREY = (128, 128, 128)
+GREY = (128, 128, 128)  #: of unassigned cells
 _ROWS = 65_536  #: cells worked on at once: a few hundred MB at 75 numbers each
 _AMBIGUOUS = 0.1  #: probability of a second reference class from which a type's clicks are called ambiguous
 _COVERED = (
@@ -86,7 +88,7 @@ def assign_types(
         empty = np.empty(0, np.float32)
         return Typing(
             names=(UNASSIGNED, *bank.names),
-            colors=(_GREY, *(of.color for of in bank.types)),
+            colors=(GREY, *(of.color for of in bank.types)),
             codes=np.empty(0, np.int32),
             scores=empty,
             margins=empty.copy(),
@@ -140,7 +142,7 @@ def assign_types(
     prototypes = np.where(assigned, nearest, -1).astype(np.int32)
     typing = Typing(
         names=(UNASSIGNED, *bank.names, *(space.class_names[k] for k in known)),
-        colors=(_GREY, *(of.color for of in bank.types), *_unused_colors(bank, len(known))),
+        colors=(GREY, *(of.color for of in bank.types), *_unused_colors(bank, len(known))),
         codes=codes[back],
         scores=scores[back],
         margins=margins[back],
@@ -303,8 +305,10 @@ def set_click_labels(typing: Typing, rows: list[NDArray[np.intp]]) -> Typing:
     )
 
 
-def typing_summary(typing: Typing, bank: Bank | None, notes: TypingNotes) -> dict[str, Any]:
-    """Summary of the types for the manifest: clicks (numbered as in ``prototypes``), reference classes, cells, fraction unassigned."""
+def typing_summary(
+    typing: Typing, bank: Bank | None, notes: TypingNotes, described: Sequence[DescribedType] = ()
+) -> dict[str, Any]:
+    """Summary of the types for the manifest: clicks (numbered as in ``prototypes``), reference classes, phrases, cells, fraction unassigned."""
     cells = np.bincount(typing.codes, minlength=len(typing.names))
     types: dict[str, dict[str, Any]] = {
         name: {"cells": int(n), "clicks": [], "negative": 0, "kind": {name: 1.0}}
@@ -316,6 +320,8 @@ def typing_summary(typing: Typing, bank: Bank | None, notes: TypingNotes) -> dic
             "negative": len(of.negative),
             "kind": notes.reference_classes[t] if notes.reference_classes else {},
         }
+    for described_type in described:
+        types[described_type.name]["text"] = list(described_type.phrases)
     return {
         "types": types,
         "warnings": list(notes.warnings),

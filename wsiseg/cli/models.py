@@ -33,12 +33,26 @@ def command() -> None:
 
 @command.command("list", short_help="List models here and available for download.")
 def list_() -> None:
-    """List name, architecture, microns per pixel, licence and location of every model."""
+    """List every model: name, architecture, what it takes, side of its tile, microns per pixel, licence and location.
+
+    "maps" among what a model takes: it also makes instance maps, for --method apg.
+    """
     from wsiseg.models.catalogue import catalogue
     from wsiseg.models.store import models_folder
 
-    rows = [("name", "architecture", "mpp", "licence", "where")]
-    rows += [(row.name, row.architecture, f"{row.mpp:g}", row.licence, row.where) for row in catalogue()]
+    rows = [("name", "architecture", "takes", "tile um", "mpp", "licence", "where")]
+    rows += [
+        (
+            row.name,
+            row.architecture,
+            row.takes,
+            f"{row.tile_um:g}" if row.tile_um else "any",
+            f"{row.mpp:g}",
+            row.licence,
+            row.where,
+        )
+        for row in catalogue()
+    ]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
@@ -68,8 +82,8 @@ def verify(ctx: click.Context, names: tuple[str, ...]) -> None:
         ctx.exit(1)
 
 
-@command.command("import", cls=Working, short_help="Import a checkpoint of the SAM family.")
-@click.argument("file", type=click.Path(path_type=Path))
+@command.command("import", cls=Working, short_help="Import a model of the SAM family.")
+@click.argument("file", type=click.Path(path_type=Path), metavar="FILE|FOLDER")
 @click.option("--name", required=True, help="Name for --model: lower-case letters, digits, dots, hyphens, underscores.")
 @click.option(
     "--decoder", type=click.Path(path_type=Path), metavar="FILE", help="Instance decoder, if it is in a separate file."
@@ -83,9 +97,12 @@ def verify(ctx: click.Context, names: tuple[str, ...]) -> None:
     help=f"Microns per px of the model's input images ({MPP_RANGE[0]:g} to {MPP_RANGE[1]:g}).",
 )
 @click.option(
-    "--licence", default="unknown", show_default=True, metavar="TEXT", help="Licence of the weights, for the card."
+    "--licence",
+    default="",
+    metavar="TEXT",
+    help="Licence of the weights, for the card.  [default: what a folder's README.md states, else unknown]",
 )
-@click.option("--source", default="", metavar="TEXT", help="Source of the weights, for the card.")
+@click.option("--source", default="", metavar="TEXT", help="Source of the weights, for the card.  [default: the path]")
 @click.option(
     "--normalise",
     type=click.Choice(NORMALISE),
@@ -97,16 +114,18 @@ def verify(ctx: click.Context, names: tuple[str, ...]) -> None:
 def import_(
     file: Path, name: str, decoder: Path | None, mpp: float, licence: str, source: str, normalise: str, overwrite: bool
 ) -> None:
-    """Convert the checkpoint FILE and store it under a name for --model.
+    """Convert the checkpoint FILE, or the model in FOLDER, and store it under a name for --model.
 
     FILE is a SAM with a ViT-B, ViT-L or ViT-H encoder: as published, fine-tuned (micro-sam, PathoSAM and others), or a training checkpoint
-    (best.pt); .pt, .pth or .safetensors. Nothing in it is executed: a file that asks for that is refused.
+    (best.pt); .pt, .pth or .safetensors. FOLDER is one of the Hugging Face hub, with config.json and *.safetensors: SAM 2 or 2.1, SAM 3 (both need
+    the package transformers: pip install 'wsiseg[transformers]'), or SAM. Nothing in it is executed: what asks for that is refused.
 
     --mpp is the scale at which the model saw its images in training. A model trained on tiles of 512 px at
     0.25 um/px, enlarged to 1024 px (PathoSAM), works at 0.125.
 
     \b
     wsiseg models import vit_b_histopathology.pt --decoder vit_b_histopathology_decoder.pt --name patho-b --mpp 0.125
+    wsiseg models import sam2.1-hiera-large --name sam2.1-large --mpp 0.125
     """  # noqa: D301 - click's mark for lines that stay as they are
     from wsiseg.models.store import import_model
 
@@ -117,7 +136,7 @@ def import_(
             decoder=decoder,
             mpp=mpp,
             licence=licence,
-            source=source or str(file),
+            source=source,
             normalise=normalise,
             overwrite=overwrite,
             on_note=_note,
@@ -162,11 +181,17 @@ def _note(text: str) -> None:
 
 
 def _report(card: ModelCard) -> None:
+    from wsiseg.models.catalogue import abilities, expected_memory_gb, tile_px
+
+    side = tile_px(card)
     rows = {
         "name": card.name,
         "architecture": card.architecture,
+        "takes": abilities(card),
         "instance decoder": "yes" if card.instance_decoder else "no",
         "mpp": f"{card.mpp:g}",
+        "tile": f"{side} x {side} px, {side * card.mpp:g} x {side * card.mpp:g} um" if side else "any size",
+        "memory": f"about {expected_memory_gb(card):.1f} GB on the CPU, a tile at a time",
         "normalise": card.normalise,
         "licence": card.licence,
         "source": card.source,

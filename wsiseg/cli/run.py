@@ -45,6 +45,12 @@ _DEFAULT = RunConfig()
     "--seeds", metavar="FILE", help="Clicks, one or more per cell type: seeds.json, or points exported from QuPath."
 )
 @click.option("--bank", metavar="FILE", help="bank.safetensors of another slide's run: type this slide by its clicks.")
+@click.option(
+    "--text",
+    multiple=True,
+    metavar="PHRASE",
+    help="Words for a type of cell, with a model that reads text (SAM 3); once per type, in place of clicks.",
+)
 @known_types_option
 @click.option(
     "--out",
@@ -160,8 +166,10 @@ def command(
         raise click.UsageError("Give either SLIDE... or --slides CSV.")
     forced = RunConfig(force_mpp=options.pop("force_mpp"))
     config = read_config(config_file, forced) if config_file is not None else forced
-    if options["seeds"] is not None or options["bank"] is not None:  # either flag beats both in the file
-        config = dataclasses.replace(config, seeds=None, bank=None)
+    if not options["text"]:
+        del options["text"]
+    if options["seeds"] is not None or options["bank"] is not None or "text" in options:  # each beats all in the file
+        config = dataclasses.replace(config, seeds=None, bank=None, text=())
     config = from_mapping(_as_settings(options), "command line", config)
 
     from wsiseg.cli.stop import Stop

@@ -138,6 +138,7 @@ def preview(seeds: Path, slide: str, out: Path, overwrite: bool, **options: str 
 def _report(seeds: Seeds, warnings: Iterable[str]) -> None:
     for kind in seeds.types:
         negative = f", {len(kind.negative)} negative" if kind.negative else ""
-        click.echo(f"{kind.name}: {counted(len(kind.points), 'click')}{negative}")
+        phrases = f", {counted(len(kind.text), 'phrase')}" if kind.text else ""
+        click.echo(f"{kind.name}: {counted(len(kind.points), 'click')}{negative}{phrases}")
     for warning in warnings:
         click.echo(f"Warning: {warning}", err=True)

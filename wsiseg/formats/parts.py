@@ -5,7 +5,9 @@
       prompt_x, prompt_y  double   level-0 px
       score       float
       descriptor  fixed_size_list<halffloat>[D]
-    file metadata, key "wsiseg_part": {"format": 1, "config_hash": ..., "counts": {...}, "failures": [...], "cells": N, "descriptor_size": D}
+      concept_scores  fixed_size_list<float>[T]   only of runs that describe T types (--method text, exemplar)
+    file metadata, key "wsiseg_part": {"format": 1, "config_hash": ..., "counts": {...}, "failures": [...], "cells": N, "descriptor_size": D,
+    "concepts": T}
 
 The footer is at the end of the file and the file arrives by rename, so a footer that can be read means a part that is complete.
 Format: https://parquet.apache.org/docs/file-format/
@@ -57,7 +59,7 @@ class Part:
     @staticmethod
     def of(cells: Cells, name: str = "cells") -> Part:
         """Cells that are in memory."""
-        return Part(name, _table(cells), {"descriptor_size": cells.descriptor_size})
+        return Part(name, _table(cells), _sizes(cells))
 
     @property
     def nbytes(self) -> int:
@@ -103,6 +105,13 @@ class Part:
         """(n, D) of ``rows``."""
         return descriptors_from(self.table, int(self.note["descriptor_size"]))[rows]
 
+    def concept_scores(self, rows: NDArray[np.intp] | slice = slice(None)) -> NDArray[np.float32] | None:
+        """(n, T) of ``rows``; ``None`` in a part without."""
+        size = int(self.note.get("concepts", 0))
+        if not size:
+            return None
+        return _rows_of(self.table, "concept_scores", size, np.float32)[rows]
+
     def cells(self) -> Cells:
         """All cells of the part."""
         return Cells(
@@ -110,6 +119,7 @@ class Part:
             points_xy=self.points_xy,
             scores=self.scores,
             descriptors=descriptors_from(self.table, int(self.note["descriptor_size"])),
+            concept_scores=self.concept_scores(),
         )
 
 
@@ -137,12 +147,18 @@ def write_part(
         "counts": {name: int(count) for name, count in counts.items()},
         "failures": list(failures),
         "cells": len(cells),
-        "descriptor_size": cells.descriptor_size,
+        **_sizes(cells),
     }
     table = _table(cells).replace_schema_metadata({KEY: json.dumps(note, sort_keys=True)})
     with atomic_path(path) as partial:
         place = partial.absolute()  # a colon in a relative one makes it an address
         pq.write_table(table, place, compression="zstd", use_dictionary=False, write_page_checksum=True)
+
+
+def _sizes(cells: Cells) -> dict[str, int]:
+    """Lengths of the lists; none of scores that the cells do not have, so that other parts stay as they were."""
+    scores = cells.concept_scores
+    return {"descriptor_size": cells.descriptor_size} | ({} if scores is None else {"concepts": scores.shape[1]})
 
 
 def _table(cells: Cells) -> pa.Table:
@@ -153,6 +169,11 @@ def _table(cells: Cells) -> pa.Table:
             "prompt_y": np.ascontiguousarray(cells.points_xy[:, 1], np.float64),
             "score": np.asarray(cells.scores, np.float32),
             **descriptor_column(cells.descriptors),
+            **(
+                {}
+                if cells.concept_scores is None
+                else {"concept_scores": _list_column(cells.concept_scores, np.float32)}
+            ),
         }
     )
 
@@ -181,6 +202,7 @@ def open_part(path: Path, columns: tuple[str, ...] | None = None) -> Part:
                 "prompt_y",
                 "score",
                 *(["descriptor"] if int(note["descriptor_size"]) else []),
+                *(["concept_scores"] if int(note.get("concepts", 0)) else []),
             }
             missing = known - set(file.schema_arrow.names)
             if missing:
@@ -230,20 +252,27 @@ def part_is_current(path: Path, config_hash: str) -> bool:
 
 def descriptor_column(descriptors: NDArray[np.float16]) -> dict[str, pa.Array]:
     """``{"descriptor": array}``, or nothing at all for descriptors of size 0, which Parquet cannot hold."""
-    size = descriptors.shape[1]
-    if size == 0:
-        return {}
-    values = pa.array(np.ascontiguousarray(descriptors, np.float16).reshape(-1))
-    return {"descriptor": pa.FixedSizeListArray.from_arrays(values, size)}
+    return {"descriptor": _list_column(descriptors, np.float16)} if descriptors.shape[1] else {}
+
+
+def _list_column(rows: NDArray[Any], kind: type[np.generic]) -> pa.Array:
+    """Rows (N, n), of n > 0 numbers, as a column of lists."""
+    values = pa.array(np.ascontiguousarray(rows, kind).reshape(-1))
+    return pa.FixedSizeListArray.from_arrays(values, rows.shape[1])
 
 
 def descriptors_from(table: pa.Table, size: int) -> NDArray[np.float16]:
     """The descriptor column as float16 of shape (N, size)."""
     if size == 0:
         return np.empty((table.num_rows, 0), np.float16)
-    chunks = [chunk.flatten().to_numpy(zero_copy_only=False) for chunk in table["descriptor"].chunks]
-    flat = np.concatenate([np.empty(0, np.float16), *chunks])
-    return flat.astype(np.float16, copy=False).reshape(table.num_rows, size)
+    return _rows_of(table, "descriptor", size, np.float16)
+
+
+def _rows_of(table: pa.Table, column: str, size: int, kind: type[np.generic]) -> NDArray[Any]:
+    """A column of lists of ``size`` numbers as an array (N, size)."""
+    chunks = [chunk.flatten().to_numpy(zero_copy_only=False) for chunk in table[column].chunks]
+    flat = np.concatenate([np.empty(0, kind), *chunks])
+    return flat.astype(kind, copy=False).reshape(table.num_rows, size)
 
 
 def polygons_from_wkb(column: pa.ChunkedArray) -> NDArray[np.object_]:

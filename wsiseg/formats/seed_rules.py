@@ -18,6 +18,8 @@ Point = tuple[float, float]
 Color = tuple[int, int, int]
 
 MAX_NAME = 100
+MAX_PHRASES = 32  #: of all types: each costs a pass of the detector on every tile
+MAX_WORDS = 30  #: of a phrase: SAM 3 reads 32 tokens, of which two are the ends
 
 #: Colours of types that state none: Okabe and Ito (2008), "Color Universal Design", those that show best on pink and violet first.
 PALETTE: tuple[Color, ...] = (
@@ -89,6 +91,73 @@ def check_clicks(kinds: tuple[SeedType, ...], places: list[str]) -> None:
                 raise SeedsError(
                     f"{place}.negative[{index}]: the click {click} is both for and against {kind.name!r}; remove one of the two"
                 )
+
+
+def check_phrases(kinds: tuple[SeedType, ...], places: list[str]) -> None:
+    """Refuse phrases that are blank, too long, too many, or given for two types."""
+    owner: dict[str, tuple[int, str]] = {}
+    for number, (kind, place) in enumerate(zip(kinds, places, strict=True)):
+        for index, phrase in enumerate(kind.text):
+            where = f"{place}.text[{index}]"
+            if not phrase.strip():
+                raise SeedsError(
+                    f"{where}: the phrase is blank; write what a cell of the type looks like, or remove it"
+                )
+            if not phrase.isprintable():
+                raise SeedsError(f"{where}: {show(phrase)} has a line break or a control character; use printable text")
+            words = len(phrase.split())
+            if words > MAX_WORDS:
+                raise SeedsError(
+                    f"{where}: the phrase has {words} words; {MAX_WORDS} are allowed; a few words work best"
+                )
+            other, first = owner.setdefault(" ".join(phrase.casefold().split()), (number, where))
+            if other != number or first != where:
+                raise SeedsError(
+                    f"{where}: {show(phrase)} is also {first.rsplit(': ', 1)[-1]}; a phrase describes one type; remove one of the two"
+                )
+    phrases = sum(len(kind.text) for kind in kinds)
+    if phrases > MAX_PHRASES:
+        raise SeedsError(
+            f"{places[0].rsplit(': ', 1)[0]}: {phrases} phrases; {MAX_PHRASES} are allowed, since each is searched for on every tile; remove some"
+        )
+
+
+def require_points(seeds: Seeds, purpose: str) -> None:
+    """Refuse seeds of which a type has no clicks.
+
+    Parameters
+    ----------
+    seeds
+        The seeds.
+    purpose
+        What needs the clicks: ``--method apg``.
+
+    Raises
+    ------
+    SeedsError
+        Names the first such type.
+    """
+    for number, kind in enumerate(seeds.types):
+        if not kind.points:
+            raise SeedsError(
+                f"{seeds.source}: types[{number}]: type {kind.name!r} has only phrases, and {purpose} needs clicks; click a cell of it "
+                "(phrases alone are for `wsiseg run --method text`)"
+            )
+
+
+def require_phrases(seeds: Seeds, purpose: str) -> None:
+    """Refuse seeds of which a type has no phrases; ``purpose`` says what needs them.
+
+    Raises
+    ------
+    SeedsError
+        Names the first such type.
+    """
+    for number, kind in enumerate(seeds.types):
+        if not kind.text:
+            raise SeedsError(
+                f'{seeds.source}: types[{number}]: type {kind.name!r} has no phrase, which {purpose} needs; add "text": ["..."] to it'
+            )
 
 
 def coordinate(value: object, place: str) -> float:

@@ -4,8 +4,9 @@
      "types": [{"name": "tumour", "color": "#c80000", "points": [[10234.5, 8801.0]], "negative": [[10020, 8700]]},
                {"name": "lymphocyte", "points": [[9120, 4410], [9177, 4502]]}]}
 
-``slide``, ``color`` and ``negative`` are optional. Points are absolute level-0 px, corner frame. ``"frame": "qupath"`` (optional) says
-that they are relative to the slide's OpenSlide bounds instead, as QuPath's points are; it keeps a converted file right.
+``slide``, ``color`` and ``negative`` are optional; ``"text": ["phrase", ...]`` stands beside ``points`` or in place of them. Points are absolute
+level-0 px, corner frame. ``"frame": "qupath"`` (optional) says that they are relative to the slide's OpenSlide bounds instead, as QuPath's points
+are; it keeps a converted file right.
 
 QuPath's points (points.py) stay as they are in :func:`read_seeds`; :func:`check_seeds`, which knows the slide, makes them absolute.
 """
@@ -30,10 +31,12 @@ from wsiseg.formats.seed_rules import (
     QuPathSeeds,
     check_clicks,
     check_names,
+    check_phrases,
     coordinate,
     default_colors,
     file_name,
     is_number,
+    require_points,
     short,
 )
 from wsiseg.records import Seeds, SeedType, SlideInfo
@@ -57,7 +60,7 @@ __all__ = [
 
 VERSION = 1
 FILE_KEYS = ("version", "slide", "frame", "types")
-TYPE_KEYS = ("name", "color", "points", "negative")
+TYPE_KEYS = ("name", "color", "points", "negative", "text")
 FRAMES = ("slide", "qupath")
 
 
@@ -164,7 +167,7 @@ def check_seeds(seeds: Seeds, info: SlideInfo) -> tuple[Seeds, list[str]]:
             warnings.append(
                 f"{place}: QuPath ignores classes that end in '*' ({kind.name!r}); choose another name to count them there"
             )
-        types.append(SeedType(kind.name, kind.color, points, negative))
+        types.append(replace(kind, points=points, negative=negative))
     return Seeds(tuple(types), seeds.source, seeds.slide), warnings
 
 
@@ -252,7 +255,7 @@ def convert_seeds(
         seeds, warnings = check_seeds(seeds, info)
         left, top = (0, 0) if info.bounds is None or from_qupath else info.bounds[:2]
         kinds = tuple(
-            SeedType(k.name, k.color, _moved(k.points, left, top), _moved(k.negative, left, top)) for k in seeds.types
+            replace(k, points=_moved(k.points, left, top), negative=_moved(k.negative, left, top)) for k in seeds.types
         )
         seeds = (Seeds if from_qupath else QuPathSeeds)(kinds, seeds.source, file_name(info.path))
         if left or top:
@@ -266,8 +269,16 @@ def convert_seeds(
     if from_qupath:
         write_seeds(target, seeds)
     else:
+        warnings += _leave_phrases(seeds, target)
         write_qupath_points(target, seeds)
     return seeds, warnings
+
+
+def _leave_phrases(seeds: Seeds, target: Path) -> list[str]:
+    """A warning about phrases, which QuPath's points cannot hold; a type that has nothing else is refused."""
+    require_points(seeds, f"{target}, a file of QuPath's points,")
+    named = [kind.name for kind in seeds.types if kind.text]
+    return [f"{target}: the phrases of {', '.join(named)} are not in it; QuPath's points have none"] if named else []
 
 
 def _moved(points: tuple[Point, ...], left: int, top: int) -> tuple[Point, ...]:
@@ -303,9 +314,11 @@ def _parse(document: object, place: str, source: str) -> Seeds:
         )
     parsed = [_parse_type(value, number, place, absolute=frame == "slide") for number, value in enumerate(types)]
     colors = default_colors([color for _, color in parsed])
-    kinds = tuple(SeedType(k.name, c, k.points, k.negative) for (k, _), c in zip(parsed, colors, strict=True))
-    check_names([kind.name for kind in kinds], [f"{place}: types[{number}]" for number in range(len(kinds))])
-    check_clicks(kinds, [f"{place}: types[{number}]" for number in range(len(kinds))])
+    kinds = tuple(replace(kind, color=color) for (kind, _), color in zip(parsed, colors, strict=True))
+    places = [f"{place}: types[{number}]" for number in range(len(kinds))]
+    check_names([kind.name for kind in kinds], places)
+    check_clicks(kinds, places)
+    check_phrases(kinds, places)
     return QuPathSeeds(kinds, source, slide) if frame == "qupath" else Seeds(kinds, source, slide)
 
 
@@ -313,20 +326,33 @@ def _parse_type(value: object, number: int, file_place: str, *, absolute: bool) 
     place = f"{file_place}: types[{number}]"
     members = _object(value, place, "a type is an object with 'name' and 'points'")
     _check_keys(members, TYPE_KEYS, place)
-    for key in ("name", "points"):
-        if key not in members:
-            raise SeedsError(f"{place}: no {key!r}; every type needs 'name' and 'points'")
+    if "name" not in members or not members.keys() & {"points", "text"}:
+        missing = "'points'" if "name" in members else "'name'"
+        raise SeedsError(f"{place}: no {missing}; every type needs 'name' and 'points', or 'text' in place of points")
     name = members["name"]
     if not isinstance(name, str):
         raise SeedsError(f"{place}.name: {show(name)} is not text; write the name of a cell type in quotes")
-    points = _points(members["points"], f"{place}.points", absolute=absolute)
-    if not points:
+    text = _phrases(members.get("text", []), f"{place}.text")
+    if "text" in members and not text:
+        raise SeedsError(f"{place}.text: is empty; write at least one phrase, or leave 'text' out")
+    points = _points(members.get("points", []), f"{place}.points", absolute=absolute)
+    if not points and not text:
         raise SeedsError(
             f"{place}.points: type {name!r} has no points; click at least one cell of it, or remove the type"
         )
     negative = _points(members.get("negative", []), f"{place}.negative", absolute=absolute)
+    if negative and not points:
+        raise SeedsError(
+            f"{place}.negative: type {name!r} has no points; a negative click says what is not like them; click a cell of the type as well"
+        )
     color = _parse_color(members["color"], f"{place}.color") if "color" in members else None
-    return SeedType(name, color or (0, 0, 0), points, negative), color
+    return SeedType(name, color or (0, 0, 0), points, negative, text), color
+
+
+def _phrases(value: object, place: str) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(phrase, str) for phrase in value):
+        raise SeedsError(f'{place}: {show(value)} is not a list of phrases; write ["small round dark nucleus", ...]')
+    return tuple(value)
 
 
 def _points(value: object, place: str, *, absolute: bool) -> tuple[Point, ...]:
@@ -419,7 +445,11 @@ def _as_json(mapping: Mapping[str, Any]) -> object:
 
 def _type_object(kind: SeedType) -> dict[str, object]:
     color = "#" + bytes(kind.color).hex()
-    value: dict[str, object] = {"name": kind.name, "color": color, "points": [short(point) for point in kind.points]}
+    value: dict[str, object] = {"name": kind.name, "color": color}
+    if kind.points or not kind.text:
+        value["points"] = [short(point) for point in kind.points]
     if kind.negative:
         value["negative"] = [short(point) for point in kind.negative]
+    if kind.text:
+        value["text"] = list(kind.text)
     return value

@@ -1,7 +1,8 @@
 """Models: one way to find and load them, by name or path.
 
 Weights are data: each card states file, sha256, licence, source and the scale the model works at. What is loaded is safetensors; other
-checkpoints are converted once (store.py), by an unpickler that builds tensors and runs nothing (sam/torch_files.py). Nothing is downloaded here.
+checkpoints are converted once (store.py), by an unpickler that builds tensors and runs nothing (sam/torch_files.py); of folders from the hub only
+safetensors are read (transformers/folders.py). Nothing is downloaded here.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from wsiseg.errors import ConfigError, WeightsError
 from wsiseg.models.cards import file_hash, require_same
 from wsiseg.models.catalogue import explain_missing
-from wsiseg.models.registry import MODELS, SAM_NETWORK, WEIGHTS_FOLDER
+from wsiseg.models.registry import MODELS, NETWORKS, WEIGHTS_FOLDER
 from wsiseg.models.store import card_of_file, find_card
 from wsiseg.runtime.paths import kind_of
 from wsiseg.runtime.text import first_line
@@ -42,6 +43,11 @@ def find_weights(model: str) -> tuple[ModelCard, Path]:
         raise WeightsError(f"--model {model}: a pipe or a device; give the name of a model, or a .safetensors file")
     if path.suffix == ".safetensors" and found == "file":
         return card_of_file(path), path
+    if found == "folder":
+        how = f"wsiseg models import {path} --name NAME --mpp UM"
+        raise WeightsError(
+            f"--model {model}: a folder; a model in one is converted once, and then used by its name: {how}"
+        )
     if found == "file":
         how = f"wsiseg models import {path} --name NAME --mpp UM"
         raise WeightsError(
@@ -130,8 +136,8 @@ def load_model(model: str, device: str = "auto", precision: str = "auto") -> Pro
 
 
 def load_types(model: str) -> TypeSpace | None:
-    """Load the type space of a model; ``None`` when its weights have none. A SAM checkpoint is not read for that."""
-    if find_weights(model)[0].network == SAM_NETWORK:
+    """Load the type space of a model; ``None`` when its weights have none. An imported checkpoint is not read for that."""
+    if find_weights(model)[0].network in NETWORKS.values():
         return None
     return load_model(model, "cpu").types
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from wsiseg.errors import WeightsError
+from wsiseg.runtime.text import first_line
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -38,6 +40,12 @@ class ModelCard:
         In words: ``ViT-B``.
     instance_decoder
         The weights hold a decoder of instance maps too.
+    prompts
+        What it can be asked with: ``points``, ``boxes``, ``text``, ``exemplars``.
+    input_px
+        Side of the only tile that it takes, model px; 0: any.
+    parameters
+        Number of weights; 0: not counted.
     """
 
     name: str
@@ -50,6 +58,45 @@ class ModelCard:
     normalise: str = "none"
     architecture: str = ""
     instance_decoder: bool = False
+    prompts: tuple[str, ...] = ("points", "boxes")
+    input_px: int = 0
+    parameters: int = 0
+
+
+def read_note(path: Path) -> dict[str, Any] | None:
+    """What `wsiseg models import` wrote into a safetensors file beside the tensors; ``None`` when it did not make the file.
+
+    Raises
+    ------
+    WeightsError
+        Not safetensors, or the note is not one of wsiseg's.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            text = (file.metadata() or {}).get("wsiseg")
+    except (SafetensorError, OSError, ValueError) as error:
+        raise WeightsError(
+            f"{path}: not a readable safetensors file ({first_line(error)}); pass an undamaged weight file"
+        ) from error
+    if text is None:
+        return None
+    try:
+        note = json.loads(text)
+    except ValueError:
+        note = None
+    if not isinstance(note, dict):
+        raise foreign_note(path, text)
+    return note
+
+
+def foreign_note(path: Path, text: str) -> WeightsError:
+    """Make the error for a note in a weight file that this version cannot use."""
+    shown = " ".join(text.split())[:80]
+    return WeightsError(
+        f"{path}: its metadata (wsiseg: {shown}) belong to another version; import the checkpoint again"
+    )
 
 
 def file_hash(path: Path) -> str:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, cast
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from wsiseg.records import Embeddings, PromptExtras, TypeSpace, WindowMasks
+    from wsiseg.records import Concept, Detections, Embeddings, PromptExtras, TypeSpace, WindowMasks
 
 
 class PromptableModel(Protocol):
@@ -38,6 +38,8 @@ class PromptableModel(Protocol):
         Type space of the descriptors; ``None`` when the weights have none.
     device
         Device of the weights.
+    prompts
+        What it can be asked with: ``points``, ``boxes``, ``text``, ``exemplars``; without ``points``, :meth:`decode` must not be called.
     """
 
     mpp: float
@@ -54,6 +56,9 @@ class PromptableModel(Protocol):
     box_replaces_point: bool
     prompts_multiple: int
     descriptor_size: int
+
+    @property
+    def prompts(self) -> tuple[str, ...]: ...  # noqa: D102
 
     @property
     def types(self) -> TypeSpace | None: ...  # noqa: D102
@@ -81,3 +86,82 @@ class PromptableModel(Protocol):
         ``full_tile`` asks for masks on the whole tile.
         """
         ...
+
+
+class ConceptDetector(Protocol):
+    """A network that finds every instance of a concept on an encoded tile, the concept being a phrase, boxes around examples, or both.
+
+    Attributes
+    ----------
+    reads_text
+        Phrases can be encoded.
+    max_tokens
+        Tokens that a phrase may have.
+    max_instances
+        One pass finds no more.
+    """
+
+    @property
+    def reads_text(self) -> bool: ...  # noqa: D102
+
+    @property
+    def max_tokens(self) -> int: ...  # noqa: D102
+
+    @property
+    def max_instances(self) -> int: ...  # noqa: D102
+
+    def count_tokens(self, phrase: str) -> int:
+        """Tokens of a phrase."""
+        ...
+
+    def encode_text(self, phrase: str) -> Tensor:
+        """Encode a phrase -> float (L, C)."""
+        ...
+
+    def detect(self, embeddings: Embeddings, tile: int, concept: Concept, min_score: float) -> Detections:
+        """Find the instances of ``concept`` on the tile of that index that reach ``min_score``."""
+        ...
+
+
+class ConceptModel(PromptableModel, Protocol):
+    """A promptable model that has a detector on the same embeddings; its tiles are square, of ``input_px``.
+
+    Attributes
+    ----------
+    detector
+        The detector.
+    mask_stride_px
+        Model px per logit of a mask.
+    """
+
+    @property
+    def mask_stride_px(self) -> float: ...  # noqa: D102
+
+    @property
+    def input_px(self) -> int: ...  # noqa: D102
+
+    @property
+    def detector(self) -> ConceptDetector: ...  # noqa: D102
+
+    def describe(self, embeddings: Embeddings, batch_index: Tensor, corner: Tensor, logits: Tensor) -> Tensor:
+        """Descriptors (N, D), unit norm, of masks: ``logits`` (N, h, w) on windows whose ``corner`` (N, 2) counts in strides of ``stride_px``."""
+        ...
+
+
+def detector_of(model: PromptableModel) -> ConceptDetector | None:
+    """The detector of a model; ``None`` when it has none."""
+    detector: ConceptDetector | None = getattr(model, "detector", None)
+    return detector
+
+
+def concept_model(model: PromptableModel) -> ConceptModel:
+    """``model`` as one that has a detector.
+
+    Raises
+    ------
+    TypeError
+        It has none.
+    """
+    if detector_of(model) is None:
+        raise TypeError("the model has no detector")
+    return cast("ConceptModel", model)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from wsiseg.errors import WeightsError
 from wsiseg.models.cards import file_hash
-from wsiseg.models.registry import BY_HAND, DOWNLOADS
+from wsiseg.models.registry import BY_HAND, DOWNLOADS, ON_HUB
 from wsiseg.models.store import import_model, models_folder, require_free_name, unwritable
 
 if TYPE_CHECKING:
@@ -103,6 +103,16 @@ def _entry(name: str) -> Download:
         raise WeightsError(
             f"{name}: no sha256 of it is published, so it is not downloaded; get {by_hand.model} and {by_hand.decoder} by hand, then "
             f"`wsiseg models import MODEL --decoder DECODER --name {name} --mpp {by_hand.mpp}`"
+        )
+    on_hub = ON_HUB.get(name)
+    if on_hub:
+        first = (
+            f"accept its licence at https://huggingface.co/{on_hub.repository}, `hf auth login`, then " * on_hub.gated
+        )
+        raise WeightsError(
+            f"{name}: is fetched with the hub's own tool, which comes with wsiseg[transformers]; {first}"
+            f"`hf download {on_hub.repository} --exclude '*.pt' --local-dir {name}`, then "
+            f"`wsiseg models import {name} --name {name} --mpp {on_hub.mpp}`"
         )
     there = ", ".join(DOWNLOADS)
     raise WeightsError(

@@ -14,9 +14,14 @@ MEASUREMENTS = 11  #: log area, axis ratio; optical density per channel: mean an
 RING_UM = 2.0
 
 
-def optical_density(unit: Tensor, mask_stride_px: int) -> Tensor:
-    """Images (B, 3, H, W) in [0, 1] -> optical density on cells of ``mask_stride_px`` px."""
-    return -torch.log(F.avg_pool2d(unit, mask_stride_px).clamp_min(1 / 255))
+def optical_density(unit: Tensor, mask_stride_px: float) -> Tensor:
+    """Images (B, 3, H, W) in [0, 1] -> optical density on cells of ``mask_stride_px`` px; a px that two cells share counts in both."""
+    if mask_stride_px == int(mask_stride_px):
+        mean = F.avg_pool2d(unit, int(mask_stride_px))
+    else:
+        height, width = (round(n / mask_stride_px) for n in unit.shape[2:])
+        mean = F.adaptive_avg_pool2d(unit, (height, width))
+    return -torch.log(mean.clamp_min(1 / 255))
 
 
 def measure(hard: Tensor, density: Tensor, cell_um: float) -> tuple[Tensor, Tensor]:

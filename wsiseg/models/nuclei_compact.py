@@ -108,6 +108,7 @@ class NucleiCompact(nn.Module):
     supports_full_tile = False
     has_maps = True
     box_replaces_point = False
+    prompts = ("points", "boxes")
     prompts_multiple = 32
     reach_px = (WINDOW_SIZE // 2 + SNAP_CELLS // 2) * MASK_STRIDE_PX
     descriptor_size = DESCRIPTOR_SIZE

@@ -8,7 +8,13 @@ from pathlib import Path
 from wsiseg.models.cards import ModelCard
 
 WEIGHTS_FOLDER = Path(__file__).parent / "weights"
-SAM_NETWORK = "wsiseg.models.sam:SamModel"  #: of every imported checkpoint; stands in users' cards
+#: Networks of imported checkpoints, by the name that their files have for them; stand in users' cards.
+NETWORKS = {
+    "sam": "wsiseg.models.sam:SamModel",
+    "sam2": "wsiseg.models.transformers:Sam2",
+    "sam3": "wsiseg.models.transformers:Sam3",
+}
+SAM_NETWORK = NETWORKS["sam"]
 
 #: Models in the package, by name.
 MODELS = {
@@ -114,5 +120,55 @@ BY_HAND = {
         decoder=f"{_SHARE}/1qAKxy5H0jgwZvM/download",
         architecture="ViT-H",
         mpp=0.125,
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnHub:
+    """A model whose authors keep it on the Hugging Face hub, as a folder: the user fetches it with the hub's own tool.
+
+    Attributes
+    ----------
+    repository
+        Its name there.
+    architecture
+        In words.
+    licence
+        Licence of the weights.
+    gated
+        Its authors hand it out only to who has accepted the licence on its page.
+    takes
+        What it can be asked with.
+    input_px
+        Side of its tile, model px.
+    mpp
+        Microns per model px, to begin with: a tile of 128 um, with which Chain-of-Prompts' tables are better than with 250 um.
+    """
+
+    repository: str
+    architecture: str
+    licence: str
+    gated: bool = False
+    takes: tuple[str, ...] = ("points", "boxes")
+    input_px: int = 1024
+    mpp: float = 0.125
+
+
+#: Models that ``wsiseg models download`` explains how to get from the hub, by name.
+ON_HUB = {
+    **{
+        f"sam2.1-hiera-{size}": OnHub(
+            repository=f"facebook/sam2.1-hiera-{size}", architecture=f"SAM 2.1, Hiera-{letter}", licence="Apache-2.0"
+        )
+        for size, letter in (("tiny", "T"), ("small", "S"), ("base-plus", "B+"), ("large", "L"))
+    },
+    "sam3": OnHub(
+        repository="facebook/sam3",
+        architecture="SAM 3 detector and tracker, ViT of width 1024 and depth 32",
+        licence="SAM License",
+        gated=True,
+        takes=("points", "boxes", "text", "exemplars"),
+        input_px=1008,
     ),
 }

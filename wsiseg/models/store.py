@@ -3,7 +3,7 @@
 ::
 
     $WSISEG_MODELS, or the user's data folder /wsiseg/models
-      NAME.safetensors    tensors sam.* and decoder.*, fp32; its metadata hold network, mpp and normalise
+      NAME.safetensors    the tensors; its metadata hold network, mpp, normalise and, of models from the hub, their configuration
       NAME.json           the card: sha256, licence, source, ...; without it the weights are not there
       NAME.part           a download that is not complete yet (download.py)
 """
@@ -17,18 +17,18 @@ import math
 import os
 import re
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import platformdirs
 
 from wsiseg.errors import ConfigError, RunError, WeightsError
-from wsiseg.models.cards import ModelCard, file_hash, require_same
-from wsiseg.models.registry import MODELS, SAM_NETWORK
+from wsiseg.models.cards import ModelCard, file_hash, foreign_note, read_note, require_same
+from wsiseg.models.registry import MODELS, NETWORKS
 from wsiseg.runtime.atomic import atomic_path, is_abandoned
 from wsiseg.runtime.paths import kind_of, names_in, read_text, readable
-from wsiseg.runtime.text import did_you_mean, first_line
+from wsiseg.runtime.text import did_you_mean
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -52,6 +52,7 @@ _CARD_KEYS = {
     "architecture": str,
     "instance_decoder": bool,
 }
+_LATER_KEYS = {"prompts": list, "input_px": int, "parameters": int}  # cards of earlier versions lack them
 
 
 def models_folder() -> Path:
@@ -100,19 +101,23 @@ def find_card(name: str, folder: Path | None = None) -> ModelCard | None:
         raise WeightsError(
             f"{path}: the card cannot be read ({error}); import or download the model again with --overwrite"
         ) from error
+    known = _CARD_KEYS | _LATER_KEYS
     sound = (
         isinstance(content, dict)
-        and content.keys() == _CARD_KEYS.keys()
-        and all(isinstance(content[k], t) for k, t in _CARD_KEYS.items())
+        and _CARD_KEYS.keys() <= content.keys() <= known.keys()
+        and all(isinstance(value, known[key]) for key, value in content.items())
+        and all(isinstance(prompt, str) for prompt in content.get("prompts", ()))
     )
     # Paths and network are code and files of ours, never of a card's choice.
     if (
         not sound
         or content["name"] != name
         or content["weights"] != f"{name}.safetensors"
-        or content["network"] != SAM_NETWORK
+        or content["network"] not in NETWORKS.values()
     ):
         raise WeightsError(f"{path}: not a card that wsiseg wrote; import or download the model again with --overwrite")
+    if "prompts" in content:
+        content["prompts"] = tuple(content["prompts"])
     card = ModelCard(**{**content, "weights": path.parent / content["weights"]})
     if kind_of(card.weights, WeightsError) != "file":
         raise WeightsError(
@@ -134,33 +139,24 @@ def card_of_file(path: Path) -> ModelCard:
     WeightsError
         Not safetensors, or a SAM checkpoint that has not been imported.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
     for card in MODELS.values():
         with readable(path, WeightsError):
             if kind_of(card.weights, WeightsError) == "file" and path.samefile(card.weights):
                 return card
-    try:
-        with safe_open(path, framework="numpy") as file:
-            metadata, keys = file.metadata() or {}, list(file.keys())
-    except (SafetensorError, OSError, ValueError) as error:
-        reason = first_line(error)
-        raise WeightsError(
-            f"{path}: not a readable safetensors file ({reason}); pass an undamaged weight file"
-        ) from error
-    if "wsiseg" in metadata:
-        mpp, normalise = _stated(metadata["wsiseg"], path)
-        decoder = any(key.startswith("decoder.") for key in keys)
+    note = read_note(path)
+    with safe_open(path, framework="numpy") as file:
+        keys = list(file.keys())
+    if note is not None:
         return ModelCard(
             name=path.stem,
-            network=SAM_NETWORK,
             weights=path,
             sha256="",
             licence="unknown",
             source=str(path),
-            mpp=mpp,
-            normalise=normalise,
-            instance_decoder=decoder,
+            instance_decoder=any(key.startswith("decoder.") for key in keys),
+            **_stated(note, path),
         )
     if any("image_encoder." in key for key in keys):
         raise WeightsError(
@@ -169,18 +165,18 @@ def card_of_file(path: Path) -> ModelCard:
     return replace(MODELS["nuclei-compact"], weights=path, sha256="", licence="unknown", source=str(path))
 
 
-def _stated(text: str, path: Path) -> tuple[float, str]:
-    """Scale and normalisation in the metadata of a file."""
+def _stated(note: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Fields of the card in the metadata of a file."""
     try:
-        content = json.loads(text)
-        network, mpp, normalise = content["network"], float(content["mpp"]), content["normalise"]
+        fields = {"network": NETWORKS[note["network"]], "mpp": float(note["mpp"]), "normalise": note["normalise"]}
+        fields |= {"prompts": tuple(note["prompts"])} if "prompts" in note else {}
+        fields |= {key: note[key] for key in ("architecture", "input_px", "parameters") if key in note}
+        sound = MPP_RANGE[0] <= fields["mpp"] <= MPP_RANGE[1] and fields["normalise"] in NORMALISE
     except (ValueError, TypeError, KeyError):
-        network, mpp, normalise = "", math.nan, ""
-    if network != "sam" or not MPP_RANGE[0] <= mpp <= MPP_RANGE[1] or normalise not in NORMALISE:
-        raise WeightsError(
-            f"{path}: its metadata (wsiseg: {' '.join(text.split())[:80]}) belong to another version; import the checkpoint again"
-        )
-    return mpp, normalise
+        sound = False
+    if not sound:
+        raise foreign_note(path, json.dumps(note, sort_keys=True))
+    return fields
 
 
 def import_model(
@@ -189,7 +185,7 @@ def import_model(
     *,
     decoder: Path | None = None,
     mpp: float = 0.25,
-    licence: str = "unknown",
+    licence: str = "",
     source: str = "",
     normalise: str = "none",
     overwrite: bool = False,
@@ -201,7 +197,7 @@ def import_model(
     Parameters
     ----------
     file
-        The checkpoint (see `wsiseg.models.sam.checkpoints`).
+        The checkpoint (see `wsiseg.models.sam.checkpoints`), or a folder from the Hugging Face hub (`wsiseg.models.transformers.folders`).
     name
         What ``--model`` will take.
     decoder
@@ -209,7 +205,7 @@ def import_model(
     mpp
         Microns per px of the images that the model takes, as it was trained.
     licence, source
-        Licence and source of the weights; kept in the card.
+        Licence and source of the weights, kept in the card; empty: what the folder states, or ``unknown`` and the path.
     normalise
         ``none`` or ``tile-minmax``: what the model expects to be done to a tile.
     overwrite
@@ -242,45 +238,111 @@ def import_model(
             f"normalise {normalise}: unknown; {did_you_mean(normalise, NORMALISE)}choose from {', '.join(NORMALISE)}"
         )
 
-    from wsiseg.models.sam.checkpoints import read_checkpoint, recognise
-    from wsiseg.models.sam.model import SamModel
-
-    checkpoint = read_checkpoint(file, decoder)
-    found = {f"sam.{k}": v.shape for k, v in checkpoint.sam.items()} | {
-        f"decoder.{k}": v.shape for k, v in checkpoint.decoder.items()
-    }
-    require_same(
-        SamModel.tensors_of(checkpoint.sam, checkpoint.decoder),
-        found,
-        "SAM" + " with an instance decoder" * bool(checkpoint.decoder),
-        file,
-    )
-    if on_note:
-        for note in checkpoint.notes:
+    read = _from_folder if kind_of(file, WeightsError) == "folder" else _from_checkpoint
+    converted = read(file, decoder)
+    for note in converted.notes:
+        if on_note:
             on_note(note)
-    tensors = {f"sam.{key}": value for key, value in checkpoint.sam.items()} | {
-        f"decoder.{key}": value for key, value in checkpoint.decoder.items()
-    }
     weights, card_path = folder / f"{name}.safetensors", folder / f"{name}.json"
+    facts = {**converted.facts, "parameters": sum(value.numel() for value in converted.tensors.values())}
+    stated = {"network": converted.network, "mpp": mpp, "normalise": normalise}
+    if (
+        converted.recipe
+    ):  # a SAM tells the rest by its tensors, and its file keeps the hash that earlier versions gave it
+        stated |= {**facts, **converted.recipe}
     with _temporary(weights) as partial:
-        _save(tensors, partial, {"network": "sam", "mpp": mpp, "normalise": normalise})
+        _save(converted.tensors, partial, stated)
         card = ModelCard(
             name=name,
-            network=SAM_NETWORK,
+            network=NETWORKS[converted.network],
             weights=weights,
             sha256=file_hash(partial),
-            licence=licence,
-            source=source,
+            licence=licence or converted.licence or "unknown",
+            source=source or converted.source or str(file),
             mpp=float(mpp),
             normalise=normalise,
-            architecture=recognise(checkpoint.sam).name,
-            instance_decoder=bool(checkpoint.decoder),
+            instance_decoder=converted.instance_decoder,
+            **facts,
         )
         card_path.unlink(missing_ok=True)  # an old card must never be paired with new weights
     with _temporary(card_path) as partial:
-        content = {key: getattr(card, key) for key in _CARD_KEYS} | {"weights": weights.name}
+        content = {key: getattr(card, key) for key in (*_CARD_KEYS, *_LATER_KEYS)} | {"weights": weights.name}
         partial.write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
     return card
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Converted:
+    """A checked model on its way into the store. ``facts``: fields of its card; ``recipe``: what its network needs besides tensors."""
+
+    network: str
+    tensors: dict[str, Tensor]
+    facts: dict[str, Any]
+    notes: tuple[str, ...]
+    recipe: dict[str, Any] = field(default_factory=dict)
+    instance_decoder: bool = False
+    licence: str = ""
+    source: str = ""
+
+
+def _from_checkpoint(file: Path, decoder: Path | None) -> _Converted:
+    from wsiseg.models.sam.checkpoints import read_checkpoint
+
+    checkpoint = read_checkpoint(file, decoder)
+    return _from_sam(checkpoint.sam, checkpoint.decoder, checkpoint.notes, file)
+
+
+def _from_folder(folder: Path, decoder: Path | None) -> _Converted:
+    from wsiseg.models.transformers.folders import read_folder
+
+    if decoder is not None:
+        raise ConfigError(
+            f"--decoder: belongs to a SAM checkpoint that is one file; {folder} is a folder: leave it out"
+        )
+    found = read_folder(folder)
+    if found.recipe is None:
+        converted = _from_sam(found.tensors, {}, found.notes, folder)
+        return replace(converted, licence=found.licence, source=found.source)
+    return _Converted(
+        network=found.kind,
+        tensors=found.tensors,
+        facts=found.facts,
+        notes=found.notes,
+        recipe=found.recipe.note(),
+        licence=found.licence,
+        source=found.source,
+    )
+
+
+def _from_sam(sam: dict[str, Tensor], decoder: dict[str, Tensor], notes: tuple[str, ...], file: Path) -> _Converted:
+    """A SAM, and its instance decoder if it has one, with all their tensors."""
+    from wsiseg.models.sam.checkpoints import recognise
+    from wsiseg.models.sam.model import SamModel
+
+    tensors = {f"sam.{key}": value for key, value in sam.items()} | {
+        f"decoder.{key}": value for key, value in decoder.items()
+    }
+    try:
+        architecture = recognise(sam)
+    except WeightsError as error:
+        raise WeightsError(f"{file}: {error}") from error
+    require_same(
+        SamModel.tensors_of(sam, decoder),
+        {key: value.shape for key, value in tensors.items()},
+        "SAM" + " with an instance decoder" * bool(decoder),
+        file,
+    )
+    return _Converted(
+        network="sam",
+        tensors=tensors,
+        facts={
+            "architecture": architecture.name,
+            "prompts": ("points", "boxes"),
+            "input_px": architecture.grid * architecture.patch,
+        },
+        notes=notes,
+        instance_decoder=bool(decoder),
+    )
 
 
 def require_free_name(name: str, folder: Path, *, overwrite: bool) -> None:
@@ -308,11 +370,12 @@ def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, Any]) -> N
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    # copies: tensors of a checkpoint may share their numbers
-    plain = {
-        key: value.to(torch.float32 if value.is_floating_point() else value.dtype, copy=True).contiguous()
-        for key, value in tensors.items()
-    }
+    plain = tensors
+    if metadata["network"] == "sam":  # copies: tensors of a checkpoint may share their numbers
+        plain = {
+            key: value.to(torch.float32 if value.is_floating_point() else value.dtype, copy=True).contiguous()
+            for key, value in tensors.items()
+        }
     path.touch()
     mode = path.stat().st_mode  # safetensors writes for the owner only
     try:

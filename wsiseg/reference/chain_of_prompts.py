@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from wsiseg.models.contract import PromptableModel
-    from wsiseg.records import Seeds
+    from wsiseg.records import Seeds, WindowMasks
 
 
 @torch.inference_mode()
@@ -98,12 +98,7 @@ def chain_image(
             mine = mine[np.hypot(*(mine[:, None] - used[None]).T).min(0) * net.mpp > cop.dedup_um]
         used = np.vstack([used, mine])
         for masks in decode(net, embeddings, 0, mine.astype(np.float32), masks_config):
-            inside = (
-                (masks.logits > 0)
-                .repeat_interleave(masks.mask_stride_px, 1)
-                .repeat_interleave(masks.mask_stride_px, 2)
-                .numpy()
-            )
+            inside = _painted(masks)
             for mask, score, (x0, y0), point in zip(
                 inside, masks.predicted_iou.tolist(), masks.origin_xy.tolist(), masks.points_xy.numpy(), strict=True
             ):
@@ -111,3 +106,13 @@ def chain_image(
                     types.append(t)
                     points.append(point)
     return canvas.labels, np.array(types, np.int32), np.array(points, np.float64).reshape(-1, 2)
+
+
+def _painted(masks: WindowMasks) -> NDArray[np.bool_]:
+    """The masks on model px: a px is inside when the logit that covers its centre is."""
+    down, across = (
+        torch.arange(round(n * masks.mask_stride_px)).add(0.5).div(masks.mask_stride_px).long()
+        for n in masks.logits.shape[1:]
+    )
+    inside: NDArray[np.bool_] = (masks.logits > 0)[:, down[:, None], across].numpy()
+    return inside

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from wsiseg import __version__
 from wsiseg.celltypes.assignment import assign_types, set_click_labels, typing_summary
+from wsiseg.celltypes.described import assign_described
 from wsiseg.formats import FILE_NAMES, load_writer
 from wsiseg.formats.bank import write_bank
 from wsiseg.records import Bank, Cells, Provenance, Typing, TypingNotes
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from wsiseg.config import RunConfig
-    from wsiseg.records import SlideInfo, TypeSpace
+    from wsiseg.records import DescribedType, SlideInfo, TypeSpace
     from wsiseg.runs.folder import RunFolder
     from wsiseg.runs.plan_file import RunPlan
     from wsiseg.runs.statistics import RunStatistics
@@ -49,6 +50,7 @@ def finish(
         config=config,
         bank=plan.bank,
         types=types,
+        described=plan.described,
         descriptor_size=plan.descriptor_size,
         clock=clock,
         cache_bytes=cache,
@@ -84,7 +86,7 @@ def finish(
         warnings=(*plan.warnings, *result.notes.warnings, *warnings),
         counts=counts,
         types=typing.count(),
-        typing=typing_summary(typing, bank, result.notes) if len(typing.names) > 1 else {},
+        typing=typing_summary(typing, bank, result.notes, plan.described) if len(typing.names) > 1 else {},
         **outcome,
     )
     manifest.write(folder.manifest_path)
@@ -123,6 +125,7 @@ def stitch_and_type(
     config: RunConfig,
     bank: Bank | None,
     types: TypeSpace | None,
+    described: Sequence[DescribedType] = (),
     descriptor_size: int,
     clock: Clock | None = None,
     cache_bytes: int = CACHE_BYTES,
@@ -132,7 +135,7 @@ def stitch_and_type(
     The clicks are looked up in the stitched cells, as :func:`wsiseg.runs.retype.type_run` does, so that the same clicks give the same types. A
     click that means none of them adds the cell decoded from it, which competes with the rest: what somebody clicked is in the result even if no
     automatic prompt found it. Under Chain-of-Prompts the clicked cells compete from the start and keep the descriptors that its prompts spread
-    from.
+    from. What a detector found as a described type is of that type; descriptors do not decide then.
 
     Parameters
     ----------
@@ -142,6 +145,8 @@ def stitch_and_type(
         The slide, resolved settings, and the clicked types.
     types
         The model's distribution of types; ``None``: it is taken from this slide's cells.
+    described
+        The types that the detector was asked for.
     descriptor_size
         D of the outlines' descriptors.
     clock
@@ -167,7 +172,10 @@ def stitch_and_type(
     if bank is None:
         cells, counts = join(none)
         typing = Typing.untyped(len(cells))
-        if config.typing.known_types:
+        if described:
+            with clock("type"):
+                typing = assign_described(cells.concept_scores(len(described)), described, config.typing)
+        elif config.typing.known_types:
             with clock("type"):
                 xy_um = cells.points_xy * info.mpp
                 typing, notes = assign_types(cells.descriptors(), xy_um, Bank((), none), types, config.typing)
@@ -181,7 +189,10 @@ def stitch_and_type(
         matched, rows, warnings = match_bank(bank, cells, descriptors, reach_px0)
         if config.method != "cop":
             bank = matched
-        typing, notes = assign_types(descriptors, cells.points_xy * info.mpp, bank, types, config.typing)
+        if described:
+            typing = assign_described(cells.concept_scores(len(described)), described, config.typing)
+        else:
+            typing, notes = assign_types(descriptors, cells.points_xy * info.mpp, bank, types, config.typing)
         typing = set_click_labels(typing, rows)
         notes = dataclasses.replace(notes, warnings=(*notes.warnings, *warnings))
     return StitchedResult(cells, typing, notes, bank, counts)

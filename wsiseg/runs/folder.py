@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wsiseg.config import RunConfig
+from wsiseg.config import DETECTING, RunConfig
 from wsiseg.errors import ConfigError, RunError
 from wsiseg.formats import FILE_NAMES, ZIP_NAME
 from wsiseg.runs.manifest import FINISHED, Manifest, Status
@@ -351,7 +351,7 @@ def _retype_command(folder: RunFolder, inputs: RunInputs) -> str:
     same = {"stitching": dataclasses.asdict(config.stitching), "typing": dataclasses.asdict(config.typing)}
     if any(manifest.config.get(key) != value for key, value in same.items()):
         return ""
-    if config.method == "cop" or (config.seeds is None and config.bank is None):
+    if config.method in {"cop", *DETECTING} or (config.seeds is None and config.bank is None):
         return ""
     clicks = ("--seeds", config.seeds) if config.seeds is not None else ("--bank", str(config.bank))
     return shlex.join(["wsiseg", "type", str(folder.path), *clicks])

@@ -7,15 +7,16 @@ import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from wsiseg.config import RunConfig, check
+from wsiseg.config import CHAINED, DETECTING, RunConfig, check
 from wsiseg.errors import ConfigError
 from wsiseg.formats.seeds import check_seeds
 from wsiseg.geometry import Lattice
 from wsiseg.models import load_model
-from wsiseg.records import Cells
+from wsiseg.records import Cells, DescribedType
 from wsiseg.runs.finish import stitch_and_type
-from wsiseg.runs.inputs import require_known_types, resolve
+from wsiseg.runs.inputs import phrases_as_seeds, require_known_types, resolve
 from wsiseg.seeds.bank import build_bank
+from wsiseg.seeds.descriptions import UNRELIABLE, describe_types
 from wsiseg.segmentation.tile import TileSegmenter
 from wsiseg.slide import read_region
 from wsiseg.slide.array_reader import ArrayReader
@@ -51,7 +52,7 @@ def segment_image(
     mpp
         Microns per pixel.
     seeds
-        Clicks in px of the image, corner frame; without them every cell stays unassigned.
+        Clicks in px of the image, corner frame, or phrases; without them every cell stays unassigned.
     config
         Defaults when absent. The whole image is searched.
     model
@@ -68,7 +69,9 @@ def segment_image(
     model, info, lattice = opened.model, opened.reader.info, opened.lattice
     blocks = plan_for_model(info, model, opened.config.tiling, lambda *_: True)
     tiles = [tile for block in blocks for tile in block.tiles]
-    segmenter = TileSegmenter(model, opened.config, lattice, SearchArea(None, None), opened.bank, name="image")
+    segmenter = TileSegmenter(
+        model, opened.config, lattice, SearchArea(None, None), opened.bank, name="image", types=opened.types
+    )
     outlines = [segmenter.segment(tile, read_region(opened.reader, tile.outer, lattice)) for tile in tiles]
     result = stitch_and_type(
         [Cells.concatenate(outlines, model.descriptor_size)],
@@ -76,6 +79,7 @@ def segment_image(
         config=opened.config,
         bank=opened.bank,
         types=model.types,
+        described=opened.types,
         descriptor_size=model.descriptor_size,
     )
     for warning in result.notes.warnings:
@@ -85,13 +89,14 @@ def segment_image(
 
 @dataclass(frozen=True, kw_only=True)
 class OpenedImage:
-    """An image in memory that was checked, with the model and the clicked types."""
+    """An image in memory that was checked, with the model and the clicked or described types."""
 
     reader: SlideReader
     config: RunConfig
     model: PromptableModel
     lattice: Lattice
     bank: Bank | None
+    types: tuple[DescribedType, ...] = ()
 
 
 def open_image(
@@ -106,6 +111,8 @@ def open_image(
     reader = stain.view(slide)
     for warning in stain.warnings:
         logger.info("%s", warning)
+    if config.text and seeds is None:
+        seeds = phrases_as_seeds(config.text)
     if seeds:
         seeds, seed_warnings = check_seeds(dataclasses.replace(seeds, slide=None), reader.info)
         for warning in seed_warnings:
@@ -113,8 +120,14 @@ def open_image(
     model = model or load_model(config.model, config.device, config.precision)
     if config.typing.known_types:
         require_known_types(config.model, model.types)
-    resolved = resolve(config, config.model, maps=model.has_maps, clicked=seeds is not None)
+    resolved = resolve(config, config.model, maps=model.has_maps, prompts=model.prompts, seeds=seeds)
     resolved = dataclasses.replace(resolved, stain=stain.name)
     lattice = Lattice(config.mpp, model.mpp)
-    bank = build_bank(reader, model, seeds, lattice, resolved, chains=resolved.method == "cop") if seeds else None
-    return OpenedImage(reader=reader, config=resolved, model=model, lattice=lattice, bank=bank)
+    bank, types = None, tuple[DescribedType, ...]()
+    if resolved.method in DETECTING:
+        types = describe_types(model, resolved, seeds, None)
+        if any(of.phrases for of in types):
+            logger.warning("%s", UNRELIABLE)
+    if seeds and resolved.method != "text":
+        bank = build_bank(reader, model, seeds, lattice, resolved, chains=resolved.method in CHAINED)
+    return OpenedImage(reader=reader, config=resolved, model=model, lattice=lattice, bank=bank, types=types)

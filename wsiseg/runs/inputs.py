@@ -10,14 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wsiseg.config import CopConfig, RunConfig, StitchingConfig, TypingConfig, check
+from wsiseg.config import DETECTING, CopConfig, RunConfig, StitchingConfig, TypingConfig, check
 from wsiseg.errors import ConfigError, SlideError
 from wsiseg.formats import load_writer
 from wsiseg.formats.bank import read_bank
 from wsiseg.formats.regions import read_regions
+from wsiseg.formats.seed_rules import MAX_NAME, default_colors, require_phrases, require_points
 from wsiseg.formats.seeds import check_seeds, read_seeds, seeds_text
 from wsiseg.models import find_weights, pick_device
 from wsiseg.models.cards import file_hash
+from wsiseg.records import Seeds, SeedType
 from wsiseg.runtime.paths import readable, require_text
 from wsiseg.segmentation.nuclear_scale import require_scale
 from wsiseg.slide import open_slide
@@ -27,7 +29,7 @@ from wsiseg.workers import check_scheduler
 if TYPE_CHECKING:
     from shapely import MultiPolygon
 
-    from wsiseg.records import Bank, Seeds, SlideInfo, TypeSpace
+    from wsiseg.records import Bank, SlideInfo, TypeSpace
     from wsiseg.slide import SlideReader
 
 
@@ -105,6 +107,12 @@ def read_inputs(slide: str, config: RunConfig, *, clicks: Seeds | None = None) -
         load_writer(format_name)
     if config.seeds is not None and config.bank is not None:
         raise ConfigError("--bank and --seeds: both define the types; pass only one of them")
+    if config.text:
+        if config.seeds is not None or config.bank is not None or clicks is not None:
+            raise ConfigError(
+                '--text and --seeds or --bank: both define the types; pass only one of them (phrases fit into a seeds.json as "text")'
+            )
+        clicks = phrases_as_seeds(config.text)
     seeds = read_seeds(Path(config.seeds)) if config.seeds is not None else clicks
     bank = load_bank(Path(config.bank), weights) if config.bank is not None else None
     with contextlib.ExitStack() as stack:
@@ -120,17 +128,7 @@ def read_inputs(slide: str, config: RunConfig, *, clicks: Seeds | None = None) -
         if config.roi is not None:
             roi, more = read_regions(Path(config.roi), reader.info)
             warnings += more
-        resolved = resolve(
-            config,
-            card.name,
-            maps=card.instance_decoder,
-            clicked=seeds is not None or bank is not None,
-            chains=bank is None or bool(bank.chains),
-        )
-        if resolved.method == "cop" and bank is not None and not bank.chains:
-            raise ConfigError(
-                f"--bank {config.bank}: has no prototypes for --method cop; leave --method out, or make it by a run with --method cop"
-            )
+        resolved = resolve(config, card.name, maps=card.instance_decoder, prompts=card.prompts, seeds=seeds, bank=bank)
         stain = find_stain(reader, config.stain, config.tissue.overview_mpp)
         warnings += stain.warnings
         resolved = dataclasses.replace(resolved, stain=stain.name)
@@ -153,24 +151,80 @@ def read_inputs(slide: str, config: RunConfig, *, clicks: Seeds | None = None) -
     )
 
 
-def resolve(config: RunConfig, model: str, *, maps: bool, clicked: bool, chains: bool = True) -> RunConfig:
+def phrases_as_seeds(phrases: tuple[str, ...]) -> Seeds:
+    """Make seeds of phrases (``--text``): each is a type that is called like it.
+
+    Raises
+    ------
+    SeedsError
+        As for the phrases and names in a seeds.json.
+    """
+    names = [" ".join(phrase.replace(":", " ").split())[:MAX_NAME].strip() for phrase in phrases]
+    colors = default_colors([None] * len(phrases))
+    types = [SeedType(name, color, text=(phrase,)) for name, color, phrase in zip(names, colors, phrases, strict=True)]
+    return read_seeds(Seeds(tuple(types), "--text"))
+
+
+def resolve(
+    config: RunConfig,
+    model: str,
+    *,
+    maps: bool,
+    prompts: tuple[str, ...] = ("points", "boxes"),
+    seeds: Seeds | None = None,
+    bank: Bank | None = None,
+) -> RunConfig:
     """Resolve ``auto`` in every setting that decides the result.
 
     ``--method auto`` is automatic prompts where the model has instance maps: with them they type better on typed data than Chain-of-Prompts as
     the way in (docs/methods.md has the table). Without maps the clicks lead to the cells; without clicks, or with a bank that no chain was run for,
-    a grid does.
+    a grid does. Types that have only phrases are searched for by them.
+
+    Parameters
+    ----------
+    config
+        Settings.
+    model
+        Its name in messages.
+    maps, prompts
+        Whether the model has instance maps, and what it can be asked with (:class:`ModelCard`).
+    seeds, bank
+        The types, if any.
 
     Raises
     ------
     ConfigError
         The method needs what the model or the command does not have.
+    SeedsError
+        The method needs clicks, or phrases, and a type has none.
     """
     method, precision = config.method, config.precision
+    clicked, chains = seeds is not None or bank is not None, bank is None or bool(bank.chains)
     if method == "auto":
         method = "apg" if maps else "cop" if clicked and chains else "amg"
-    if method == "cop" and not clicked:
+        if seeds is not None and not any(kind.points for kind in seeds.types):
+            method = "text"
+    if method == "text" and seeds is None:
+        raise ConfigError('--method text: needs phrases; pass --text PHRASE, or --seeds with "text" for every type')
+    if method == "text" and seeds is not None:
+        require_phrases(seeds, "--method text")
+    elif seeds is not None:
+        require_points(seeds, f"--method {method}")
+    if method in DETECTING and {"text": "text", "exemplar": "exemplars"}[method] not in prompts:
+        what = "reads no text" if method == "text" else "takes no example boxes"
         raise ConfigError(
-            f"--method cop: needs clicks; pass --seeds FILE or --bank FILE, or use --method {'apg' if maps else 'amg'}"
+            f"--method {method}: {model} {what}; pass --model with an imported SAM 3, or use another --method"
+        )
+    if method in {"cop", "amg", "exemplar"} and "points" not in prompts:
+        raise ConfigError(
+            f"--method {method}: {model} takes no points; import the whole model of its authors (SAM 3: Sam3VideoModel, with its tracker)"
+        )
+    if method in {"cop", "exemplar"} and not clicked:
+        other = "text with --text" if method == "exemplar" else "apg" if maps else "amg"
+        raise ConfigError(f"--method {method}: needs clicks; pass --seeds FILE or --bank FILE, or use --method {other}")
+    if method in {"cop", "exemplar"} and not chains:
+        raise ConfigError(
+            f"--bank {config.bank}: has no prototypes for --method {method}; leave --method out, or make it by a run with --method {method}"
         )
     if method == "apg" and not maps:
         raise ConfigError(
@@ -241,11 +295,13 @@ def _digests(slide: str, config: RunConfig, info: SlideInfo, weights: Path, clic
         "weights": file_hash(weights),
         "roi": _content_hash(config.roi),
     }
+    if config.method in DETECTING:  # the hashes of other methods are those of versions that had no detector
+        facts["detection"] = dataclasses.asdict(config.detection)
     if config.stain != "he":  # the hash of H&E is that of versions that knew no other stain
         facts["stain"] = config.stain
     # Stages after the parts do not make them stale: types, overlaps, and under APG the seeds.
     segmenting = dataclasses.replace(config, typing=TypingConfig(), stitching=StitchingConfig())
-    clicked = {"seeds": clicks} if config.method == "cop" else {}
+    clicked = {"seeds": clicks} if config.method in {"cop", *DETECTING} else {}
     segmenting = segmenting if clicked else dataclasses.replace(segmenting, cop=CopConfig())
     return config.hash(**facts, seeds=clicks), segmenting.hash(**facts, **clicked)
 

@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from wsiseg.config import CHAINED, DETECTING
 from wsiseg.geometry import Lattice
 from wsiseg.models import load_model
 from wsiseg.runs.inputs import require_known_types
@@ -13,6 +14,7 @@ from wsiseg.runs.plan_file import RunPlan, read_plan
 from wsiseg.runtime.claims import Claims
 from wsiseg.runtime.paths import target
 from wsiseg.seeds.bank import build_bank
+from wsiseg.seeds.descriptions import UNRELIABLE, describe_types
 from wsiseg.segmentation.worker import RunSpec, WorkerContext
 from wsiseg.slide import thumbnail
 from wsiseg.slide.tiling import plan_for_model
@@ -50,7 +52,7 @@ class PreparedRun:
 
 
 def plan_run(inputs: RunInputs, parts: Path) -> PreparedRun:
-    """Load the model, find tissue, take the clicked types' prototypes and lay out the tiles.
+    """Load the model, find tissue, take the clicked types' prototypes, encode phrases and lay out the tiles.
 
     Parameters
     ----------
@@ -77,17 +79,22 @@ def plan_run(inputs: RunInputs, parts: Path) -> PreparedRun:
     earlier = read_plan(parts, inputs.run_hash)
     if earlier:  # one bank and one view of the slide for all shards of a run, wherever they were made
         bank, stain, warnings = earlier.bank, earlier.stain, [*earlier.warnings]
-    elif inputs.seeds is not None:
+    elif inputs.seeds is not None and config.method != "text":
         bank = build_bank(
             stain.view(reader),
             model,
             inputs.seeds,
             lattice,
             config,
-            chains=config.method == "cop",
+            chains=config.method in CHAINED,
             on_warning=warnings.append,
         )
         bank = dataclasses.replace(bank, cells=bank.cells.take(area.holds(bank.cells.points_xy)))
+    described = earlier.described if earlier else ()
+    if config.method in DETECTING and not earlier:
+        described = describe_types(model, config, inputs.seeds, bank)
+        if any(of.phrases for of in described):
+            warnings.append(UNRELIABLE)
     blocks = plan_for_model(info, model, config.tiling, area.wanted)
     plan = RunPlan(
         info=dataclasses.replace(info, path=inputs.path),
@@ -103,6 +110,7 @@ def plan_run(inputs: RunInputs, parts: Path) -> PreparedRun:
         target=target(inputs.slide),
         seeds=inputs.clicks_name,
         stain=stain,
+        described=described,
     )
-    spec = RunSpec(inputs.slide, config, lattice, area, bank, parts, inputs.parts_hash, stain)
+    spec = RunSpec(inputs.slide, config, lattice, area, bank, parts, inputs.parts_hash, stain, described)
     return PreparedRun(plan, blocks, WorkerContext(spec, stain.view(reader), model, Claims(parts)))

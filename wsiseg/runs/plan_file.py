@@ -3,6 +3,7 @@
     plan.json           JSON: slide, resolved settings, names of all blocks with their tiles, digests, length of a descriptor
     clicks.safetensors  the bank, where there are clicks (formats/bank.py): every shard of a run types by the same one
     clicks.cells        the clicked cells (formats/parts.py)
+    descriptions.safetensors   the described types, where there are any (formats/descriptions.py)
 
 plan.json is written last: where it is, the others are. Private to a run.
 """
@@ -18,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 from wsiseg.config import RunConfig, from_mapping
 from wsiseg.errors import FormatError
 from wsiseg.formats.bank import restore_bank, write_bank
+from wsiseg.formats.descriptions import read_descriptions, write_descriptions
 from wsiseg.formats.parts import read_part, write_part
-from wsiseg.records import SlideInfo
+from wsiseg.records import DescribedType, SlideInfo
 from wsiseg.runtime.atomic import write_json
 from wsiseg.runtime.paths import read_text, refusal
 from wsiseg.slide.stain import AS_HE, SlideStain
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from wsiseg.records import Bank
 
 VERSION = 1
+_DESCRIBED = "descriptions.safetensors"
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,8 @@ class RunPlan:
         Name of clicks that are in no file; empty for those of a file.
     stain
         The slide's stain, and how the network is to see it.
+    described
+        The types that a detector is asked for, their phrases encoded.
     """
 
     info: SlideInfo
@@ -77,6 +82,7 @@ class RunPlan:
     target: str = ""
     seeds: str = ""
     stain: SlideStain = AS_HE
+    described: tuple[DescribedType, ...] = ()
 
 
 def keep_plan(folder: Path, plan: RunPlan) -> None:
@@ -90,7 +96,9 @@ def write_plan(folder: Path, plan: RunPlan) -> None:
     if plan.bank is not None:
         write_bank(folder / "clicks.safetensors", plan.bank, plan.info.path, plan.weights)
         write_part(folder / "clicks.cells", plan.bank.cells, plan.run_hash, {})
-    note = {k: v for k, v in vars(plan).items() if k != "bank"}
+    if plan.described:
+        write_descriptions(folder / _DESCRIBED, plan.described)
+    note = {k: v for k, v in vars(plan).items() if k not in {"bank", "described"}}
     note |= {"clicks_sha256": _digest(folder) if plan.bank is not None else ""}
     note |= {
         "version": VERSION,
@@ -98,6 +106,7 @@ def write_plan(folder: Path, plan: RunPlan) -> None:
         "config": dataclasses.asdict(plan.config),
         "stain": dataclasses.asdict(plan.stain),
         "clicks": plan.bank is not None,
+        "described_sha256": hashlib.sha256((folder / _DESCRIBED).read_bytes()).hexdigest() if plan.described else "",
     }
     note["tiles"] = list(plan.tiles.items())  # in order
     write_json(folder / "plan.json", note)
@@ -123,14 +132,18 @@ def read_plan(folder: Path, run_hash: str | None = None) -> RunPlan | None:
             bank = dataclasses.replace(
                 restore_bank(folder / "clicks.safetensors"), cells=read_part(folder / "clicks.cells")[0]
             )
+        described = tuple[DescribedType, ...]()
+        if note.get("described_sha256"):
+            if hashlib.sha256((folder / _DESCRIBED).read_bytes()).hexdigest() != note["described_sha256"]:
+                return None
+            described = read_descriptions(folder / _DESCRIBED)
         known = {f.name for f in dataclasses.fields(RunPlan)}
         rest = {k: v for k, v in note.items() if k in known}
         rest |= {"tiles": {str(name): int(count) for name, count in note["tiles"]}, "warnings": tuple(note["warnings"])}
         stain: dict[str, Any] = note.get("stain", {})
         rest["stain"] = SlideStain(**stain | {k: tuple(v) for k, v in stain.items() if isinstance(v, list)})
-        return RunPlan(
-            **rest | {"info": _info(note["info"]), "config": from_mapping(note["config"], str(path)), "bank": bank}
-        )
+        rest |= {"info": _info(note["info"]), "config": from_mapping(note["config"], str(path))}
+        return RunPlan(**rest | {"bank": bank, "described": described})
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -13,11 +13,12 @@ import numpy as np
 
 from wsiseg import __version__
 from wsiseg.celltypes.assignment import assign_types, set_click_labels, typing_summary
-from wsiseg.config import check, from_mapping, read_config
+from wsiseg.config import CHAINED, check, from_mapping, read_config
 from wsiseg.errors import ConfigError, FormatError, RunError, SeedsError
 from wsiseg.formats import FILE_NAMES, load_writer
 from wsiseg.formats.bank import write_bank
 from wsiseg.formats.geoparquet import CellTable, read_table, write_retyped
+from wsiseg.formats.seed_rules import require_points
 from wsiseg.formats.seeds import check_seeds, read_seeds
 from wsiseg.models import find_weights, load_types
 from wsiseg.models.cards import file_hash
@@ -84,7 +85,7 @@ def type_run(
     folder, manifest = _finished_run(run)
     config = from_mapping(manifest.config, str(folder.manifest_path))
     config = dataclasses.replace(
-        config, seeds=_named(seeds), bank=_named(bank), model=config.model if model is None else model
+        config, seeds=_named(seeds), bank=_named(bank), text=(), model=config.model if model is None else model
     )
     if settings is not None:
         config = dataclasses.replace(config, typing=read_config(settings, config).typing)
@@ -95,9 +96,9 @@ def type_run(
     for format_name in config.formats:
         load_writer(format_name)
     check(config, str(folder.manifest_path))
-    if config.method == "cop":
+    if config.method in CHAINED:
         raise RunError(
-            f"{run}: has only cells that looked like its own clicks (--method cop); run the slide with --method apg or amg"
+            f"{run}: has only cells that looked like its own clicks (--method {config.method}); run the slide with --method apg or amg"
         )
     if bank is not None:
         refuse_own_bank(folder, bank)
@@ -117,6 +118,7 @@ def type_run(
     rows: list[NDArray[np.intp]] = []
     if seeds is not None:
         checked, warnings = check_seeds(read_seeds(seeds), info)
+        require_points(checked, "wsiseg type")
         clicks, rows = bank_of_table(table, checked, config, info.mpp)
     elif bank is not None:
         clicks = load_bank(bank, weights)

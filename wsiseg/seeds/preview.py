@@ -11,7 +11,7 @@ import shapely
 
 from wsiseg.config import RunConfig, check
 from wsiseg.errors import RunError, SeedsError, counted
-from wsiseg.formats.seed_rules import file_name
+from wsiseg.formats.seed_rules import file_name, require_points
 from wsiseg.formats.seeds import check_seeds, read_seeds
 from wsiseg.geometry import Box, Lattice
 from wsiseg.models import load_model
@@ -115,6 +115,8 @@ def preview_seeds(
         raise RunError(f"{out}: the sheet is written as PNG; give it a name that ends in .png")
     require_free(out, RunError, overwrite=overwrite)
     found = read_seeds(seeds)
+    if not any(kind.points for kind in found.types):
+        require_points(found, "the picture of the clicks")
     with open_slide(
         slide, mpp=config.mpp, force_mpp=config.force_mpp, reader=config.reader, require_mpp=False
     ) as reader:

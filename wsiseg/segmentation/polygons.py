@@ -70,6 +70,7 @@ def trace(masks: WindowMasks, outer: Box, lattice: Lattice, config: MaskConfig) 
         points_xy=lattice.to_level0(prompts[rows] + (outer.x0, outer.y0)),
         scores=(masks.predicted_iou * masks.stability).numpy()[rows],
         descriptors=masks.descriptors.numpy()[rows],
+        concept_scores=None if masks.concept_scores is None else masks.concept_scores.numpy()[rows],
     )
     return cells.take(big), touching
 

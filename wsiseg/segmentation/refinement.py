@@ -88,8 +88,8 @@ class _Tile:
     def __init__(self, masks: WindowMasks, size_px: int) -> None:
         self.masks = masks
         self.inside: NDArray[np.bool_] = masks.logits.numpy() > 0
-        self.corner = masks.origin_xy.numpy() // masks.mask_stride_px
-        side = size_px // masks.mask_stride_px
+        self.corner = np.floor_divide(masks.origin_xy.numpy(), masks.mask_stride_px).astype(np.int64)
+        side = int(size_px // masks.mask_stride_px)
         self.margin = self.inside.shape[1]  # windows reach beyond the tile
         self.owner = np.full((side + 2 * self.margin, side + 2 * self.margin), -1, np.int32)
 
@@ -110,7 +110,7 @@ class _Tile:
                 kept.append(row)
         return np.sort(np.array(kept, np.intp))
 
-    def box(self, row: int) -> tuple[int, int, int, int]:
+    def box(self, row: int) -> tuple[float, float, float, float]:
         """Box of a mask, model px of the tile, corner frame."""
         columns, lines = np.flatnonzero(self.inside[row].any(0)), np.flatnonzero(self.inside[row].any(1))
         (x, y), cell = self.corner[row], self.masks.mask_stride_px

@@ -12,12 +12,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from wsiseg.config import DETECTING
+from wsiseg.geometry import Box
 from wsiseg.records import Cells
 from wsiseg.runtime.profiling import Clock
 from wsiseg.segmentation.batch_size import Batch, is_out_of_memory
+from wsiseg.segmentation.competition import compete
 from wsiseg.segmentation.decoding import decode
+from wsiseg.segmentation.detection import Detector
 from wsiseg.segmentation.polygons import trace
 from wsiseg.segmentation.prompts import find_points
+from wsiseg.segmentation.prompts.exemplars import find_examples, likely_places
 from wsiseg.segmentation.prompts.grid import grid_points
 from wsiseg.segmentation.refinement import refine_masks
 
@@ -26,19 +31,20 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from wsiseg.config import RunConfig
+    from wsiseg.config import MaskConfig, RunConfig
     from wsiseg.geometry import Lattice
     from wsiseg.models.contract import PromptableModel
-    from wsiseg.records import Bank, Embeddings, Tile, WindowMasks
+    from wsiseg.records import Bank, DescribedType, Embeddings, Tile, WindowMasks
     from wsiseg.slide.tissue import SearchArea
 
 
 @dataclass(frozen=True)
 class EncodedTile:
-    """A tile's embedding, as the ``batch_index``-th of those encoded together."""
+    """A tile's embedding, as the ``batch_index``-th of those encoded together; with its pixels, where a detector may look closer."""
 
     embeddings: Embeddings
     batch_index: int
+    pixels: NDArray[np.uint8] | None = None
 
 
 class TileSegmenter:
@@ -58,6 +64,8 @@ class TileSegmenter:
         Prototypes of the clicked types, of runs with clicks.
     name
         Name of the slide in messages.
+    types
+        The types that a detector is asked for, of ``--method text`` and ``exemplar``.
 
     Attributes
     ----------
@@ -76,11 +84,13 @@ class TileSegmenter:
         bank: Bank | None,
         *,
         name: str,
+        types: Sequence[DescribedType] = (),
     ) -> None:
         self.model, self.config, self.bank = model, config, bank
         self.lattice, self.area, self.name = lattice, area, name
         self.batch = Batch(config, model.device)
         self.clock = Clock()
+        self.detector = Detector(model, types, config.detection) if config.method in DETECTING else None
 
     def segment(self, tile: Tile, pixels: NDArray[np.uint8]) -> Cells:
         """Segment one tile: pixels (H, W, 3) of ``tile.outer`` -> the outlines that ``tile.core`` owns, level-0 px."""
@@ -98,7 +108,7 @@ class TileSegmenter:
             with self.clock("encode"), torch.inference_mode():
                 batch = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
                 embeddings = self.model.encode(batch.to(self.model.device))
-            return [EncodedTile(embeddings, k) for k in range(len(pixels))]
+            return [EncodedTile(embeddings, k, image if self.detector else None) for k, image in enumerate(pixels)]
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -109,8 +119,13 @@ class TileSegmenter:
 
     @torch.inference_mode()
     def find_prompts(self, tile: Tile, encoded: EncodedTile) -> NDArray[np.float32]:
-        """Find the prompts (N, 2) that the tile owns, model px of the tile: each point of the slide belongs to one core."""
+        """Find the prompts (N, 2) that the tile owns, model px of the tile: each point of the slide belongs to one core.
+
+        For a detector they only find the examples that it is shown: they may lie anywhere on the tile, and there are none for phrases.
+        """
         with self.clock("prompt"):
+            if self.detector is not None:
+                return self._example_prompts(tile, encoded)
             corner = np.array([tile.outer.x0, tile.outer.y0], float)
             if self.config.method == "amg":
                 spacing = self.config.grid.spacing_um / self.model.mpp
@@ -141,18 +156,56 @@ class TileSegmenter:
 
     def _decode(self, tile: Tile, encoded: EncodedTile, points: NDArray[np.float32]) -> list[WindowMasks]:
         config, embeddings, k = self.config, encoded.embeddings, encoded.batch_index
-        kept = dataclasses.replace(config.masks, prompts_per_batch=self.batch.prompts)
+        if self.detector is not None:
+            return self._detect(self.detector, tile, encoded, points)
+        kept = self._batched_masks
         grid = config.grid if config.method == "amg" else None
         masks = list(decode(self.model, embeddings, k, points, kept, grid=grid))
         if config.refinement.enabled:
             masks = refine_masks(self.model, embeddings, tile.outer.width, masks, kept, config.refinement, k)
         return masks
 
+    def _example_prompts(self, tile: Tile, encoded: EncodedTile) -> NDArray[np.float32]:
+        if self.config.method == "text" or self.bank is None:
+            return np.empty((0, 2), np.float32)
+        alone, config = _one_of(encoded.embeddings, encoded.batch_index), self.config
+        return likely_places(
+            alone,
+            tile.outer.width,
+            self.model.mpp,
+            self.bank,
+            config.cop.min_component_um2,
+            config.detection.candidates,
+        )
+
+    def _detect(
+        self, detector: Detector, tile: Tile, encoded: EncodedTile, points: NDArray[np.float32]
+    ) -> list[WindowMasks]:
+        """Masks of all instances that the detector finds, centred in the tile's core and the searched area."""
+        x, y = tile.outer.x0, tile.outer.y0
+        core = Box(tile.core.x0 - x, tile.core.y0 - y, tile.core.x1 - x, tile.core.y1 - y)
+        examples = None
+        if self.config.method == "exemplar" and self.bank is not None:
+            kept = dataclasses.replace(self.config, masks=self._batched_masks)
+            examples = find_examples(
+                self.model, encoded.embeddings, encoded.batch_index, points, tile.outer, self.lattice, self.bank, kept
+            )
+        masks = detector.find(encoded.pixels, core, encoded.embeddings, encoded.batch_index, examples)
+        wanted = [self.area.holds(self.lattice.to_level0(m.points_xy.numpy() + np.array([x, y], float))) for m in masks]
+        return [m.take(torch.from_numpy(rows)) for m, rows in zip(masks, wanted, strict=True)]
+
+    @property
+    def _batched_masks(self) -> MaskConfig:
+        """Settings of masks, with as many prompts at a time as memory allows."""
+        return dataclasses.replace(self.config.masks, prompts_per_batch=self.batch.prompts)
+
     def trace(self, tile: Tile, masks: Sequence[WindowMasks]) -> tuple[Cells, int]:
         """Trace masks to outlines, level-0 px; also returns how many masks touch the border of their window."""
         with self.clock("vectorise"):
             traced = [trace(m, tile.outer, self.lattice, self.config.masks) for m in masks]
             cells = Cells.concatenate([cells for cells, _ in traced], self.model.descriptor_size)
+            if self.detector is not None:
+                cells = compete(cells, self.config.detection.same_cell)
             return cells, sum(touching for _, touching in traced)
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from wsiseg.config import RunConfig
     from wsiseg.geometry import Lattice
     from wsiseg.models.contract import PromptableModel
-    from wsiseg.records import Bank
+    from wsiseg.records import Bank, DescribedType
     from wsiseg.slide import SlideReader
     from wsiseg.slide.tissue import SearchArea
 
@@ -44,6 +44,8 @@ class RunSpec:
         Folder of the part files, and the digest of everything that decides their content.
     stain
         How the network is to see the slide.
+    described
+        The types that a detector is asked for.
     """
 
     slide: str
@@ -54,6 +56,7 @@ class RunSpec:
     parts: Path
     parts_hash: str
     stain: SlideStain = AS_HE
+    described: tuple[DescribedType, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,9 @@ class WorkerContext:
     def segmenter(self) -> TileSegmenter:
         """Steps of one tile, for this run."""
         spec = self.spec
-        return TileSegmenter(self.model, spec.config, spec.lattice, spec.area, spec.bank, name=spec.slide)
+        return TileSegmenter(
+            self.model, spec.config, spec.lattice, spec.area, spec.bank, name=spec.slide, types=spec.described
+        )
 
     def close(self) -> None:
         """Close the slide and give up all claims."""

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from wsiseg.records import Cells
 
 CACHE_BYTES = 16 << 20  #: some 30,000 cells: a block and its neighbours
-_OUTLINE, _DESCRIPTOR = ("geometry", "prompt_x", "prompt_y", "score"), ("descriptor",)
+_OUTLINE, _DESCRIPTOR, _CONCEPT = ("geometry", "prompt_x", "prompt_y", "score"), ("descriptor",), ("concept_scores",)
 THREADS = min(machine.cores(), 8)
 
 
@@ -118,6 +118,15 @@ class OutlineStore:
         out = np.empty((len(rows), self.descriptor_size), np.float16)
         for where, part, inside in self._by_part(rows, _DESCRIPTOR):
             out[where] = part.descriptors(inside)
+        return out
+
+    def concept_scores(self, rows: NDArray[np.intp], types: int) -> NDArray[np.float32]:
+        """(n, types) of ``rows``: scores of the types that the run describes; zeros where a source has none."""
+        out = np.zeros((len(rows), types), np.float32)
+        for where, part, inside in self._by_part(rows, _CONCEPT):
+            scores = part.concept_scores(inside)
+            if scores is not None:
+                out[where] = scores
         return out
 
     def _by_part(

@@ -69,11 +69,22 @@ class StitchedCells:
     def descriptors(self) -> NDArray[np.float16]:
         """(N, D), all in memory."""
         out = np.empty((len(self), self.descriptor_size), np.float16)
-        here = np.argsort(self.rows, kind="stable")  # part by part
-        edges = np.searchsorted(self.rows[here], self.outlines.starts)
-        for a, b in itertools.pairwise(edges):
-            out[here[a:b]] = self.outlines.descriptors(self.rows[here[a:b]])
+        for here in self._by_part():
+            out[here] = self.outlines.descriptors(self.rows[here])
         return out
+
+    def concept_scores(self, types: int) -> NDArray[np.float32]:
+        """(N, types), all in memory: scores of the types that the run describes."""
+        out = np.empty((len(self), types), np.float32)
+        for here in self._by_part():
+            out[here] = self.outlines.concept_scores(self.rows[here], types)
+        return out
+
+    def _by_part(self) -> Iterator[NDArray[np.intp]]:
+        """Places of the cells, those of one part after the other."""
+        here = np.argsort(self.rows, kind="stable")
+        for a, b in itertools.pairwise(np.searchsorted(self.rows[here], self.outlines.starts)):
+            yield here[a:b]
 
     def take(self, places: NDArray[np.intp] | slice) -> Cells:
         """The cells at ``places`` of the files' order."""

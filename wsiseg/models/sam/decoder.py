@@ -19,7 +19,7 @@ E1  *Absorbed projections.* T x 8 = 56 vectors of a prompt stand against S = 409
 E2  *First layer once per tile.* X0 is the same for all prompts of a tile, so its projections are made once (with E1 there is no gain in it twice).
 E3  *Upscaling where the mask is.* Both transposed convolutions have kernel 2 and stride 2, and the norm between them acts on each pixel: a
     pixel's logit depends on one token alone. 16 x 16 tokens around the point are upscaled (256 px); a mask that reaches the border of that
-    crop is cut there, and :func:`wsiseg.models.sam.model.SamModel.decode` does it again on the whole grid.
+    crop is cut there, and :func:`wsiseg.models.sam.prompted.PromptedSam.decode` does it again on the whole grid.
 
 References
 ----------
@@ -28,7 +28,7 @@ References
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -43,6 +43,10 @@ CROP = 16  #: tokens on each side of the crop (E3)
 UP = 4  #: logits per token and side
 CPU_PROMPTS = 4  #: prompts worked on at once: their image tokens (4 MB each) stay in the third-level cache
 _GPU_PROMPTS = 256
+SINGLE, THREE = (
+    slice(0, 1),
+    slice(1, None),
+)  #: the mask for a prompt that means one thing; the masks for one that may mean several
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,11 @@ class Shared:
     k: Tensor
     v: Tensor
     q: Tensor
+
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        """Names of the tensors, in order."""
+        return tuple(field.name for field in fields(cls))
 
 
 class _Cross:
@@ -127,9 +136,12 @@ class PointDecoder:
         (1, C, g, g), from ``PromptEncoder.get_dense_pe()``; of the same device and precision.
     """
 
+    shared_type: type[Shared] = Shared
+
     def __init__(self, decoder: Any, position: Tensor) -> None:  # noqa: ANN401
         self.reference = decoder
         self.grid = position.shape[-1]
+        self.crop = min(CROP, self.grid)
         self.position = position.flatten(2)[0].T.contiguous()
         self.layers = list(decoder.transformer.layers)
         self.look = [_Cross(layer.cross_attn_token_to_image, self.position, to_image=False) for layer in self.layers]
@@ -164,7 +176,7 @@ class PointDecoder:
         corner
             int64 (N, 2): first column and row, in tokens, of each prompt's crop of ``CROP`` tokens; ``None``: the whole grid.
         masks
-            Selection among the four masks: ``slice(0, 1)`` the single one, ``slice(1, None)`` the three for ambiguous prompts.
+            Selection among the four masks: ``SINGLE`` the one, ``THREE`` those for ambiguous prompts.
 
         Returns
         -------
@@ -187,8 +199,14 @@ class PointDecoder:
     def _decode(
         self, shared: Shared, tile: Tensor, prompts: Tensor, corner: Tensor | None, masks: slice
     ) -> tuple[Tensor, Tensor]:
+        tokens, keys = self._transform(shared, tile, prompts)
+        weights, quality = self._heads(tokens, masks)
+        return self._logits(self._crop(keys, corner), weights), quality
+
+    def _transform(self, shared: Shared, tile: Tensor, prompts: Tensor) -> tuple[Tensor, Tensor]:
+        """The two-way transformer -> tokens (N, T, C): that of the quality, those of the masks, others; and image tokens (N, S, C)."""
         decoder = self.reference
-        given = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight]).to(prompts.dtype)
+        given = self._own_tokens().to(prompts.dtype)
         given = torch.cat([given.expand(len(prompts), -1, -1), prompts], 1)  # (N, T, C)
         tokens, keys = self._first_layer(shared, tile, given)
         for layer, look, answer in list(zip(self.layers, self.look, self.answer, strict=True))[1:]:
@@ -198,10 +216,19 @@ class PointDecoder:
             tokens = layer.norm3(tokens + layer.mlp(tokens))
             keys = layer.norm4(answer.to_image(keys, tokens + given, tokens))
         tokens = decoder.transformer.norm_final_attn(tokens + self.last_look.to_tokens(tokens + given, keys))
+        return tokens, keys
+
+    def _own_tokens(self) -> Tensor:
+        """The decoder's learnt tokens (M, C), the quality's first, then those of the masks."""
+        return torch.cat([self.reference.iou_token.weight, self.reference.mask_tokens.weight])
+
+    def _heads(self, tokens: Tensor, masks: slice) -> tuple[Tensor, Tensor]:
+        """Weights of the masks' logits (N, C / 8, M), and predicted IoUs (N, M)."""
+        decoder = self.reference
         weights = torch.stack(
             [mlp(tokens[:, 1 + i]) for i, mlp in list(enumerate(decoder.output_hypernetworks_mlps))[masks]], 2
         )
-        return self._logits(self._crop(keys, corner), weights), decoder.iou_prediction_head(tokens[:, 0])[:, masks]
+        return weights, decoder.iou_prediction_head(tokens[:, 0])[:, masks]
 
     def _first_layer(self, shared: Shared, tile: Tensor, given: Tensor) -> tuple[Tensor, Tensor]:
         """The layer whose image tokens are the tile's own (E2) -> tokens (N, T, C), keys (N, S, C)."""
@@ -217,29 +244,34 @@ class PointDecoder:
         scores = _per_tile(lambda b, rows: _product(rows, shared.q[b].transpose(1, 2)), tile, k)
         return tokens, layer.norm4(answer.spread(shared.keys[tile], scores, tokens))
 
-    def _crop(self, keys: Tensor, corner: Tensor | None) -> Tensor:
-        """Image tokens (N, S, C) of the crops -> (N, side, side, C)."""
+    def _crop(self, keys: Tensor, corner: Tensor | None, which: Tensor | None = None) -> Tensor:
+        """Image tokens (N, S, C), or those of the tiles ``which`` (N,) of B, of the crops -> (N, side, side, C)."""
         grid = keys.view(len(keys), self.grid, self.grid, -1)
         if corner is None:
-            return grid
-        steps = torch.arange(CROP, device=keys.device)
+            return grid if which is None else grid[which]
+        which = torch.arange(len(keys), device=keys.device) if which is None else which
+        steps = torch.arange(self.crop, device=keys.device)
         x, y = corner[:, :1] + steps, corner[:, 1:] + steps
-        return grid[torch.arange(len(keys), device=keys.device)[:, None, None], y[:, :, None], x[:, None, :]]
+        return grid[which[:, None, None], y[:, :, None], x[:, None, :]]
 
     def _logits(self, grid: Tensor, weights: Tensor) -> Tensor:
         """Upscale tokens (N, s, s, C) and weigh them with (N, C / 8, M) -> (N, M, 4s, 4s)."""
         first, norm, activate, second, _ = self.reference.output_upscaling
         n, side = grid.shape[:2]
-        x = _transposed(grid.reshape(-1, grid.shape[-1]), first)  # (N s s 2 2, C / 4)
+        x = transposed(grid.reshape(-1, grid.shape[-1]), first)  # (N s s 2 2, C / 4)
         x = activate(F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps))
-        x = activate(_transposed(x, second)).view(n, -1, weights.shape[1])
-        logits = torch.bmm(x, weights).view(
-            n, side, side, 2, 2, 2, 2, -1
-        )  # rows and columns: token, first, second convolution
-        return logits.permute(0, 7, 1, 3, 5, 2, 4, 6).reshape(n, -1, UP * side, UP * side)
+        x = activate(transposed(x, second)).view(n, -1, weights.shape[1])
+        return self._in_place(torch.bmm(x, weights), side)
+
+    @staticmethod
+    def _in_place(logits: Tensor, side: int) -> Tensor:
+        """Logits (N, s s 16, M) in the order of the upscaling -> (N, M, 4s, 4s)."""
+        n = len(logits)
+        parts = logits.view(n, side, side, 2, 2, 2, 2, -1)  # rows and columns: token, first, second convolution
+        return parts.permute(0, 7, 1, 3, 5, 2, 4, 6).reshape(n, -1, UP * side, UP * side)
 
 
-def _transposed(x: Tensor, convolution: Any) -> Tensor:  # noqa: ANN401
+def transposed(x: Tensor, convolution: Any) -> Tensor:  # noqa: ANN401
     """A transposed convolution of kernel 2 and stride 2 as one product: (M, C) -> (M * 4, C'), the four pixels in reading order."""
     weight = convolution.weight.permute(0, 2, 3, 1).flatten(1)
     return torch.addmm(convolution.bias.repeat(4), x, weight).view(-1, convolution.out_channels)
