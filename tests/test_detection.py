@@ -13,7 +13,6 @@ from scipy import ndimage
 
 from wsiseg.celltypes.described import assign_described
 from wsiseg.config import DetectionConfig, MaskConfig, RunConfig, TilingConfig, TypingConfig
-from wsiseg.errors import ConfigError, SeedsError
 from wsiseg.geometry import Box, Lattice
 from wsiseg.records import (
     Cells,
@@ -27,10 +26,9 @@ from wsiseg.records import (
     WindowMasks,
 )
 from wsiseg.runs.image import segment_image
-from wsiseg.runs.inputs import phrases_as_seeds
 from wsiseg.seeds.bank import build_bank
 from wsiseg.segmentation.competition import compete
-from wsiseg.segmentation.detection import WINDOW, Detector
+from wsiseg.segmentation.detection import Detector
 from wsiseg.segmentation.polygons import trace
 from wsiseg.segmentation.prompts.exemplars import choose, find_examples, likely_places, sureness
 from wsiseg.slide.array_reader import ArrayReader

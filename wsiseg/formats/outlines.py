@@ -1,4 +1,4 @@
-"""Inputs of a comparison: label images, outlines and points, and the files they are read from.
+"""Outlined cells of any program: label images, outlines and points, and the files they are read from.
 
     .png .tif .tiff .npy               label image: integer ids, 0 = background
     .geojson .json .gz .zip            outlines: QuPath objects, their classification is the type
