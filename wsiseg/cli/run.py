@@ -64,6 +64,11 @@ _DEFAULT = RunConfig()
 @mpp_options
 @reader_option
 @stain_option
+@click.option(
+    "--outlines",
+    metavar="FILE",
+    help="Cells outlined by another program (GeoJSON, GeoParquet, label image): keep these; type them with wsiseg type.",
+)
 @click.option("--roi", metavar="FILE", help="GeoJSON polygons (QuPath annotations): segment only inside them.")
 @click.option("--no-tissue", is_flag=True, help="Search the whole slide, not only tissue.")
 @click.option(

@@ -19,7 +19,7 @@ from wsiseg.runs.plausibility import implausible
 from wsiseg.runtime.profiling import Clock, trim_memory
 from wsiseg.seeds.bank import match_bank, missed_cells
 from wsiseg.stitching.outline_store import CACHE_BYTES
-from wsiseg.stitching.stitch import stitch
+from wsiseg.stitching.stitch import keep_all, stitch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -159,6 +159,8 @@ def stitch_and_type(
 
     def join(clicked: Cells) -> tuple[StitchedCells, StitchCounts]:
         with clock("stitch"):
+            if config.method == "outlines":
+                return keep_all(sources, info.size_px0, descriptor_size=descriptor_size, cache_bytes=cache_bytes)
             return stitch(
                 [*sources, clicked],
                 info.size_px0,

@@ -99,7 +99,7 @@ def segment_slide(
         folder = claim_folder(out, Manifest.of(run.plan), name=name, overwrite=overwrite)
         run = run.at(folder.parts)
         drop_stale_files(folder, set(run.plan.tiles))
-        keep_plan(folder.parts, run.plan)
+        keep_plan(folder.parts, run.plan, run.given)
         with run.context.claims as claims, recorded_interruption(folder, run.plan, claims, shard):
             statistics.begin(run.context.model.device, folder, run.plan, shard)
             blocks = shard.of(run.blocks) if shard else run.blocks
