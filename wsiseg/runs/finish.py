@@ -36,9 +36,15 @@ logger = logging.getLogger(__name__)
 
 
 def finish(
-    folder: RunFolder, plan: RunPlan, statistics: RunStatistics, types: TypeSpace | None, stopped: Callable[[], bool]
+    folder: RunFolder,
+    plan: RunPlan,
+    statistics: RunStatistics,
+    types: TypeSpace | None,
+    stopped: Callable[[], bool],
+    on_phase: Callable[[str], None] = lambda _: None,
 ) -> Manifest:
     """Stitch and type the outlines of the parts, write the files and the manifest, and return it."""
+    on_phase("stitching and typing")
     config, clock = plan.config, statistics.clock
     trim_memory()
     parts = [folder.parts / f"{name}.parquet" for name in plan.tiles if name in statistics.blocks]
@@ -67,6 +73,7 @@ def finish(
     for format_name in config.formats:
         if stopped():
             raise statistics.interrupted()
+        on_phase(f"writing {FILE_NAMES[format_name]}")
         with clock("write"):
             path = folder.path / FILE_NAMES[format_name]
             files.append((load_writer(format_name)(path, cells, typing, plan.info, provenance) or path).name)
