@@ -11,7 +11,7 @@ import pytest
 import shapely
 
 from wsiseg.errors import FormatError
-from wsiseg.evaluation.inputs import Outlines, read_side
+from wsiseg.formats.outlines import Outlines, read_side
 from wsiseg.formats.regions import read_regions
 from wsiseg.records import SlideInfo
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from wsiseg.config import CopConfig, RunConfig, TilingConfig, check, from_mapping, read_config
 from wsiseg.errors import ConfigError, FormatError, SeedsError, WsisegError
-from wsiseg.evaluation.inputs import Points, read_side
+from wsiseg.formats.outlines import Points, read_side
 from wsiseg.formats.seeds import read_seeds
 from wsiseg.runs.slide import segment_slide
 from wsiseg.runs.slide_list import Entry, read_list

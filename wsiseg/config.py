@@ -17,7 +17,7 @@ from wsiseg.runtime.text import parse_json, read_text
 if typing.TYPE_CHECKING:
     from pathlib import Path
 
-Method = Literal["auto", "apg", "cop", "amg", "text", "exemplar"]
+Method = Literal["auto", "apg", "cop", "amg", "text", "exemplar", "outlines"]
 DETECTING = ("text", "exemplar")  #: methods by which a detector finds cells, of the types that it is asked for
 CHAINED = ("cop", "exemplar")  #: methods that spread from the clicks by Chain-of-Prompts
 
@@ -365,6 +365,8 @@ class RunConfig:
         ``auto`` looks at the slide. What is not H&E is shown to the network as if it were (slide/stain.py).
     text
         Phrases, each a type of its own, for ``--method text``.
+    outlines
+        File of outlined cells of another program, for ``--method outlines``: they are kept as they are, and get descriptors.
     batch_size
         Tiles encoded together. ``None``: one on a CPU, as many as fit on a GPU.
     max_ram_gb, max_vram_gb
@@ -394,6 +396,7 @@ class RunConfig:
     bank: str | None = setting(None, group="source")
     text: tuple[str, ...] = setting((), group="source")
     roi: str | None = setting(None, group="source")
+    outlines: str | None = setting(None, group="source")
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     tissue: TissueConfig = field(default_factory=TissueConfig)
     tiling: TilingConfig = field(default_factory=TilingConfig)

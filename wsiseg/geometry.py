@@ -13,10 +13,10 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import shapely
 
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import NDArray
 
 
@@ -93,3 +93,13 @@ def largest_part(geometry: shapely.Geometry) -> shapely.Polygon:
     if not parts:
         return shapely.Polygon()
     return max((largest_part(g) for g in parts), key=lambda g: (g.area, g.wkb))
+
+
+def z_order(points_xy: NDArray[np.float64]) -> NDArray[np.intp]:
+    """Order along a Z-order (Morton) curve of 16-px cells; ties by y, then x."""
+    key = np.zeros(len(points_xy), np.uint64)
+    cells = np.clip(points_xy / 16, 0, 2**20).astype(np.uint64)
+    for bit in range(21):
+        for axis in (0, 1):
+            key |= ((cells[:, axis] >> np.uint64(bit)) & np.uint64(1)) << np.uint64(2 * bit + axis)
+    return np.lexsort((points_xy[:, 0], points_xy[:, 1], key))

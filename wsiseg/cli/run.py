@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,8 +25,9 @@ from wsiseg.cli.options import (
     reader_option,
     stain_option,
 )
-from wsiseg.config import HALO_UM, TILE_UM, RunConfig, from_mapping, read_config
+from wsiseg.config import CHAINED, HALO_UM, TILE_UM, RunConfig, from_mapping, read_config
 from wsiseg.errors import counted
+from wsiseg.formats import FILE_NAMES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
@@ -64,6 +66,11 @@ _DEFAULT = RunConfig()
 @mpp_options
 @reader_option
 @stain_option
+@click.option(
+    "--outlines",
+    metavar="FILE",
+    help="Cells outlined by another program (GeoJSON, GeoParquet, label image): keep these; type them with wsiseg type.",
+)
 @click.option("--roi", metavar="FILE", help="GeoJSON polygons (QuPath annotations): segment only inside them.")
 @click.option("--no-tissue", is_flag=True, help="Search the whole slide, not only tissue.")
 @click.option(
@@ -224,11 +231,12 @@ def _one(
             overwrite=overwrite,
             shard=shard,
             on_progress=progress.update,
+            on_phase=progress.phase,
             on_warning=printed,
             stopped=stopped,
         )
     if not quiet:
-        report(result, printed.warnings)
+        report(result, printed.warnings, details=True)
     return 3 if result.failures else 0
 
 
@@ -312,8 +320,8 @@ class _WarningPrinter:
             click.echo(f"Warning: {self.place}{warning}", err=True)
 
 
-def report(result: Manifest | ShardRecord, printed: Collection[str] = ()) -> None:
-    """Print the outcome of a run, or of a shard; ``printed`` holds the warnings already printed."""
+def report(result: Manifest | ShardRecord, printed: Collection[str] = (), *, details: bool = False) -> None:
+    """Print the outcome of a run, or of a shard; ``printed`` holds the warnings already printed. With ``details``, of a run more than a line."""
     from wsiseg.runs.manifest import Manifest
 
     for warning in dict.fromkeys(result.warnings if isinstance(result, Manifest) else ()):
@@ -331,6 +339,9 @@ def report(result: Manifest | ShardRecord, printed: Collection[str] = ()) -> Non
     typed = ", ".join(f"{name} {n}" for name, n in result.types.items() if len(result.types) > 1)
     when = "already complete" if result.already else f"in {result.seconds['total']:.1f} s"
     click.echo(f"{result.folder}: {counted(counts['cells'], 'cell')}{f' ({typed})' if typed else ''}, {when}")
+    if details and not result.already:
+        for line in summary_lines(result):
+            click.echo(line)
     if result.status != "complete":
         again = (
             "run those shards again, then merge"
@@ -342,3 +353,20 @@ def report(result: Manifest | ShardRecord, printed: Collection[str] = ()) -> Non
             f"{failed} of {counted(counts['tiles'], 'tile')} {'is' if failed == 1 else 'are'} missing; {again}",
             err=True,
         )
+
+
+def summary_lines(manifest: Manifest) -> list[str]:
+    """Lines about a finished run: cells and density per type, cost, files, and what to do next."""
+    area, cost = float(manifest.slide.get("searched_mm2") or 0), manifest.seconds_per_mm2
+    rows = [(name, n) for name, n in manifest.types.items() if n] if len(manifest.types) > 1 else []
+    rows.append(("all", manifest.counts["cells"]))
+    width, digits = max(len(name) for name, _ in rows), max(len(str(n)) for _, n in rows)
+    lines = [f"  {name:{width}}  {n:>{digits}}" + (f"  {n / area:6.0f} per mm2" if area else "") for name, n in rows]
+    lines.append(f"  {area:.3g} mm2 searched, {cost:.3g} s per mm2, {manifest.peak_ram_mb:.0f} MB of memory at most")
+    lines.append(f"  files: {', '.join(manifest.files)}")
+    steps = []
+    if any(name.startswith("cells.geojson") for name in manifest.files):
+        steps.append("drag the GeoJSON onto the slide in QuPath")
+    if manifest.config["method"] not in CHAINED and FILE_NAMES["parquet"] in manifest.files:
+        steps.append(f"other clicks: wsiseg type {shlex.quote(manifest.folder)} --seeds FILE")
+    return [*lines, f"  next: {'; '.join(steps)}"] if steps else lines

@@ -16,17 +16,6 @@ from wsiseg import __version__
 from wsiseg.errors import ConfigError, FormatError
 from wsiseg.evaluation.contingency import Overlaps, centroids, disjoint, instances, majority, outline_overlaps, overlaps
 from wsiseg.evaluation.detection import RADIUS_UM, detect, pool_detections
-from wsiseg.evaluation.inputs import (
-    Labels,
-    Outlines,
-    Points,
-    Side,
-    files_in,
-    read_label,
-    read_side,
-    run_file,
-    type_names,
-)
 from wsiseg.evaluation.metrics import class_quality, tally
 from wsiseg.evaluation.rasterize import rasterise
 from wsiseg.evaluation.scores import (
@@ -39,6 +28,17 @@ from wsiseg.evaluation.scores import (
     pooled_values,
 )
 from wsiseg.evaluation.summary import PointHits, mean_interval, retention
+from wsiseg.formats.outlines import (
+    Labels,
+    Outlines,
+    Points,
+    Side,
+    files_in,
+    read_label,
+    read_side,
+    run_file,
+    type_names,
+)
 from wsiseg.runtime.paths import kind_of
 from wsiseg.runtime.text import did_you_mean, parse_json, read_text
 

@@ -32,6 +32,8 @@ class PromptableModel(Protocol):
         A prompt with a box is the box and the further points; its own point only places the window.
     prompts_multiple
         Prompts are decoded in multiples of this many: small matrix products round differently with the number of threads.
+    mask_stride_px, window_size
+        Model px per cell of a mask, and cells on a side of its window.
     descriptor_size
         Length of a cell's descriptor.
     types
@@ -56,6 +58,10 @@ class PromptableModel(Protocol):
     box_replaces_point: bool
     prompts_multiple: int
     descriptor_size: int
+    window_size: int
+
+    @property
+    def mask_stride_px(self) -> float: ...  # noqa: D102
 
     @property
     def prompts(self) -> tuple[str, ...]: ...  # noqa: D102
@@ -85,6 +91,14 @@ class PromptableModel(Protocol):
         ``extras`` adds points and boxes; ``multimask`` asks for several answers per prompt, prompt by prompt; ``predicted_iou`` says which is best;
         ``full_tile`` asks for masks on the whole tile.
         """
+        ...
+
+    def window_origin(self, points_xy: Tensor) -> Tensor:
+        """Outer corner (N, 2), int64 model px, of the window around each point (N, 2) of a tile."""
+        ...
+
+    def describe_masks(self, embeddings: Embeddings, batch_index: Tensor, origin_xy: Tensor, logits: Tensor) -> Tensor:
+        """Descriptors (N, D), unit norm, of masks that come from elsewhere: positive ``logits`` (N, h, h) on windows of :meth:`window_origin`."""
         ...
 
 

@@ -112,6 +112,7 @@ class NucleiCompact(nn.Module):
     prompts_multiple = 32
     reach_px = (WINDOW_SIZE // 2 + SNAP_CELLS // 2) * MASK_STRIDE_PX
     descriptor_size = DESCRIPTOR_SIZE
+    mask_stride_px, window_size = MASK_STRIDE_PX, WINDOW_SIZE
     _bf16 = False
 
     def __init__(self) -> None:
@@ -261,8 +262,7 @@ class NucleiCompact(nn.Module):
             hidden = hidden + self._embed_extras(extra, batch_index, points_xy, extras)
         hidden = F.relu(hidden)
         parameters = self.controller[2](hidden)
-        snap_px = SNAP_CELLS * MASK_STRIDE_PX
-        origin = torch.floor(points_xy / snap_px).long() * SNAP_CELLS - (WINDOW_SIZE // 2 - SNAP_CELLS // 2)  # cells
+        origin = self.window_origin(points_xy) // MASK_STRIDE_PX  # cells
         features = windows(extra["mask"], batch_index, origin, WINDOW_SIZE)
         cells = torch.arange(WINDOW_SIZE, device=points_xy.device, dtype=points_xy.dtype) + 0.5
         relative_x = (origin[:, :1] + cells) * MASK_STRIDE_PX - points_xy[:, :1]
@@ -285,18 +285,34 @@ class NucleiCompact(nn.Module):
         logits = torch.baddbmm(last[..., -1:], last[..., :-1], body).view(-1, WINDOW_SIZE, WINDOW_SIZE)
         pooled, measured, signs = self._inside(embeddings, batch_index, origin, features, logits)
         quality = self.quality(torch.cat([at_point.detach(), pooled, measured, signs], 1))
-        learned = F.normalize(self.describe(torch.cat([pooled[:, :64], measured], 1)), dim=1)
-        descriptors = torch.cat(
-            [learned * (1 - MEASURED_SHARE) ** 0.5, F.normalize(measured.clamp(-4, 4), dim=1) * MEASURED_SHARE**0.5], 1
-        )
         return WindowMasks(
             logits=logits,
             origin_xy=origin * MASK_STRIDE_PX,
             mask_stride_px=MASK_STRIDE_PX,
             predicted_iou=torch.sigmoid(quality[:, 0]),
             stability=signs[:, 0],
-            descriptors=descriptors,
+            descriptors=self._descriptors(pooled, measured),
             points_xy=points_xy,
+        )
+
+    def window_origin(self, points_xy: Tensor) -> Tensor:
+        """Outer corner (N, 2), int64 model px, of the window around each point (N, 2)."""
+        snap_px = SNAP_CELLS * MASK_STRIDE_PX
+        cells = torch.floor(points_xy / snap_px).long() * SNAP_CELLS - (WINDOW_SIZE // 2 - SNAP_CELLS // 2)
+        return cells * MASK_STRIDE_PX
+
+    def describe_masks(self, embeddings: Embeddings, batch_index: Tensor, origin_xy: Tensor, logits: Tensor) -> Tensor:
+        """Descriptors (N, 75) of masks that come from elsewhere: positive ``logits`` (N, 64, 64) on windows of :meth:`window_origin`."""
+        origin = origin_xy // MASK_STRIDE_PX
+        features = windows(embeddings.extra["mask"], batch_index, origin, WINDOW_SIZE)
+        pooled, measured, _ = self._inside(embeddings, batch_index, origin, features, logits)
+        return self._descriptors(pooled, measured)
+
+    def _descriptors(self, pooled: Tensor, measured: Tensor) -> Tensor:
+        """Descriptors (N, 75), unit norm, of what :meth:`_inside` finds: a learned part and the measurements."""
+        learned = F.normalize(self.describe(torch.cat([pooled[:, :64], measured], 1)), dim=1)
+        return torch.cat(
+            [learned * (1 - MEASURED_SHARE) ** 0.5, F.normalize(measured.clamp(-4, 4), dim=1) * MEASURED_SHARE**0.5], 1
         )
 
     def _embed_extras(

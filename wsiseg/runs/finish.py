@@ -19,7 +19,7 @@ from wsiseg.runs.plausibility import implausible
 from wsiseg.runtime.profiling import Clock, trim_memory
 from wsiseg.seeds.bank import match_bank, missed_cells
 from wsiseg.stitching.outline_store import CACHE_BYTES
-from wsiseg.stitching.stitch import stitch
+from wsiseg.stitching.stitch import keep_all, stitch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -36,9 +36,15 @@ logger = logging.getLogger(__name__)
 
 
 def finish(
-    folder: RunFolder, plan: RunPlan, statistics: RunStatistics, types: TypeSpace | None, stopped: Callable[[], bool]
+    folder: RunFolder,
+    plan: RunPlan,
+    statistics: RunStatistics,
+    types: TypeSpace | None,
+    stopped: Callable[[], bool],
+    on_phase: Callable[[str], None] = lambda _: None,
 ) -> Manifest:
     """Stitch and type the outlines of the parts, write the files and the manifest, and return it."""
+    on_phase("stitching and typing")
     config, clock = plan.config, statistics.clock
     trim_memory()
     parts = [folder.parts / f"{name}.parquet" for name in plan.tiles if name in statistics.blocks]
@@ -67,6 +73,7 @@ def finish(
     for format_name in config.formats:
         if stopped():
             raise statistics.interrupted()
+        on_phase(f"writing {FILE_NAMES[format_name]}")
         with clock("write"):
             path = folder.path / FILE_NAMES[format_name]
             files.append((load_writer(format_name)(path, cells, typing, plan.info, provenance) or path).name)
@@ -159,6 +166,8 @@ def stitch_and_type(
 
     def join(clicked: Cells) -> tuple[StitchedCells, StitchCounts]:
         with clock("stitch"):
+            if config.method == "outlines":
+                return keep_all(sources, info.size_px0, descriptor_size=descriptor_size, cache_bytes=cache_bytes)
             return stitch(
                 [*sources, clicked],
                 info.size_px0,

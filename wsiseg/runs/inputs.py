@@ -8,15 +8,21 @@ import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import shapely
 
 from wsiseg.config import DETECTING, CopConfig, RunConfig, StitchingConfig, TypingConfig, check
-from wsiseg.errors import ConfigError, SlideError
+from wsiseg.errors import ConfigError, FormatError, SlideError, counted
 from wsiseg.formats import load_writer
 from wsiseg.formats.bank import read_bank
+from wsiseg.formats.given import points_inside
+from wsiseg.formats.outlines import Labels, Points, read_side, trace_labels
 from wsiseg.formats.regions import read_regions
 from wsiseg.formats.seed_rules import MAX_NAME, default_colors, require_phrases, require_points
 from wsiseg.formats.seeds import check_seeds, read_seeds, seeds_text
+from wsiseg.geometry import largest_part
 from wsiseg.models import find_weights, pick_device
 from wsiseg.models.cards import file_hash
 from wsiseg.records import Seeds, SeedType
@@ -27,10 +33,13 @@ from wsiseg.slide.stain import SlideStain, find_stain
 from wsiseg.workers import check_scheduler
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from shapely import MultiPolygon
 
     from wsiseg.records import Bank, SlideInfo, TypeSpace
     from wsiseg.slide import SlideReader
+
+_SAME_MPP = 0.02  #: relative difference of two statements of one scale
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +64,8 @@ class RunInputs:
         Prototypes from another slide, in place of clicks.
     roi
         Region to search, level-0 px.
+    outlines
+        Outlines (N,) to keep as they are, level-0 px, of ``--method outlines``.
     weights
         sha256 of the model's.
     run_hash, parts_hash
@@ -72,6 +83,7 @@ class RunInputs:
     clicks_name: str
     bank: Bank | None
     roi: MultiPolygon | None
+    outlines: NDArray[np.object_] | None
     weights: str
     run_hash: str
     parts_hash: str
@@ -129,6 +141,10 @@ def read_inputs(slide: str, config: RunConfig, *, clicks: Seeds | None = None) -
             roi, more = read_regions(Path(config.roi), reader.info)
             warnings += more
         resolved = resolve(config, card.name, maps=card.instance_decoder, prompts=card.prompts, seeds=seeds, bank=bank)
+        outlines = None
+        if resolved.method == "outlines":
+            outlines, more = read_given(Path(str(resolved.outlines)), reader.info)
+            warnings += more
         stain = find_stain(reader, config.stain, config.tissue.overview_mpp)
         warnings += stain.warnings
         resolved = dataclasses.replace(resolved, stain=stain.name)
@@ -144,6 +160,7 @@ def read_inputs(slide: str, config: RunConfig, *, clicks: Seeds | None = None) -
         clicks_name="" if clicks is None else clicks.source,
         bank=bank,
         roi=roi,
+        outlines=outlines,
         weights=file_hash(weights),
         run_hash=run_hash,
         parts_hash=parts_hash,
@@ -198,7 +215,11 @@ def resolve(
     SeedsError
         The method needs clicks, or phrases, and a type has none.
     """
-    method, precision = config.method, config.precision
+    method = config.method
+    if config.outlines is not None:
+        return _resolve_given(config, seeds=seeds, bank=bank)
+    if method == "outlines":
+        raise ConfigError("--method outlines: needs a file of outlined cells; use wsiseg type SLIDE --outlines FILE")
     clicked, chains = seeds is not None or bank is not None, bank is None or bool(bank.chains)
     if method == "auto":
         method = "apg" if maps else "cop" if clicked and chains else "amg"
@@ -230,9 +251,84 @@ def resolve(
         raise ConfigError(
             f"--method apg: {model} has no instance decoder; use --method cop with --seeds, or --method amg, or another model"
         )
-    if precision == "auto":
-        precision = "bf16" if pick_device(config.device).type == "cuda" else "fp32"
-    return dataclasses.replace(config, method=method, precision=precision)
+    return dataclasses.replace(config, method=method, precision=_precision(config))
+
+
+def _resolve_given(config: RunConfig, *, seeds: Seeds | None, bank: Bank | None) -> RunConfig:
+    """:func:`resolve` for a run whose outlines are given; they are typed afterwards, as those of any finished run."""
+    if config.method not in ("auto", "outlines"):
+        raise ConfigError(
+            f"--outlines: nothing is searched for, so --method {config.method} has no meaning; leave it out"
+        )
+    if seeds is not None or bank is not None:
+        raise ConfigError("--outlines: the run has no types yet; pass the clicks to wsiseg type")
+    return dataclasses.replace(config, method="outlines", precision=_precision(config))
+
+
+def _precision(config: RunConfig) -> Literal["fp32", "bf16"]:
+    """Precision that ``auto`` means on the device."""
+    if config.precision != "auto":
+        return config.precision
+    return "bf16" if pick_device(config.device).type == "cuda" else "fp32"
+
+
+def read_given(path: Path, info: SlideInfo) -> tuple[NDArray[np.object_], list[str]]:
+    """Read outlines of another program.
+
+    Parameters
+    ----------
+    path
+        GeoJSON, GeoParquet or a label image of the slide's size.
+    info
+        The slide: its bounds are added to the coordinates of GeoJSON, as QuPath's are relative to them.
+
+    Returns
+    -------
+    tuple of (ndarray, list of str)
+        Polygons (N,) of absolute level-0 px, those whose centre lies on the slide, without holes; and warnings.
+
+    Raises
+    ------
+    FormatError
+        The file cannot be read, holds no outlines, or its outlines lie elsewhere.
+    """
+    width, height = info.size_px0
+    side = read_side(path, {})
+    if isinstance(side, Points):
+        raise FormatError(f"{path}: points, no outlines; pass GeoJSON or GeoParquet of polygons, or a label image")
+    warnings = list(side.notes)
+    if isinstance(side, Labels):
+        if side.ids.shape != (height, width):
+            raise FormatError(
+                f"{path}: a label image of {side.ids.shape[1]} x {side.ids.shape[0]} px, the slide has {width} x {height}; "
+                "make it at level 0, or pass polygons"
+            )
+        polygons = trace_labels(side.ids)
+    else:
+        polygons = side.polygons
+        if side.frame == "qupath" and info.bounds is not None:
+            polygons = shapely.transform(polygons, lambda xy: xy + info.bounds[:2])
+        if side.mpp is not None and abs(side.mpp / info.mpp - 1) > _SAME_MPP:
+            warnings.append(f"{path}: says {side.mpp:g} um per px, the slide {info.mpp:g}; px are taken as they are")
+    pieces = np.array([largest_part(polygon) for polygon in polygons], object)
+    parts, owner = shapely.get_parts(polygons, return_index=True)
+    holed = len(np.unique(owner[shapely.get_num_interior_rings(parts) > 0]))
+    several = int((np.bincount(owner, minlength=len(polygons)) > 1).sum())
+    if several:
+        warnings.append(f"{path}: {counted(several, 'outline')} of several parts; the largest part of each was taken")
+    if holed:
+        warnings.append(f"{path}: {counted(holed, 'outline')} with holes, which were filled")
+    on_slide = shapely.contains_xy(shapely.box(0, 0, width, height), points_inside(pieces))
+    if not on_slide.any():
+        raise FormatError(
+            f"{path}: none of its {counted(len(pieces), 'outline')} has its centre on the slide, which has {width} x {height} px; "
+            "coordinates are level-0 px: check that the file belongs to this slide"
+        )
+    if not on_slide.all():
+        warnings.append(
+            f"{path}: {int((~on_slide).sum())} of {len(pieces)} outlines have their centre outside the slide and were left out"
+        )
+    return pieces[on_slide], warnings
 
 
 def require_known_types(model: str, types: TypeSpace | None) -> None:
@@ -295,6 +391,8 @@ def _digests(slide: str, config: RunConfig, info: SlideInfo, weights: Path, clic
         "weights": file_hash(weights),
         "roi": _content_hash(config.roi),
     }
+    if config.method == "outlines":
+        facts["outlines"] = _content_hash(config.outlines)
     if config.method in DETECTING:  # the hashes of other methods are those of versions that had no detector
         facts["detection"] = dataclasses.asdict(config.detection)
     if config.stain != "he":  # the hash of H&E is that of versions that knew no other stain

@@ -6,7 +6,10 @@ import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import shapely
+
 from wsiseg.config import CHAINED, DETECTING
+from wsiseg.formats.given import points_inside
 from wsiseg.geometry import Lattice
 from wsiseg.models import load_model
 from wsiseg.runs.inputs import require_known_types
@@ -21,7 +24,11 @@ from wsiseg.slide.tiling import plan_for_model
 from wsiseg.slide.tissue import SearchArea, find_tissue
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
+
+    import numpy as np
+    from numpy.typing import NDArray
 
     from wsiseg.records import Block
     from wsiseg.runs.inputs import RunInputs
@@ -39,11 +46,14 @@ class PreparedRun:
         The units of work.
     context
         Slide and model as they were opened for the checks, for the first worker.
+    given
+        Outlines that are kept as they are, and a point inside each; ``None``: they are searched for.
     """
 
     plan: RunPlan
     blocks: list[Block]
     context: WorkerContext
+    given: tuple[NDArray[np.object_], NDArray[np.float64]] | None = None
 
     def at(self, parts: Path) -> PreparedRun:
         """The run with the folder of parts that was claimed for it."""
@@ -71,8 +81,8 @@ def plan_run(inputs: RunInputs, parts: Path) -> PreparedRun:
     if config.typing.known_types:
         require_known_types(config.model, model.types)
     lattice = Lattice(info.mpp, model.mpp)
-    tissue = None
-    if config.tissue.enabled:
+    tissue, given = None, None
+    if config.tissue.enabled and inputs.outlines is None:
         tissue = find_tissue(*thumbnail(reader, config.tissue.overview_mpp), config.tissue, mpp=info.mpp)
     area = SearchArea(tissue, inputs.roi)
     warnings = [*inputs.warnings, *(tissue.warnings if tissue else ())]
@@ -95,7 +105,13 @@ def plan_run(inputs: RunInputs, parts: Path) -> PreparedRun:
         described = describe_types(model, config, inputs.seeds, bank)
         if any(of.phrases for of in described):
             warnings.append(UNRELIABLE)
-    blocks = plan_for_model(info, model, config.tiling, area.wanted)
+    wanted: Callable[[float, float, float, float], bool] = area.wanted
+    if inputs.outlines is not None:
+        points = points_inside(inputs.outlines)
+        kept = area.holds(points)
+        given = inputs.outlines[kept], points[kept]
+        wanted = holds_any(points[kept])
+    blocks = plan_for_model(info, model, config.tiling, wanted)
     plan = RunPlan(
         info=dataclasses.replace(info, path=inputs.path),
         config=config,
@@ -113,4 +129,15 @@ def plan_run(inputs: RunInputs, parts: Path) -> PreparedRun:
         described=described,
     )
     spec = RunSpec(inputs.slide, config, lattice, area, bank, parts, inputs.parts_hash, stain, described)
-    return PreparedRun(plan, blocks, WorkerContext(spec, stain.view(reader), model, Claims(parts)))
+    return PreparedRun(plan, blocks, WorkerContext(spec, stain.view(reader), model, Claims(parts)), given)
+
+
+def holds_any(points_xy: NDArray[np.float64]) -> Callable[[float, float, float, float], bool]:
+    """Make the test whether any of the points (N, 2) lies in a box [x0, x1) x [y0, y1)."""
+    tree = shapely.STRtree(shapely.points(points_xy))
+
+    def test(x0: float, y0: float, x1: float, y1: float) -> bool:
+        x, y = points_xy[tree.query(shapely.box(x0, y0, x1, y1))].T
+        return bool(((x >= x0) & (x < x1) & (y >= y0) & (y < y1)).any())
+
+    return test

@@ -20,6 +20,7 @@ from wsiseg.config import RunConfig, from_mapping
 from wsiseg.errors import FormatError
 from wsiseg.formats.bank import restore_bank, write_bank
 from wsiseg.formats.descriptions import read_descriptions, write_descriptions
+from wsiseg.formats.given import write_given
 from wsiseg.formats.parts import read_part, write_part
 from wsiseg.records import DescribedType, SlideInfo
 from wsiseg.runtime.atomic import write_json
@@ -28,6 +29,9 @@ from wsiseg.slide.stain import AS_HE, SlideStain
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    import numpy as np
+    from numpy.typing import NDArray
 
     from wsiseg.records import Bank
 
@@ -85,9 +89,16 @@ class RunPlan:
     described: tuple[DescribedType, ...] = ()
 
 
-def keep_plan(folder: Path, plan: RunPlan) -> None:
-    """Write the files unless this run's are there already: all its shards use the same."""
+def keep_plan(
+    folder: Path, plan: RunPlan, given: tuple[NDArray[np.object_], NDArray[np.float64]] | None = None
+) -> None:
+    """Write the files unless this run's are there already: all its shards use the same.
+
+    ``given`` are the outlines that are not searched for, and a point inside each (formats/given.py).
+    """
     if read_plan(folder, plan.run_hash) is None:
+        if given is not None:
+            write_given(folder, *given)
         write_plan(folder, plan)
 
 

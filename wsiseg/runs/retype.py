@@ -78,10 +78,7 @@ def type_run(
         The run is not finished, its table is damaged, the weights are others, or a click meets no cell. Nothing has been written then.
     """
     started = time.perf_counter()
-    if (seeds is not None and bank is not None) or (seeds is None and bank is None and not known_types):
-        raise ConfigError(
-            "types come from --seeds FILE, --bank FILE or --known-types; pass one of the first two, or the last alone"
-        )
+    check_source(seeds, bank, known_types=known_types)
     folder, manifest = _finished_run(run)
     config = from_mapping(manifest.config, str(folder.manifest_path))
     config = dataclasses.replace(
@@ -161,6 +158,20 @@ def type_run(
 
 def _named(path: Path | None) -> str | None:
     return None if path is None else str(path)
+
+
+def check_source(seeds: Path | None, bank: Path | None, *, known_types: bool) -> None:
+    """Check that the types come from one place.
+
+    Raises
+    ------
+    ConfigError
+        They come from none, or from two.
+    """
+    if (seeds is not None and bank is not None) or (seeds is None and bank is None and not known_types):
+        raise ConfigError(
+            "types come from --seeds FILE, --bank FILE or --known-types; pass one of the first two, or the last alone"
+        )
 
 
 def _finished_run(run: Path) -> tuple[RunFolder, Manifest]:

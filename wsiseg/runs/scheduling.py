@@ -51,20 +51,26 @@ def segment_all(
     """
     spec, total = prepared.context.spec, sum(len(b.tiles) for b in blocks)
 
-    def add(report: BlockReport) -> None:
-        statistics.add(report)
+    def show() -> None:
         if on_progress:
             on_progress(statistics.tiles, total, statistics.outlines)
+
+    def add(report: BlockReport) -> None:
+        statistics.add(report)
+        show()
 
     tried: set[str] = set()
     idle = 0
     with statistics.clock("tiles"):
         while True:
+            known = len(statistics.blocks)
             for block in blocks:
                 if block.name not in statistics.blocks:
                     report = finished_block(spec, block, failed=block.name in tried)
                     if report:
-                        add(report)
+                        statistics.add(report)
+            if not tried or len(statistics.blocks) > known:
+                show()  # the total, and what others have done
             todo = [b for b in blocks if b.name not in statistics.blocks]
             if not todo:
                 return

@@ -42,6 +42,7 @@ def segment_slide(
     overwrite: bool = False,
     shard: Shard | None = None,
     on_progress: Callable[[int, int, int], None] | None = None,
+    on_phase: Callable[[str], None] = lambda _: None,
     on_warning: Callable[[str], None] = lambda _: None,
     stopped: Callable[[], bool] = lambda: False,
 ) -> Manifest | ShardRecord:
@@ -62,7 +63,9 @@ def segment_slide(
     shard
         Work on this shard's blocks only, and leave the rest to :func:`merge_run`.
     on_progress
-        Called with tiles done, tiles in all, outlines so far.
+        Called with tiles done, tiles in all, outlines so far: before the first tile, and as blocks are finished.
+    on_phase
+        Called with the name of each phase that has no tiles, as it begins.
     on_warning
         Called with each sentence about what is doubtful before the work begins. The manifest has them as well, with those of the result.
     stopped
@@ -86,6 +89,7 @@ def segment_slide(
     slide, out = str(slide), Path(out)
     check_out(out, name)
     statistics = RunStatistics(slide)
+    on_phase("reading inputs")
     with statistics.clock("plan"):
         inputs = read_inputs(slide, config, clicks=seeds)
     with inputs.reader:
@@ -93,13 +97,14 @@ def segment_slide(
             folder = choose_folder(out, inputs, name=name, overwrite=overwrite)
             if not overwrite and folder.is_complete(inputs.run_hash, config.formats):
                 return folder.opened()
+            on_phase("planning")
             run = plan_run(inputs, folder.parts)
         for warning in run.plan.warnings:
             on_warning(warning)
         folder = claim_folder(out, Manifest.of(run.plan), name=name, overwrite=overwrite)
         run = run.at(folder.parts)
         drop_stale_files(folder, set(run.plan.tiles))
-        keep_plan(folder.parts, run.plan)
+        keep_plan(folder.parts, run.plan, run.given)
         with run.context.claims as claims, recorded_interruption(folder, run.plan, claims, shard):
             statistics.begin(run.context.model.device, folder, run.plan, shard)
             blocks = shard.of(run.blocks) if shard else run.blocks
@@ -109,7 +114,7 @@ def segment_slide(
             with sole_writer(claims, stopped, statistics):
                 if not overwrite and folder.is_complete(run.plan.run_hash, config.formats):  # another process was first
                     return folder.opened()
-                return finish(folder, run.plan, statistics, run.context.model.types, stopped)
+                return finish(folder, run.plan, statistics, run.context.model.types, stopped, on_phase)
 
 
 def merge_run(

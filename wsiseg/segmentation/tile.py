@@ -20,6 +20,7 @@ from wsiseg.segmentation.batch_size import Batch, is_out_of_memory
 from wsiseg.segmentation.competition import compete
 from wsiseg.segmentation.decoding import decode
 from wsiseg.segmentation.detection import Detector
+from wsiseg.segmentation.given import describe_outlines, to_tile
 from wsiseg.segmentation.polygons import trace
 from wsiseg.segmentation.prompts import find_points
 from wsiseg.segmentation.prompts.exemplars import find_examples, likely_places
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from wsiseg.config import MaskConfig, RunConfig
+    from wsiseg.formats.given import GivenOutlines
     from wsiseg.geometry import Lattice
     from wsiseg.models.contract import PromptableModel
     from wsiseg.records import Bank, DescribedType, Embeddings, Tile, WindowMasks
@@ -66,6 +68,8 @@ class TileSegmenter:
         Name of the slide in messages.
     types
         The types that a detector is asked for, of ``--method text`` and ``exemplar``.
+    given
+        Outlines that are kept as they are and only described, of ``--method outlines``.
 
     Attributes
     ----------
@@ -85,9 +89,11 @@ class TileSegmenter:
         *,
         name: str,
         types: Sequence[DescribedType] = (),
+        given: GivenOutlines | None = None,
     ) -> None:
         self.model, self.config, self.bank = model, config, bank
         self.lattice, self.area, self.name = lattice, area, name
+        self.given = given
         self.batch = Batch(config, model.device)
         self.clock = Clock()
         self.detector = Detector(model, types, config.detection) if config.method in DETECTING else None
@@ -126,6 +132,8 @@ class TileSegmenter:
         with self.clock("prompt"):
             if self.detector is not None:
                 return self._example_prompts(tile, encoded)
+            if self.given is not None:
+                return self._given_in(self.given, tile)[1]
             corner = np.array([tile.outer.x0, tile.outer.y0], float)
             if self.config.method == "amg":
                 spacing = self.config.grid.spacing_um / self.model.mpp
@@ -158,6 +166,9 @@ class TileSegmenter:
         config, embeddings, k = self.config, encoded.embeddings, encoded.batch_index
         if self.detector is not None:
             return self._detect(self.detector, tile, encoded, points)
+        if self.given is not None:
+            polygons = to_tile(self._given_in(self.given, tile)[0], tile, self.lattice)
+            return list(describe_outlines(self.model, embeddings, k, polygons, points, self.batch.prompts))
         kept = self._batched_masks
         grid = config.grid if config.method == "amg" else None
         masks = list(decode(self.model, embeddings, k, points, kept, grid=grid))
@@ -194,6 +205,22 @@ class TileSegmenter:
         wanted = [self.area.holds(self.lattice.to_level0(m.points_xy.numpy() + np.array([x, y], float))) for m in masks]
         return [m.take(torch.from_numpy(rows)) for m, rows in zip(masks, wanted, strict=True)]
 
+    def _given_in(self, given: GivenOutlines, tile: Tile) -> tuple[NDArray[np.object_], NDArray[np.float32]]:
+        """Given outlines that the tile owns, level-0 px, and the point in each, model px of the tile."""
+        polygons, points = given.within(*(edge * self.lattice.scale for edge in tile.core))
+        on_tile = points / self.lattice.scale - (tile.outer.x0, tile.outer.y0)
+        return polygons, on_tile.astype(np.float32)
+
+    def _as_given(self, given: GivenOutlines, tile: Tile, masks: Sequence[WindowMasks]) -> Cells:
+        """Given outlines with the descriptors of their masks."""
+        if not masks:  # none here, or the tile could not be read
+            return Cells.empty(self.model.descriptor_size)
+        polygons, points = given.within(*(edge * self.lattice.scale for edge in tile.core))
+        descriptors = torch.cat([m.descriptors for m in masks]).numpy().astype(np.float16)
+        return Cells(
+            polygons=polygons, points_xy=points, scores=np.ones(len(polygons), np.float32), descriptors=descriptors
+        )
+
     @property
     def _batched_masks(self) -> MaskConfig:
         """Settings of masks, with as many prompts at a time as memory allows."""
@@ -202,6 +229,8 @@ class TileSegmenter:
     def trace(self, tile: Tile, masks: Sequence[WindowMasks]) -> tuple[Cells, int]:
         """Trace masks to outlines, level-0 px; also returns how many masks touch the border of their window."""
         with self.clock("vectorise"):
+            if self.given is not None:
+                return self._as_given(self.given, tile, masks), 0
             traced = [trace(m, tile.outer, self.lattice, self.config.masks) for m in masks]
             cells = Cells.concatenate([cells for cells, _ in traced], self.model.descriptor_size)
             if self.detector is not None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from wsiseg.formats.given import GivenOutlines
 from wsiseg.models import load_model
 from wsiseg.runtime.claims import Claims
 from wsiseg.segmentation.tile import TileSegmenter
@@ -72,7 +73,14 @@ class WorkerContext:
         """Steps of one tile, for this run."""
         spec = self.spec
         return TileSegmenter(
-            self.model, spec.config, spec.lattice, spec.area, spec.bank, name=spec.slide, types=spec.described
+            self.model,
+            spec.config,
+            spec.lattice,
+            spec.area,
+            spec.bank,
+            name=spec.slide,
+            types=spec.described,
+            given=GivenOutlines(spec.parts) if spec.config.method == "outlines" else None,
         )
 
     def close(self) -> None:

@@ -11,16 +11,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from wsiseg.geometry import z_order
 from wsiseg.stitching.outline_store import CACHE_BYTES, OutlineStore
 from wsiseg.stitching.overlaps import find_pairs, refine_areas
-from wsiseg.stitching.resolve import clip_overlaps, resolve_overlaps
+from wsiseg.stitching.resolve import ClippedOutlines, clip_overlaps, resolve_overlaps
 from wsiseg.stitching.stitched_cells import StitchedCells
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
-
-    from numpy.typing import NDArray
 
     from wsiseg.config import StitchingConfig
     from wsiseg.records import Cells
@@ -102,7 +101,7 @@ def stitch(
     areas[clipped.rows], bounds[clipped.rows] = clipped.areas, clipped.bounds
     rows = np.flatnonzero(kept & (areas >= min_area_px0) & (areas > 0))
     # Sort by place; polygons are read in that order, a few thousand at a time
-    rows = rows[_z_order(numbers.points_xy[rows])]
+    rows = rows[z_order(numbers.points_xy[rows])]
     counts = StitchCounts(
         outlines=len(outlines),
         kept=len(rows),
@@ -114,11 +113,27 @@ def stitch(
     return StitchedCells(outlines=outlines, rows=rows, bounds=bounds[rows], areas=areas[rows], clipped=clipped), counts
 
 
-def _z_order(points_xy: NDArray[np.float64]) -> NDArray[np.intp]:
-    """Order along a Z-order (Morton) curve of 16-px cells; ties by y, then x."""
-    key = np.zeros(len(points_xy), np.uint64)
-    cells = np.clip(points_xy / 16, 0, 2**20).astype(np.uint64)
-    for bit in range(21):
-        for axis in (0, 1):
-            key |= ((cells[:, axis] >> np.uint64(bit)) & np.uint64(1)) << np.uint64(2 * bit + axis)
-    return np.lexsort((points_xy[:, 0], points_xy[:, 1], key))
+def keep_all(
+    sources: Sequence[Path | Cells], size_px0: tuple[int, int], *, descriptor_size: int, cache_bytes: int = CACHE_BYTES
+) -> tuple[StitchedCells, StitchCounts]:
+    """Take all outlines as they are, cut only at the slide's border: for outlines that were given, not found.
+
+    Parameters and results are those of :func:`stitch`.
+    """
+    outlines = OutlineStore(sources, size_px0, descriptor_size, cache_bytes)
+    outlines.survey(lambda *_: None)
+    numbers = outlines.numbers
+    rows = np.flatnonzero(numbers.areas > 0)
+    rows = rows[z_order(numbers.points_xy[rows])]
+    dropped = len(outlines) - len(rows)
+    counts = StitchCounts(
+        outlines=len(outlines), kept=len(rows), overlapped=0, clusters=0, too_small=dropped, clipped=0
+    )
+    cells = StitchedCells(
+        outlines=outlines,
+        rows=rows,
+        bounds=numbers.bounds[rows],
+        areas=numbers.areas[rows],
+        clipped=ClippedOutlines.concatenate([]),
+    )
+    return cells, counts

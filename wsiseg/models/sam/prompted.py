@@ -78,6 +78,7 @@ class PromptedSam(nn.Module):
         self.input_px = input_px
         self.patch = self.stride_px = patch
         self.mask_stride_px = patch / UP
+        self.window_size = min(CROP, input_px // patch) * UP
         self.reach_px = min(CROP, input_px // patch) // 2 * patch
         self.descriptor_size = channels + MEASUREMENTS
         for name, values, shape in (
@@ -149,11 +150,8 @@ class PromptedSam(nn.Module):
             bounded to [0, 1].
         """
         answers = THREE if multimask else SINGLE
-        grid, crop = self.points.grid, self.points.crop
         shared = self.points.shared_type(*(embeddings.extra[name] for name in self.points.shared_type.names()))
-        corner = (
-            None if full_tile else (torch.floor(points_xy / self.patch).long() - (crop // 2 - 1)).clamp(0, grid - crop)
-        )
+        corner = None if full_tile else self.window_origin(points_xy) // self.patch
         logits, quality = self._decode_prompts(shared, batch_index, points_xy, extras, corner, answers)
         count = logits.shape[1]
         corner = torch.zeros(len(points_xy), 2, dtype=torch.long, device=points_xy.device) if corner is None else corner
@@ -203,6 +201,15 @@ class PromptedSam(nn.Module):
             for whole, part in zip(out, found, strict=True):
                 whole[rows] = part
         return out[0], out[1]
+
+    def window_origin(self, points_xy: Tensor) -> Tensor:
+        """Outer corner (N, 2), int64 model px, of the window around each point (N, 2); it lies within the tile."""
+        grid, crop = self.input_px // self.patch, self.window_size // UP
+        return (torch.floor(points_xy / self.patch).long() - (crop // 2 - 1)).clamp(0, grid - crop) * self.patch
+
+    def describe_masks(self, embeddings: Embeddings, batch_index: Tensor, origin_xy: Tensor, logits: Tensor) -> Tensor:
+        """Descriptors (N, D) of masks that come from elsewhere: positive ``logits`` (N, h, h) on windows of :meth:`window_origin`."""
+        return self.describe(embeddings, batch_index, origin_xy // self.patch, logits)
 
     def _prompt_tokens(self, points: Tensor, labels: Tensor, boxes: Tensor | None) -> Tensor:
         """Tokens (N, K', C), fp32, of points (N, K, 2) with labels 1 and 0, and boxes (N, 4), corner frame."""

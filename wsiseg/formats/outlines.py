@@ -1,4 +1,4 @@
-"""Inputs of a comparison: label images, outlines and points, and the files they are read from.
+"""Outlined cells of any program: label images, outlines and points, and the files they are read from.
 
     .png .tif .tiff .npy               label image: integer ids, 0 = background
     .geojson .json .gz .zip            outlines: QuPath objects, their classification is the type
@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import shapely
+from scipy import ndimage
 
 from wsiseg.config import FORCED_MPP
 from wsiseg.errors import FormatError, counted
@@ -231,6 +232,33 @@ def read_label(path: Path, notes: list[str]) -> NDArray[np.integer]:
             f"{path}: the id {int(pixels.min())}; ids are 0 for the background and positive for instances"
         )
     return pixels.astype(np.uint8) if pixels.dtype == bool else pixels
+
+
+def trace_labels(ids: NDArray[np.integer]) -> NDArray[np.object_]:
+    """Outline the instances of a label image.
+
+    Parameters
+    ----------
+    ids
+        Integers of shape (H, W); 0 is background.
+
+    Returns
+    -------
+    ndarray
+        Polygons or MultiPolygons of shape (N,) in ascending order of the ids, px, corner frame: the borders of the instances' px, with holes.
+    """
+    values = np.union1d([0], ids)  # of any size: find_objects wants small ones
+    polygons = []
+    for value, box in zip(values[1:], ndimage.find_objects(np.searchsorted(values, ids)), strict=True):
+        inside = np.pad(ids[box] == value, 1)
+        rows, columns = np.nonzero(np.diff(inside.astype(np.int8), axis=1))
+        begins, ends = columns[::2], columns[1::2]  # runs of px: row by row, each begins and ends
+        runs = shapely.box(begins, rows[::2] - 1, ends, rows[::2])
+        corner = (box[1].start, box[0].start)
+        polygons.append(shapely.transform(shapely.union_all(runs), lambda xy, corner=corner: xy + corner))
+    out = np.empty(len(polygons), object)
+    out[:] = polygons
+    return out
 
 
 def type_names(names: Mapping[str, str], values: list[Any]) -> NDArray[np.object_] | None:
