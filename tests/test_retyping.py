@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from typing import TYPE_CHECKING
@@ -310,6 +311,20 @@ def test_what_is_no_bank_is_refused(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "bank.safetensors"
     path.write_bytes(content)
     with pytest.raises(FormatError, match=r"not a bank of wsiseg .*; give the bank\.safetensors of a run"):
+        read_bank(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("a ", "leading or trailing blanks"), ("Unclassified", "is reserved"), ("b: c", "has a ':'")]
+)
+def test_a_bank_with_a_name_that_qupath_changes_is_refused(
+    finished: Path, tmp_path: Path, name: str, message: str
+) -> None:
+    bank, note = read_bank(finished / "bank.safetensors")
+    types = (dataclasses.replace(bank.types[0], name=name), *bank.types[1:])
+    path = tmp_path / "bank.safetensors"
+    write_bank(path, dataclasses.replace(bank, types=types), note["slide"], note["weights"])
+    with pytest.raises(FormatError, match=rf"types\[0\]\.name: .*{message}.*make the bank again"):
         read_bank(path)
 
 

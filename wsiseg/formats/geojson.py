@@ -33,6 +33,7 @@ from wsiseg.formats.deflate import write_entry, write_gzip
 from wsiseg.formats.ids import CellIds
 from wsiseg.formats.qupath.coordinates import GRID_PX, outline_texts, snap_polygons
 from wsiseg.formats.qupath.validation import validate_geojson
+from wsiseg.formats.seed_rules import RESERVED_NAMES
 from wsiseg.records import UNASSIGNED, Cells, CellSource, Provenance, SlideInfo, Typing
 from wsiseg.runtime.atomic import atomic_path
 
@@ -62,7 +63,7 @@ def write_geojson(path: Path, cells: CellSource, typing: Typing, info: SlideInfo
         ``cells.geojson.gz``, ``.geojson`` or ``.geojson.zip``.
     cells
         Level-0 px, read once and never all at a time; cells of equal prompts are neighbours. A polygon that vanishes on the 0.25-px grid is
-        left out, and logged; of one that falls apart the largest part stays.
+        left out, and logged; one that falls apart is held together by wider necks.
     typing
         Types of the same cells.
     info
@@ -230,9 +231,16 @@ def _round(values: NDArray[np.float32]) -> NDArray[np.float64]:
 def _classification(name: str, color: tuple[int, int, int]) -> bytes:
     if name == UNASSIGNED:
         return b""
-    if not name.strip() or ":" in name or not name.isprintable():
+    if (
+        not name.strip()
+        or name != name.strip()
+        or ":" in name
+        or not name.isprintable()
+        or name.casefold() in RESERVED_NAMES
+    ):
         raise FormatError(
-            f"type {name!r}: QuPath cannot read this class name; use printable text without ':' in the seeds and run again"
+            f"type {name!r}: QuPath cannot read this class name; use printable text without ':' or blanks at its ends in the seeds, "
+            "and not 'Unclassified', and run again"
         )
     return b',"classification":' + orjson.dumps({"name": name, "color": [int(value) for value in color]})
 

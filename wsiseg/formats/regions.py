@@ -51,7 +51,7 @@ def read_regions(path: Path, info: SlideInfo) -> tuple[shapely.MultiPolygon | sh
     others: list[str] = []
     points = count = 0
     for place, text in read_texts(path, FormatError):
-        document = parse_json(text, place, FormatError)
+        document = parse_json(text, place, FormatError, any_digits=True)
         if isinstance(document, dict) and "types" in document and "version" in document:
             raise FormatError(f"{place}: these are clicks (a seeds.json), not regions; did you mean --seeds?")
         for inside, feature in iter_features(document, place, FormatError):

@@ -18,6 +18,8 @@ Point = tuple[float, float]
 Color = tuple[int, int, int]
 
 MAX_NAME = 100
+#: In lower case: our name for cells without a type, and QuPath's, which shows cells of such a class as if they had none.
+RESERVED_NAMES = (UNASSIGNED, "unclassified")
 
 #: Colours of types that state none: Okabe and Ito (2008), "Color Universal Design", those that show best on pink and violet first.
 PALETTE: tuple[Color, ...] = (
@@ -63,7 +65,7 @@ def check_names(names: list[str], places: list[str]) -> None:
         if len(name) > MAX_NAME:
             raise SeedsError(f"{where}: the name has {len(name)} characters; {MAX_NAME} are allowed; shorten it")
         key = name.casefold()
-        if key == UNASSIGNED:
+        if key in RESERVED_NAMES:
             raise SeedsError(f"{where}: {show(name)} is reserved for cells without a type; choose another name")
         if key in first:
             raise SeedsError(
