@@ -105,7 +105,7 @@ def test_the_document(tmp_path: Path, count: int) -> None:
         properties = feature["properties"]
         assert properties["objectType"] == "detection"
         measurements = {
-            "Area µm^2": round(cells.polygons[row].area * 0.25, 3),
+            "Nucleus: Area µm^2": round(cells.polygons[row].area * 0.25, 3),
             "Detection probability": round(float(cells.scores[row]), 4),
         }
         if row % 3:
@@ -151,9 +151,9 @@ def test_numbers_that_are_not_finite_are_left_out(tmp_path: Path) -> None:
     cells = replace(cells, scores=np.array([np.nan, 0.5], np.float32))
     typing = replace(typing, codes=np.array([1, 1], np.int32), margins=np.array([np.inf, 0.5], np.float32))
     features = read(write_geojson(tmp_path / "a.geojson.gz", cells, typing, INFO, PROVENANCE))["features"]
-    assert list(features[0]["properties"]["measurements"]) == ["Area µm^2", "Type score"]
+    assert list(features[0]["properties"]["measurements"]) == ["Nucleus: Area µm^2", "Type score"]
     assert list(features[1]["properties"]["measurements"]) == [
-        "Area µm^2",
+        "Nucleus: Area µm^2",
         "Detection probability",
         "Type score",
         "Type margin",

@@ -193,13 +193,17 @@ def test_every_command_and_column_is_in_the_docs() -> None:
     for name in commands():
         assert name == "seeds" or f"wsiseg {name}" in text
     from wsiseg.formats.geoparquet import _schema
+    from wsiseg.measurements import measure
     from wsiseg.records import Cells, Provenance, SlideInfo, Typing
 
     info = SlideInfo(
         path="a", reader="image", format="png", level_sizes=((1, 1),), downsamples=(1.0,), mpp=0.5, mpp_source="--mpp"
     )
     schema = _schema(
-        Cells.empty(4), Typing.untyped(0), info, Provenance(tool="wsiseg", version="0", slide="a", config_hash="")
+        measure(Cells.empty(4), Typing.untyped(0), 0.5),
+        Typing.untyped(0),
+        info,
+        Provenance(tool="wsiseg", version="0", slide="a", config_hash=""),
     )
     table = (ROOT / "docs/output.md").read_text().split("## cells.parquet")[1].split("## ")[0]
     documented = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import json
 import shutil
 from typing import TYPE_CHECKING
@@ -106,8 +107,12 @@ def test_other_clicks_change_types_and_nothing_else(wsiseg: Command, run: Path) 
     assert set(new["cell_type"].to_pylist()) <= {"gland", "rest", "unassigned"}
     assert {"gland", "rest"} <= set(new["cell_type"].to_pylist())
     for name in old.schema.names:
-        if name not in ("cell_type", "type_score", "type_margin", "prototype"):
+        if name not in ("cell_type", "type_score", "type_margin", "prototype") and ": " not in name:
             assert new[name].equals(old[name]), name
+    assert [name for name in new.schema.names if ": " in name] == ["nearest_um: gland", "nearest_um: rest"]
+    with gzip.open(run / "cells.geojson.gz") as file:
+        shown = json.load(file)["features"][0]["properties"]["measurements"]
+    assert shown["Distance to detection gland µm"] == pytest.approx(new["nearest_um: gland"][0].as_py(), abs=1e-3)
     manifest = json.loads((run / "manifest.json").read_text())
     counts = {k: new["cell_type"].to_pylist().count(k) for k in ("gland", "rest", "unassigned")}
     assert manifest["types"] == {"unassigned": counts["unassigned"], "gland": counts["gland"], "rest": counts["rest"]}

@@ -207,12 +207,17 @@ class CellSource(Protocol):
         D.
     total_bounds
         xmin, ymin, xmax, ymax of all polygons, level-0 px; ``None`` without cells.
+    measurement_names
+        Names of the measurements that its cells have.
     """
 
     def __len__(self) -> int: ...
 
     @property
     def descriptor_size(self) -> int: ...  # noqa: D102
+
+    @property
+    def measurement_names(self) -> tuple[str, ...]: ...  # noqa: D102
 
     @property
     def total_bounds(self) -> tuple[float, float, float, float] | None: ...  # noqa: D102
@@ -253,12 +258,15 @@ class Cells:
         float32 of shape (N,): predicted IoU x stability, in [0, 1].
     descriptors
         float16 of shape (N, D), unit norm.
+    measurements
+        float32 of shape (N,) by name, as in cells.parquet; empty before the cells are measured.
     """
 
     polygons: NDArray[np.object_]
     points_xy: NDArray[np.float64]
     scores: NDArray[np.float32]
     descriptors: NDArray[np.float16]
+    measurements: dict[str, NDArray[np.float32]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.polygons)
@@ -267,6 +275,11 @@ class Cells:
     def descriptor_size(self) -> int:
         """Size of a descriptor."""
         return int(self.descriptors.shape[1])
+
+    @property
+    def measurement_names(self) -> tuple[str, ...]:
+        """Names of the measurements."""
+        return tuple(self.measurements)
 
     @property
     def total_bounds(self) -> tuple[float, float, float, float] | None:
@@ -293,6 +306,7 @@ class Cells:
             points_xy=self.points_xy[rows],
             scores=self.scores[rows],
             descriptors=self.descriptors[rows],
+            measurements={name: column[rows] for name, column in self.measurements.items()},
         )
 
     def __repr__(self) -> str:
@@ -311,12 +325,19 @@ class Cells:
     @staticmethod
     def concatenate(groups: list[Cells], descriptor_size: int) -> Cells:
         """All groups in order; the empty list gives no cells."""
+        names = groups[0].measurement_names if groups else ()
+        measurements = {
+            name: np.concatenate([g.measurements[name] for g in groups])
+            for name in names
+            if all(name in g.measurements for g in groups)
+        }
         groups = [Cells.empty(descriptor_size), *groups]
         return Cells(
             polygons=np.concatenate([g.polygons for g in groups]),
             points_xy=np.concatenate([g.points_xy for g in groups]),
             scores=np.concatenate([g.scores for g in groups]),
             descriptors=np.concatenate([g.descriptors for g in groups]),
+            measurements=measurements,
         )
 
 
@@ -575,7 +596,7 @@ class TypedCells:
     >>> len(frame) == len(cells)
     True
     >>> sorted(frame.columns)[:5]
-    ['area_um2', 'cell_type', 'geometry', 'id', 'prompt_x']
+    ['area_um2', 'cell_type', 'circularity', 'density_per_mm2', 'eccentricity']
     """
 
     cells: Cells
@@ -630,6 +651,7 @@ class TypedCells:
             "prototype": self.typing.prototypes,
             "score": self.cells.scores,
             "area_um2": self.areas_um2.astype(np.float32),
+            **self.cells.measurements,
             "x": centroids[:, 0],
             "y": centroids[:, 1],
             "prompt_x": self.cells.points_xy[:, 0],

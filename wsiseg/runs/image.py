@@ -11,6 +11,7 @@ from wsiseg.config import RunConfig, check
 from wsiseg.errors import ConfigError
 from wsiseg.formats.seeds import check_seeds
 from wsiseg.geometry import Lattice
+from wsiseg.measurements import measure
 from wsiseg.models import load_model
 from wsiseg.records import Cells
 from wsiseg.runs.finish import stitch_and_type
@@ -80,7 +81,9 @@ def segment_image(
     )
     for warning in result.notes.warnings:
         logger.warning("%s", warning)
-    return result.cells.take(slice(None)), result.typing
+    measured = measure(result.cells, result.typing, mpp)
+    cells = Cells.concatenate(list(measured.chunks(max(len(measured), 1))), model.descriptor_size)
+    return cells, result.typing
 
 
 @dataclass(frozen=True, kw_only=True)

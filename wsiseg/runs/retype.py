@@ -199,6 +199,8 @@ def _write(
     """The run's files with the new types; names of those written."""
     write_retyped(folder.path / FILE_NAMES["parquet"], table, typing, provenance)
     files = [FILE_NAMES["parquet"]]
+    if table.measurement_names and formats != ("parquet",):
+        table = read_table(folder.path / FILE_NAMES["parquet"])  # with the distances to the new types
     for format_name in formats:
         if format_name != "parquet":
             path = folder.path / FILE_NAMES[format_name]

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from wsiseg.errors import WsisegError
 
-MAX_BYTES = 4 << 30  #: of one document once unpacked; the largest honest file (500,000 cells) has about 0.5 GB
+MAX_BYTES = 4 << 30  #: of one document once unpacked; the largest honest file of ours (100,000 cells) has about 0.1 GB
 SHOWN = 40  #: characters of a value in a message
 
 #: What a file that is not text begins with, and what to call it.

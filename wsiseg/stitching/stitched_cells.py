@@ -54,6 +54,11 @@ class StitchedCells:
         return self.outlines.descriptor_size
 
     @property
+    def measurement_names(self) -> tuple[str, ...]:
+        """None yet."""
+        return ()
+
+    @property
     def total_bounds(self) -> tuple[float, float, float, float] | None:
         """xmin, ymin, xmax, ymax of all cells, level-0 px."""
         if not len(self):
