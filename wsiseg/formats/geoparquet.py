@@ -268,7 +268,7 @@ class CellTable:
             return Typing(
                 names=names,
                 colors=colors,
-                codes=_codes(self.table[TYPE], names),
+                codes=type_codes(self.table[TYPE], names),
                 scores=scores,
                 margins=margins,
                 prototypes=self.table["prototype"].to_numpy().astype(np.int32),
@@ -510,7 +510,8 @@ def _id_column(ids: NDArray[np.bytes_]) -> pa.StringArray:
     return pa.StringArray.from_buffers(len(ids), pa.py_buffer(ends), pa.py_buffer(ids))
 
 
-def _codes(column: pa.ChunkedArray, names: tuple[str, ...]) -> np.ndarray[Any, np.dtype[np.int32]]:
+def type_codes(column: pa.ChunkedArray, names: tuple[str, ...]) -> NDArray[np.int32]:
+    """Index of each row's type among ``names``, from the column of types."""
     index = {name: code for code, name in enumerate(names)}
     codes = [np.empty(0, np.int32)]
     for chunk in column.chunks:
