@@ -13,12 +13,12 @@ import shapely
 from click.testing import CliRunner
 
 from wsiseg.cli import main
-from wsiseg.formats.geoparquet import write_geoparquet
-from wsiseg.records import Cells, Provenance, SlideInfo, Typing
-from wsiseg.runs.manifest import Manifest
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
+
+    RunMaker = Callable[..., Path]
 
 MPP = 0.5
 #: Corner and side of each square cell, px, and its type.
@@ -29,60 +29,6 @@ CELLS = [
     (110, 10, 4, "unassigned"),
     (130, 10, 4, "tumour"),
 ]
-
-
-def make_run(folder: Path, cells: list[tuple[int, int, int, str]], names: tuple[str, ...], **slide: Any) -> Path:
-    """A finished run of these cells, without a slide."""
-    polygons = np.array([shapely.box(x, y, x + side, y + side) for x, y, side, _ in cells], object)
-    count = len(cells)
-    typing = Typing(
-        names=("unassigned", *names),
-        colors=((128, 128, 128), *((200, 10 * k, 0) for k in range(len(names)))),
-        codes=np.array([("unassigned", *names).index(kind) for *_, kind in cells], np.int32),
-        scores=np.full(count, 0.9, np.float32),
-        margins=np.full(count, 0.5, np.float32),
-        prototypes=np.zeros(count, np.int32),
-    )
-    info = SlideInfo(
-        path="s.svs",
-        reader="image",
-        format="png",
-        level_sizes=((1000, 400),),
-        downsamples=(1.0,),
-        mpp=MPP,
-        mpp_source="--mpp",
-        bounds=slide.get("bounds"),
-    )
-    folder.mkdir(parents=True)
-    made = Cells(
-        polygons=polygons,
-        points_xy=shapely.get_coordinates(shapely.centroid(polygons)).reshape(-1, 2),
-        scores=np.full(count, 0.5, np.float32),
-        descriptors=np.zeros((count, 2), np.float16),
-    )
-    provenance = Provenance(tool="wsiseg", version="0", slide=f"{folder.name}.svs", config_hash="h")
-    write_geoparquet(folder / "cells.parquet", made, typing, info, provenance)
-    Manifest(
-        slide={
-            "path": f"{folder.name}.svs",
-            "reader": "image",
-            "format": "png",
-            "size_px0": [1000, 400],
-            "mpp": MPP,
-            "mpp_source": "--mpp",
-            "bounds": None,
-            "searched_mm2": 0.02,
-        }
-        | slide,
-        config={},
-        run_hash="h",
-        status="complete",
-        folder=str(folder),
-        files=("cells.parquet",),
-        counts={"cells": count},
-        seconds={"total": 1.0},
-    ).write(folder / "manifest.json")
-    return folder
 
 
 def rows_of(*arguments: object, status: int = 0) -> list[dict[str, str]]:
@@ -100,7 +46,7 @@ def region(name: str, *boxes: tuple[int, int, int, int]) -> dict[str, Any]:
     }
 
 
-def test_counts_densities_and_areas(tmp_path: Path) -> None:
+def test_counts_densities_and_areas(make_run: RunMaker, tmp_path: Path) -> None:
     (row,) = rows_of(make_run(tmp_path / "s", CELLS, ("tumour", "immune")))
     areas = [side * side * MPP**2 for _, _, side, _ in CELLS]
     assert row["slide"] == "s.svs"
@@ -123,7 +69,7 @@ def test_counts_densities_and_areas(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("bounds", [None, [0, 0, 1000, 400], [5, 0, 900, 300]])
-def test_a_row_per_class_of_region(tmp_path: Path, bounds: list[int] | None) -> None:
+def test_a_row_per_class_of_region(make_run: RunMaker, tmp_path: Path, bounds: list[int] | None) -> None:
     """Polygons of one class are one region; a cell counts where its centroid lies; QuPath's frame has its corner at the bounds."""
     run = make_run(tmp_path / "s", CELLS, ("tumour", "immune"), bounds=bounds)
     shift = bounds[0] if bounds else 0
@@ -145,7 +91,7 @@ def test_a_row_per_class_of_region(tmp_path: Path, bounds: list[int] | None) -> 
     assert second["immune: mean_area_um2"] == ""
 
 
-def test_a_cohort_of_slides_with_other_types(tmp_path: Path) -> None:
+def test_a_cohort_of_slides_with_other_types(make_run: RunMaker, tmp_path: Path) -> None:
     """One column per type of any slide; empty where a slide was not typed with it, 0 where it was and has none."""
     make_run(tmp_path / "a", CELLS, ("tumour", "immune"))
     make_run(tmp_path / "b", CELLS[:1], ("tumour",))
@@ -170,7 +116,7 @@ def test_a_cohort_of_slides_with_other_types(tmp_path: Path) -> None:
     assert [row["cells"] for row in rows] == ["3", "1", "0"]
 
 
-def test_what_cannot_be_summarised_is_one_line(tmp_path: Path) -> None:
+def test_what_cannot_be_summarised_is_one_line(make_run: RunMaker, tmp_path: Path) -> None:
     good = make_run(tmp_path / "a", CELLS, ("tumour", "immune"))
     running = make_run(tmp_path / "b", CELLS, ("tumour", "immune"))
     manifest = json.loads((running / "manifest.json").read_text())

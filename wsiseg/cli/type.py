@@ -8,7 +8,15 @@ import click
 
 from wsiseg.cli.arguments import Working
 from wsiseg.cli.failures import Failures
-from wsiseg.cli.options import config_option, formats_option, known_types_option, runs_argument, split_list
+from wsiseg.cli.options import (
+    config_option,
+    formats_option,
+    known_types_option,
+    report_option,
+    runs_argument,
+    split_list,
+)
+from wsiseg.cli.report import report_after
 
 
 @click.command(cls=Working, short_help="Re-type a finished run with other clicks.")
@@ -29,6 +37,7 @@ from wsiseg.cli.options import config_option, formats_option, known_types_option
 @click.option("--model", metavar="NAME|PATH", help="Model of RUN, if it is not the bundled one.")
 @formats_option(": parquet alone halves the time.  [default: those of RUN]")
 @config_option("TOML or JSON file; only its table `typing` is used.")
+@report_option
 @click.pass_context
 def command(
     ctx: click.Context,
@@ -40,6 +49,7 @@ def command(
     model: str | None,
     formats: str | None,
     config_file: Path | None,
+    no_report: bool,
 ) -> None:
     """Re-type the cells of the finished run in folder RUN; neither slide nor GPU is needed.
 
@@ -67,6 +77,7 @@ def command(
                 settings=config_file,
                 formats=split_list(formats),
             )
+            report_after(manifest, wanted=not no_report)
             for warning in manifest.typing["warnings"]:
                 click.echo(f"Warning: {warning}", err=True)
             typed = ", ".join(f"{name} {n}" for name, n in manifest.types.items())

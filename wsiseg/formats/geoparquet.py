@@ -218,18 +218,8 @@ class CellTable:
 
     def take(self, rows: NDArray[np.intp]) -> Cells:
         """The cells at ``rows``, in that order."""
-        wkb = np.empty(len(rows), object)
-        with as_format_error(self.path), pq.ParquetFile(self.path) as file:
-            starts = np.cumsum([0, *(file.metadata.row_group(k).num_rows for k in range(file.num_row_groups))])
-            groups = np.searchsorted(starts, rows, side="right") - 1
-            for group in np.unique(groups).tolist():
-                mine = groups == group
-                wkb[mine] = (
-                    file.read_row_group(group, columns=["geometry"])["geometry"]
-                    .take(rows[mine] - starts[group])
-                    .to_numpy()
-                )
-        return self.with_polygons(self.table.take(rows), pa.chunked_array([pa.array(wkb, pa.binary())]))
+        column = _geometry_at(self.path, rows)
+        return self.with_polygons(self.table.take(rows), column)
 
     def check(self) -> None:
         """Read all that is not in memory, once.
@@ -273,6 +263,30 @@ class CellTable:
                 margins=margins,
                 prototypes=self.table["prototype"].to_numpy().astype(np.int32),
             )
+
+
+def polygons_at(path: Path, rows: NDArray[np.intp]) -> NDArray[np.object_]:
+    """Polygons at ``rows`` of a cells.parquet, in that order; only their row groups are read.
+
+    Raises
+    ------
+    FormatError
+        The file is damaged.
+    """
+    with as_format_error(path):
+        return polygons_from_wkb(_geometry_at(path, rows))
+
+
+def _geometry_at(path: Path, rows: NDArray[np.intp]) -> pa.ChunkedArray:
+    wkb = np.empty(len(rows), object)
+    with as_format_error(path), pq.ParquetFile(path) as file:
+        starts = np.cumsum([0, *(file.metadata.row_group(k).num_rows for k in range(file.num_row_groups))])
+        groups = np.searchsorted(starts, rows, side="right") - 1
+        for group in np.unique(groups).tolist():
+            mine = groups == group
+            column = file.read_row_group(group, columns=["geometry"])["geometry"]
+            wkb[mine] = column.take(rows[mine] - starts[group]).to_numpy()
+    return pa.chunked_array([pa.array(wkb, pa.binary())])
 
 
 def read_table(path: Path) -> CellTable:
