@@ -1,4 +1,6 @@
-"""Measurements of the cells: shape from moments of the polygon, distance to the nearest other cell, density around.
+"""Measurements of the cells: shape from moments of the polygon, distance to the nearest other cell, density around; names of all.
+
+Those of colour need pixels and are made with the outlines (segmentation/colours.py).
 
     area        A   = 1/2 sum c_i,  c_i = x_i y_(i+1) - x_(i+1) y_i                      over the edges of the ring
     centroid    C_x = 1/(6 A) sum (x_i + x_(i+1)) c_i
@@ -49,6 +51,24 @@ QUPATH_NAMES = {
     NEAREST: "Distance to nearest detection µm",
     DENSITY: f"Detections within {DENSITY_UM:g} µm per mm^2",
 }
+PLACES = ("nucleus", "ring")
+_QUPATH_DYES = {"haematoxylin": "Hematoxylin", "eosin": "Eosin", "dab": "DAB", "residual": "Residual"}
+QUPATH_NAMES |= {
+    f"{place}_{dye}_{statistic}": f"{place.capitalize()}: {shown} OD {words}"
+    for place in PLACES
+    for dye, shown in _QUPATH_DYES.items()
+    for statistic, words in (("mean", "mean"), ("sd", "std dev"))
+}
+
+
+def dyes_of(stain: str) -> tuple[str, str, str]:
+    """Names of the dyes of a stain, and of what they do not explain."""
+    return ("haematoxylin", "eosin" if stain == "he" else "dab", "residual")
+
+
+def colour_names(stain: str) -> tuple[str, ...]:
+    """Names of the measurements of colour, in the order of the files: ``nucleus_haematoxylin_mean`` and so on."""
+    return tuple(f"{place}_{dye}_{of}" for place in PLACES for dye in dyes_of(stain) for of in ("mean", "sd"))
 
 
 def qupath_name(name: str) -> str:
@@ -198,15 +218,16 @@ def measure(cells: CellSource, typing: Typing, mpp: float) -> MeasuredCells:
     MeasuredCells
         The same cells with their measurements: 4 bytes each per cell in memory.
     """
+    names = (*SHAPE, *cells.measurement_names)
     shapes: list[dict[str, NDArray[np.float32]]] = []
     centroids = [np.empty((0, 2))]
     for chunk in cells.chunks(CHUNK):
-        shapes.append(measure_shapes(chunk.polygons, mpp))
+        shapes.append(measure_shapes(chunk.polygons, mpp) | chunk.measurements)
         centroid = shapely.centroid(chunk.polygons)
         centroids.append(np.stack([shapely.get_x(centroid), shapely.get_y(centroid)], axis=1))
     xy_um = np.concatenate(centroids) * mpp
     empty = np.empty(0, np.float32)
-    columns = {name: np.concatenate([empty, *(shape[name] for shape in shapes)]) for name in SHAPE}
+    columns = {name: np.concatenate([empty, *(shape[name] for shape in shapes)]) for name in names}
     return MeasuredCells(cells, columns | measure_neighbours(xy_um) | measure_types(xy_um, typing))
 
 

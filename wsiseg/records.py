@@ -324,12 +324,11 @@ class Cells:
 
     @staticmethod
     def concatenate(groups: list[Cells], descriptor_size: int) -> Cells:
-        """All groups in order; the empty list gives no cells."""
-        names = groups[0].measurement_names if groups else ()
+        """All groups in order; the empty list gives no cells. What was not measured in a group is NaN."""
+        filled = [g for g in groups if len(g)]
         measurements = {
-            name: np.concatenate([g.measurements[name] for g in groups])
-            for name in names
-            if all(name in g.measurements for g in groups)
+            name: np.concatenate([g.measurements.get(name, np.full(len(g), np.nan, np.float32)) for g in filled])
+            for name in dict.fromkeys(name for g in filled for name in g.measurement_names)
         }
         groups = [Cells.empty(descriptor_size), *groups]
         return Cells(

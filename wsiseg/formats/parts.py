@@ -5,7 +5,9 @@
       prompt_x, prompt_y  double   level-0 px
       score       float
       descriptor  fixed_size_list<halffloat>[D]
-    file metadata, key "wsiseg_part": {"format": 1, "config_hash": ..., "counts": {...}, "failures": [...], "cells": N, "descriptor_size": D}
+      and a float column per measurement of colour
+    file metadata, key "wsiseg_part": {"format": 2, "config_hash": ..., "counts": {...}, "failures": [...], "cells": N, "descriptor_size": D,
+      "measurements": [...]}
 
 The footer is at the end of the file and the file arrives by rename, so a footer that can be read means a part that is complete.
 Format: https://parquet.apache.org/docs/file-format/
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 KEY = b"wsiseg_part"
-FORMAT = 1
+FORMAT = 2
 UNREADABLE = (OSError, pa.ArrowException, ValueError, KeyError, TypeError, AttributeError)
 
 
@@ -57,7 +59,8 @@ class Part:
     @staticmethod
     def of(cells: Cells, name: str = "cells") -> Part:
         """Cells that are in memory."""
-        return Part(name, _table(cells), {"descriptor_size": cells.descriptor_size})
+        note = {"descriptor_size": cells.descriptor_size, "measurements": cells.measurement_names}
+        return Part(name, _table(cells), note)
 
     @property
     def nbytes(self) -> int:
@@ -103,6 +106,18 @@ class Part:
         """(n, D) of ``rows``."""
         return descriptors_from(self.table, int(self.note["descriptor_size"]))[rows]
 
+    @property
+    def measurement_names(self) -> tuple[str, ...]:
+        """Names of the measurements; none where there are no cells."""
+        return tuple(str(name) for name in self.note.get("measurements", ()))
+
+    def measurements(self, rows: NDArray[np.intp], name: str) -> NDArray[np.float32]:
+        """(n,) of ``rows``; NaN where the part does not have the measurement."""
+        if name not in self.measurement_names:
+            return np.full(len(rows), np.nan, np.float32)
+        column: NDArray[np.float32] = self.table[name].to_numpy()[rows].astype(np.float32)
+        return column
+
     def cells(self) -> Cells:
         """All cells of the part."""
         return Cells(
@@ -110,6 +125,7 @@ class Part:
             points_xy=self.points_xy,
             scores=self.scores,
             descriptors=descriptors_from(self.table, int(self.note["descriptor_size"])),
+            measurements={name: self.table[name].to_numpy().astype(np.float32) for name in self.measurement_names},
         )
 
 
@@ -138,6 +154,7 @@ def write_part(
         "failures": list(failures),
         "cells": len(cells),
         "descriptor_size": cells.descriptor_size,
+        "measurements": cells.measurement_names,
     }
     table = _table(cells).replace_schema_metadata({KEY: json.dumps(note, sort_keys=True)})
     with atomic_path(path) as partial:
@@ -153,6 +170,7 @@ def _table(cells: Cells) -> pa.Table:
             "prompt_y": np.ascontiguousarray(cells.points_xy[:, 1], np.float64),
             "score": np.asarray(cells.scores, np.float32),
             **descriptor_column(cells.descriptors),
+            **cells.measurements,
         }
     )
 
@@ -181,6 +199,7 @@ def open_part(path: Path, columns: tuple[str, ...] | None = None) -> Part:
                 "prompt_y",
                 "score",
                 *(["descriptor"] if int(note["descriptor_size"]) else []),
+                *note["measurements"],
             }
             missing = known - set(file.schema_arrow.names)
             if missing:

@@ -17,10 +17,11 @@ from wsiseg.records import Cells
 from wsiseg.runs.finish import stitch_and_type
 from wsiseg.runs.inputs import require_known_types, resolve
 from wsiseg.seeds.bank import build_bank
+from wsiseg.segmentation.colours import measure_colours
 from wsiseg.segmentation.tile import TileSegmenter
 from wsiseg.slide import read_region
 from wsiseg.slide.array_reader import ArrayReader
-from wsiseg.slide.stain import find_stain
+from wsiseg.slide.stain import find_stain, unrendered
 from wsiseg.slide.tiling import plan_for_model
 from wsiseg.slide.tissue import SearchArea
 
@@ -70,7 +71,11 @@ def segment_image(
     blocks = plan_for_model(info, model, opened.config.tiling, lambda *_: True)
     tiles = [tile for block in blocks for tile in block.tiles]
     segmenter = TileSegmenter(model, opened.config, lattice, SearchArea(None, None), opened.bank, name="image")
-    outlines = [segmenter.segment(tile, read_region(opened.reader, tile.outer, lattice)) for tile in tiles]
+    outlines = []
+    for tile in tiles:
+        cells = segmenter.segment(tile, read_region(opened.reader, tile.outer, lattice))
+        pixels = read_region(unrendered(opened.reader), tile.outer, lattice)
+        outlines.append(measure_colours(cells, pixels, tile.outer, lattice, info.size_px0, opened.config.stain))
     result = stitch_and_type(
         [Cells.concatenate(outlines, model.descriptor_size)],
         info=info,

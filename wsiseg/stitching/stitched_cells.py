@@ -55,8 +55,8 @@ class StitchedCells:
 
     @property
     def measurement_names(self) -> tuple[str, ...]:
-        """None yet."""
-        return ()
+        """Those that the outlines have."""
+        return self.outlines.measurement_names
 
     @property
     def total_bounds(self) -> tuple[float, float, float, float] | None:
@@ -91,6 +91,7 @@ class StitchedCells:
             points_xy=numbers.points_xy[rows],
             scores=numbers.scores[rows],
             descriptors=self.outlines.descriptors(rows),
+            measurements=self.outlines.measurements(rows),
         )
 
     def chunks(self, rows: int) -> Iterator[Cells]:
