@@ -120,7 +120,7 @@ def test_twelve_crops_per_type_show_their_cells(run: Path) -> None:
     report(run)
     page = Page((run / "report.html").read_text("utf-8"))
     pictures, outlines = page.all("image"), [p for p in page.all("polygon") if p["class"] == "outline"]
-    assert len(pictures) == len(outlines) == 3 * 12
+    assert len(pictures) == len(outlines) == 3 * 12  # of two types and of what has none
     labels = [s["aria-label"] for s in page.all("svg") if " at " in s.get("aria-label", "")]
     assert len(set(labels)) == 36  # no cell twice
     for picture, outline in zip(pictures, outlines, strict=True):

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 EXAMPLES = 4  #: crops of each kind and type
 MOST_TYPES = 24  #: types with crops, the most frequent ones: more would not fit into 5 MB
 BINS = 30  #: of a histogram
+_CIRCULARITY, _HAEMATOXYLIN = "circularity", "nucleus_haematoxylin_mean"
 _SEED = 0  #: of the random examples: the same run gives the same page
 
 
@@ -39,7 +40,7 @@ class CellColumns:
         (N,) and (N, 2): area, and centroid in level-0 px.
     scores, type_scores, type_margins
         (N,): quality of the outline; probability of the type, and its lead.
-    circularity
+    circularity, haematoxylin
         (N,); ``None`` in tables of earlier versions.
     """
 
@@ -50,6 +51,7 @@ class CellColumns:
     type_scores: NDArray[np.float32]
     type_margins: NDArray[np.float32]
     circularity: NDArray[np.float32] | None
+    haematoxylin: NDArray[np.float32] | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +108,8 @@ def read_contents(run: FinishedRun) -> ReportContents:
         names = tuple(str(kind["name"]) for kind in note["types"])
         colors = [tuple(int(part) for part in kind["color"]) for kind in note["types"]]
         wanted = [TYPE, AREA, "x", "y", "score", "type_score", "type_margin"]
-        wanted += ["circularity"] if "circularity" in schema.names else []
+        measured = [name for name in (_CIRCULARITY, _HAEMATOXYLIN) if name in schema.names]
+        wanted += measured
         stored = [held.names[schema.get_field_index(name)] for name in wanted]
         table = pq.read_table(path, columns=stored, partitioning=None).rename_columns(wanted)
         columns = CellColumns(
@@ -116,7 +119,8 @@ def read_contents(run: FinishedRun) -> ReportContents:
             scores=table["score"].to_numpy(),
             type_scores=table["type_score"].to_numpy(),
             type_margins=table["type_margin"].to_numpy(),
-            circularity=table["circularity"].to_numpy() if "circularity" in wanted else None,
+            circularity=table[_CIRCULARITY].to_numpy() if _CIRCULARITY in measured else None,
+            haematoxylin=table[_HAEMATOXYLIN].to_numpy() if _HAEMATOXYLIN in measured else None,
         )
     area = float(run.manifest.slide.get("searched_mm2", math.nan))
     typed = len(names) > 1
@@ -152,6 +156,9 @@ def _facts(
     histograms = [_histogram("Area", "µm²", columns.areas_um2[rows], largest)]
     if columns.circularity is not None:
         histograms.append(_histogram("Circularity", "", columns.circularity[rows], 1.0))
+    if columns.haematoxylin is not None and np.isfinite(columns.haematoxylin).any():
+        darkest = _rounded_up(float(np.nanquantile(columns.haematoxylin, 0.995)))
+        histograms.append(_histogram("Haematoxylin", "OD", columns.haematoxylin[rows], darkest))
     return TypeFacts(
         name=name,
         color=(color[0], color[1], color[2]),
