@@ -108,7 +108,7 @@ def frame_of(cells: Cells, typing: Typing) -> geopandas.GeoDataFrame:
     """The properties that :func:`write_geojson` writes."""
     kinds = [{"name": name, "color": list(color)} for name, color in zip(typing.names, typing.colors, strict=True)]
     columns = {
-        "Area µm^2": np.round(shapely.area(cells.polygons) * INFO.mpp**2, 3),
+        "Nucleus: Area µm^2": np.round(shapely.area(cells.polygons) * INFO.mpp**2, 3),
         "Detection probability": np.round(cells.scores.astype(float), 4),
         "Type score": np.round(typing.scores.astype(float), 4),
         "Type margin": np.round(typing.margins.astype(float), 4),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -75,3 +75,71 @@ def wsiseg() -> Callable[..., tuple[int, str]]:
         return result.exit_code, result.output
 
     return call
+
+
+@pytest.fixture(scope="session")
+def make_run() -> Callable[..., Path]:
+    """Maker of finished runs with given cells, without segmenting anything."""
+    return _make_run
+
+
+def _make_run(folder: Path, cells: list[tuple[int, int, int, str]], names: tuple[str, ...], **slide: Any) -> Path:
+    """A finished run of square cells (corner, side, type) on a slide of 1000 x 400 px at 0.5 um; ``slide`` is what the manifest says of it."""
+    import numpy as np
+    import shapely
+
+    from wsiseg.formats.geoparquet import write_geoparquet
+    from wsiseg.measurements import measure
+    from wsiseg.records import Cells, Provenance, SlideInfo, Typing
+    from wsiseg.runs.manifest import Manifest
+
+    polygons = np.array([shapely.box(x, y, x + side, y + side) for x, y, side, _ in cells], object)
+    count = len(cells)
+    typing = Typing(
+        names=("unassigned", *names),
+        colors=((128, 128, 128), *((200, 10 * k, 0) for k in range(len(names)))),
+        codes=np.array([("unassigned", *names).index(kind) for *_, kind in cells], np.int32),
+        scores=np.full(count, 0.9, np.float32),
+        margins=np.full(count, 0.5, np.float32),
+        prototypes=np.zeros(count, np.int32),
+    )
+    info = SlideInfo(
+        path="s.svs",
+        reader="image",
+        format="png",
+        level_sizes=((1000, 400),),
+        downsamples=(1.0,),
+        mpp=0.5,
+        mpp_source="--mpp",
+        bounds=slide.get("bounds"),
+    )
+    folder.mkdir(parents=True)
+    made = Cells(
+        polygons=polygons,
+        points_xy=shapely.get_coordinates(shapely.centroid(polygons)).reshape(-1, 2),
+        scores=np.full(count, 0.5, np.float32),
+        descriptors=np.zeros((count, 2), np.float16),
+    )
+    provenance = Provenance(tool="wsiseg", version="0", slide=slide.pop("slide", f"{folder.name}.svs"), config_hash="h")
+    write_geoparquet(folder / "cells.parquet", measure(made, typing, 0.5), typing, info, provenance)
+    Manifest(
+        slide={
+            "path": f"{folder.name}.svs",
+            "reader": "image",
+            "format": "png",
+            "size_px0": [1000, 400],
+            "mpp": 0.5,
+            "mpp_source": "--mpp",
+            "bounds": None,
+            "searched_mm2": 0.02,
+        }
+        | slide,
+        config={},
+        run_hash="h",
+        status="complete",
+        folder=str(folder),
+        files=("cells.parquet",),
+        counts={"cells": count},
+        seconds={"total": 1.0},
+    ).write(folder / "manifest.json")
+    return folder

@@ -84,6 +84,14 @@ def test_every_form_is_read(tmp_path: Path, document: object) -> None:
     assert shape.bounds == (10, 10, 110, 110)
 
 
+def test_colours_in_the_digits_of_other_scripts(tmp_path: Path) -> None:
+    drawn = feature(SQUARE)
+    drawn["properties"]["classification"] = {"name": "Region", "color": "COLOR"}
+    path = tmp_path / "roi.geojson"
+    path.write_text(json.dumps(drawn).replace('"COLOR"', "[٢٠٠, ٠, ٠]"), encoding="utf-8")
+    assert read_regions(path, INFO)[0].area == 10_000
+
+
 def test_bounds_are_added_and_the_slide_is_the_limit(tmp_path: Path) -> None:
     path = write(tmp_path / "roi.geojson", feature(SQUARE))
     assert read_regions(path, replace(INFO, bounds=(100, 50, 500, 500)))[0].bounds == (110, 60, 210, 160)

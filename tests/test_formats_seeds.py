@@ -198,6 +198,7 @@ SCHEMA_ERRORS: list[tuple[object, str]] = [
     (one_type(name="tu\nmour"), r"types\[0\]\.name: .* line break or a control character"),
     (one_type(name="x" * 101), r"types\[0\]\.name: the name has 101 characters; 100 are allowed"),
     (one_type(name="Unassigned"), r'types\[0\]\.name: "Unassigned" is reserved'),
+    (one_type(name="Unclassified"), r'types\[0\]\.name: "Unclassified" is reserved'),
     (7, "found 7; a seeds file is an object"),
     (described(text=[]), r"types\[0\]\.text: is empty"),
     (described(text="lymphocyte"), r"types\[0\]\.text: .* is not a list of phrases"),
@@ -433,6 +434,14 @@ def test_every_form_of_a_class(tmp_path: Path, classification: object, name: str
 def test_derived_classes_are_refused_by_name(tmp_path: Path, classification: object) -> None:
     with pytest.raises(SeedsError, match=r'"Tumor: Positive" has a \':\''):
         read_seeds(write(tmp_path / "s", collection(point(1, 2, classification))))
+
+
+@pytest.mark.parametrize("digits", ["[٢٠٠, ٠, ١٢]", "[۲۰۰, ۰, ۱۲]", "[२००, ०, १२]", "[\u200f٢٠٠, ٠, ١٢]"])
+def test_colours_in_the_digits_of_other_scripts(tmp_path: Path, digits: str) -> None:
+    """QuPath writes colours in the digits of the system's language; digits inside of texts stay as they are."""
+    text = json.dumps(collection(point(1, 2, {"name": 'نوع ٢ "٣"', "color": "COLOR"})), ensure_ascii=False)
+    kind = read_seeds(write(tmp_path / "s", text.replace('"COLOR"', digits))).types[0]
+    assert (kind.name, kind.color) == ('نوع ٢ "٣"', (200, 0, 12))
 
 
 def test_nan_literals_and_duplicate_keys_are_tolerated(tmp_path: Path) -> None:

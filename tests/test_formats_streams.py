@@ -62,6 +62,10 @@ class Stream:
         return self.count
 
     @property
+    def measurement_names(self) -> tuple[str, ...]:
+        return ()
+
+    @property
     def total_bounds(self) -> tuple[float, float, float, float] | None:
         return (0.0, 0.0, 40_000.0, 40_000.0) if self.count else None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import click
 import jsonschema
+import numpy as np
 import pytest
 import yaml
 from click.testing import CliRunner
@@ -193,13 +195,21 @@ def test_every_command_and_column_is_in_the_docs() -> None:
     for name in commands():
         assert name == "seeds" or f"wsiseg {name}" in text
     from wsiseg.formats.geoparquet import _schema
+    from wsiseg.measurements import colour_names, measure
     from wsiseg.records import Cells, Provenance, SlideInfo, Typing
 
     info = SlideInfo(
         path="a", reader="image", format="png", level_sizes=((1, 1),), downsamples=(1.0,), mpp=0.5, mpp_source="--mpp"
     )
+    none = np.empty(0, np.float32)
+    coloured = dataclasses.replace(
+        Cells.empty(4), measurements={n: none for s in ("he", "ihc") for n in colour_names(s)}
+    )
     schema = _schema(
-        Cells.empty(4), Typing.untyped(0), info, Provenance(tool="wsiseg", version="0", slide="a", config_hash="")
+        measure(coloured, Typing.untyped(0), 0.5),
+        Typing.untyped(0),
+        info,
+        Provenance(tool="wsiseg", version="0", slide="a", config_hash=""),
     )
     table = (ROOT / "docs/output.md").read_text().split("## cells.parquet")[1].split("## ")[0]
     documented = {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import gzip
 import json
 import shutil
 from typing import TYPE_CHECKING
@@ -105,8 +107,12 @@ def test_other_clicks_change_types_and_nothing_else(wsiseg: Command, run: Path) 
     assert set(new["cell_type"].to_pylist()) <= {"gland", "rest", "unassigned"}
     assert {"gland", "rest"} <= set(new["cell_type"].to_pylist())
     for name in old.schema.names:
-        if name not in ("cell_type", "type_score", "type_margin", "prototype"):
+        if name not in ("cell_type", "type_score", "type_margin", "prototype") and ": " not in name:
             assert new[name].equals(old[name]), name
+    assert [name for name in new.schema.names if ": " in name] == ["nearest_um: gland", "nearest_um: rest"]
+    with gzip.open(run / "cells.geojson.gz") as file:
+        shown = json.load(file)["features"][0]["properties"]["measurements"]
+    assert shown["Distance to detection gland µm"] == pytest.approx(new["nearest_um: gland"][0].as_py(), abs=1e-3)
     manifest = json.loads((run / "manifest.json").read_text())
     counts = {k: new["cell_type"].to_pylist().count(k) for k in ("gland", "rest", "unassigned")}
     assert manifest["types"] == {"unassigned": counts["unassigned"], "gland": counts["gland"], "rest": counts["rest"]}
@@ -310,6 +316,20 @@ def test_what_is_no_bank_is_refused(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "bank.safetensors"
     path.write_bytes(content)
     with pytest.raises(FormatError, match=r"not a bank of wsiseg .*; give the bank\.safetensors of a run"):
+        read_bank(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("a ", "leading or trailing blanks"), ("Unclassified", "is reserved"), ("b: c", "has a ':'")]
+)
+def test_a_bank_with_a_name_that_qupath_changes_is_refused(
+    finished: Path, tmp_path: Path, name: str, message: str
+) -> None:
+    bank, note = read_bank(finished / "bank.safetensors")
+    types = (dataclasses.replace(bank.types[0], name=name), *bank.types[1:])
+    path = tmp_path / "bank.safetensors"
+    write_bank(path, dataclasses.replace(bank, types=types), note["slide"], note["weights"])
+    with pytest.raises(FormatError, match=rf"types\[0\]\.name: .*{message}.*make the bank again"):
         read_bank(path)
 
 

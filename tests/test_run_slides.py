@@ -212,7 +212,7 @@ def test_kill_9_loses_nothing(
     assert not [
         p
         for p in folder.rglob("*")
-        if p.is_file() and p.suffix not in (".parquet", ".json", ".gz", ".safetensors", ".cells")
+        if p.is_file() and p.suffix not in (".parquet", ".json", ".gz", ".html", ".safetensors", ".cells")
     ], "leftovers"
 
 

@@ -266,12 +266,17 @@ class CellSource(Protocol):
         D.
     total_bounds
         xmin, ymin, xmax, ymax of all polygons, level-0 px; ``None`` without cells.
+    measurement_names
+        Names of the measurements that its cells have.
     """
 
     def __len__(self) -> int: ...
 
     @property
     def descriptor_size(self) -> int: ...  # noqa: D102
+
+    @property
+    def measurement_names(self) -> tuple[str, ...]: ...  # noqa: D102
 
     @property
     def total_bounds(self) -> tuple[float, float, float, float] | None: ...  # noqa: D102
@@ -315,6 +320,8 @@ class Cells:
     concept_scores
         float32 of shape (N, T), in [0, 1]: score of each type that the run describes (``--method text``, ``exemplar``); 0 where the detector
         did not find the cell as one of the type. ``None`` when the run describes none.
+    measurements
+        float32 of shape (N,) by name, as in cells.parquet; empty before the cells are measured.
     """
 
     polygons: NDArray[np.object_]
@@ -322,6 +329,7 @@ class Cells:
     scores: NDArray[np.float32]
     descriptors: NDArray[np.float16]
     concept_scores: NDArray[np.float32] | None = None
+    measurements: dict[str, NDArray[np.float32]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.polygons)
@@ -330,6 +338,11 @@ class Cells:
     def descriptor_size(self) -> int:
         """Size of a descriptor."""
         return int(self.descriptors.shape[1])
+
+    @property
+    def measurement_names(self) -> tuple[str, ...]:
+        """Names of the measurements."""
+        return tuple(self.measurements)
 
     @property
     def total_bounds(self) -> tuple[float, float, float, float] | None:
@@ -357,6 +370,7 @@ class Cells:
             scores=self.scores[rows],
             descriptors=self.descriptors[rows],
             concept_scores=None if self.concept_scores is None else self.concept_scores[rows],
+            measurements={name: column[rows] for name, column in self.measurements.items()},
         )
 
     def __repr__(self) -> str:
@@ -374,7 +388,12 @@ class Cells:
 
     @staticmethod
     def concatenate(groups: list[Cells], descriptor_size: int) -> Cells:
-        """All groups in order; the empty list gives no cells. Cells without scores of types, beside others with, have zeros."""
+        """All groups in order; the empty list gives no cells. Without scores of types beside cells with them: zeros; without a measurement: NaN."""
+        filled = [g for g in groups if len(g)]
+        measurements = {
+            name: np.concatenate([g.measurements.get(name, np.full(len(g), np.nan, np.float32)) for g in filled])
+            for name in dict.fromkeys(name for g in filled for name in g.measurement_names)
+        }
         groups = [Cells.empty(descriptor_size), *groups]
         types = {g.concept_scores.shape[1] for g in groups if g.concept_scores is not None}
         return Cells(
@@ -383,6 +402,7 @@ class Cells:
             scores=np.concatenate([g.scores for g in groups]),
             descriptors=np.concatenate([g.descriptors for g in groups]),
             concept_scores=np.concatenate([scores_or_zeros(g, max(types)) for g in groups]) if types else None,
+            measurements=measurements,
         )
 
 
@@ -679,7 +699,7 @@ class TypedCells:
     >>> len(frame) == len(cells)
     True
     >>> sorted(frame.columns)[:5]
-    ['area_um2', 'cell_type', 'geometry', 'id', 'prompt_x']
+    ['area_um2', 'cell_type', 'circularity', 'density_per_mm2', 'eccentricity']
     """
 
     cells: Cells
@@ -734,6 +754,7 @@ class TypedCells:
             "prototype": self.typing.prototypes,
             "score": self.cells.scores,
             "area_um2": self.areas_um2.astype(np.float32),
+            **self.cells.measurements,
             "x": centroids[:, 0],
             "y": centroids[:, 1],
             "prompt_x": self.cells.points_xy[:, 0],

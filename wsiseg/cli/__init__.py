@@ -16,6 +16,8 @@ from wsiseg.cli.streams import OUTPUT, one_line
 COMMANDS = {
     "run": "Segment and type slides: the whole path.",
     "merge": "Merge the shards of a run.",
+    "summarise": "Tabulate counts, densities and areas of runs.",
+    "report": "Write the report of a run as one HTML page.",
     "type": "Re-type a finished run with other clicks.",
     "info": "Show a slide's metadata and a run estimate.",
     "seeds": "Check, convert and preview files of clicks.",

@@ -9,7 +9,8 @@ import click
 from wsiseg.cli.arguments import Working
 from wsiseg.cli.failures import Failures
 from wsiseg.cli.logs import set_verbosity
-from wsiseg.cli.options import formats_option, quiet_option, runs_argument, split_list
+from wsiseg.cli.options import formats_option, quiet_option, report_option, runs_argument, split_list
+from wsiseg.cli.report import report_after
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -22,9 +23,16 @@ if TYPE_CHECKING:
 )
 @formats_option(".  [default: those of the shards]")
 @quiet_option
+@report_option
 @click.pass_context
 def command(
-    ctx: click.Context, /, runs: tuple[Path, ...], allow_missing: bool, formats: str | None, quiet: bool
+    ctx: click.Context,
+    /,
+    runs: tuple[Path, ...],
+    allow_missing: bool,
+    formats: str | None,
+    no_report: bool,
+    quiet: bool,
 ) -> None:
     """Stitch, type and write the results of the shards of `wsiseg run --shard K/N` in the folder RUN.
 
@@ -46,6 +54,7 @@ def command(
             with failures.collect():
                 manifest = merge_run(run, allow_missing=allow_missing, formats=split_list(formats), stopped=stopped)
                 incomplete |= manifest.status != "complete"
+                report_after(manifest, wanted=not no_report)
                 if not quiet:
                     report(manifest)
     ctx.exit(failures.report() or (3 if incomplete else 0))

@@ -57,6 +57,9 @@ stain_option = click.option(
     help=f"H&E, or haematoxylin with a brown marker: ihc outside of nuclei, ihc-nuclear in them.  [default: {_DEFAULT.stain}]",
 )
 quiet_option = click.option("-q", "--quiet", is_flag=True, help="Errors only.")
+report_option = click.option(
+    "--no-report", is_flag=True, help="Do not write report.html; `wsiseg report` writes it later."
+)
 runs_argument = click.argument("runs", nargs=-1, required=True, metavar="RUN...", type=click.Path(path_type=Path))
 
 

@@ -23,8 +23,10 @@ from wsiseg.cli.options import (
     overwrite_option,
     quiet_option,
     reader_option,
+    report_option,
     stain_option,
 )
+from wsiseg.cli.report import report_after
 from wsiseg.config import CHAINED, HALO_UM, TILE_UM, RunConfig, from_mapping, read_config
 from wsiseg.errors import counted
 from wsiseg.formats import FILE_NAMES
@@ -138,6 +140,7 @@ _DEFAULT = RunConfig()
     metavar="FILE",
     help="Append events as JSON lines; - is stderr.",
 )
+@report_option
 @click.option("--no-progress", is_flag=True, help="No progress bar (never shown in a pipe).")
 @click.option("-v", "--verbose", count=True, help="Verbose; twice for debugging.")
 @quiet_option
@@ -152,6 +155,7 @@ def command(
     config_file: Path | None,
     overwrite: bool,
     log_file: Path | None,
+    no_report: bool,
     no_progress: bool,
     verbose: int,
     quiet: bool,
@@ -159,7 +163,7 @@ def command(
 ) -> None:
     """Outline every cell of SLIDE and, with --seeds, give each a type.
 
-    Writes OUT/<slide-stem>/cells.parquet, cells.geojson.gz (drag it onto the slide in QuPath) and manifest.json. If a run is
+    Writes OUT/<slide-stem>/cells.parquet, cells.geojson.gz (drag it onto the slide in QuPath), manifest.json and report.html. If a run is
     stopped, the same command resumes it; Ctrl-C, SIGTERM and SIGUSR1 finish the current block first. Flags override the --config
     file, which overrides the defaults.
 
@@ -198,11 +202,27 @@ def command(
         hidden = no_progress or quiet
         if slide_list is not None or len(slides) > 1:
             status = _many(
-                entries, config, out, stopped, shard=selected_shard, overwrite=overwrite, hidden=hidden, quiet=quiet
+                entries,
+                config,
+                out,
+                stopped,
+                shard=selected_shard,
+                overwrite=overwrite,
+                hidden=hidden,
+                quiet=quiet,
+                page=not no_report,
             )
         else:
             status = _one(
-                slides[0], config, out, stopped, shard=selected_shard, overwrite=overwrite, hidden=hidden, quiet=quiet
+                slides[0],
+                config,
+                out,
+                stopped,
+                shard=selected_shard,
+                overwrite=overwrite,
+                hidden=hidden,
+                quiet=quiet,
+                page=not no_report,
             )
     ctx.exit(status)
 
@@ -217,6 +237,7 @@ def _one(
     overwrite: bool,
     hidden: bool,
     quiet: bool,
+    page: bool,
 ) -> int:
     """Run one slide, or a shard of it, and return the exit status."""
     from wsiseg.cli.progress import Progress
@@ -235,6 +256,7 @@ def _one(
             on_warning=printed,
             stopped=stopped,
         )
+    report_after(result, wanted=page)
     if not quiet:
         report(result, printed.warnings, details=True)
     return 3 if result.failures else 0
@@ -250,6 +272,7 @@ def _many(
     overwrite: bool,
     hidden: bool,
     quiet: bool,
+    page: bool,
 ) -> int:
     """Run one slide after the other, print a table, and return the exit status."""
     from wsiseg.cli.progress import Progress
@@ -267,6 +290,8 @@ def _many(
             entries, config, out, overwrite=overwrite, shard=shard, progress=follow, on_warning=printed, stopped=stopped
         ):
             rows.append(row)
+            if row["manifest"]:
+                report_after(row["manifest"], wanted=page)
             if row["manifest"] and not quiet:
                 report(row["manifest"], printed.warnings)
             elif not row["manifest"]:

@@ -16,9 +16,11 @@ from wsiseg.cli.options import (
     formats_option,
     known_types_option,
     mpp_options,
+    report_option,
     runs_argument,
     split_list,
 )
+from wsiseg.cli.report import report_after
 
 
 @click.command(cls=Working, short_help="Re-type a finished run with other clicks.")
@@ -53,6 +55,7 @@ from wsiseg.cli.options import (
 @click.option("--model", metavar="NAME|PATH", help="Model of RUN, if it is not the bundled one.")
 @formats_option(": parquet alone halves the time.  [default: those of RUN]")
 @config_option("TOML or JSON file; only its table `typing` is used, with --outlines all of it.")
+@report_option
 @click.pass_context
 def command(
     ctx: click.Context,
@@ -69,6 +72,7 @@ def command(
     model: str | None,
     formats: str | None,
     config_file: Path | None,
+    no_report: bool,
 ) -> None:
     """Re-type the cells of the finished run in folder RUN; neither slide nor GPU is needed.
 
@@ -108,6 +112,7 @@ def command(
                 settings=config_file,
                 formats=split_list(formats),
             )
+            report_after(manifest, wanted=not no_report)
             for warning in manifest.typing["warnings"]:
                 click.echo(f"Warning: {warning}", err=True)
             typed = ", ".join(f"{name} {n}" for name, n in manifest.types.items())

@@ -19,8 +19,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from wsiseg.errors import FormatError
-from wsiseg.records import UNASSIGNED, Bank, Cells, ChainPrototypes, TypePrototypes
+from wsiseg.errors import FormatError, SeedsError
+from wsiseg.formats.seed_rules import check_names
+from wsiseg.records import Bank, Cells, ChainPrototypes, TypePrototypes
 from wsiseg.runtime.atomic import atomic_path
 from wsiseg.runtime.paths import require_regular
 from wsiseg.runtime.text import first_line
@@ -150,7 +151,11 @@ def read_bank(path: Path) -> tuple[Bank, dict[str, Any]]:
         for of in types
         for rows in (of.clicked, of.negative)
     )
-    if UNASSIGNED in bank.names or not sound or not all(len(of.clicked) for of in types):
+    try:
+        check_names(list(bank.names), [f"{path}: types[{number}]" for number in range(len(types))])
+    except SeedsError as error:
+        raise FormatError(f"{error}; correct it in the seeds, and make the bank again") from error
+    if not sound or not all(len(of.clicked) for of in types):
         raise FormatError(
             f"{path}: damaged: a type without clicked cells, or numbers that are not finite; make the bank again"
         )

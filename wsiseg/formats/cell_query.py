@@ -74,14 +74,15 @@ def read_cells(
                 f"types: {file} has no type {show(name)}; {did_you_mean(name, known)}it has {', '.join(known)}"
             )
     with as_format_error(file):
-        names = [*columns, "id", "geometry"]
+        measured = CellTable(path=file, schema=schema, note=note, table=pa.table({})).measurement_names
+        names = [*columns, "id", "geometry", *measured]
         stored = [held.names[schema.get_field_index(name)] for name in names]
         table = pq.read_table(file, columns=stored, filters=box, partitioning=None).rename_columns(names)
         if wanted is not None:
             table = table.filter(pc.is_in(table[TYPE].cast("string"), value_set=pa.array(wanted, pa.string())))
         found = CellTable(path=file, schema=schema, note=note, table=table.select(columns))
         ids = np.array(table["id"].to_pylist(), np.str_)
-    cells = found.with_polygons(found.table, table["geometry"])
+    cells = found.with_polygons(found.table, table["geometry"], table)
     return TypedCells(cells=cells, typing=found.typing(), ids=ids, mpp=mpp, slide=str(note["slide"]))
 
 

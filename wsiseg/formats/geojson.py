@@ -4,7 +4,7 @@
     {"type":"Feature","id":"<uuid>",
      "geometry":{"type":"Polygon","coordinates":[[[10.25,5],[14.5,7.5],...,[10.25,5]]]},
      "properties":{"objectType":"detection","classification":{"name":"tumour","color":[200,0,0]},
-                   "measurements":{"Area µm^2":31.2,"Detection probability":0.93,"Type score":0.8,"Type margin":0.3}}},
+                   "measurements":{"Nucleus: Area µm^2":31.2,...,"Detection probability":0.93,"Type score":0.8,"Type margin":0.3}}},
     ...                                                  (one Feature per line; unassigned cells have no classification)
     ],"wsiseg":{"tool":...,"version":...,"slide":...,"config_hash":...,"frame":...,"cells":N}}
 
@@ -33,6 +33,8 @@ from wsiseg.formats.deflate import write_entry, write_gzip
 from wsiseg.formats.ids import CellIds
 from wsiseg.formats.qupath.coordinates import GRID_PX, outline_texts, snap_polygons
 from wsiseg.formats.qupath.validation import validate_geojson
+from wsiseg.formats.seed_rules import RESERVED_NAMES
+from wsiseg.measurements import qupath_name
 from wsiseg.records import UNASSIGNED, Cells, CellSource, Provenance, SlideInfo, Typing
 from wsiseg.runtime.atomic import atomic_path
 
@@ -46,7 +48,7 @@ __all__ = ["snap_polygons", "validate_geojson", "write_geojson"]
 
 logger = logging.getLogger(__name__)
 
-MAX_CELLS = 500_000  #: in one document: QuPath needs about 10 KB of heap per cell and takes half of the RAM, so this fits a 16-GB laptop
+MAX_CELLS = 100_000  #: in one document: QuPath needs 10 to 15 KB of heap per cell, and for a zip of shards as little as for one shard
 SHARD_CELLS = 20_000  #: per entry of the zip: 200 MB of heap, whatever the slide
 BATCH = 2_500  #: cells turned into text at once: 2 MB; shards are multiples of it
 GZIP_LEVEL = 2  #: 7.5 us per cell and 257 B; level 4: 11 us and 237 B; level 6: 35 us and 216 B
@@ -62,7 +64,7 @@ def write_geojson(path: Path, cells: CellSource, typing: Typing, info: SlideInfo
         ``cells.geojson.gz``, ``.geojson`` or ``.geojson.zip``.
     cells
         Level-0 px, read once and never all at a time; cells of equal prompts are neighbours. A polygon that vanishes on the 0.25-px grid is
-        left out, and logged; of one that falls apart the largest part stays.
+        left out, and logged; one that falls apart is held together by wider necks.
     typing
         Types of the same cells.
     info
@@ -196,7 +198,8 @@ class _FeatureText:
             b']]},"properties":{"objectType":"detection"',
             [self.classes[code] for code in codes.tolist()],
             b',"measurements":{',
-            [text[1:] for text in _measurements("Area µm^2", areas)],
+            [text[1:] for text in _measurements(qupath_name("area_um2"), areas)],
+            *(_measurements(qupath_name(name), _round(column)) for name, column in cells.measurements.items()),
             _measurements("Detection probability", _round(cells.scores)),
             _measurements("Type score", np.where(typed, _round(self.typing.scores[rows]), np.nan)),
             _measurements("Type margin", np.where(typed, _round(self.typing.margins[rows]), np.nan)),
@@ -230,9 +233,16 @@ def _round(values: NDArray[np.float32]) -> NDArray[np.float64]:
 def _classification(name: str, color: tuple[int, int, int]) -> bytes:
     if name == UNASSIGNED:
         return b""
-    if not name.strip() or ":" in name or not name.isprintable():
+    if (
+        not name.strip()
+        or name != name.strip()
+        or ":" in name
+        or not name.isprintable()
+        or name.casefold() in RESERVED_NAMES
+    ):
         raise FormatError(
-            f"type {name!r}: QuPath cannot read this class name; use printable text without ':' in the seeds and run again"
+            f"type {name!r}: QuPath cannot read this class name; use printable text without ':' or blanks at its ends in the seeds, "
+            "and not 'Unclassified', and run again"
         )
     return b',"classification":' + orjson.dumps({"name": name, "color": [int(value) for value in color]})
 

@@ -6,6 +6,9 @@
       type_score, type_margin, score   float
       prototype    int32                      number of the most similar click of the type, through all clicks in the order of the seeds; or -1
       area_um2     float                      of the polygon
+      perimeter_um, circularity, solidity, eccentricity, major_axis_um, minor_axis_um, orientation_deg   float   (measurements.py)
+      nearest_um, density_per_mm2      float  nearest other centroid; centroids around
+      "nearest_um: <type>"             float  nearest other centroid of a type, one column per type
       x, y         double                     centroid, px
       prompt_x, prompt_y   double             the point the cell was segmented from, px
       bbox         struct<xmin, ymin, xmax, ymax: double>   the covering of the spec: lets readers skip row groups
@@ -34,6 +37,7 @@ from wsiseg.errors import FormatError
 from wsiseg.formats import CHUNK
 from wsiseg.formats.ids import ID_BYTES, CellIds, cell_ids
 from wsiseg.formats.parts import UNREADABLE, descriptor_column, descriptors_from, polygons_from_wkb
+from wsiseg.measurements import QUPATH_NAMES, is_of_type, measure_types
 from wsiseg.records import Cells, CellSource, Provenance, SlideInfo, Typing
 from wsiseg.runtime.atomic import atomic_path
 from wsiseg.runtime.prefetch import prefetch_map
@@ -51,6 +55,7 @@ ROW_GROUP = 20_000  #: rows; about 20 groups at 400,000 cells: a viewer's window
 FRAME = "absolute level-0 px of the slide: x right, y down, origin at the outer corner of pixel (0, 0)"
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
 TYPE = "cell_type"  #: not "type", which on a GeoDataFrame is the type of the geometry
+AREA = "area_um2"
 OLD_TYPE = "type"  #: the same column in tables of earlier versions
 TYPE_COLUMNS = (TYPE, "type_score", "type_margin", "prototype")
 IN_MEMORY = (
@@ -169,6 +174,11 @@ class CellTable:
         return int(self.note["descriptor_size"])
 
     @property
+    def measurement_names(self) -> tuple[str, ...]:
+        """Names of the columns that are measurements; none in tables of earlier versions."""
+        return tuple(name for name in self.schema.names if name in QUPATH_NAMES or is_of_type(name) if name != AREA)
+
+    @property
     def total_bounds(self) -> tuple[float, float, float, float] | None:
         """xmin, ymin, xmax, ymax of all polygons, level-0 px; ``None`` without cells."""
         if not len(self):
@@ -195,24 +205,21 @@ class CellTable:
     def chunks(self, rows: int) -> Iterator[Cells]:
         """The cells in order, ``rows`` at a time."""
         start = 0
-        for part in _cut(_row_groups(self.path, ["geometry"]), rows):
-            yield self.with_polygons(self.table.slice(start, part.num_rows), part["geometry"])
+        for part in _cut(_row_groups(self.path, ["geometry", *self.measurement_names]), rows):
+            yield self.with_polygons(self.table.slice(start, part.num_rows), part["geometry"], part)
             start += part.num_rows
+
+    @property
+    def centroids(self) -> NDArray[np.float64]:
+        """Centroids (N, 2), level-0 px; read from the file."""
+        with as_format_error(self.path):
+            table = pq.read_table(self.path, columns=["x", "y"], partitioning=None)
+            return np.stack([table["x"].to_numpy(), table["y"].to_numpy()], axis=1)
 
     def take(self, rows: NDArray[np.intp]) -> Cells:
         """The cells at ``rows``, in that order."""
-        wkb = np.empty(len(rows), object)
-        with as_format_error(self.path), pq.ParquetFile(self.path) as file:
-            starts = np.cumsum([0, *(file.metadata.row_group(k).num_rows for k in range(file.num_row_groups))])
-            groups = np.searchsorted(starts, rows, side="right") - 1
-            for group in np.unique(groups).tolist():
-                mine = groups == group
-                wkb[mine] = (
-                    file.read_row_group(group, columns=["geometry"])["geometry"]
-                    .take(rows[mine] - starts[group])
-                    .to_numpy()
-                )
-        return self.with_polygons(self.table.take(rows), pa.chunked_array([pa.array(wkb, pa.binary())]))
+        column = _geometry_at(self.path, rows)
+        return self.with_polygons(self.table.take(rows), column)
 
     def check(self) -> None:
         """Read all that is not in memory, once.
@@ -227,8 +234,8 @@ class CellTable:
             self.with_polygons(self.table.slice(start, part.num_rows), part["geometry"])
             start += part.num_rows
 
-    def with_polygons(self, table: pa.Table, geometry: pa.ChunkedArray) -> Cells:
-        """The rows that are in ``table``, with their polygons."""
+    def with_polygons(self, table: pa.Table, geometry: pa.ChunkedArray, measured: pa.Table | None = None) -> Cells:
+        """The rows that are in ``table``, with their polygons, and with the measurements that are columns of ``measured``."""
         with as_format_error(self.path):
             points = np.stack([table["prompt_x"].to_numpy(), table["prompt_y"].to_numpy()], axis=1)
             scores = table["score"].to_numpy().astype(np.float32)
@@ -237,6 +244,9 @@ class CellTable:
                 points_xy=points,
                 scores=scores,
                 descriptors=descriptors_from(table, self.descriptor_size),
+                measurements={name: measured[name].to_numpy().astype(np.float32) for name in self.measurement_names}
+                if measured is not None
+                else {},
             )
 
     def typing(self) -> Typing:
@@ -248,11 +258,35 @@ class CellTable:
             return Typing(
                 names=names,
                 colors=colors,
-                codes=_codes(self.table[TYPE], names),
+                codes=type_codes(self.table[TYPE], names),
                 scores=scores,
                 margins=margins,
                 prototypes=self.table["prototype"].to_numpy().astype(np.int32),
             )
+
+
+def polygons_at(path: Path, rows: NDArray[np.intp]) -> NDArray[np.object_]:
+    """Polygons at ``rows`` of a cells.parquet, in that order; only their row groups are read.
+
+    Raises
+    ------
+    FormatError
+        The file is damaged.
+    """
+    with as_format_error(path):
+        return polygons_from_wkb(_geometry_at(path, rows))
+
+
+def _geometry_at(path: Path, rows: NDArray[np.intp]) -> pa.ChunkedArray:
+    wkb = np.empty(len(rows), object)
+    with as_format_error(path), pq.ParquetFile(path) as file:
+        starts = np.cumsum([0, *(file.metadata.row_group(k).num_rows for k in range(file.num_row_groups))])
+        groups = np.searchsorted(starts, rows, side="right") - 1
+        for group in np.unique(groups).tolist():
+            mine = groups == group
+            column = file.read_row_group(group, columns=["geometry"])["geometry"]
+            wkb[mine] = column.take(rows[mine] - starts[group]).to_numpy()
+    return pa.chunked_array([pa.array(wkb, pa.binary())])
 
 
 def read_table(path: Path) -> CellTable:
@@ -372,14 +406,23 @@ def write_retyped(path: Path, source: CellTable, typing: Typing, provenance: Pro
             {"name": name, "color": list(color)} for name, color in zip(typing.names, typing.colors, strict=True)
         ],
     }
-    schema = source.schema.with_metadata(
+    schema = source.schema
+    distances: dict[str, NDArray[np.float32]] = {}
+    if source.measurement_names:
+        distances = measure_types(source.centroids * float(source.note["mpp"]), typing)
+        fields = [field for field in schema if not is_of_type(field.name)]
+        place = 1 + max(k for k, field in enumerate(fields) if field.name in QUPATH_NAMES)
+        fields[place:place] = [pa.field(name, pa.float32(), nullable=False) for name in distances]
+        schema = pa.schema(fields, metadata=schema.metadata)
+    schema = schema.with_metadata(
         {**source.schema.metadata, b"wsiseg": json.dumps(note, sort_keys=True, default=str).encode()}
     )
-    kept = [name for name in schema.names if name not in TYPE_COLUMNS]
+    kept = [name for name in schema.names if name not in TYPE_COLUMNS and name not in distances]
     start = 0
     with atomic_path(path) as partial, _writer(partial, schema) as writer:
         for part in _cut(_row_groups(source.path, kept), ROW_GROUP):
-            fresh = _type_columns(typing, slice(start, start + part.num_rows))
+            rows = slice(start, start + part.num_rows)
+            fresh = _type_columns(typing, rows) | {name: pa.array(of[rows]) for name, of in distances.items()}
             columns = [fresh[name] if name in fresh else part[name] for name in schema.names]
             writer.write_table(pa.table(columns, schema=schema), row_group_size=ROW_GROUP)
             start += part.num_rows
@@ -394,7 +437,8 @@ def _schema(cells: CellSource, typing: Typing, info: SlideInfo, provenance: Prov
         ("type_margin", pa.float32()),
         ("prototype", pa.int32()),
         ("score", pa.float32()),
-        ("area_um2", pa.float32()),
+        (AREA, pa.float32()),
+        *((name, pa.float32()) for name in cells.measurement_names),
         ("x", pa.float64()),
         ("y", pa.float64()),
         ("prompt_x", pa.float64()),
@@ -452,7 +496,8 @@ def _columns(
         "id": _id_column(ids),
         **_type_columns(typing, rows),
         "score": np.asarray(cells.scores, np.float32),
-        "area_um2": (shapely.area(polygons) * info.mpp**2).astype(np.float32),
+        AREA: (shapely.area(polygons) * info.mpp**2).astype(np.float32),
+        **cells.measurements,
         "x": np.ascontiguousarray(centroids[:, 0]),
         "y": np.ascontiguousarray(centroids[:, 1]),
         "prompt_x": np.ascontiguousarray(points[:, 0], np.float64),
@@ -479,7 +524,8 @@ def _id_column(ids: NDArray[np.bytes_]) -> pa.StringArray:
     return pa.StringArray.from_buffers(len(ids), pa.py_buffer(ends), pa.py_buffer(ids))
 
 
-def _codes(column: pa.ChunkedArray, names: tuple[str, ...]) -> np.ndarray[Any, np.dtype[np.int32]]:
+def type_codes(column: pa.ChunkedArray, names: tuple[str, ...]) -> NDArray[np.int32]:
+    """Index of each row's type among ``names``, from the column of types."""
     index = {name: code for code, name in enumerate(names)}
     codes = [np.empty(0, np.int32)]
     for chunk in column.chunks:

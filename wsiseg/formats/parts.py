@@ -6,8 +6,9 @@
       score       float
       descriptor  fixed_size_list<halffloat>[D]
       concept_scores  fixed_size_list<float>[T]   only of runs that describe T types (--method text, exemplar)
-    file metadata, key "wsiseg_part": {"format": 1, "config_hash": ..., "counts": {...}, "failures": [...], "cells": N, "descriptor_size": D,
-    "concepts": T}
+      and a float column per measurement of colour
+    file metadata, key "wsiseg_part": {"format": 2, "config_hash": ..., "counts": {...}, "failures": [...], "cells": N, "descriptor_size": D,
+      "concepts": T, "measurements": [...]}
 
 The footer is at the end of the file and the file arrives by rename, so a footer that can be read means a part that is complete.
 Format: https://parquet.apache.org/docs/file-format/
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 KEY = b"wsiseg_part"
-FORMAT = 1
+FORMAT = 2
 UNREADABLE = (OSError, pa.ArrowException, ValueError, KeyError, TypeError, AttributeError)
 
 
@@ -112,6 +113,18 @@ class Part:
             return None
         return _rows_of(self.table, "concept_scores", size, np.float32)[rows]
 
+    @property
+    def measurement_names(self) -> tuple[str, ...]:
+        """Names of the measurements; none where there are no cells."""
+        return tuple(str(name) for name in self.note.get("measurements", ()))
+
+    def measurements(self, rows: NDArray[np.intp], name: str) -> NDArray[np.float32]:
+        """(n,) of ``rows``; NaN where the part does not have the measurement."""
+        if name not in self.measurement_names:
+            return np.full(len(rows), np.nan, np.float32)
+        column: NDArray[np.float32] = self.table[name].to_numpy()[rows].astype(np.float32)
+        return column
+
     def cells(self) -> Cells:
         """All cells of the part."""
         return Cells(
@@ -120,6 +133,7 @@ class Part:
             scores=self.scores,
             descriptors=descriptors_from(self.table, int(self.note["descriptor_size"])),
             concept_scores=self.concept_scores(),
+            measurements={name: self.table[name].to_numpy().astype(np.float32) for name in self.measurement_names},
         )
 
 
@@ -155,10 +169,11 @@ def write_part(
         pq.write_table(table, place, compression="zstd", use_dictionary=False, write_page_checksum=True)
 
 
-def _sizes(cells: Cells) -> dict[str, int]:
-    """Lengths of the lists; none of scores that the cells do not have, so that other parts stay as they were."""
+def _sizes(cells: Cells) -> dict[str, Any]:
+    """Lengths of the lists, and the names of the measurements."""
     scores = cells.concept_scores
-    return {"descriptor_size": cells.descriptor_size} | ({} if scores is None else {"concepts": scores.shape[1]})
+    concepts = {} if scores is None else {"concepts": scores.shape[1]}
+    return {"descriptor_size": cells.descriptor_size, "measurements": cells.measurement_names, **concepts}
 
 
 def _table(cells: Cells) -> pa.Table:
@@ -174,6 +189,7 @@ def _table(cells: Cells) -> pa.Table:
                 if cells.concept_scores is None
                 else {"concept_scores": _list_column(cells.concept_scores, np.float32)}
             ),
+            **cells.measurements,
         }
     )
 
@@ -203,6 +219,7 @@ def open_part(path: Path, columns: tuple[str, ...] | None = None) -> Part:
                 "score",
                 *(["descriptor"] if int(note["descriptor_size"]) else []),
                 *(["concept_scores"] if int(note.get("concepts", 0)) else []),
+                *note["measurements"],
             }
             missing = known - set(file.schema_arrow.names)
             if missing:

@@ -14,13 +14,15 @@ import shapely
 
 from wsiseg.errors import FormatError, counted
 from wsiseg.formats.geojson_geometry import kind_of, read_points, read_polygons, repaired
-from wsiseg.formats.json_documents import iter_features, read_texts
+from wsiseg.formats.json_documents import class_name, iter_features, read_texts
 from wsiseg.runtime.text import parse_json
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from wsiseg.records import SlideInfo
+
+UNNAMED = "region"  #: name of a region that has neither class nor name
 
 
 def read_regions(path: Path, info: SlideInfo) -> tuple[shapely.MultiPolygon | shapely.Polygon, list[str]]:
@@ -44,14 +46,46 @@ def read_regions(path: Path, info: SlideInfo) -> tuple[shapely.MultiPolygon | sh
     FormatError
         The file cannot be read, there is no polygon with an area, or all lie outside the slide.
     """
+    drawn, _, notes = _read(path)
+    return _on_slide(drawn, path, info), notes
+
+
+def read_named_regions(path: Path, info: SlideInfo) -> dict[str, shapely.MultiPolygon | shapely.Polygon]:
+    """Read regions by name: that of the class, else of the annotation, else ``region``; polygons of one name are joined.
+
+    Parameters
+    ----------
+    path, info
+        As for :func:`read_regions`.
+
+    Returns
+    -------
+    dict of str to shapely.MultiPolygon or shapely.Polygon
+        In the order of the file; each as :func:`read_regions` returns them.
+
+    Raises
+    ------
+    FormatError
+        As :func:`read_regions`; also when one of the regions lies outside the slide.
+    """
+    drawn, names, _ = _read(path)
+    named: dict[str, list[shapely.Geometry]] = {}
+    for name, shape in zip(names, drawn, strict=True):
+        named.setdefault(name, []).append(shape)
+    return {name: _on_slide(shapes, path, info) for name, shapes in named.items()}
+
+
+def _read(path: Path) -> tuple[list[shapely.Geometry], list[str], list[str]]:
+    """The polygons as drawn, the name of each, and warnings."""
     drawn: list[shapely.Geometry] = []
+    names: list[str] = []
     broken: list[str] = []
     opened: list[str] = []
     empty: list[str] = []
     others: list[str] = []
     points = count = 0
     for place, text in read_texts(path, FormatError):
-        document = parse_json(text, place, FormatError)
+        document = parse_json(text, place, FormatError, any_digits=True)
         if isinstance(document, dict) and "types" in document and "version" in document:
             raise FormatError(f"{place}: these are clicks (a seeds.json), not regions; did you mean --seeds?")
         for inside, feature in iter_features(document, place, FormatError):
@@ -70,6 +104,10 @@ def read_regions(path: Path, info: SlideInfo) -> tuple[shapely.MultiPolygon | sh
                 opened.append(inside)
             if shape.area > 0:
                 drawn.append(shape)
+                properties = feature.get("properties") or {}
+                kind = class_name(properties.get("classification"), f"{place}: {inside}", FormatError)
+                called = properties.get("name")
+                names.append(kind or (called.strip() if isinstance(called, str) else "") or UNNAMED)
             else:
                 empty.append(inside)
     if points and not drawn and not empty:
@@ -89,7 +127,7 @@ def read_regions(path: Path, info: SlideInfo) -> tuple[shapely.MultiPolygon | sh
         )
         if found
     ]
-    return _on_slide(drawn, path, info), notes
+    return drawn, names, notes
 
 
 def _on_slide(drawn: list[shapely.Geometry], path: Path, info: SlideInfo) -> shapely.MultiPolygon | shapely.Polygon:

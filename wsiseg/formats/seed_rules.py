@@ -20,6 +20,8 @@ Color = tuple[int, int, int]
 MAX_NAME = 100
 MAX_PHRASES = 32  #: of all types: each costs a pass of the detector on every tile
 MAX_WORDS = 30  #: of a phrase: SAM 3 reads 32 tokens, of which two are the ends
+#: In lower case: our name for cells without a type, and QuPath's, which shows cells of such a class as if they had none.
+RESERVED_NAMES = (UNASSIGNED, "unclassified")
 
 #: Colours of types that state none: Okabe and Ito (2008), "Color Universal Design", those that show best on pink and violet first.
 PALETTE: tuple[Color, ...] = (
@@ -65,7 +67,7 @@ def check_names(names: list[str], places: list[str]) -> None:
         if len(name) > MAX_NAME:
             raise SeedsError(f"{where}: the name has {len(name)} characters; {MAX_NAME} are allowed; shorten it")
         key = name.casefold()
-        if key == UNASSIGNED:
+        if key in RESERVED_NAMES:
             raise SeedsError(f"{where}: {show(name)} is reserved for cells without a type; choose another name")
         if key in first:
             raise SeedsError(

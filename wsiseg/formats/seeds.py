@@ -113,7 +113,7 @@ def _read(path: Path) -> tuple[Seeds, bool]:
         if is_table(text):
             clicks.add_table(text, place)
             continue
-        document = parse_json(text, place, SeedsError)
+        document = parse_json(text, place, SeedsError, any_digits=True)
         if is_geojson(document):
             clicks.add_document(document, place)
             continue

@@ -13,6 +13,7 @@ from wsiseg.celltypes.assignment import assign_types, set_click_labels, typing_s
 from wsiseg.celltypes.described import assign_described
 from wsiseg.formats import FILE_NAMES, load_writer
 from wsiseg.formats.bank import write_bank
+from wsiseg.measurements import measure
 from wsiseg.records import Bank, Cells, Provenance, Typing, TypingNotes
 from wsiseg.runs.manifest import Manifest, Status
 from wsiseg.runs.plausibility import implausible
@@ -70,13 +71,15 @@ def finish(
         details={"model": config.model, "method": config.method},
     )
     files = []
+    with clock("measure"):
+        measured = measure(cells, typing, plan.info.mpp)
     for format_name in config.formats:
         if stopped():
             raise statistics.interrupted()
         on_phase(f"writing {FILE_NAMES[format_name]}")
         with clock("write"):
             path = folder.path / FILE_NAMES[format_name]
-            files.append((load_writer(format_name)(path, cells, typing, plan.info, provenance) or path).name)
+            files.append((load_writer(format_name)(path, measured, typing, plan.info, provenance) or path).name)
     if bank is not None and not bank.from_other_slide:
         write_bank(folder.bank, bank, provenance.slide, plan.weights)
         files.append(folder.bank.name)

@@ -7,6 +7,7 @@
       parts/<row>-<column>.parquet
       cells.parquet  cells.geojson.gz
       bank.safetensors         of runs with clicks
+      report.html              made last, from all of these and the slide
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ if TYPE_CHECKING:
 
     from wsiseg.runs.inputs import RunInputs
 
-FINAL_FILES = ("bank.safetensors", *FILE_NAMES.values(), ZIP_NAME)
+REPORT_NAME = "report.html"
+FINAL_FILES = ("bank.safetensors", REPORT_NAME, *FILE_NAMES.values(), ZIP_NAME)
 _NAMED = 3  #: differing settings that are named in one message
 _EXECUTION = {f.name for f in dataclasses.fields(RunConfig) if f.metadata.get("group") == "execution"}
 
@@ -314,7 +316,7 @@ def _create(folder: RunFolder, manifest: Manifest, *, exclusive: bool) -> bool:
 
 def _what_differs(manifest: Manifest, config: Mapping[str, Any]) -> str:
     """Name the settings in which the run of a folder differs from ``config``; when they are equal, what else may."""
-    held, wanted = _flat(manifest.config), _flat(config)
+    held, wanted = flat_settings(manifest.config), flat_settings(config)
     keys = [k for k in wanted if k in held and held[k] != wanted[k] and k.partition(".")[0] not in _EXECUTION]
     if not keys:
         return "the same settings, but another scale, seeds file, region, slide file, weights or version of wsiseg"
@@ -322,12 +324,12 @@ def _what_differs(manifest: Manifest, config: Mapping[str, Any]) -> str:
     return "; ".join(told) + (f"; {len(keys) - _NAMED} more" if len(keys) > _NAMED else "")
 
 
-def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat_settings(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Settings by dotted name; tuples as the lists of a file."""
     flat = dict[str, Any]()
     for key, value in config.items():
         if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
+            flat |= flat_settings(value, f"{prefix}{key}.")
         else:
             flat[prefix + key] = list(value) if isinstance(value, tuple) else value
     return flat

@@ -11,16 +11,18 @@ from wsiseg.config import CHAINED, DETECTING, RunConfig, check
 from wsiseg.errors import ConfigError
 from wsiseg.formats.seeds import check_seeds
 from wsiseg.geometry import Lattice
+from wsiseg.measurements import measure
 from wsiseg.models import load_model
 from wsiseg.records import Cells, DescribedType
 from wsiseg.runs.finish import stitch_and_type
 from wsiseg.runs.inputs import phrases_as_seeds, require_known_types, resolve
 from wsiseg.seeds.bank import build_bank
 from wsiseg.seeds.descriptions import UNRELIABLE, describe_types
+from wsiseg.segmentation.colours import measure_colours
 from wsiseg.segmentation.tile import TileSegmenter
 from wsiseg.slide import read_region
 from wsiseg.slide.array_reader import ArrayReader
-from wsiseg.slide.stain import find_stain
+from wsiseg.slide.stain import find_stain, unrendered
 from wsiseg.slide.tiling import plan_for_model
 from wsiseg.slide.tissue import SearchArea
 
@@ -72,7 +74,11 @@ def segment_image(
     segmenter = TileSegmenter(
         model, opened.config, lattice, SearchArea(None, None), opened.bank, name="image", types=opened.types
     )
-    outlines = [segmenter.segment(tile, read_region(opened.reader, tile.outer, lattice)) for tile in tiles]
+    outlines = []
+    for tile in tiles:
+        cells = segmenter.segment(tile, read_region(opened.reader, tile.outer, lattice))
+        pixels = read_region(unrendered(opened.reader), tile.outer, lattice)
+        outlines.append(measure_colours(cells, pixels, tile.outer, lattice, info.size_px0, opened.config.stain))
     result = stitch_and_type(
         [Cells.concatenate(outlines, model.descriptor_size)],
         info=info,
@@ -84,7 +90,9 @@ def segment_image(
     )
     for warning in result.notes.warnings:
         logger.warning("%s", warning)
-    return result.cells.take(slice(None)), result.typing
+    measured = measure(result.cells, result.typing, mpp)
+    cells = Cells.concatenate(list(measured.chunks(max(len(measured), 1))), model.descriptor_size)
+    return cells, result.typing
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,8 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, Self
 
 from wsiseg import __version__
-from wsiseg.errors import RunError
+from wsiseg.errors import FormatError, RunError
+from wsiseg.records import SlideInfo
 from wsiseg.runtime.atomic import write_json
 from wsiseg.runtime.paths import read_text, refusal
 
@@ -152,6 +153,30 @@ class Manifest:
     def write(self, path: Path) -> None:
         """Write the file, whole or not at all."""
         write_json(path, self.content())
+
+    def slide_info(self, place: Path) -> SlideInfo:
+        """What the run knew of the slide.
+
+        Raises
+        ------
+        FormatError
+            The manifest, of which ``place`` is the path, is damaged.
+        """
+        try:
+            slide = self.slide
+            size, bounds = slide["size_px0"], slide["bounds"]
+            return SlideInfo(
+                path=slide["path"],
+                reader=slide["reader"],
+                format=slide["format"],
+                level_sizes=((int(size[0]), int(size[1])),),
+                downsamples=(1.0,),
+                mpp=float(slide["mpp"]),
+                mpp_source=slide["mpp_source"],
+                bounds=tuple(bounds) if bounds else None,
+            )
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise FormatError(f"{place}: damaged ({error!r}); run the slide again") from error
 
     def content(self) -> dict[str, Any]:
         """Keys and values of the file."""

@@ -14,7 +14,7 @@ import numpy as np
 from wsiseg import __version__
 from wsiseg.celltypes.assignment import assign_types, set_click_labels, typing_summary
 from wsiseg.config import CHAINED, check, from_mapping, read_config
-from wsiseg.errors import ConfigError, FormatError, RunError, SeedsError
+from wsiseg.errors import ConfigError, RunError, SeedsError
 from wsiseg.formats import FILE_NAMES, load_writer
 from wsiseg.formats.bank import write_bank
 from wsiseg.formats.geoparquet import CellTable, read_table, write_retyped
@@ -109,7 +109,7 @@ def type_run(
     if config.typing.known_types:
         require_known_types(name, types)
     table = read_table(folder.path / FILE_NAMES["parquet"])
-    info = _slide_info(manifest, table)
+    info = manifest.slide_info(folder.manifest_path)
     clicks = Bank((), Cells.empty(table.descriptors.shape[1]))
     warnings: list[str] = []
     rows: list[NDArray[np.intp]] = []
@@ -212,6 +212,8 @@ def _write(
     """The run's files with the new types; names of those written."""
     write_retyped(folder.path / FILE_NAMES["parquet"], table, typing, provenance)
     files = [FILE_NAMES["parquet"]]
+    if table.measurement_names and formats != ("parquet",):
+        table = read_table(folder.path / FILE_NAMES["parquet"])  # with the distances to the new types
     for format_name in formats:
         if format_name != "parquet":
             path = folder.path / FILE_NAMES[format_name]
@@ -279,22 +281,3 @@ def _no_cell(place: str, point: tuple[float, float], table: CellTable, mpp: floa
     if not len(table):
         return f"{where}: the run found no cells at all"
     return f"{where}; {describe_nearest(point, table, mpp)}; move the click onto a nucleus, or run the slide again with this click"
-
-
-def _slide_info(manifest: Manifest, table: CellTable) -> SlideInfo:
-    """What the run knew of the slide."""
-    try:
-        slide = manifest.slide
-        size, bounds = slide["size_px0"], slide["bounds"]
-        return SlideInfo(
-            path=slide["path"],
-            reader=slide["reader"],
-            format=slide["format"],
-            level_sizes=((int(size[0]), int(size[1])),),
-            downsamples=(1.0,),
-            mpp=float(slide["mpp"]),
-            mpp_source=slide["mpp_source"],
-            bounds=tuple(bounds) if bounds else None,
-        )
-    except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise FormatError(f"{table.path.parent / 'manifest.json'}: damaged ({error!r}); run the slide again") from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
+import unicodedata
 from typing import TYPE_CHECKING, Any
 
 from wsiseg.runtime.paths import require_regular, require_text
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
     from wsiseg.errors import WsisegError
 
-MAX_BYTES = 4 << 30  #: of one document once unpacked; the largest honest file (500,000 cells) has about 0.5 GB
+MAX_BYTES = 4 << 30  #: of one document once unpacked; the largest honest file of ours (100,000 cells) has about 0.1 GB
 SHOWN = 40  #: characters of a value in a message
 
 #: What a file that is not text begins with, and what to call it.
@@ -44,6 +45,8 @@ _MARKS = (
     (b"\xff\xfe", "utf-16"),
     (b"\xfe\xff", "utf-16"),
 )
+#: Between the digits of other scripts: minus signs, the Arabic decimal separator, marks of direction.
+_MINUS_AND_POINT = {"\u2212": "-", "\u066b": ".", "\u200e": "", "\u200f": "", "\u061c": ""}
 
 
 def read_content(path: Path, error: type[WsisegError]) -> bytes:
@@ -97,7 +100,9 @@ def decode(content: bytes, place: str, error: type[WsisegError], *, utf8_only: b
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def parse_json(text: str, place: str, error: type[WsisegError], *, unique_keys: bool = False) -> Any:  # noqa: ANN401
+def parse_json(
+    text: str, place: str, error: type[WsisegError], *, unique_keys: bool = False, any_digits: bool = False
+) -> Any:  # noqa: ANN401
     """The document as Python objects; literal ``NaN`` and ``Infinity`` (QuPath 0.4) are read as numbers.
 
     Parameters
@@ -108,6 +113,8 @@ def parse_json(text: str, place: str, error: type[WsisegError], *, unique_keys: 
         The class to raise when it is not JSON.
     unique_keys
         Refuse an object that has the same key twice (QuPath writes such objects, wsiseg does not).
+    any_digits
+        Read the digits of other scripts as numbers, too: QuPath writes colours in those of the system's language (``[٢٠٠, ٠, ٠]``).
     """
 
     def pairs(items: list[tuple[str, object]]) -> dict[str, object]:
@@ -118,6 +125,8 @@ def parse_json(text: str, place: str, error: type[WsisegError], *, unique_keys: 
             raise error(f"{place}: the key {twice[:SHOWN]!r} appears twice in one object; keep one of the two")
         return members
 
+    if any_digits and not text.isascii():
+        text = _with_ascii_digits(text)
     try:
         document = json.loads(text, object_pairs_hook=pairs if unique_keys else None)
         if re.search(r"\\u[dD][89a-fA-F]", text):  # half of a surrogate pair can be neither printed nor written
@@ -136,6 +145,20 @@ def parse_json(text: str, place: str, error: type[WsisegError], *, unique_keys: 
             f"{place}: not JSON that can be read (nested too deep, or a number too long); export it again"
         ) from problem
     return document
+
+
+def _with_ascii_digits(text: str) -> str:
+    """JSON with the digits outside of its texts as ASCII has them, and without marks of direction between them."""
+
+    def ascii_of(found: re.Match[str]) -> str:
+        character = found[0]
+        if character[0] == '"':
+            return character
+        if character in _MINUS_AND_POINT:
+            return _MINUS_AND_POINT[character]
+        return str(unicodedata.decimal(character, character))
+
+    return re.sub(r'"(?:[^"\\]|\\.)*"|[^\x00-\x7f]', ascii_of, text, flags=re.DOTALL)
 
 
 def did_you_mean(word: object, allowed: Iterable[str]) -> str:

@@ -24,7 +24,9 @@ from wsiseg.records import Cells
 from wsiseg.runtime import machine
 from wsiseg.runtime.prefetch import prefetch_map
 from wsiseg.runtime.profiling import peak_bytes
+from wsiseg.segmentation.colours import measure_colours
 from wsiseg.slide import read_region
+from wsiseg.slide.stain import unrendered
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -139,6 +141,7 @@ class _BlockPipeline:
         self.readers = min(READERS, machine.cores())
         self.taken: set[str] = set()
         self.resumed: list[BlockReport] = []
+        self.pixels: dict[tuple[str, int], NDArray[np.uint8]] = {}  # of the tiles on their way, as the slide has them
 
     def finished(self, blocks: Sequence[Block]) -> Iterator[BlockReport | list[_TracedTile]]:
         """Blocks with all their tiles traced, and reports of those that were finished before."""
@@ -182,12 +185,20 @@ class _BlockPipeline:
         with self.clock("read"):
             for last in (False, True):
                 try:
-                    return task, read_region(self.context.reader, task.tile.outer, self.context.spec.lattice)
+                    return task, self._pixels(task)
                 except SlideError as error:
                     failure = str(error)
                     if last:
                         break
         return replace(task, failure=failure), None
+
+    def _pixels(self, task: _TileTask) -> NDArray[np.uint8]:
+        """What the network sees; the slide's own pixels are kept for :meth:`trace`."""
+        reader, lattice = self.context.reader, self.context.spec.lattice
+        shown, slide = read_region(reader, task.tile.outer, lattice), unrendered(reader)
+        pixels = shown if slide is reader else read_region(slide, task.tile.outer, lattice)
+        self.pixels[task.block.name, task.number] = pixels
+        return shown
 
     def encoded(
         self, read: Iterator[tuple[_TileTask, NDArray[np.uint8] | None]]
@@ -233,6 +244,11 @@ class _BlockPipeline:
         """Outlines of a tile."""
         task, masks, prompts = decoded
         cells, touching = self.segmenter.trace(task.tile, masks)
+        pixels, spec = self.pixels.pop((task.block.name, task.number), None), self.context.spec
+        if pixels is not None:
+            with self.clock("measure"):
+                size = self.context.reader.info.size_px0
+                cells = measure_colours(cells, pixels, task.tile.outer, spec.lattice, size, spec.stain.name)
         return _TracedTile(task, cells, {"prompts": prompts, "larger_than_window": touching})
 
     def write(self, block: BlockReport | list[_TracedTile]) -> BlockReport:

@@ -35,8 +35,10 @@ if TYPE_CHECKING:
 # Optical densities of red, green and blue that a dye has in equal amounts everywhere: [1]_, and for eosin as well.
 _HAEMATOXYLIN = np.array([0.650, 0.704, 0.286])
 _EOSIN = np.array([0.072, 0.990, 0.105])
+_DAB = np.array([0.268, 0.570, 0.776])
 HAEMATOXYLIN_AND_EOSIN = np.array([_HAEMATOXYLIN, _EOSIN])
-HAEMATOXYLIN_AND_DAB = np.array([_HAEMATOXYLIN, (0.268, 0.570, 0.776)])
+HAEMATOXYLIN_AND_DAB = np.array([_HAEMATOXYLIN, _DAB])
+DYES = {"haematoxylin": _HAEMATOXYLIN, "eosin": _EOSIN, "dab": _DAB}
 
 # What is shown (benchmarks/results/ihc_accuracy.md compares other forms and values).
 VEIL = 0.05  #: haematoxylin below it is background: uneven light, and what the two dyes' vectors do not explain
@@ -287,6 +289,11 @@ def as_scanned(reader: SlideReader) -> SlideReader:
 
 def _unit(dye: NDArray[np.float64]) -> NDArray[np.float64]:
     return dye / np.linalg.norm(dye)
+
+
+def unrendered(reader: SlideReader) -> SlideReader:
+    """The slide as it is, of a reader of :meth:`SlideStain.view`."""
+    return reader.slide if isinstance(reader, _StainedReader) else reader
 
 
 class _StainedReader:

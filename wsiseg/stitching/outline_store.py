@@ -86,12 +86,15 @@ class OutlineStore:
         self._states: dict[int, tuple[int, int, int]] = {}
         self.starts = np.zeros(len(self.sources) + 1, np.intp)
         self.numbers = OutlineTable.concatenate([])
+        self.measurement_names: tuple[str, ...] = ()
 
     def survey(self, visit: Callable[[int, NDArray[np.object_], OutlineTable], None]) -> None:
         """Read everything once: fills ``numbers`` and ``starts``. Calls ``visit(source, polygons, numbers)`` of each, in several threads."""
+        names: dict[int, tuple[str, ...]] = {}
 
         def read(k: int) -> OutlineTable:
             part = self._part(k, _OUTLINE)
+            names[k] = part.measurement_names
             polygons = self._cut(part.polygons(None))
             numbers = OutlineTable(
                 part.points_xy, part.scores, shapely.bounds(polygons).reshape(-1, 4), shapely.area(polygons)
@@ -101,6 +104,7 @@ class OutlineStore:
 
         groups = list(prefetch_map(read, range(len(self.sources)), threads=THREADS, limit=2 * THREADS))
         self.numbers = OutlineTable.concatenate(groups)
+        self.measurement_names = tuple(dict.fromkeys(name for k in sorted(names) for name in names[k]))
         self.starts = np.concatenate([[0], np.cumsum([len(g.scores) for g in groups])]).astype(np.intp)
 
     def __len__(self) -> int:
@@ -127,6 +131,14 @@ class OutlineStore:
             scores = part.concept_scores(inside)
             if scores is not None:
                 out[where] = scores
+        return out
+
+    def measurements(self, rows: NDArray[np.intp]) -> dict[str, NDArray[np.float32]]:
+        """(n,) of ``rows``, by name; NaN where an outline was not measured."""
+        out = {name: np.empty(len(rows), np.float32) for name in self.measurement_names}
+        for where, part, inside in self._by_part(rows, self.measurement_names) if out else ():
+            for name, column in out.items():
+                column[where] = part.measurements(inside, name)
         return out
 
     def _by_part(

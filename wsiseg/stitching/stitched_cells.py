@@ -54,6 +54,11 @@ class StitchedCells:
         return self.outlines.descriptor_size
 
     @property
+    def measurement_names(self) -> tuple[str, ...]:
+        """Those that the outlines have."""
+        return self.outlines.measurement_names
+
+    @property
     def total_bounds(self) -> tuple[float, float, float, float] | None:
         """xmin, ymin, xmax, ymax of all cells, level-0 px."""
         if not len(self):
@@ -97,6 +102,7 @@ class StitchedCells:
             points_xy=numbers.points_xy[rows],
             scores=numbers.scores[rows],
             descriptors=self.outlines.descriptors(rows),
+            measurements=self.outlines.measurements(rows),
         )
 
     def chunks(self, rows: int) -> Iterator[Cells]:

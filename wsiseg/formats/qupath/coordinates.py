@@ -3,6 +3,9 @@
 Rounding can make a ring touch itself. Whether it did costs GEOS more than all the rest, so first a proof is tried that it did not: seen from
 some point inside, the vertices of a star-shaped ring turn one way only, and once round. On the grid these numbers are exact. Whatever cannot
 be proved so goes to :func:`snap_polygons`; the result is the same.
+
+The area is kept: an outline that falls apart on the grid is joined again where it was thinnest, and where rounding changes the area of a small
+one by more than ``AREA_TOLERANCE``, single vertices go to another point of the grid.
 """
 
 from __future__ import annotations
@@ -14,10 +17,18 @@ import numpy as np
 import orjson
 import shapely
 
+from wsiseg.formats.geojson_geometry import polygonal
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 GRID_PX = 0.25  #: 0 of 10,000 shapes abort QuPath 0.6+ on it, at any offset (plain rounding to 0.01 px: 8)
+AREA_TOLERANCE = 0.02  #: share by which the area of an outline may change
+QUPATH_PX = 0.01  #: QuPath 0.6+ moves vertices to this grid, and edges to vertices that are as near
+_SAFE_EDGE_PX = 8.0  #: two points of the grid and an edge up to this long between two others are at least 1.1 QUPATH_PX / sqrt(2) apart
+_THIN = 0.03  #: and longer edges of a star do not pass another vertex so closely when their line misses the middle by this share of its distance
+_NECK_PX = (0.2, 0.3, 0.4)  #: what is thinner than twice this is widened by it; the smallest that does is used
+_MOVES = 8  #: vertices that are moved for the area
 _FINE = 64.0  #: 1 / px: grid of the point inside
 _LARGEST = 2.0**19  #: px: products of two distances up to it, in steps of 1 / _FINE, are exact in float64
 _FARTHEST = 2.0**40  #: px
@@ -42,7 +53,7 @@ def outline_texts(polygons: NDArray[np.object_], origin: tuple[float, float]) ->
     texts = [b""] * len(polygons)
     rows = _single_rings(polygons)
     xy, starts = _snapped(polygons[rows])
-    stars = _are_stars(xy, starts)
+    stars = _are_stars(xy, starts, shapely.area(polygons[rows]))
     if not stars.all():
         xy, starts, rows = (
             xy[:, np.repeat(stars, np.diff(starts))],
@@ -71,7 +82,8 @@ def snap_polygons(polygons: NDArray[np.object_]) -> NDArray[np.object_]:
     Returns
     -------
     NDArray
-        Valid Polygons of shape (N,), without holes smaller than the grid; ``None`` where nothing is left.
+        Valid Polygons of shape (N,), without holes smaller than the grid; ``None`` where nothing is left. Their areas differ from those of the
+        polygons by at most ``AREA_TOLERANCE``, unless these are hardly larger than the grid.
     """
     # Rounding each vertex is all that set_precision does, at six times the cost, unless it makes the ring touch itself.
     with np.errstate(invalid="ignore"):  # NaN among the coordinates: _repair drops the polygon
@@ -81,20 +93,78 @@ def snap_polygons(polygons: NDArray[np.object_]) -> NDArray[np.object_]:
             & (shapely.get_type_id(snapped) == shapely.GeometryType.POLYGON)
             & ~shapely.is_empty(snapped)
         )
+        extent = np.diff(shapely.bounds(snapped).reshape(-1, 2, 2), axis=1).max((1, 2), initial=0)
+        changed = np.abs(shapely.area(snapped) - shapely.area(polygons)) > AREA_TOLERANCE * shapely.area(polygons)
     for index in np.flatnonzero(~fine):
         snapped[index] = _repair(polygons[index])
+    for index in np.flatnonzero(fine & (extent > _SAFE_EDGE_PX)):
+        snapped[index] = _without_needles(snapped[index])
+    for index in np.flatnonzero(fine & changed):
+        snapped[index] = _with_area(snapped[index], polygons[index].area)
     return snapped
 
 
 def _repair(polygon: shapely.Geometry | None) -> shapely.Polygon | None:
-    """make_valid, polygonal parts, set_precision, the largest part; ``None`` when nothing is left."""
+    """make_valid, the largest polygonal part, set_precision; what fell apart there is joined. ``None`` when nothing is left."""
     if polygon is None or not np.isfinite(shapely.get_coordinates(polygon)).all():
         return None
-    parts = shapely.get_parts(shapely.get_parts(shapely.make_valid(polygon)))
-    parts = parts[shapely.get_type_id(parts) == shapely.GeometryType.POLYGON]
-    parts = shapely.get_parts(shapely.set_precision(shapely.multipolygons(parts), GRID_PX)) if len(parts) else parts
-    parts = parts[shapely.is_valid(parts) & (shapely.area(parts) > 0)]
-    return parts[int(np.argmax(shapely.area(parts)))] if len(parts) else None
+    parts = shapely.get_parts(polygonal(shapely.make_valid(polygon)))
+    if not len(parts):
+        return None
+    whole = max(parts, key=lambda part: (part.area, part.wkb))
+    area = float(whole.area)
+    snapped = _in_one_part(whole)
+    return None if snapped is None else _with_area(_without_needles(snapped), area)
+
+
+def _in_one_part(polygon: shapely.Polygon) -> shapely.Polygon | None:
+    """On the grid, with necks widened as far as it takes to hold it together; the largest part where nothing does, ``None`` where nothing is left."""
+    fallback = None
+    for width in (0, *_NECK_PX):
+        body = shapely.buffer(shapely.buffer(polygon, -width), 1.1 * width) if width else polygon
+        wider = shapely.union(polygon, shapely.buffer(shapely.difference(polygon, body), width)) if width else polygon
+        parts = shapely.get_parts(shapely.set_precision(wider, GRID_PX))
+        parts = parts[shapely.is_valid(parts) & (shapely.area(parts) > 0)]
+        if not len(parts):
+            break
+        largest = max(parts, key=lambda part: (part.area, part.wkb))
+        if largest.area >= (1 - AREA_TOLERANCE) * polygon.area:
+            return largest
+        fallback = largest if fallback is None else fallback
+    return fallback
+
+
+def _without_needles(polygon: shapely.Polygon) -> shapely.Polygon:
+    """Cut off spikes that are thinner than QuPath's own grid, where its import aborts."""
+    reduced = shapely.set_precision(polygon, QUPATH_PX)
+    plain = shapely.remove_repeated_points(polygon)
+    if shapely.get_num_coordinates(reduced) == shapely.get_num_coordinates(plain):
+        return polygon
+    parts = shapely.get_parts(shapely.set_precision(reduced, GRID_PX))
+    return max(parts, key=lambda part: (part.area, part.wkb)) if len(parts) else polygon
+
+
+def _with_area(polygon: shapely.Polygon, area: float) -> shapely.Polygon:
+    """Move single vertices to a neighbouring point of the grid, each once, until the area is right."""
+    moved: list[int] = []
+    for _ in range(min(_MOVES, shapely.get_num_points(polygon.exterior) - 1)):
+        if abs(polygon.area - area) <= AREA_TOLERANCE * area:
+            break
+        ring = shapely.get_coordinates(polygon.exterior)[:-1]
+        across = np.roll(ring, -1, axis=0) - np.roll(ring, 1, axis=0)
+        # By the shoelace formula: what a step right, left, down or up of each vertex adds to the area.
+        gain = 0.5 * GRID_PX * np.stack([across[:, 1], -across[:, 1], -across[:, 0], across[:, 0]], axis=1)
+        gain *= 1 if polygon.exterior.is_ccw else -1
+        error = np.abs(polygon.area + gain - area)
+        error[moved] = np.inf
+        vertex, step = np.unravel_index(int(error.argmin()), error.shape)
+        moved.append(int(vertex))
+        ring[vertex] += GRID_PX * np.array([(1, 0), (-1, 0), (0, 1), (0, -1)])[step]
+        candidate = shapely.Polygon(np.concatenate([ring, ring[:1]]), polygon.interiors)
+        nearer = candidate.is_valid and abs(candidate.area - area) < abs(polygon.area - area)
+        if nearer and len(shapely.get_parts(shapely.set_precision(candidate, QUPATH_PX))) == 1:
+            polygon = candidate
+    return polygon
 
 
 def _single_rings(polygons: NDArray[np.object_]) -> NDArray[np.intp]:
@@ -131,8 +201,11 @@ def _without_repeats(xy: NDArray[np.float64], starts: NDArray[np.intp]) -> tuple
     return xy[:, keep], np.concatenate([[0], np.cumsum(keep)])[starts]
 
 
-def _are_stars(xy: NDArray[np.float64], starts: NDArray[np.intp]) -> NDArray[np.bool_]:
-    """Find rings (closed, on the grid) that are star-shaped around the mean of their vertices, and therefore valid."""
+def _are_stars(xy: NDArray[np.float64], starts: NDArray[np.intp], areas: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Find rings (closed, on the grid) that are star-shaped around the mean of their vertices, and therefore valid, and need nothing more.
+
+    Nothing more: the area is that of ``areas`` (N,), and no edge passes another vertex so closely that QuPath would join them.
+    """
     if len(starts) == 1:
         return np.zeros(0, bool)
     lengths, firsts, lasts = np.diff(starts), starts[:-1], starts[1:] - 1
@@ -146,7 +219,16 @@ def _are_stars(xy: NDArray[np.float64], starts: NDArray[np.intp]) -> NDArray[np.
     up[:-1] = below[:-1] & ~below[1:]
     up[lasts] = 0
     one_way = (np.minimum.reduceat(turn, firsts) > 0) | (np.maximum.reduceat(turn, firsts) < 0)
-    return np.asarray(one_way & (np.add.reduceat(up, firsts) == 1) & (lengths > 3))
+    twice = np.abs(np.add.reduceat(turn, firsts) - turn[lasts])
+    kept = np.abs(twice - 2 * areas) <= 2 * AREA_TOLERANCE * areas
+    thin = np.zeros(len(x), bool)
+    long = np.flatnonzero(np.diff(x) ** 2 + np.diff(y) ** 2 > _SAFE_EDGE_PX**2)
+    reach = np.maximum(np.hypot(x[long], y[long]), np.hypot(x[long + 1], y[long + 1]))
+    edge = np.hypot(x[long + 1] - x[long], y[long + 1] - y[long])
+    thin[long] = np.abs(turn[long]) < _THIN * reach * edge
+    thin[lasts] = False
+    plain = kept & ~np.logical_or.reduceat(thin, firsts)
+    return np.asarray(one_way & plain & (np.add.reduceat(up, firsts) == 1) & (lengths > 3))
 
 
 def _polygon_texts(polygons: NDArray[np.object_], origin: tuple[float, float]) -> list[bytes]:
