@@ -199,7 +199,7 @@ def open_part(path: Path, columns: tuple[str, ...] | None = None) -> Part:
                 "prompt_y",
                 "score",
                 *(["descriptor"] if int(note["descriptor_size"]) else []),
-                *note["measurements"],
+                *note.get("measurements", ()),  # none in the clicks of a run that an earlier version began
             }
             missing = known - set(file.schema_arrow.names)
             if missing:
