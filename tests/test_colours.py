@@ -8,12 +8,13 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import shapely
 from skimage.draw import polygon as skimage_polygon
 
 import wsiseg
-from wsiseg.formats.parts import open_part, read_part, write_part
+from wsiseg.formats.parts import KEY, open_part, part_is_current, read_part, write_part
 from wsiseg.geometry import Box, Lattice
 from wsiseg.measurements import colour_names, qupath_name
 from wsiseg.records import Cells
@@ -114,6 +115,18 @@ def test_the_ring_is_two_microns_wide() -> None:
     pixels[72] = pixels[:, 127] = 255
     found = measure_colours(cells_of(square), pixels, Box(0, 0, 200, 200), LATTICE, SIZE, "he").measurements
     assert found["ring_haematoxylin_sd"][0] > 0.1
+
+
+def test_clicks_of_an_earlier_version_are_read(tmp_path: Path) -> None:
+    """A run begun by it is resumed: its blocks are made again, its clicks are there."""
+    write_part(tmp_path / "clicks.cells", cells_of(shapely.box(0, 0, 5, 5)), "h", {"tiles": 0})
+    table = pq.read_table(tmp_path / "clicks.cells")
+    note = json.loads(table.schema.metadata[KEY])
+    del note["measurements"]
+    note["format"] = 1
+    pq.write_table(table.replace_schema_metadata({KEY: json.dumps(note)}), tmp_path / "clicks.cells")
+    assert len(read_part(tmp_path / "clicks.cells")[0]) == 1
+    assert not part_is_current(tmp_path / "clicks.cells", "h")
 
 
 def test_parts_keep_them_and_cells_without_are_nan(tmp_path: Path) -> None:

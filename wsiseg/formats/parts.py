@@ -219,7 +219,7 @@ def open_part(path: Path, columns: tuple[str, ...] | None = None) -> Part:
                 "score",
                 *(["descriptor"] if int(note["descriptor_size"]) else []),
                 *(["concept_scores"] if int(note.get("concepts", 0)) else []),
-                *note["measurements"],
+                *note.get("measurements", ()),  # none in the clicks of a run that an earlier version began
             }
             missing = known - set(file.schema_arrow.names)
             if missing:
