@@ -2,12 +2,12 @@
 
     python -m benchmarks.detector [--rounds 3]
 
-Seconds are CPU seconds of this process on one thread, medians over the rounds, in which all take turns; memory is the peak resident set above what the
-process held before. The networks have SAM 3's own sizes and random weights; the trunk has 2 of its 32 layers, since it runs once whatever is asked.
+Seconds are CPU seconds of this process on one thread, medians over the rounds, in which all take turns; memory is the peak resident set above what
+the process held before. The networks have SAM 3's own sizes and random weights; the trunk has 2 of its 32 layers: it runs once whatever is asked.
 A pass: one phrase of five tokens on a tile that is encoded already; transformers is given the same features and tokens. Its masks are always those
 of all 200 queries; ours are those of the queries that are kept, none on a tile without the type. The difference is the largest of the logits, boxes
-and masks that both have, relative to the largest. Types: a tile of 1008 px from pixels to masks on windows, each type a phrase, with the four-fold
-search of crowded tiles off; random masks are larger than cells, so that this last step costs more than it should.
+and masks that both have, relative to the largest. Types: a tile of 1008 px from pixels to masks on windows, each type a phrase, without the search
+of crowded tiles in quarters; random masks are larger than cells, so that this last step costs more than it should.
 """
 
 from __future__ import annotations
@@ -111,18 +111,19 @@ def types(model: Any, rounds: int) -> list[dict[str, object]]:
     def eleven() -> Any:
         return [tiles.detector.detect(embeddings, 0, Concept(text=t), SCORE) for t in tokens[1:]]
 
-    before = tiles.trunk
+    def counted(function: Any) -> int:
+        before = tiles.trunk
+        function()
+        return tiles.trunk - before
+
+    trunks = [counted(f) for f in (lambda: tile(1), eleven, lambda: tile(12))]
     _, seconds, peaks = alternate(rounds, lambda: tile(1), eleven, lambda: tile(12))
     ratio = seconds[2] / (seconds[0] + seconds[1])
     work = ("one type", "eleven passes", "twelve types")
-    rows = [{"work": w, "seconds": s, "MB": p} for w, s, p in zip(work, seconds, peaks, strict=True)]
-    return [{**row, "share of one type and eleven passes": ratio if row["work"] == work[2] else ""} for row in rows] + [
-        {
-            "work": "passes of the trunk per tile",
-            "seconds": (tiles.trunk - before) / (2 * rounds),
-            "MB": "",
-            "share of one type and eleven passes": "",
-        }
+    share = ("", "", ratio)
+    return [
+        {"work": w, "seconds": s, "MB": p, "passes of the trunk": n, "share of the two above": r}
+        for w, s, p, n, r in zip(work, seconds, peaks, trunks, share, strict=True)
     ]
 
 
