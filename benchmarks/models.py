@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from benchmarks.common import write_results
+from wsiseg.errors import counted
 from wsiseg.models.sam import encoder as sam_encoder
 from wsiseg.models.sam.instance_decoder import InstanceDecoder
 from wsiseg.models.sam.model import SamModel
@@ -47,7 +48,8 @@ a pass takes seconds on a CPU: what is saved per layer is the same, the necks we
 without gradients. Encode: one tile, `get_image_embeddings` of the library (SAM 3 with detector: and `get_vision_features` of `Sam3Model`, a second
 pass of the trunk, since two models do not share it); ours includes the two feature maps of Chain-of-Prompts and what the prompts of a tile share.
 Prompts: points on an encoded tile, three masks each, in the window around each point (ours) or on the whole tile (the library, which has no
-windows). Tile: both together, as a run does it. The difference is the largest of the logits in the windows, over the largest logit.
+windows); once ours is on the whole tile as well. Tile: both together, as a run does it. The difference is the largest of the logits in the
+windows, over the largest logit.
 """
 
 
@@ -284,7 +286,17 @@ def hub_models(name: str, rounds: int) -> list[dict[str, object]]:
             lambda given=given: points_model(image_embeddings=embeddings, input_points=given).pred_masks[0],
             lambda which=which, points=points: network.decode(ours, which, points, multimask=True),
         )
-        row(f"{count} prompts", "per s", count, found, in_windows(*found[0], stride))
+        row(counted(count, "prompt"), "per s", count, found, in_windows(*found[0], stride))
+        if count == 16:
+            found = alternate(
+                rounds,
+                lambda given=given: points_model(image_embeddings=embeddings, input_points=given).pred_masks[0],
+                lambda which=which, points=points: network.decode(ours, which, points, multimask=True, full_tile=True),
+            )
+            wanted, got = found[0]
+            row(
+                f"{count} prompts, on the whole tile", "per s", count, found, relative(got.logits, wanted.flatten(0, 1))
+            )
     points = torch.rand(64, 2, generator=torch.Generator().manual_seed(3)) * side
     which, given = torch.zeros(64, dtype=torch.long), points[None, :, None] - 0.5
 
