@@ -196,6 +196,34 @@ def test_points_for_a_model_without_a_tracker_are_refused(store, demo, tmp_path,
     assert not (tmp_path / "a").exists()
 
 
+def test_a_real_slide_runs(store, cmu, tmp_path, wsiseg, monkeypatch):
+    """CMU-1, tissue and glass, at the coarsest scale that is allowed: about a hundred tiles."""
+    monkeypatch.setenv("WSISEG_MODELS", str(tmp_path))
+    import_model(store / "hub" / "sam3", "coarse", mpp=2.0, folder=tmp_path)
+    settings = tmp_path / "settings.json"
+    settings.write_text(
+        json.dumps({**SETTINGS, "stain": "he", "grid": {"spacing_um": 60, "min_quality": 0, "min_stability": 0}})
+    )
+    line = (
+        "run",
+        cmu,
+        "--model",
+        "coarse",
+        "--config",
+        settings,
+        "--no-progress",
+        "--device",
+        "cpu",
+        "--out",
+        tmp_path / "a",
+    )
+    code, output = wsiseg(*line)
+    assert code == 0, output
+    manifest = json.loads((tmp_path / "a" / cmu.stem / "manifest.json").read_text())
+    assert manifest["status"] == "complete"
+    assert manifest["counts"]["cells"] > 20
+
+
 # On one image
 
 

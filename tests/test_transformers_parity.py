@@ -53,8 +53,8 @@ def ours(model, *, bf16: bool = False):
 def tracker_of(model):
     """transformers' model for points with the weights of ``model``.
 
-    Of a neck with four levels it adds the embedding for "no memory" to the coarsest, which its decoder never sees; ``Sam3VideoModel``, as SAM 3 was
-    trained, adds it to that of the image tokens. So the model here has three.
+    Of a neck with four levels it adds the embedding for "no memory" to the coarsest, which its decoder never sees; ``Sam3VideoModel`` adds it to
+    that of the image tokens. So the model here has three.
     """
     if model.config.model_type == "sam2":
         return model
@@ -128,7 +128,7 @@ def test_features_of_two_scales_are_those_that_chain_of_prompts_takes():
             assert relative(level, other) < 1e-5
 
 
-def test_no_memory_is_added_where_sam_3_was_trained_with_it():
+def test_no_memory_is_added_where_the_video_model_adds_it():
     """``Sam3VideoModel`` leaves the coarsest level out first, so that the embedding goes to the level of the image tokens."""
     model = tiny("sam3_video")
     network = ours(model)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 
 from wsiseg.errors import WeightsError
 from wsiseg.records import Detections
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
     from wsiseg.records import Concept, Embeddings
 
+_STRIP = 36  #: rows of a level decoded at a time: an eighth of SAM 3's finest
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt")  #: the first alone, or the other two, in a hub folder
 
 
@@ -238,7 +240,7 @@ class Sam3Detector:
         encoded = answer.encoded
         looked, _ = head.prompt_cross_attn(head.prompt_cross_attn_norm(encoded), answer.prompt, answer.prompt)
         encoded = (encoded + looked).transpose(1, 2).reshape(grid.shape)
-        pixels = head.pixel_decoder([*levels[:-1], encoded])[0]
+        pixels = _decode_pixels(head.pixel_decoder, levels[:-1], encoded)[0]
         wanted, project = head.mask_embedder(answer.queries[rows]), head.instance_projection
         # (a 1 x 1 convolution of all pixels, then a product with n queries: the queries take the convolution's part instead)
         logits = torch.einsum("nc,chw->nhw", wanted @ project.weight[:, :, 0, 0], pixels)
@@ -289,6 +291,27 @@ class Sam3Detector:
         """Position encoding of a level (1, C, h, w)."""
         encoding: Tensor = self.model.vision_encoder.neck.position_encoding(grid.shape, grid.device, grid.dtype)
         return encoding
+
+
+def _decode_pixels(decoder: Any, levels: Sequence[Tensor], coarse: Tensor) -> Tensor:  # noqa: ANN401
+    """``Sam3PixelDecoder``: features (1, C, h, w) at the finest of ``levels``, from the encoded tile and the levels above it.
+
+    In strips of rows, and norms in place group by group: the sum that a convolution reads, and its norm, never exist as a whole (85 MB each).
+    """
+    for conv, norm, level in zip(decoder.conv_layers, decoder.norms, reversed(levels), strict=False):
+        height, out = level.shape[2], torch.empty_like(level)
+        for row in range(0, height, _STRIP):
+            first, last = max(row - 1, 0), min(row + _STRIP + 1, height)
+            above = coarse[:, :, torch.arange(first, last, device=level.device) // 2].repeat_interleave(2, 3)
+            above += level[:, :, first:last]
+            above = F.pad(above, (1, 1, int(row == 0), int(row + _STRIP >= height)))
+            out[:, :, row : row + _STRIP] = F.conv2d(above, conv.weight, conv.bias)
+        size = out.shape[1] // norm.num_groups
+        for start in range(0, out.shape[1], size):
+            part = slice(start, start + size)
+            out[:, part] = F.group_norm(out[:, part], 1, norm.weight[part], norm.bias[part], norm.eps).relu_()
+        coarse = out
+    return coarse
 
 
 def roi_align(features: Tensor, boxes: Tensor, size: int) -> Tensor:
