@@ -105,6 +105,7 @@ def test_the_end_of_a_run_says_what_there_is_and_what_to_do_next(
     assert sum(n for name, (n, _) in rows.items() if name != "all") == rows["all"][0]
     area = float(re.search(r"([0-9.]+) mm2 searched", output)[1])
     assert rows["all"][1] == pytest.approx(rows["all"][0] / area, rel=0.01)
+    assert f"next: look at {tmp_path / 'my runs' / 'ihc' / 'report.html'}; drag the GeoJSON onto the slide" in output
     assert "files: cells.geojson.gz, cells.parquet, bank.safetensors" in output
     (command,) = re.findall(r"other clicks: (wsiseg type .*) FILE", output)
     assert command == f"wsiseg type '{tmp_path / 'my runs' / 'ihc'}' --seeds"
