@@ -55,7 +55,7 @@ def in_a_small_file_system(script: str, run: Run, tmp_path: Path) -> subprocess.
 def test_a_disk_that_fills(run: Run, undisturbed: tuple[dict[str, bytes], dict, float], tmp_path: Path) -> None:
     """No room for all parts; with room the same command goes on, and ends with the same files."""
     script = """
-    mount -t tmpfs -o size=100k none mnt || exit 9
+    mount -t tmpfs -o size=180k none mnt || exit 9
     "${RUN[@]}"; echo "first $?"; ls -A mnt/out/ihc/parts | grep -c parquet; ls -A mnt/out/ihc mnt/out/ihc/parts | grep -E 'partial|claim'
     mount -o remount,size=50m mnt; "${RUN[@]}"; echo "second $?"; cp -r mnt/out kept
     """
