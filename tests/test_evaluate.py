@@ -357,7 +357,7 @@ def test_wrong_input_is_one_line(tmp_path: Path) -> None:
     ):
         assert "nowhere: no such file or folder" in fails(*arguments)
     (tmp_path / "slide.svs").write_bytes(b"II")
-    assert ".svs is not a kind of file that can be compared; allowed are .png" in fails(tmp_path / "slide.svs", image)
+    assert ".svs is not a kind of file that is read here; allowed are .png" in fails(tmp_path / "slide.svs", image)
     for name in ("cut.png", "cut.tif", "cut.npy", "cut.parquet"):
         (tmp_path / name).write_bytes(image.read_bytes()[:40])
         assert "not a readable" in fails(tmp_path / name, image)

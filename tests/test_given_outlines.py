@@ -234,7 +234,10 @@ def test_wrong_outlines_are_refused_in_one_line(tmp_path: Path) -> None:
             ["type", "SLIDE", "SLIDE", "--outlines", "CELLS", "--known-types"],
             "--outlines: belong to one slide; pass one",
         ),
-        (["type", "SLIDE", "--outlines", "none.geojson", "--known-types", "--out", "OUT"], "none.geojson"),
+        (
+            ["type", "SLIDE", "--outlines", "none.geojson", "--known-types", "--out", "OUT"],
+            "none.geojson: no such file",
+        ),
         (["run", "SLIDE", "--outlines", "CELLS", "--method", "apg"], "so --method apg has no meaning; leave it out"),
         (["run", "SLIDE", "--outlines", "CELLS", "--seeds", "SEEDS"], "pass the clicks to wsiseg type"),
         (

@@ -136,7 +136,7 @@ def read_side(path: Path, names: Mapping[str, str]) -> Side:
     suffix = suffix_of(path)
     if suffix is None or kind_of(path, FormatError) != "file":
         raise FormatError(
-            f"{path}: {path.suffix or 'a name without suffix'} is not a kind of file that can be compared; {KINDS}"
+            f"{path}: {path.suffix or 'a name without suffix'} is not a kind of file that is read here; {KINDS}"
         )
     if suffix in IMAGES:
         notes: list[str] = []

@@ -26,7 +26,7 @@ from wsiseg.geometry import largest_part
 from wsiseg.models import find_weights, pick_device
 from wsiseg.models.cards import file_hash
 from wsiseg.records import Seeds, SeedType
-from wsiseg.runtime.paths import readable, require_text
+from wsiseg.runtime.paths import kind_of, readable, require_text
 from wsiseg.segmentation.nuclear_scale import require_scale
 from wsiseg.slide import open_slide
 from wsiseg.slide.stain import SlideStain, find_stain
@@ -293,6 +293,8 @@ def read_given(path: Path, info: SlideInfo) -> tuple[NDArray[np.object_], list[s
         The file cannot be read, holds no outlines, or its outlines lie elsewhere.
     """
     width, height = info.size_px0
+    if kind_of(path, FormatError) == "nothing":
+        raise FormatError(f"{path}: no such file; check the path")
     side = read_side(path, {})
     if isinstance(side, Points):
         raise FormatError(f"{path}: points, no outlines; pass GeoJSON or GeoParquet of polygons, or a label image")
