@@ -52,6 +52,10 @@ class AlongCurve:
         return DESCRIPTOR
 
     @property
+    def measurement_names(self) -> tuple[str, ...]:
+        return ()
+
+    @property
     def total_bounds(self) -> tuple[float, float, float, float]:
         return self.nuclei.total_bounds
 
