@@ -2,8 +2,10 @@
 
     python -m benchmarks.ihc_accuracy [--data DATA] [--model nuclei-compact]
 
-A nucleus is found when an outline's centroid lies within 6 um (or 3 um) of its dot (benchmarks/ihc), one to one. The settings were chosen on the
-upper two thirds of the picture; the lower third took no part. With the labelled images of DATA also: nuclei that are brown themselves, made from
+A nucleus is found when an outline's centroid lies within 6 um (or 3 um) of its dot (benchmarks/ihc), one to one. The settings of the
+picture's view were chosen on its upper two thirds; the lower third took no part. The types are fitted on images shown as IHC (training/fit_types.py):
+forms of that were first compared on all dots, the lower third included, and then on the upper part, with the same result. With the labelled images of
+DATA also: nuclei that are brown themselves, made from
 H&E (a share of the labelled nuclei gets DAB in place of most of its haematoxylin; SYNTHETIC), and the recognition of the stain on every H&E image.
 """
 

@@ -234,9 +234,7 @@ def test_the_demo_slides_nuclei_say_its_scale(demo: tuple[Path, Path], wsiseg: C
     with open_slide(demo[0]) as reader:
         found = estimate_scale(find_stain(reader, "auto", RunConfig().tissue.overview_mpp).view(reader))
     assert found is not None
-    assert found.mpp == pytest.approx(
-        0.5, rel=0.25
-    )  # 0.40 with these weights: nuclei of a brown slide are outlined larger
+    assert found.mpp == pytest.approx(0.5, rel=0.25)  # 0.40 with these weights
     status, output = wsiseg("info", demo[0])
     assert status == 0
     assert f"mpp by nuclei  about {found.mpp:.2g} (20x; between" in output

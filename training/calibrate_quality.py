@@ -1,11 +1,11 @@
-"""Set the finished network's masks to the outlines' size, then teach it how good they are: only the quality head is trained.
+"""Move the border of the finished network's masks, then teach it how good they are: only the quality head is trained.
 
     python -m training.calibrate_quality --data DATA --weights OUT/nuclei-compact.safetensors --out OUT/calibrated.safetensors --minutes 8
 
 During training the head judges the masks of weights that still move; here it judges those of the moving average, single ones and the three
 answers to one prompt, on hand-drawn outlines with strong augmentation, so that it sees many bad masks. Its inputs are those of
-`NucleiCompact.decode`. Before, the logits of all masks are raised by ``--border``, a bias of the last layer, because masks come out a little
-small. Loss: cross-entropy of predicted with true IoU, and for pairs of masks of a batch the logistic loss of their order.
+`NucleiCompact.decode`. Before, the logits of all masks are raised by ``--border``, a bias of the last layer. Loss: cross-entropy of predicted
+with true IoU, and for pairs of masks of a batch the logistic loss of their order.
 """
 
 from __future__ import annotations
