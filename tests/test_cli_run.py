@@ -369,7 +369,13 @@ def test_info_and_seeds_check_and_doctor(demo: tuple[Path, Path]) -> None:
     assert "512 x 512 px" in output
     assert "0.5 um" in output
     status, output = wsiseg("info", demo[0], "--json")
-    assert json.loads(output)["size"] == "512 x 512 px"
+    facts = json.loads(output)
+    assert facts["size_px"] == [512, 512]
+    assert facts["levels"][1] == {"width_px": 256, "height_px": 256, "downsample": 2.0}
+    assert facts["mpp"] == 0.5
+    assert facts["mpp_by_nuclei"]["low"] <= facts["mpp_by_nuclei"]["mpp"] <= facts["mpp_by_nuclei"]["high"]
+    assert facts["tissue_mm2"] == pytest.approx(512 * 512 * 0.25 / 1e6)
+    assert facts["tiles"] >= 1
     status, output = wsiseg("seeds", "check", demo[1], "--slide", demo[0])
     assert status == 0
     assert "epithelium: 4 clicks" in output

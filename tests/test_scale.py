@@ -444,4 +444,5 @@ def test_info_counts_the_tiles_that_a_run_plans(tmp_path: Path) -> None:
     prepared = plan_run(read_inputs(str(slide), config), tmp_path / "parts")
     prepared.context.reader.close()
     planned = sum(prepared.plan.tiles.values())
-    assert facts["tiles"].startswith(f"{planned} of 32 um, in ")
+    assert (facts.tiles, facts.tile_um) == (planned, 32)
+    assert facts.lines()["tiles"][0].startswith(f"{planned} of 32 um, in ")

@@ -207,7 +207,8 @@ def test_the_setting(wsiseg: Callable[..., tuple[int, str]], demo: tuple[Path, P
         from_mapping({"stain": "IHC"}, "test")
     status, said = wsiseg("info", demo[0], "--no-estimate", "--json")
     facts = json.loads(said)
-    assert facts["stain"].startswith("immunohistochemistry (recognised")
+    assert (facts["stain"]["name"], facts["stain"]["source"]) == ("ihc", "recognised")
+    assert 0.1 < facts["stain"]["brown"] < 1
     assert any("pass --stain he if it is H&E" in warning for warning in facts["warnings"])
 
 
@@ -224,7 +225,7 @@ def test_a_damaged_overview_is_left_to_those_who_need_it() -> None:
 def test_the_he_slide_is_not_taken_for_it(cmu: Path) -> None:
     with open_slide(cmu) as reader:
         assert find_stain(reader, "auto", OVERVIEW).name == "he"
-    assert survey(str(cmu), estimate=False)["stain"].startswith("haematoxylin and eosin (recognised")
+    assert survey(str(cmu), estimate=False).lines()["stain"][0].startswith("haematoxylin and eosin (recognised")
 
 
 def test_no_labelled_he_image_is_taken_for_it(shared_data: Path) -> None:

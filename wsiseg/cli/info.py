@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from typing import Any
 
 import click
 
@@ -34,15 +33,10 @@ def command(
 
     facts = survey(slide, mpp=mpp, force_mpp=force_mpp, reader=reader or _DEFAULT.reader, estimate=not no_estimate)
     if as_json:
-        click.echo(json.dumps(facts, indent=2))
+        click.echo(json.dumps(facts.document(), indent=2))
         return
-    width = max(map(len, facts))
-    for name, value in facts.items():
-        for i, line in enumerate(_lines(value)):
+    lines = facts.lines()
+    width = max(map(len, lines))
+    for name, texts in lines.items():
+        for i, line in enumerate(texts):
             click.echo(f"{name if not i else '':<{width}}  {line}")
-
-
-def _lines(value: Any) -> list[str]:  # noqa: ANN401
-    if isinstance(value, list):
-        return [str(v) for v in value] or ["none"]
-    return ["none" if value is None else str(value)]
