@@ -9,8 +9,9 @@ import click
 
 from wsiseg.cli.arguments import Working
 from wsiseg.cli.failures import Failures
-from wsiseg.cli.options import runs_argument
+from wsiseg.cli.options import overwrite_option, runs_argument
 from wsiseg.cli.streams import one_line
+from wsiseg.errors import counted
 
 if TYPE_CHECKING:
     from wsiseg.runs.manifest import Manifest
@@ -22,8 +23,17 @@ if TYPE_CHECKING:
 @click.option(
     "--slide", type=click.Path(path_type=Path), metavar="FILE", help="Where RUN's slide is now, if it was moved."
 )
+@click.option(
+    "--cohort",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Write one page about all RUNs to FILE instead; it links to their own pages.",
+)
+@overwrite_option("Replace the --cohort file.")
 @click.pass_context
-def command(ctx: click.Context, /, runs: tuple[Path, ...], slide: Path | None) -> None:
+def command(
+    ctx: click.Context, /, runs: tuple[Path, ...], slide: Path | None, cohort: Path | None, overwrite: bool
+) -> None:
     """Write RUN/report.html: overview, counts, densities, distributions, example cells of each type, timings, how to reproduce.
 
     The page is one file without scripts; it opens offline. `wsiseg run` writes it at the end, and this writes it again, for example after
@@ -32,13 +42,19 @@ def command(ctx: click.Context, /, runs: tuple[Path, ...], slide: Path | None) -
     \b
     wsiseg report wsiseg-out/slide
     wsiseg report wsiseg-out/slide --slide /archive/slide.svs
+    wsiseg report wsiseg-out/*/ --cohort cohort.html
     """  # noqa: D301 - click's mark for lines that stay as they are
     from wsiseg.errors import ConfigError
     from wsiseg.report.page import write_report
 
     if slide is not None and len(runs) > 1:
         raise ConfigError("--slide: belongs to one run; pass one RUN")
+    if slide is not None and cohort is not None:
+        raise ConfigError("--slide: the page of --cohort has no pictures of slides; leave one of the two out")
     failures = Failures(len(runs))
+    if cohort is not None:
+        _write_cohort(runs, cohort, failures, overwrite=overwrite)
+        ctx.exit(failures.report())
     for run in runs:
         with failures.collect():
             path, reason = write_report(run, slide=slide)
@@ -46,6 +62,21 @@ def command(ctx: click.Context, /, runs: tuple[Path, ...], slide: Path | None) -
                 click.echo(f"Warning: no pictures of the slide: {reason}; pass --slide FILE", err=True)
             click.echo(str(path))
     ctx.exit(failures.report())
+
+
+def _write_cohort(runs: tuple[Path, ...], path: Path, failures: Failures, *, overwrite: bool) -> None:
+    from wsiseg.errors import ConfigError
+    from wsiseg.report.cohort import read_row, write_cohort
+    from wsiseg.runtime.atomic import require_free
+
+    require_free(path, ConfigError, overwrite=overwrite)
+    rows = []
+    for run in runs:
+        with failures.collect():
+            rows.append(read_row(run, path.parent))
+    if rows:
+        write_cohort(rows, path)
+        click.echo(f"{path}: {counted(len(rows), 'slide')}")
 
 
 def report_after(result: Manifest | ShardRecord, *, wanted: bool) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from importlib import resources
 from typing import TYPE_CHECKING
 
 import jinja2
@@ -94,9 +93,6 @@ def write_report(run: Path, *, slide: Path | None = None) -> tuple[Path, str]:
 
 
 def _render(contents: ReportContents, overview: Picture | None, crops: dict[int, Crop], reason: str) -> str:
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"number": _number, "percent": _percent}
-    template = environment.from_string(resources.files("wsiseg.report").joinpath(TEMPLATE).read_text("utf-8"))
     run, columns = contents.run, contents.columns
     sections = [
         TypeSection(
@@ -111,7 +107,7 @@ def _render(contents: ReportContents, overview: Picture | None, crops: dict[int,
     ]
     manifest = run.manifest
     width, height = run.info.size_px0
-    return template.render(
+    return page_template(TEMPLATE).render(
         contents=contents,
         manifest=manifest,
         overview=overview,
@@ -133,6 +129,15 @@ def _bars(histogram: Histogram) -> str:
     tallest = max(float(histogram.shares.max(initial=0)), 1e-9)
     bars = ((k * step, share / tallest * (height - 4)) for k, share in enumerate(histogram.shares.tolist()) if share)
     return "".join(f"M{left:.1f} {height}v{-tall:.1f}h{step - 1:.1f}v{tall:.1f}z" for left, tall in bars)
+
+
+def page_template(name: str) -> jinja2.Template:
+    """A template of this folder; what it is given is escaped."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("wsiseg.report", ""), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"number": _number, "percent": _percent}
+    return environment.get_template(name)
 
 
 def _number(value: object, digits: int = 0) -> str:
