@@ -6,6 +6,8 @@ import dataclasses
 
 import numpy as np
 import pytest
+from scipy import ndimage
+from scipy.special import expit
 
 from wsiseg.config import ApgConfig, CopConfig
 from wsiseg.segmentation.prompts.apg import apg_points
@@ -25,6 +27,35 @@ def circle_maps(centres: list[tuple[float, float]], radius: float, size: int = 9
     f, c, b = distance < 1, np.clip(distance, 0, 1), np.clip(distance, 0, 1)
     p = np.clip(np.stack([np.where(f, 0.95, 0.05), c, b]), 0.01, 0.99)
     return np.log(p / (1 - p)).astype(np.float32)
+
+
+def by_distance_transform(maps: np.ndarray, config: ApgConfig) -> np.ndarray:
+    """The definition, with a distance transform of the whole map."""
+    f, c, b = expit(maps)
+    seed = (f >= config.foreground) & (c < config.centre) & (b < config.boundary)
+    components, count = ndimage.label(seed)
+    depth = ndimage.distance_transform_edt(np.pad(seed, 1))[1:-1, 1:-1]
+    points = []
+    for k in range(1, count + 1):
+        y, x = np.nonzero(components == k)
+        if len(y) * 0.25 >= config.min_component_um2:
+            best = np.lexsort((x, y, -depth[y, x]))[0]
+            points.append((2 * x[best] + 1, 2 * y[best] + 1))
+    return np.array(points, np.float32).reshape(-1, 2)
+
+
+@pytest.mark.parametrize("smooth", [0.7, 2, 5, 12])
+def test_points_are_those_of_a_distance_transform(smooth: float) -> None:
+    """Specks, nuclei, and blobs deeper than the rings that are looked at; touching the border, and each other at corners."""
+    rng = np.random.default_rng(int(10 * smooth))
+    maps = np.stack([ndimage.gaussian_filter(rng.normal(0, 1, (260, 240)), smooth) for _ in range(3)])
+    maps = (maps / maps.std() * 2 + [[[1]], [[-1]], [[-1]]]).astype(np.float32)
+    config = ApgConfig(foreground=0.5, centre=0.5, boundary=0.6, min_component_um2=0.5)
+    expected = by_distance_transform(maps, config)
+    assert len(expected) >= 5
+    np.testing.assert_array_equal(apg_points(maps, 2, 0.25, config), expected)
+    strided = np.moveaxis(np.ascontiguousarray(np.moveaxis(maps, 0, -1)), -1, 0)  # as a network on a CPU gives them
+    np.testing.assert_array_equal(apg_points(strided, 2, 0.25, config), expected)
 
 
 def test_one_point_per_circle_at_its_centre() -> None:

@@ -17,16 +17,30 @@ References
 
 from __future__ import annotations
 
+import operator
 from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy import ndimage
-from scipy.special import expit
+from scipy.special import expit, logit
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from wsiseg.config import ApgConfig
+
+_RINGS = (
+    16  #: cells; deeper seeds (of components wider than 8 um at 2 px of 0.25 um) are measured by a distance transform
+)
+_NEIGHBOURS = sorted(
+    (
+        (dy, dx, dy**2 + dx**2)
+        for dy in range(-_RINGS, _RINGS + 1)
+        for dx in range(-_RINGS, _RINGS + 1)
+        if 0 < dy**2 + dx**2 <= _RINGS**2
+    ),
+    key=operator.itemgetter(2),
+)  #: rows, columns and squared distances of the cells around one, the nearest first
 
 
 def apg_points(maps: NDArray[np.float32], stride_px: int, mpp: float, config: ApgConfig) -> NDArray[np.float32]:
@@ -46,18 +60,50 @@ def apg_points(maps: NDArray[np.float32], stride_px: int, mpp: float, config: Ap
     ndarray
         float32 of shape (N, 2): x, y in model px of the tile, corner frame, in reading order of the components. N = 0 is valid.
     """
-    f, c, b = expit(maps)
-    seed = (f >= config.foreground) & (c < config.centre) & (b < config.boundary)
+    y, x, seed = _seeds(maps, config)
     components, count = ndimage.label(seed)  # 4-connectivity
     if not count:
         return np.empty((0, 2), np.float32)
-    depth = ndimage.distance_transform_edt(np.pad(seed, 1))[1:-1, 1:-1]  # D1
-    y, x = np.nonzero(seed)
     owner = components[y, x]
     # The deepest cell of each component; the first in reading order on ties, so that it does not depend on the tile.
-    order = np.lexsort((x, y, -depth[y, x], owner))
+    order = np.lexsort((x, y, -_depth_squared(seed, y, x), owner))
     first = order[np.searchsorted(owner[order], np.arange(1, count + 1))]
     size = np.bincount(owner, minlength=count + 1)[1:]
     keep = size * (stride_px * mpp) ** 2 >= config.min_component_um2  # D2
     points = np.stack([x[first], y[first]], 1)[keep]
     return ((points + 0.5) * stride_px).astype(np.float32)
+
+
+def _seeds(
+    maps: NDArray[np.float32], config: ApgConfig
+) -> tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.bool_]]:
+    """Rows and columns of the seeds in reading order, and the seeds (h, w); probabilities are worked out where there is foreground."""
+    surely_below = np.float32(logit(config.foreground) - 1e-3)  # beyond any rounding of the logistic function
+    y, x = np.nonzero(maps[0] >= surely_below)
+    f, c, b = expit(maps[:, y, x])
+    is_seed = (f >= config.foreground) & (c < config.centre) & (b < config.boundary)
+    y, x = y[is_seed], x[is_seed]
+    seed = np.zeros(maps.shape[1:], bool)
+    seed[y, x] = True
+    return y, x, seed
+
+
+def _depth_squared(seed: NDArray[np.bool_], y: NDArray[np.intp], x: NDArray[np.intp]) -> NDArray[np.int64]:
+    """Squared distance (N,) of each seed to the nearest cell that is none (D1), the outside of the map included.
+
+    A distance transform measures the whole map; seeds are a few hundredths of it and shallow, so their surroundings are looked at ring by ring.
+    """
+    padded = np.zeros((seed.shape[0] + 2 * _RINGS, seed.shape[1] + 2 * _RINGS), bool)
+    padded[_RINGS:-_RINGS, _RINGS:-_RINGS] = seed
+    flat, width = padded.ravel(), padded.shape[1]
+    at, left = (y + _RINGS) * width + x + _RINGS, np.arange(len(y))
+    found = np.zeros(len(y), np.int64)
+    for dy, dx, squared in _NEIGHBOURS:
+        outside = ~flat[at + (dy * width + dx)]
+        found[left[outside]] = squared
+        at, left = at[~outside], left[~outside]
+        if not len(left):
+            return found
+    far = ndimage.distance_transform_edt(np.pad(seed, 1))[1:-1, 1:-1]
+    found[left] = np.rint(far[y[left], x[left]] ** 2).astype(np.int64)
+    return found
