@@ -11,6 +11,7 @@ import openslide
 from wsiseg.errors import SlideError
 from wsiseg.geometry import Box
 from wsiseg.records import SlideInfo
+from wsiseg.slide.direct_tiles import DirectTiles
 from wsiseg.slide.faults import closed, unreadable
 from wsiseg.slide.mpp import PixelSize, choose_mpp, drop_print_resolution, pixel_size
 from wsiseg.slide.resample import read_padded, uneven_levels, whole_downsamples
@@ -64,6 +65,9 @@ class OpenSlideReader:
             ignored_scale="; ".join(ignored),
             not_square=chosen.not_square,
         )
+        self._direct = DirectTiles.open(
+            path, vendor, sizes, self._stated, lambda level, box: self._rgb(self._handle, level, box)
+        )
 
     def read(self, level: int, box: Box) -> NDArray[np.uint8]:
         """See `wsiseg.slide.SlideReader.read`."""
@@ -88,6 +92,9 @@ class OpenSlideReader:
         OpenSlide is asked in level-0 px and interpolates when they fall between pixels of the level, as they do for downsamples such
         as 2.0005. There the level is read in fixed chunks, so that a pixel never depends on the box.
         """
+        direct = self._direct.read(level, box) if self._direct else None
+        if direct is not None:
+            return direct
         if self._stated[level] == round(self._stated[level]):
             return self._rgb(handle, level, box)
         region = np.empty((box.height, box.width, 3), np.uint8)
@@ -123,6 +130,8 @@ class OpenSlideReader:
         with self._lock:
             self._closed = True
             self._handle.close()
+            if self._direct:
+                self._direct.close()
 
     def __enter__(self) -> Self:
         return self

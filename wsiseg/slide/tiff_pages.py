@@ -60,6 +60,8 @@ class TiffPixels:
         An open file.
     series
         One of its series; its levels are the levels of the slide.
+    cache_bytes
+        Decoded tiles that are kept.
 
     Attributes
     ----------
@@ -74,8 +76,11 @@ class TiffPixels:
         Its pixels are stored in a way that is not supported, by name.
     """
 
-    def __init__(self, tiff: tifffile.TiffFile, series: tifffile.TiffPageSeries) -> None:
+    def __init__(
+        self, tiff: tifffile.TiffFile, series: tifffile.TiffPageSeries, *, cache_bytes: float = CACHE_BYTES
+    ) -> None:
         self._file = tiff.filehandle
+        self._cache_bytes = cache_bytes
         self._file.set_lock(True)
         self._lock = threading.Lock()
         self._cache: OrderedDict[tuple[int, int], NDArray[np.uint8]] = OrderedDict()
@@ -117,7 +122,7 @@ class TiffPixels:
             if (level, index) not in self._cache:
                 self._cache[level, index] = rgb
                 self._cached_bytes += rgb.nbytes
-            while self._cached_bytes > CACHE_BYTES and len(self._cache) > 1:
+            while self._cached_bytes > self._cache_bytes and len(self._cache) > 1:
                 self._cached_bytes -= self._cache.popitem(last=False)[1].nbytes
         return rgb
 
