@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from wsiseg.records import WindowMasks
+from wsiseg.segmentation.transfer import logits_to_host
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -99,7 +100,7 @@ def _decode_batch(
         keep &= (masks.predicted_iou >= grid.min_quality) & (masks.stability >= grid.min_stability)
     keep[len(batch) * answers :] = False
     return WindowMasks(
-        logits=masks.logits[keep].float().cpu(),
+        logits=logits_to_host(masks.logits[keep]),
         origin_xy=masks.origin_xy[keep].cpu(),
         mask_stride_px=masks.mask_stride_px,
         predicted_iou=masks.predicted_iou[keep].float().cpu(),
