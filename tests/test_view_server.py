@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import http.client
+import io
 import json
 import os
 import shutil
@@ -24,7 +25,7 @@ import pytest
 import shapely
 from PIL import Image
 
-from wsiseg.config import RunConfig
+from wsiseg.config import RunConfig, TilingConfig
 from wsiseg.errors import FormatError, RunError
 from wsiseg.formats.geoparquet import write_geoparquet
 from wsiseg.formats.regions import read_regions
@@ -34,9 +35,12 @@ from wsiseg.models import find_weights
 from wsiseg.models.cards import file_hash
 from wsiseg.records import Cells, Provenance, SlideInfo, Typing
 from wsiseg.runs.retype import type_run
+from wsiseg.runs.slide import segment_slide
+from wsiseg.slide.array_reader import ArrayReader
 from wsiseg.viewer.opening import open_page
 from wsiseg.viewer.server import MAX_BODY, PageServer
 from wsiseg.viewer.session import Session
+from wsiseg.viewer.tiles import SlideTiles
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -359,8 +363,6 @@ def _retry(client: Client) -> bool:
 
 def test_tiles_show_the_slide(client: Client) -> None:
     """Zoom 0 is level 0 in tiles of 512 px; the last zoom is the whole slide in one."""
-    import io
-
     about = client.get("slide")
     assert about["zooms"] == 2
     _, content, headers = client.ask("tile/0/1/1")
@@ -722,3 +724,83 @@ def test_a_run_in_progress_is_not_applied_to(client: Client, run: Path) -> None:
     status, answer = client.post("apply", {})
     assert status == 409
     assert "not segmented to its end" in answer["error"]
+
+
+# --- a slide without a run ------------------------------------------------------------------------------------------------------------
+
+
+SMALL_BLOCKS = RunConfig(
+    stain="ihc", method="apg", formats=("parquet",), tiling=TilingConfig(tile_um=128, block_tiles=1), device="cpu"
+)
+
+
+@pytest.fixture(scope="module")
+def demo_run(demo: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo slide as `wsiseg run` makes it, in blocks of one tile."""
+    out = tmp_path_factory.mktemp("plain")
+    segment_slide(demo[0], SMALL_BLOCKS, out)
+    return out / "ihc"
+
+
+def test_blocks_in_view_are_segmented_into_the_run_that_others_complete(
+    demo: tuple[Path, Path], demo_run: Path, tmp_path: Path
+) -> None:
+    """First the middle of the view; what was done is not done again, and the finished run is that of `wsiseg run`, byte for byte."""
+    with served(open_page(str(demo[0]), SMALL_BLOCKS, tmp_path)) as client:
+        state = client.get("state")
+        assert state["cells"] is None
+        assert state["segmenting"]["blocks"] == 4
+        assert client.click("tumour", [67, 82])[0] == 409  # nothing is outlined yet
+        assert client.post("segment", {"x0": 0, "y0": 0, "x1": 200, "y1": 200})[0] == 200
+        state = client.wait(lambda state: state["cells"], 60)
+        assert state["segmenting"]["done"] == 1
+        assert [p.name for p in (tmp_path / "ihc/parts").glob("*.parquet")] == ["0000-0000.parquet"]
+        first = (tmp_path / "ihc/parts/0000-0000.parquet").stat()
+        assert client.click("tumour", [67, 82])[0] == 200
+        assert client.get("counts")["counts"]["tumour"] > 20
+        assert client.click("tumour", [433, 330])[0] == 422  # there is no block yet
+        assert "not segmented to its end" in client.post("apply", {})[1]["error"]
+    assert json.loads((tmp_path / "ihc/manifest.json").read_text())["status"] == "interrupted"
+    with served(open_page(str(demo[0]), SMALL_BLOCKS, tmp_path)) as client:  # after a break
+        assert client.wait(lambda state: state["cells"], 60)["types"][0]["points"] == [[67, 82]]
+        assert client.post("segment", {"all": True})[0] == 200
+        client.wait(lambda state: state["segmenting"] is None, 120)
+        assert client.get("counts")["cells"] == len(pq.read_table(demo_run / "cells.parquet"))
+        assert client.post("apply", {})[0] == 200
+        assert client.wait(lambda state: not state["applying"])["applied"]
+    assert (tmp_path / "ihc/parts/0000-0000.parquet").stat() == first
+    (tmp_path / "plain").mkdir()
+    for name in ("cells.parquet", "manifest.json"):
+        (tmp_path / "plain" / name).write_bytes((demo_run / name).read_bytes())
+    type_run(tmp_path / "plain", seeds=tmp_path / "ihc/seeds.json")
+    assert (tmp_path / "ihc/cells.parquet").read_bytes() == (tmp_path / "plain/cells.parquet").read_bytes()
+
+
+def test_a_view_while_a_run_works_on_the_slide(demo: tuple[Path, Path], demo_run: Path, tmp_path: Path) -> None:
+    """Both work on one folder, neither waits for the other for ever, and the files are those of one alone."""
+    with served(open_page(str(demo[0]), SMALL_BLOCKS, tmp_path)) as client:
+        client.post("segment", {"x0": 0, "y0": 0, "x1": 512, "y1": 512})
+        manifest = segment_slide(demo[0], SMALL_BLOCKS, tmp_path)
+        assert manifest.status == "complete"
+        state = client.wait(lambda state: state["segmenting"] is None, 60)
+        assert state["cells"]["count"] == manifest.counts["cells"]
+    assert (tmp_path / "ihc/cells.parquet").read_bytes() == (demo_run / "cells.parquet").read_bytes()
+    assert json.loads((tmp_path / "ihc/manifest.json").read_text())["status"] == "complete"
+
+
+def test_a_large_slide_is_read_once_for_its_overview() -> None:
+    """A slide of one level only: the far zooms come from an overview that is read in the background, and show the same picture."""
+    pixels = np.full((600, 9000, 3), 240, np.uint8)
+    pixels[:, 4500:] = (120, 40, 160)
+    with ArrayReader(pixels, 0.5) as reader:
+        tiles = SlideTiles(reader)
+        assert tiles.zooms == 6
+        assert tiles.tile(5, 0, 0) is None
+        end = time.monotonic() + 20
+        while tiles.version == 0:
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        shown = np.asarray(Image.open(io.BytesIO(tiles.tile(5, 0, 0) or b"")))
+    assert shown.shape == (19, 282, 3)
+    assert abs(int(shown[9, 50].mean()) - 240) < 4
+    assert abs(int(shown[9, 230, 0]) - 120) < 6

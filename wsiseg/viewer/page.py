@@ -31,7 +31,7 @@ from wsiseg.runtime.text import first_line
 from wsiseg.seeds.matching import describe_nearest
 from wsiseg.viewer.cells import CellStore, stored_cells, table_version
 from wsiseg.viewer.preview import VIEW_CELLS, Preview, TypedRows, thinned
-from wsiseg.viewer.session import PageState, Session, palette_change, point_of
+from wsiseg.viewer.session import PageState, Point, Session, palette_change, point_of
 from wsiseg.viewer.tiles import TILE
 
 if TYPE_CHECKING:
@@ -90,6 +90,7 @@ class SlidePage:
         self._lock = threading.RLock()
         self._store: CellStore | None = None
         self._preview: Preview | None = None
+        self._has_table = False  # the cells are those of a finished run
         self._applied: set[str] = set()
         self.applying = False
         self.apply_error = ""
@@ -173,6 +174,7 @@ class SlidePage:
             info = self.reader.info
             store = stored_cells(table, info.size_px0, info.mpp)
             self._take(store, Preview(store, load_types(config.model), config))
+            self._has_table = True
             if self.on_demand is not None:  # the run has come to its end, here or in another process
                 self.on_demand.close()
 
@@ -418,7 +420,7 @@ class SlidePage:
                 "cannotApply": self._cannot_apply(),
                 "notices": self.notices,
                 "picture": self.tiles.version,
-                "segmenting": None if self.on_demand is None or self._is_finished() else self.on_demand.progress(),
+                "segmenting": None if self.on_demand is None or self._has_table else self.on_demand.progress(),
             }
 
     def _cannot_apply(self) -> str:
@@ -462,11 +464,15 @@ class SlidePage:
             x, y = store.points_xy[row].tolist()
             if row in done or (round(x, 2), round(y, 2)) in seen:
                 continue
-            ring = shapely.get_coordinates(store.polygons(np.array([row]))[0].exterior)
+            outline = store.polygons(np.array([row]))[0]
+            point = self._point_for(row, outline)
+            if point is None:
+                continue
+            ring = shapely.get_coordinates(outline.exterior)
             found.append(
                 {
                     "row": row,
-                    "point": [round(x, 2), round(y, 2)],
+                    "point": list(point),
                     "centre": store.centres[row].tolist(),
                     "kind": int(codes[k]),
                     "score": round(float(scores[k]), 3),
@@ -477,6 +483,16 @@ class SlidePage:
             if len(found) == REVIEWED_AT_ONCE:
                 break
         return {"version": store.version, "cells": found, "left": int(wanted.sum())}
+
+    def _point_for(self, row: int, outline: shapely.Polygon) -> Point | None:
+        """A place at which a click means this cell; ``None`` where it lies under a smaller one."""
+        store, preview = self._cells()
+        inside = shapely.point_on_surface(outline)
+        for x, y in (store.points_xy[row], store.centres[row], (inside.x, inside.y)):
+            point = round(float(x), 2), round(float(y), 2)
+            if preview.row(point) == row:
+                return point
+        return None
 
     # --- files --------------------------------------------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from wsiseg.errors import InterruptedRunError, WsisegError
 from wsiseg.records import Typing
+from wsiseg.report.page import write_report
 from wsiseg.runs.folder import choose_folder, claim_folder, drop_stale_files
 from wsiseg.runs.inputs import read_inputs
 from wsiseg.runs.manifest import Manifest
@@ -166,10 +167,10 @@ class OnDemand:
                     self._finish()
                     return
                 self._segment(place)
-            except WsisegError as error:
+            except Exception as error:  # the page says it, and the next view is tried
                 self._failures.append(first_line(error))
                 self._all = False
-                logger.warning("%s", error)
+                logger.warning("%s: %s", self.slide, error, exc_info=not isinstance(error, WsisegError))
 
     def _segment(self, place: _Place) -> None:
         block = place.block
@@ -205,6 +206,7 @@ class OnDemand:
         try:
             with contextlib.suppress(InterruptedRunError):
                 segment_slide(self.slide, self.config, self.out, on_progress=show, stopped=self._stop.is_set)
+                write_report(self.folder.path)
         finally:
             self._all = False
 

@@ -12,6 +12,7 @@ export class Review {
     this.side = SIDE_UM / mpp;
     this.cells = [];
     this.cell = null;
+    this.busy = false;
     get('review').addEventListener('click', () => this.start());
     get('keep').addEventListener('click', () => this.keep());
     get('nocell').addEventListener('click', () => this.noCell());
@@ -20,6 +21,8 @@ export class Review {
   }
 
   get active() { return this.cell !== null; }
+
+  get waiting() { return this.cell === null || this.busy; }
 
   async start() {
     this.cells = [];
@@ -38,6 +41,7 @@ export class Review {
     }
     this.cell = this.cells.shift() ?? null;
     get('card').hidden = !this.cell;
+    get('card').dataset.row = this.cell?.row ?? '';
     if (!this.cell) {
       this.act.tell('No more cells to review here.');
       return;
@@ -46,7 +50,7 @@ export class Review {
     get('verdict').textContent = `${kind}: score ${this.cell.score.toFixed(2)}, margin ${this.cell.margin.toFixed(2)}`;
     get('crop').setAttribute('aria-label', `The cell under review, at ${this.cell.point}, typed ${kind}`);
     this.act.go(this.cell.point);
-    await this.paint(this.cell);
+    this.paint(this.cell); // not waited for: the outline is in the view already
   }
 
   async paint(cell) {
@@ -74,9 +78,14 @@ export class Review {
 
   /** Carry out a verdict; the next cells are asked for again, since a click changes which are uncertain. */
   async decide(request, renew) {
-    if (await this.act.change(request)) {
-      if (renew) this.cells = [];
-      await this.next();
+    this.busy = true; // a key pressed meanwhile would mean the next cell, which is not shown yet
+    try {
+      if (await this.act.change(request)) {
+        if (renew) this.cells = [];
+        await this.next();
+      }
+    } finally {
+      this.busy = false;
     }
   }
 
@@ -88,25 +97,25 @@ export class Review {
   seen() { return { kind: 'seen', row: this.cell.row, version: this.version }; }
 
   async keep() {
-    if (!this.active) return;
+    if (this.waiting) return;
     const type = this.ownType();
     if (type) await this.decide({ kind: 'click', type, point: this.cell.point, seen: true }, true);
     else await this.decide(this.seen(), false);
   }
 
   async give(type) {
-    if (this.active) await this.decide({ kind: 'click', type, point: this.cell.point, seen: true }, true);
+    if (!this.waiting) await this.decide({ kind: 'click', type, point: this.cell.point, seen: true }, true);
   }
 
   async noCell() {
-    if (!this.active) return;
+    if (this.waiting) return;
     const type = this.ownType();
     if (type) await this.decide({ kind: 'click', type, point: this.cell.point, negative: true, seen: true }, true);
     else await this.decide(this.seen(), false);
   }
 
   async skip() {
-    if (this.active) await this.decide(this.seen(), false);
+    if (!this.waiting) await this.decide(this.seen(), false);
   }
 
   stop() {
