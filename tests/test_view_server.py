@@ -425,8 +425,12 @@ def clicked(client: Client) -> dict[str, Any]:
     return state
 
 
-def test_apply_is_wsiseg_type_byte_for_byte(client: Client, run: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("here", [100_000, 0], ids=["in this process", "in a process of its own"])
+def test_apply_is_wsiseg_type_byte_for_byte(
+    client: Client, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, here: int
+) -> None:
     """What the page shows before, what Apply writes and what `wsiseg type` writes are the same; seeds.json is what was clicked."""
+    monkeypatch.setattr("wsiseg.viewer.page.TYPED_HERE", here)
     clicked(client)
     before = client.get("counts")
     assert before["whole"]
@@ -455,6 +459,21 @@ def test_apply_is_wsiseg_type_byte_for_byte(client: Client, run: Path, tmp_path:
     names = np.array([kind["name"] for kind in state["kinds"]], object)
     assert (table["cell_type"].to_numpy(zero_copy_only=False)[rows] == names[codes]).all()
     assert (run / "report.html").exists()
+
+
+def test_what_goes_wrong_with_apply_is_said_in_one_line(
+    client: Client, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("wsiseg.viewer.page.TYPED_HERE", 0)
+    clicked(client)
+    manifest = json.loads((run / "manifest.json").read_text())
+    (run / "manifest.json").write_text(json.dumps(manifest | {"model": {"name": "x", "sha256": "0"}}))
+    assert client.post("apply", {})[0] == 200
+    state = client.wait(lambda state: not state["applying"])
+    assert "was made with other weights" in state["applyError"]
+    assert "\n" not in state["applyError"]
+    assert not state["applied"]
+    assert client.click("tumour", centre(3))[0] == 200
 
 
 def test_undo_and_redo_and_a_cell_has_one_type(client: Client) -> None:

@@ -13,11 +13,13 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import shapely
 
 from wsiseg.formats.geoparquet import as_format_error, read_table
 from wsiseg.records import Cells
+from wsiseg.runtime.profiling import trim_memory
 from wsiseg.seeds.matching import match_clicks
 
 if TYPE_CHECKING:
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
 
 SQUARE = 2048  #: level-0 px: outlines are sent by squares of this side, some megabyte at 40 px between cells
 UNIT = 4  #: outlines are sent in quarters of a px, as QuPath's are written
-ROW_GROUPS = 12  #: kept with their outlines encoded; 20,000 cells and about 9 MB each
+ROW_GROUPS = 8  #: kept with their outlines encoded; 20,000 cells and about 9 MB each
 
 Box4 = tuple[float, float, float, float]
 
@@ -197,7 +199,7 @@ def stored_cells(path: Path, size_px0: tuple[int, int], mpp: float) -> CellStore
         version = table_version(path)
         outlines = _StoredOutlines(path)
     table = read_table(path)
-    return CellStore(
+    store = CellStore(
         version=version,
         centres=table.centroids,
         points_xy=table.points_xy,
@@ -209,6 +211,10 @@ def stored_cells(path: Path, size_px0: tuple[int, int], mpp: float) -> CellStore
         mpp=mpp,
         polygons=outlines,
     )
+    del table
+    pa.default_memory_pool().release_unused()  # decoded columns: as much again as the store
+    trim_memory()
+    return store
 
 
 def table_version(path: Path) -> str:

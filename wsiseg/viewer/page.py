@@ -6,9 +6,12 @@ import contextlib
 import hashlib
 import json
 import logging
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import asdict, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -53,6 +56,7 @@ SESSION_NAME, SEEDS_NAME, REGIONS_NAME = "view.json", "seeds.json", "regions.geo
 CLAIM = "view"  #: the claim of a page on the folder of its run: two pages would write one session
 FIRST_TYPES = ("tumour", "immune", "stroma")  #: of a page without any: names to begin with, to be renamed
 REVIEWED_AT_ONCE = 20  #: cells that are sent for review in one answer
+TYPED_HERE = 100_000  #: cells that Apply types in the server's own process: below half a GB and some seconds
 _GREY = "#808080"
 
 
@@ -90,6 +94,7 @@ class SlidePage:
         self._lock = threading.RLock()
         self._store: CellStore | None = None
         self._preview: Preview | None = None
+        self._read_manifest: tuple[str, Manifest | None] = ("", None)
         self._has_table = False  # the cells are those of a finished run
         self._applied: set[str] = set()
         self.applying = False
@@ -181,8 +186,15 @@ class SlidePage:
     def _take(self, store: CellStore, preview: Preview) -> None:
         self._store, self._preview = store, preview
 
+    def _manifest(self) -> Manifest | None:
+        """The manifest, read again when its file is another."""
+        version = table_version(self.folder.manifest_path)
+        if not version or self._read_manifest[0] != version:
+            self._read_manifest = version, self.folder.manifest()
+        return self._read_manifest[1]
+
     def _is_finished(self) -> bool:
-        manifest = self.folder.manifest()
+        manifest = self._manifest()
         return manifest is not None and (manifest.status in FINISHED or manifest.status == Status.RETYPING)
 
     @property
@@ -212,18 +224,11 @@ class SlidePage:
         """The run's table has the types of these clicks; also when there are none to apply."""
         text = self.session.state.text(self.slide)
         if not text or text in self._applied:
-            return self.on_demand is None or self._is_finished() or not text
-        manifest = self.folder.manifest()
-        return manifest is not None and manifest.retyped and manifest.run_hash == self._typed_hash(text, manifest)
-
-    @staticmethod
-    def _typed_hash(text: str, manifest: Manifest) -> str:
-        """The hash that `wsiseg type` writes for seeds of this text (runs/retype.py)."""
-        config = from_mapping(manifest.config, "manifest.json")
-        clicked = hashlib.sha256(text.encode()).hexdigest()
-        return hashlib.sha256(
-            json.dumps(["type", manifest.parts_hash, clicked, asdict(config.typing)]).encode()
-        ).hexdigest()[:16]
+            return self.on_demand is None or self._has_table or not text
+        manifest = self._manifest()
+        if manifest is None or not manifest.retyped:
+            return False
+        return manifest.run_hash == typed_hash(text, json.dumps(manifest.config, sort_keys=True), manifest.parts_hash)
 
     def _typed(self, rows: NDArray[np.intp], types: tuple[SeedType, ...]) -> TypedRows:
         """Types of cells as the page should show them: of the table, or under the clicks; codes are places in ``kinds``."""
@@ -304,7 +309,7 @@ class SlidePage:
             share = len(store) / max(len(found.rows), 1)
         else:
             codes, whole, share = self._as_kinds(store.typing.names, store.typing.codes), True, 1.0
-            manifest = self.folder.manifest()
+            manifest = self._manifest()
             if types and manifest is not None:
                 warnings = [str(warning) for warning in manifest.typing.get("warnings", [])]
         numbers = np.round(np.bincount(codes, minlength=len(names)) * share).astype(int).tolist()
@@ -425,7 +430,7 @@ class SlidePage:
 
     def _cannot_apply(self) -> str:
         """Why the clicks cannot be applied now; empty when they can."""
-        manifest = self.folder.manifest()
+        manifest = self._manifest()
         if manifest is None or not self._is_finished():
             return "the slide is not segmented to its end yet"
         method = manifest.config.get("method")
@@ -573,14 +578,34 @@ class SlidePage:
     def _apply(self) -> None:
         started = time.perf_counter()
         try:
-            type_run(self.folder.path, seeds=self.folder.path / SEEDS_NAME)
+            self._type_run()
             self.refresh()
-            write_report(self.folder.path, slide=Path(self.reader.info.path))
-        except (WsisegError, MemoryError) as error:
+        except (WsisegError, MemoryError, OSError) as error:
             self.apply_error = first_line(error)
         finally:
             self.applying = False
             logger.info("%s: applied in %.1f s %s", self.folder.path, time.perf_counter() - started, self.apply_error)
+
+    def _type_run(self) -> None:
+        """Type the run and write its report: here, or for many cells in a process of its own, which gives its memory back at the end."""
+        seeds, run = self.folder.path / SEEDS_NAME, self.folder.path
+        if len(self._cells()[0]) <= TYPED_HERE:
+            type_run(run, seeds=seeds)
+            write_report(run, slide=Path(self.reader.info.path))
+            return
+        command = [sys.executable, "-m", "wsiseg", "type", str(run), "--seeds", str(seeds)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            lines = done.stderr.strip().splitlines() or [f"`wsiseg type` ended with status {done.returncode}"]
+            raise RunError(lines[-1].removeprefix("Error: "))
+
+
+@lru_cache(maxsize=32)
+def typed_hash(text: str, config: str, parts_hash: str) -> str:
+    """The hash of a run that `wsiseg type` has typed with seeds of this text (runs/retype.py); ``config`` is that of its manifest, as JSON."""
+    typing = from_mapping(json.loads(config), "manifest.json").typing
+    clicked = hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(json.dumps(["type", parts_hash, clicked, asdict(typing)]).encode()).hexdigest()[:16]
 
 
 def _is_typed_with(kind: SeedType, manifest: Manifest) -> bool:

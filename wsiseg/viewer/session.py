@@ -29,6 +29,8 @@ VERSION = 1
 SIDES = ("points", "negative")
 MAX_CHANGES = 20_000  #: a file of some megabytes; a day of clicks has some hundreds
 
+MAX_TYPES = 100  #: the page gets a type as one byte, and the run may have others beside these
+
 Point = tuple[float, float]
 Click = tuple[str, str, Point]  #: name of the type, ``points`` or ``negative``, place
 
@@ -112,6 +114,8 @@ def apply_change(state: PageState, change: dict[str, Any]) -> PageState:
 def checked(types: tuple[SeedType, ...]) -> tuple[SeedType, ...]:
     """The types, if their names can be told apart and are names that a seeds file may have."""
     check_names([kind.name for kind in types], ["types" for _ in types])
+    if len(types) > MAX_TYPES:
+        raise SeedsError(f"types: {len(types)} types; the page shows {MAX_TYPES} at most; remove some")
     return types
 
 

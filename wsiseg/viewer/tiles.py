@@ -117,13 +117,28 @@ class SlideTiles:
 
     def _pixels(self, box: Box, scale: int) -> NDArray[np.uint8]:
         if not self._is_far(scale) or self._overview is None:
-            return read_region(self.reader, box, Lattice(1.0, float(scale)))
+            return self._read(box, scale)
         overview, own = self._overview
         edges = tuple(edge * scale / own for edge in box)
         high, wide = overview.shape[:2]
         window = (edges[0], edges[1], min(edges[2], wide), min(edges[3], high))
         part = Image.fromarray(overview).resize((box.width, box.height), Image.Resampling.BILINEAR, box=window)
         return np.asarray(part)
+
+    def _read(self, box: Box, scale: int) -> NDArray[np.uint8]:
+        """Read a tile: by averaging whole px of a level where they fit, which asks for no px beyond the tile; else as the models see it."""
+        info = self.reader.info
+        level = best_level(info.downsamples, scale)
+        step = scale / info.downsamples[level]
+        if step != int(step):
+            return read_region(self.reader, box, Lattice(1.0, float(scale)))
+        k = int(step)
+        width, height = info.level_sizes[level]
+        source = Box(box.x0 * k, box.y0 * k, min(box.x1 * k, width), min(box.y1 * k, height))
+        pixels = self.reader.read(level, source)
+        if k == 1:
+            return pixels
+        return np.asarray(Image.fromarray(pixels).reduce(k))  # its last row and column average what is there
 
     def _read_overview(self) -> None:
         """Read the whole slide once, coarsely: a slide of one level only."""

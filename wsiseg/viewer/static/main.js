@@ -9,6 +9,8 @@ const COLOURS = ['#d55e00', '#0072b2', '#009e73', '#f0e442', '#56b4e9', '#e69f00
 const MARKS_UM = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000];
 const STEP = 0.25; // of the view, per arrow key
 const POLL_MS = 1500;
+const REST_MS = 150; // without movement, before what lies around the view is fetched
+const AHEAD = 2; // tiles on each side
 const get = (id) => document.getElementById(id);
 
 const about = await getJson('slide').catch((error) => {
@@ -57,6 +59,7 @@ const view = {
 
 function go([x, y], closer = true) {
   const { viewport } = viewer;
+  hover(null); // what is under the pointer is another cell then
   if (closer && view.scale() < 0.8) viewport.zoomTo((1.2 * width) / get('viewer').clientWidth, null, true);
   viewport.panTo(new OpenSeadragon.Point(x / width, y / width), true);
   viewport.applyConstraints(true);
@@ -85,7 +88,7 @@ const panel = new Panel({
     overlay.recolour();
   },
 });
-const review = new Review({ change, go, tell, state: () => state }, hasScale ? about.mpp : 0.25);
+const review = new Review({ change, go, tell, state: () => state, mark: (ring) => overlay.mark(ring) }, hasScale ? about.mpp : 0.25);
 overlay.onCounts = () => {
   panel.inView = overlay.counts;
   panel.drawCounts();
@@ -111,11 +114,8 @@ async function take(fresh) {
     picture = state.picture;
     viewer.open(source());
   }
-  if (changed) {
-    await Promise.all([overlay.refresh(), count()]);
-  } else {
-    overlay.draw();
-  }
+  overlay.draw();
+  if (changed) await Promise.all([overlay.refresh(), count()]);
 }
 
 let counting = false, countAgain = false;
@@ -198,7 +198,8 @@ function drawSegmenting() {
 
 // --- clicks --------------------------------------------------------------------------------------------------------------------------
 
-async function clickAt(point, negative) {
+async function clickAt(point, opposite) {
+  const negative = opposite !== get('against').checked;
   if (!panel.chosen) return tell('Add a type first.', true);
   if (overlay.mode === 'density' && overlay.version) return tell('Zoom in until cells are outlined, then click.', true);
   const type = panel.chosen;
@@ -269,8 +270,9 @@ function showScale() {
   get('scale').textContent = um >= 1000 ? `${um / 1000} mm` : `${um} µm`;
 }
 
-let settled = 0;
+let settled = 0, resting = 0, moves = 0;
 function moved() {
+  moves += 1;
   overlay.draw();
   showScale();
   if (document.activeElement === get('viewer')) {
@@ -282,10 +284,36 @@ function moved() {
   settled = setTimeout(look, 40);
 }
 
+/** Fetch the tiles around the view into the browser's cache while nothing else is to do, the nearest first. */
+async function prefetch() {
+  const move = moves, still = () => move === moves && !overlay.busy;
+  const drawn = viewer.world.getItemAt(0)?.lastDrawn ?? [];
+  const level = Math.max(...drawn.map((tile) => tile.level)), shown = drawn.filter((tile) => tile.level === level);
+  if (!shown.length || shown.length > 60) return;
+  const range = (of) => [Math.min(...shown.map(of)), Math.max(...shown.map(of))];
+  const [left, right] = range((tile) => tile.x), [up, down] = range((tile) => tile.y), side = about.tile * 2 ** (top - level);
+  const around = [];
+  for (let y = Math.max(up - AHEAD, 0); y <= Math.min(down + AHEAD, Math.ceil(height / side) - 1); y += 1) {
+    for (let x = Math.max(left - AHEAD, 0); x <= Math.min(right + AHEAD, Math.ceil(width / side) - 1); x += 1) {
+      const away = Math.max(left - x, x - right, up - y, y - down);
+      if (away > 0) around.push([away, x, y]);
+    }
+  }
+  await overlay.prefetch(still);
+  for (const [, x, y] of around.sort((a, b) => a[0] - b[0])) {
+    if (!still()) return;
+    const picture = new Image();
+    picture.fetchPriority = 'low';
+    picture.src = source().getTileUrl(level, x, y);
+    await picture.decode().catch(() => {});
+  }
+}
+
 let looked = '';
 async function look() {
   if (!state) return;
-  overlay.refresh();
+  clearTimeout(resting);
+  overlay.refresh().then(() => { resting = setTimeout(prefetch, REST_MS); });
   const box = overlay.boxInView(), key = JSON.stringify(box);
   if (state.segmenting && !state.segmenting.all && key !== looked && box.x0 < box.x1 && box.y0 < box.y1) {
     looked = key;

@@ -4,10 +4,29 @@ import { getDensity, getOutlines, getTypes } from './server.js';
 
 const SQUARE = 2048; // level-0 px, as in cells.py
 const UNIT = 4;
+const PATCHES = 4; // patches along a side of a square: what is drawn, and drawn anew after a click, is hardly more than what is in view
+const PATCH = SQUARE / PATCHES;
 const MOST_SQUARES = 48; // in view; beyond, few cells on much glass: density
 const KEPT_SQUARES = 160;
 const BIN = 16; // screen px of a square of density
 const UNKNOWN = 255;
+
+/** Some cells of a square, drawn together; `paths` holds them by type once they were drawn. */
+class Patch {
+  constructor(x, y) {
+    [this.x0, this.y0, this.x1, this.y1] = [x, y, x + PATCH, y + PATCH];
+    this.cells = [];
+    this.paths = null;
+  }
+
+  add(cell, boxes) {
+    this.cells.push(cell);
+    this.x0 = Math.min(this.x0, boxes[4 * cell]);
+    this.y0 = Math.min(this.y0, boxes[4 * cell + 1]);
+    this.x1 = Math.max(this.x1, boxes[4 * cell + 2]);
+    this.y1 = Math.max(this.y1, boxes[4 * cell + 3]);
+  }
+}
 
 class Square {
   constructor(column, row, data) {
@@ -34,7 +53,11 @@ class Square {
       }
       this.boxes.set([left, top, right, bottom], 4 * cell);
     }
-    this.paths = null;
+    this.patches = Array.from({ length: PATCHES * PATCHES }, (_, k) => new Patch(this.x + (k % PATCHES) * PATCH, this.y + Math.floor(k / PATCHES) * PATCH));
+    for (let cell = 0; cell < data.corners.length; cell += 1) {
+      const place = (k, corner) => Math.max(0, Math.min(PATCHES - 1, Math.floor(((this.boxes[4 * cell + k] + this.boxes[4 * cell + k + 2]) / 2 - corner) / PATCH)));
+      this.patches[place(1, this.y) * PATCHES + place(0, this.x)].add(cell, this.boxes);
+    }
   }
 
   trace(path, cell) {
@@ -85,6 +108,7 @@ export class Overlay {
     this.state = null;
     this.kindsKey = '';
     this.draft = null;
+    this.marked = null;
     this.crosshair = false;
     this.counts = null; // of the view, by kind
     this.onCounts = () => {};
@@ -122,7 +146,7 @@ export class Overlay {
   }
 
   recolour() {
-    for (const square of this.squares.values()) square.paths = null;
+    for (const square of this.squares.values()) for (const patch of square.patches) patch.paths = null;
     this.draw();
   }
 
@@ -152,8 +176,7 @@ export class Overlay {
 
   /** Ask for what the view needs; the answer to an older question is dropped. One question at a time. */
   async refresh() {
-    this.draw();
-    if (!this.version) return;
+    if (!this.version) return this.draw();
     this.wanted = true;
     if (this.busy) return;
     this.busy = true;
@@ -167,6 +190,7 @@ export class Overlay {
     } finally {
       this.busy = false;
     }
+    return undefined;
   }
 
   async load() {
@@ -188,10 +212,11 @@ export class Overlay {
           await Promise.all(missing.map(([column, row]) => this.fetchSquare(version, column, row)));
           if (version !== this.version) return;
         }
-        this.take(types);
+        const changed = this.take(types), other = this.mode !== 'outlines' || missing.length > 0;
         this.mode = 'outlines';
         this.forget(squares);
-        this.recolour();
+        if (changed) this.recolour();
+        else if (other) this.draw();
         return;
       }
     }
@@ -207,8 +232,10 @@ export class Overlay {
 
   take(types) {
     const counts = new Array(this.state.kinds.length).fill(0);
+    let changed = false;
     for (let k = 0; k < types.rows.length; k += 1) {
       const row = types.rows[k];
+      changed ||= this.codes[row] !== types.codes[k] || this.scores[row] !== types.scores[k] || this.margins[row] !== types.margins[k];
       this.codes[row] = types.codes[k];
       this.scores[row] = types.scores[k];
       this.margins[row] = types.margins[k];
@@ -216,6 +243,7 @@ export class Overlay {
     }
     this.counts = { counts, whole: types.whole };
     this.onCounts();
+    return changed;
   }
 
   countDensity(area) {
@@ -236,6 +264,21 @@ export class Overlay {
       return null;
     });
     if (data && version === this.version) this.squares.set(`${column}/${row}`, new Square(column, row, data));
+  }
+
+  /** Fetch the squares around those in view, one after the other, until the view moves: the next pan finds them. */
+  async prefetch(still) {
+    if (this.mode !== 'outlines' || !this.version) return;
+    const version = this.version, box = this.boxInView(), [columns, rows] = this.state.cells.grid;
+    const inside = this.squaresInView(box);
+    if (!inside.length || inside.length > 12) return;
+    const [left, top] = inside[0], [right, bottom] = inside[inside.length - 1];
+    for (let row = Math.max(top - 1, 0); row <= Math.min(bottom + 1, rows - 1); row += 1) {
+      for (let column = Math.max(left - 1, 0); column <= Math.min(right + 1, columns - 1); column += 1) {
+        if (!still() || version !== this.version) return;
+        if (!this.squares.has(`${column}/${row}`)) await this.fetchSquare(version, column, row).catch(() => {});
+      }
+    }
   }
 
   forget(needed) {
@@ -274,6 +317,12 @@ export class Overlay {
     return found;
   }
 
+  /** Show one outline besides all others, that of the cell under review. */
+  mark(ring) {
+    this.marked = ring;
+    this.draw();
+  }
+
   draw() {
     if (this.frame) return;
     this.frame = requestAnimationFrame(() => {
@@ -298,6 +347,7 @@ export class Overlay {
         if (this.mode === 'density') this.paintDensity();
         else this.paintOutlines(px, box);
       }
+      if (this.marked) this.paintRing(this.marked, px);
       this.paintRegions(px);
       if (this.shown.marks) this.paintClicks(px, box);
     }
@@ -307,41 +357,57 @@ export class Overlay {
   paintOutlines(px, box) {
     const { context } = this;
     for (const square of this.squares.values()) {
-      if (square.x > box.x1 || square.y > box.y1 || square.x + SQUARE < box.x0 || square.y + SQUARE < box.y0) continue;
-      if (!square.paths) this.group(square);
-      for (const [code, path] of square.paths) {
-        const colour = code === UNKNOWN ? '#808080' : this.state.kinds[code]?.color ?? '#808080';
-        if (this.shown.fill && code !== UNKNOWN && code !== 0) {
-          context.globalAlpha = 0.28;
-          context.fillStyle = colour;
-          context.fill(path);
+      for (const patch of square.patches) {
+        if (patch.x0 > box.x1 || patch.y0 > box.y1 || patch.x1 < box.x0 || patch.y1 < box.y0) continue;
+        if (!patch.paths) this.group(square, patch);
+        for (const [code, path] of patch.paths) {
+          const colour = code === UNKNOWN ? '#808080' : this.state.kinds[code]?.color ?? '#808080';
+          if (this.shown.fill && code !== UNKNOWN && code !== 0) {
+            context.globalAlpha = 0.28;
+            context.fillStyle = colour;
+            context.fill(path);
+          }
+          context.globalAlpha = 1;
+          context.strokeStyle = colour;
+          context.lineWidth = (code === 0 || code === UNKNOWN ? 1.5 : 2) * px;
+          context.stroke(path);
         }
-        context.globalAlpha = 1;
-        context.strokeStyle = colour;
-        context.lineWidth = (code === 0 || code === UNKNOWN ? 1 : 2) * px;
-        context.stroke(path);
       }
     }
     if (this.hovered) {
       const path = new Path2D();
       this.hovered.square.trace(path, this.hovered.cell);
-      context.lineWidth = 5 * px;
-      context.strokeStyle = '#ffffff';
-      context.stroke(path);
-      context.lineWidth = 2.5 * px;
-      context.strokeStyle = '#111111';
-      context.stroke(path);
+      this.strokeTwice(path, px, 2.5);
     }
   }
 
-  group(square) {
-    square.paths = new Map();
-    for (let cell = 0; cell < square.rows.length; cell += 1) {
+  paintRing(ring, px) {
+    const path = new Path2D();
+    ring.forEach(([x, y], k) => (k ? path.lineTo(x, y) : path.moveTo(x, y)));
+    path.closePath();
+    this.strokeTwice(path, px, 3);
+  }
+
+  /** Black on white shows on every slide and colour. */
+  strokeTwice(path, px, thick) {
+    const { context } = this;
+    context.globalAlpha = 1;
+    context.lineWidth = 2 * thick * px;
+    context.strokeStyle = '#ffffff';
+    context.stroke(path);
+    context.lineWidth = thick * px;
+    context.strokeStyle = '#111111';
+    context.stroke(path);
+  }
+
+  group(square, patch) {
+    patch.paths = new Map();
+    for (const cell of patch.cells) {
       const row = square.rows[cell];
       if (!this.isShown(row)) continue;
       const code = this.codes[row];
-      if (!square.paths.has(code)) square.paths.set(code, new Path2D());
-      square.trace(square.paths.get(code), cell);
+      if (!patch.paths.has(code)) patch.paths.set(code, new Path2D());
+      square.trace(patch.paths.get(code), cell);
     }
   }
 

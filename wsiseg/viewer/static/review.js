@@ -27,7 +27,9 @@ export class Review {
   async start() {
     this.cells = [];
     await this.next();
-    if (this.active) get('keep').focus();
+    if (!this.active) return;
+    get('card').scrollIntoView({ block: 'nearest' });
+    get('keep').focus();
   }
 
   async next() {
@@ -42,6 +44,7 @@ export class Review {
     this.cell = this.cells.shift() ?? null;
     get('card').hidden = !this.cell;
     get('card').dataset.row = this.cell?.row ?? '';
+    this.act.mark(this.cell?.ring ?? null);
     if (!this.cell) {
       this.act.tell('No more cells to review here.');
       return;
@@ -49,8 +52,19 @@ export class Review {
     const kind = this.act.state().kinds[this.cell.kind].name;
     get('verdict').textContent = `${kind}: score ${this.cell.score.toFixed(2)}, margin ${this.cell.margin.toFixed(2)}`;
     get('crop').setAttribute('aria-label', `The cell under review, at ${this.cell.point}, typed ${kind}`);
+    get('others').replaceChildren(...this.act.state().types.filter((type) => type.name !== kind).map((type) => this.button(type)));
     this.act.go(this.cell.point);
     this.paint(this.cell); // not waited for: the outline is in the view already
+  }
+
+  button(type) {
+    const made = document.createElement('button'), swatch = document.createElement('span');
+    made.type = 'button';
+    swatch.className = 'swatch';
+    swatch.style.backgroundColor = type.color;
+    made.append(swatch, type.name);
+    made.addEventListener('click', () => this.give(type.name));
+    return made;
   }
 
   async paint(cell) {
@@ -120,6 +134,7 @@ export class Review {
 
   stop() {
     this.cell = null;
+    this.act.mark(null);
     get('card').hidden = true;
     get('review').focus();
   }
