@@ -80,6 +80,7 @@ def make_view_run(folder: Path, *, name: str = "slide") -> Path:
         "status": "complete",
         "run_hash": "0",
         "parts_hash": "0",
+        "folder": str(run),
         "slide": {"path": str(slide), "reader": "image", "format": "png", "size_px0": [WIDTH, HEIGHT], "mpp": 0.5}
         | {"mpp_source": "--mpp", "bounds": None, "searched_mm2": 0.2},
         "model": {"name": "nuclei-compact", "sha256": file_hash(find_weights("nuclei-compact")[1])},
@@ -162,6 +163,7 @@ def copied(template: Path, folder: Path) -> Path:
     shutil.copytree(template.parent, folder, dirs_exist_ok=True)
     manifest = json.loads((folder / "run/manifest.json").read_text())
     manifest["slide"]["path"] = str(folder / "slide.png")
+    manifest["folder"] = str(folder / "run")
     (folder / "run/manifest.json").write_text(json.dumps(manifest))
     return folder / "run"
 

@@ -26,6 +26,7 @@ get('facts').textContent = `${width} × ${height} px${hasScale ? `, ${about.mpp.
 
 let state = null;
 let picture = 0;
+let pointer = null; // the last event of it over the slide
 
 // --- the slide ---------------------------------------------------------------------------------------------------------------------
 
@@ -90,6 +91,7 @@ const panel = new Panel({
 });
 const review = new Review({ change, go, tell, state: () => state, mark: (ring) => overlay.mark(ring) }, hasScale ? about.mpp : 0.25);
 overlay.onCounts = () => {
+  if (pointer) hover(pointer); // the cell may have another type by now
   panel.inView = overlay.counts;
   panel.drawCounts();
 };
@@ -229,8 +231,10 @@ get('viewer').addEventListener('contextmenu', (event) => {
   pressAt(view.place(event), true);
 });
 
+
 function hover(event) {
   const tip = get('hover');
+  pointer = event;
   if (!event || !state) {
     overlay.hover(null);
     tip.hidden = true;
