@@ -235,6 +235,8 @@ def test_other_sites_are_refused(client: Client) -> None:
     ):
         assert client.ask("do", "POST", body, kind | headers)[0] == 403, headers
         assert client.ask("state", headers=headers)[0] == 403
+    followed = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Dest": "document"}  # a link to the page, with its token
+    assert client.ask("", headers=followed)[0] == 200
     own = {"Origin": f"http://127.0.0.1:{client.port}", "Sec-Fetch-Site": "same-origin"}
     assert client.ask("do", "POST", body, kind | own)[0] == 200
     for other in ("text/plain", "application/x-www-form-urlencoded", ""):  # what a form of another site can send
@@ -497,6 +499,41 @@ def test_undo_and_redo_and_a_cell_has_one_type(client: Client) -> None:
     redone = client.post("do", {"kind": "redo"})[1]
     assert redone["canRedo"]
     assert client.click("immune", centre(1))[1]["canRedo"] is False
+
+
+def test_a_view_of_many_cells_is_typed_alone_and_the_slide_estimated(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More cells than are typed at once: the answers say so, the clicked cells are what they were clicked as, the estimates are near."""
+    for module in ("preview", "page"):
+        monkeypatch.setattr(f"wsiseg.viewer.{module}.VIEW_CELLS", 300)
+    monkeypatch.setattr("wsiseg.viewer.preview.SAMPLE", 600)
+    clicked(client)
+
+    def types(x0: int, y0: int, x1: int, y1: int) -> tuple[list[int], np.ndarray, np.ndarray]:
+        content = client.ask(f"types?x0={x0}&y0={y0}&x1={x1}&y1={y1}")[1]
+        count = int(np.frombuffer(content, "<u4", 1)[0])
+        head = np.frombuffer(content, "<u4", 3).tolist()
+        return head, np.frombuffer(content, "<u4", count, 12), np.frombuffer(content, "u1", count, 12 + 4 * count)
+
+    head, rows, codes = types(0, 0, 300, 300)
+    assert head == [225, 225, 0]
+    assert (codes == rows % (WIDTH // STEP) % KINDS + 1).mean() > 0.97  # the row of the lattice has 50 cells
+    assert codes[rows.tolist().index(0)] == 1
+    head, rows, codes = types(0, 0, WIDTH, HEIGHT)
+    assert head == [300, 2000, 0]
+    assert (np.diff(rows) > 0).all()
+    counts = client.get("counts")
+    assert not counts["whole"]
+    assert abs(sum(counts["counts"].values()) - 2000) <= 2
+    assert all(abs(counts["counts"][name] - 2000 / 3) < 120 for name in ("tumour", "immune", "stroma"))
+    content = client.ask(f"density?x0=0&y0=0&x1={WIDTH}&y1={HEIGHT}&columns=4&lines=4")[1]
+    assert abs(int(np.frombuffer(content, "<u4", offset=16).sum()) - 2000) < 60
+    assert len(client.get("review")["cells"]) == 20
+    client.post("apply", {})
+    assert client.wait(lambda state: not state["applying"])["applied"]
+    assert client.get("counts")["whole"]
+    assert types(0, 0, WIDTH, HEIGHT)[0] == [300, 2000, 1]
 
 
 def test_a_click_beside_every_cell_is_refused_with_the_nearest(client: Client, run: Path) -> None:

@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_POLL_S = 1.0  #: between looks at a block that another process works on
+
 
 @dataclass(frozen=True)
 class _Place:
@@ -175,7 +177,10 @@ class OnDemand:
     def _segment(self, place: _Place) -> None:
         block = place.block
         context = self.run.context
-        if context.claims.busy([block.name]):  # another process is at it: look again with the next view
+        if context.claims.busy([block.name]):  # another process is at it: see later whether it has finished
+            with self._wake:
+                self._queue.append(place)
+            self._stop.wait(_POLL_S)
             return
         self._now = block.name
         try:

@@ -24,6 +24,7 @@ import orjson
 
 from wsiseg.errors import SeedsError, WsisegError
 from wsiseg.runtime.text import first_line
+from wsiseg.viewer.tiles import GREY_TILE
 
 if TYPE_CHECKING:
     import socket
@@ -191,7 +192,8 @@ class _Handler(BaseHTTPRequestHandler):
         origin = self.headers.get("Origin")
         if origin is not None and origin != f"http://{self.headers['Host']}":
             raise _Refused(HTTPStatus.FORBIDDEN, "refused: the request comes from another site")
-        if self.headers.get("Sec-Fetch-Site", "none") not in ("same-origin", "none"):
+        followed = self.headers.get("Sec-Fetch-Dest") == "document"  # a link to the page, which its token guards
+        if self.headers.get("Sec-Fetch-Site", "none") not in ("same-origin", "none") and not followed:
             raise _Refused(HTTPStatus.FORBIDDEN, "refused: the request comes from another site")
         parts = urlsplit(self.path)
         token, _, name = parts.path.lstrip("/").partition("/")
@@ -208,7 +210,7 @@ class _Handler(BaseHTTPRequestHandler):
         page = self.server.page
         route, *rest = name.split("/")
         routes: dict[tuple[str, int], Callable[[], tuple[bytes, str, str]]] = {
-            ("tile", 3): lambda: (self._tile(*(int(part) for part in rest)), _JPEG, _KEEP),
+            ("tile", 3): lambda: self._tile(*(int(part) for part in rest)),
             ("outlines", 3): lambda: (page.outlines(rest[0], int(rest[1]), int(rest[2])), _BINARY, _KEEP),
             ("crop", 0): lambda: (self._crop(query), _JPEG, _KEEP),
             ("types", 0): lambda: (page.types(_box(query)), _BINARY, _DROP),
@@ -229,11 +231,9 @@ class _Handler(BaseHTTPRequestHandler):
         except (ValueError, KeyError, OverflowError) as error:
             raise _Refused(HTTPStatus.BAD_REQUEST, f"refused: not a request of the page ({str(error)[:80]})") from error
 
-    def _tile(self, zoom: int, column: int, row: int) -> bytes:
+    def _tile(self, zoom: int, column: int, row: int) -> tuple[bytes, str, str]:
         tile = self.server.page.tiles.tile(zoom, column, row)
-        if tile is None:
-            raise LookupError("the overview is being read")
-        return tile
+        return (GREY_TILE, _JPEG, _DROP) if tile is None else (tile, _JPEG, _KEEP)
 
     def _crop(self, query: dict[str, str]) -> bytes:
         side = min(max(float(query["side"]), 8.0), 4096.0)

@@ -157,3 +157,6 @@ def jpeg(pixels: NDArray[np.uint8]) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "JPEG", quality=QUALITY)
     return buffer.getvalue()
+
+
+GREY_TILE = jpeg(np.full((TILE, TILE, 3), 230, np.uint8))  #: in place of a tile that is not known yet

@@ -339,7 +339,7 @@ viewer.addHandler('open', async () => {
   document.documentElement.dataset.ready = 'yes';
 });
 viewer.addHandler('open-failed', (event) => tell(`The slide cannot be shown: ${event.message}`, true));
-viewer.addHandler('tile-load-failed', (event) => { if (picture) tell(`Some of the slide cannot be read: ${event.message}`, true); });
+viewer.addHandler('tile-load-failed', (event) => { tell(`Some of the slide cannot be read: ${event.message}`, true); });
 
 // --- buttons -------------------------------------------------------------------------------------------------------------------------
 
