@@ -434,7 +434,7 @@ def test_apply_is_wsiseg_type_byte_for_byte(
     client: Client, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, here: int
 ) -> None:
     """What the page shows before, what Apply writes and what `wsiseg type` writes are the same; seeds.json is what was clicked."""
-    monkeypatch.setattr("wsiseg.viewer.page.TYPED_HERE", here)
+    monkeypatch.setattr("wsiseg.viewer.applying.TYPED_HERE", here)
     clicked(client)
     before = client.get("counts")
     assert before["whole"]
@@ -468,7 +468,7 @@ def test_apply_is_wsiseg_type_byte_for_byte(
 def test_what_goes_wrong_with_apply_is_said_in_one_line(
     client: Client, run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("wsiseg.viewer.page.TYPED_HERE", 0)
+    monkeypatch.setattr("wsiseg.viewer.applying.TYPED_HERE", 0)
     clicked(client)
     manifest = json.loads((run / "manifest.json").read_text())
     (run / "manifest.json").write_text(json.dumps(manifest | {"model": {"name": "x", "sha256": "0"}}))

@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import logging
-import subprocess
-import sys
 import threading
-import time
-from dataclasses import asdict, replace
-from functools import lru_cache
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -21,17 +16,16 @@ import shapely
 from wsiseg.config import CHAINED, from_mapping
 from wsiseg.errors import RunError, SeedsError, WsisegError
 from wsiseg.formats import FILE_NAMES
+from wsiseg.formats.regions import regions_geojson
 from wsiseg.formats.seed_rules import PALETTE, file_name
 from wsiseg.formats.seeds import check_seeds, read_seeds
 from wsiseg.models import load_types
 from wsiseg.records import UNASSIGNED, SeedType
-from wsiseg.report.page import write_report
 from wsiseg.runs.manifest import FINISHED, Status
-from wsiseg.runs.retype import type_run
 from wsiseg.runtime.atomic import atomic_path
 from wsiseg.runtime.claims import Claims
-from wsiseg.runtime.text import first_line
 from wsiseg.seeds.matching import describe_nearest
+from wsiseg.viewer.applying import Applying, is_typed_with, typed_hash
 from wsiseg.viewer.cells import CellStore, stored_cells, table_version
 from wsiseg.viewer.preview import VIEW_CELLS, Preview, TypedRows, thinned
 from wsiseg.viewer.session import PageState, Point, Session, palette_change, point_of
@@ -56,7 +50,6 @@ SESSION_NAME, SEEDS_NAME, REGIONS_NAME = "view.json", "seeds.json", "regions.geo
 CLAIM = "view"  #: the claim of a page on the folder of its run: two pages would write one session
 FIRST_TYPES = ("tumour", "immune", "stroma")  #: of a page without any: names to begin with, to be renamed
 REVIEWED_AT_ONCE = 20  #: cells that are sent for review in one answer
-TYPED_HERE = 100_000  #: cells that Apply types in the server's own process: below half a GB and some seconds
 _GREY = "#808080"
 
 
@@ -91,14 +84,13 @@ class SlidePage:
     ) -> None:
         self.reader, self.tiles, self.folder, self.on_demand = reader, tiles, folder, on_demand
         self.slide = file_name(reader.info.path)
-        self._lock = threading.RLock()
+        self._lock, self._refreshing = threading.RLock(), threading.Lock()
         self._store: CellStore | None = None
         self._preview: Preview | None = None
         self._read_manifest: tuple[str, Manifest | None] = ("", None)
         self._has_table = False  # the cells are those of a finished run
         self._applied: set[str] = set()
-        self.applying = False
-        self.apply_error = ""
+        self.applying = Applying(Path(reader.info.path), self.refresh)
         self.notices: list[str] = []
         self._claims = Claims(folder.parts)
         self._claim()
@@ -139,7 +131,7 @@ class SlidePage:
         if manifest is not None and manifest.seeds:
             with contextlib.suppress(WsisegError, OSError):
                 found, _ = check_seeds(read_seeds(Path(manifest.seeds)), self.reader.info)
-                if all(_is_typed_with(kind, manifest) for kind in found.types):
+                if all(is_typed_with(kind, manifest) for kind in found.types):
                     self._applied.add(PageState(found.types).text(self.slide))
                     return found.types
         names = (
@@ -160,9 +152,14 @@ class SlidePage:
 
     # --- the cells ----------------------------------------------------------------------------------------------------------------
 
-    def refresh(self) -> None:
-        """Take the cells of the folder as they are now: another process may have finished, typed or replaced the run."""
-        with self._lock:
+    def refresh(self, *, wait: bool = True) -> None:
+        """Take the cells of the folder as they are now: another process may have finished, typed or replaced the run.
+
+        Requests are answered from the cells before while a table is read. Without ``wait``, nothing is done if another thread is reading.
+        """
+        if not self._refreshing.acquire(blocking=wait):
+            return
+        try:
             table = self.folder.path / FILE_NAMES["parquet"]
             version = table_version(table)
             if self.on_demand is not None and not (version and self._is_finished()):
@@ -170,10 +167,8 @@ class SlidePage:
                 if store is not None and store is not self._store:
                     self._take(store, self.on_demand.preview(store))
                 return
-            if not version or (self._store is not None and self._store.version == version):
-                return
-            manifest = self.folder.manifest()
-            if manifest is None:
+            manifest = self._manifest()
+            if not version or manifest is None or (self._store is not None and self._store.version == version):
                 return
             config = from_mapping(manifest.config, str(self.folder.manifest_path))
             info = self.reader.info
@@ -182,9 +177,12 @@ class SlidePage:
             self._has_table = True
             if self.on_demand is not None:  # the run has come to its end, here or in another process
                 self.on_demand.close()
+        finally:
+            self._refreshing.release()
 
     def _take(self, store: CellStore, preview: Preview) -> None:
-        self._store, self._preview = store, preview
+        with self._lock:
+            self._store, self._preview = store, preview
 
     def _manifest(self) -> Manifest | None:
         """The manifest, read again when its file is another."""
@@ -226,7 +224,10 @@ class SlidePage:
         if not text or text in self._applied:
             return self.on_demand is None or self._has_table or not text
         manifest = self._manifest()
-        if manifest is None or not manifest.retyped:
+        current = self._store is not None and self._store.version == table_version(
+            self.folder.path / FILE_NAMES["parquet"]
+        )
+        if manifest is None or not manifest.retyped or not current:  # the new table is being read
             return False
         return manifest.run_hash == typed_hash(text, json.dumps(manifest.config, sort_keys=True), manifest.parts_hash)
 
@@ -420,8 +421,8 @@ class SlidePage:
                 else {"version": store.version, "count": len(store), "grid": list(store.grid)},
                 "reach": 0 if self._preview is None else self._preview.reach_px0,
                 "applied": self.is_applied,
-                "applying": self.applying,
-                "applyError": self.apply_error,
+                "applying": self.applying.running,
+                "applyError": self.applying.error,
                 "cannotApply": self._cannot_apply(),
                 "notices": self.notices,
                 "picture": self.tiles.version,
@@ -525,19 +526,7 @@ class SlidePage:
         rings = self.session.state.regions
         if not rings:
             raise SeedsError("no region is drawn yet; draw one first")
-        left, top = self.reader.info.bounds[:2] if self.reader.info.bounds else (0, 0)
-        features = [
-            {
-                "type": "Feature",
-                "geometry": {
-                    "type": "Polygon",
-                    "coordinates": [[[round(x - left, 2), round(y - top, 2)] for x, y in (*ring, ring[0])]],
-                },
-                "properties": {"objectType": "annotation", "name": f"region {number + 1}"},
-            }
-            for number, ring in enumerate(rings)
-        ]
-        return json.dumps({"type": "FeatureCollection", "features": features}, indent=1) + "\n"
+        return regions_geojson(rings, self.reader.info)
 
     def save(self) -> list[str]:
         """Write seeds.json, and the regions if there are any, into the folder of the run; paths of the files written."""
@@ -568,48 +557,8 @@ class SlidePage:
         if reason:
             raise RunError(f"{self.folder.path}: {reason}; press Segment the rest, or use wsiseg run")
         with self._lock:
-            if self.applying:
+            if self.applying.running:
                 raise RunError("the clicks are being applied; wait for the end")
             self.seeds_text()
             self.save()
-            self.applying, self.apply_error = True, ""
-        threading.Thread(target=self._apply, name="wsiseg-apply", daemon=False).start()
-
-    def _apply(self) -> None:
-        started = time.perf_counter()
-        try:
-            self._type_run()
-            self.refresh()
-        except (WsisegError, MemoryError, OSError) as error:
-            self.apply_error = first_line(error)
-        finally:
-            self.applying = False
-            logger.info("%s: applied in %.1f s %s", self.folder.path, time.perf_counter() - started, self.apply_error)
-
-    def _type_run(self) -> None:
-        """Type the run and write its report: here, or for many cells in a process of its own, which gives its memory back at the end."""
-        seeds, run = self.folder.path / SEEDS_NAME, self.folder.path
-        if len(self._cells()[0]) <= TYPED_HERE:
-            type_run(run, seeds=seeds)
-            write_report(run, slide=Path(self.reader.info.path))
-            return
-        command = [sys.executable, "-m", "wsiseg", "type", str(run), "--seeds", str(seeds)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            lines = done.stderr.strip().splitlines() or [f"`wsiseg type` ended with status {done.returncode}"]
-            raise RunError(lines[-1].removeprefix("Error: "))
-
-
-@lru_cache(maxsize=32)
-def typed_hash(text: str, config: str, parts_hash: str) -> str:
-    """The hash of a run that `wsiseg type` has typed with seeds of this text (runs/retype.py); ``config`` is that of its manifest, as JSON."""
-    typing = from_mapping(json.loads(config), "manifest.json").typing
-    clicked = hashlib.sha256(text.encode()).hexdigest()
-    return hashlib.sha256(json.dumps(["type", parts_hash, clicked, asdict(typing)]).encode()).hexdigest()[:16]
-
-
-def _is_typed_with(kind: SeedType, manifest: Manifest) -> bool:
-    """Whether the run was typed with just these clicks of a type: its manifest has them, the file may have changed since."""
-    noted = manifest.typing.get("types", {}).get(kind.name, {})
-    clicks = np.round(np.array(kind.points, float).reshape(-1, 2), 2).tolist()
-    return bool(clicks) and noted.get("clicks") == clicks and noted.get("negative") == len(kind.negative)
+            self.applying.start(self.folder.path, self.folder.path / SEEDS_NAME, len(self._cells()[0]))

@@ -108,7 +108,7 @@ class PageServer(ThreadingHTTPServer):
         now = time.monotonic()
         if now - self._looked >= TOO_SOON_S:
             self._looked = now
-            self.page.refresh()
+            self.page.refresh(wait=False)
 
     def process_request(self, request: Any, client_address: Any) -> None:  # noqa: ANN401
         """Start a thread, or refuse when too many are at work."""
