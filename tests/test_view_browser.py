@@ -353,10 +353,12 @@ def test_names_are_text_and_panels_work(browser: Any, address: str) -> None:
 
 def test_nothing_is_lost_when_the_server_is_killed(browser: Any, run: Path) -> None:
     served = Served(run)
-    window = Window(browser, served.address)
-    window.click(67, 82)
-    points = window.state()["types"][0]["points"]
-    served.kill()
+    try:
+        window = Window(browser, served.address)
+        window.click(67, 82)
+        points = window.state()["types"][0]["points"]
+    finally:
+        served.kill()
     window.page.mouse.click(*window.position(271, 271))
     window.wait("document.getElementById('status').textContent.includes('does not answer')")
     with served_here(run) as again:
