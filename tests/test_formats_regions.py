@@ -12,7 +12,7 @@ import shapely
 
 from wsiseg.errors import FormatError
 from wsiseg.formats.outlines import Outlines, read_side
-from wsiseg.formats.regions import read_regions
+from wsiseg.formats.regions import read_regions, regions_geojson
 from wsiseg.records import SlideInfo
 
 if TYPE_CHECKING:
@@ -225,3 +225,17 @@ def test_true_and_false_are_not_coordinates(tmp_path: Path) -> None:
     path = write(tmp_path / "roi.geojson", feature([[0, 0], [True, 9], [9, False], [0, 0]]))
     with pytest.raises(FormatError, match=r"coordinates are not rings of \[x, y\] positions"):
         read_regions(path, INFO)
+
+
+def test_written_regions_are_read_as_they_were_drawn(tmp_path: Path) -> None:
+    """Also on a slide with bounds, which the file counts from."""
+    rings = [[(110.25, 120), (300, 120), (300, 400.5)], [(500, 500), (600, 500), (600, 600), (500, 600)]]
+    info = replace(INFO, bounds=(100, 50, 800, 700))
+    (tmp_path / "r.geojson").write_text(regions_geojson(rings, info))
+    region, notes = read_regions(tmp_path / "r.geojson", info)
+    assert shapely.equals(region, shapely.union_all([shapely.Polygon(ring) for ring in rings]))
+    assert notes == []
+    assert json.loads((tmp_path / "r.geojson").read_text())["features"][0]["geometry"]["coordinates"][0][0] == [
+        10.25,
+        70,
+    ]

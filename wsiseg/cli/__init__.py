@@ -20,6 +20,7 @@ COMMANDS = {
     "report": "Write the report of a run as one HTML page.",
     "type": "Re-type a finished run with other clicks.",
     "info": "Show a slide's metadata and a run estimate.",
+    "view": "Click cells of a slide in the browser.",
     "seeds": "Check, convert and preview files of clicks.",
     "models": "List, check, import and download models.",
     "export": "Write a run's cells for other programs.",

@@ -8,6 +8,7 @@ Specification: https://datatracker.ietf.org/doc/html/rfc7946
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING
 
 import shapely
@@ -18,6 +19,7 @@ from wsiseg.formats.json_documents import class_name, iter_features, read_texts
 from wsiseg.runtime.text import parse_json
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from wsiseg.records import SlideInfo
@@ -144,3 +146,28 @@ def _on_slide(drawn: list[shapely.Geometry], path: Path, info: SlideInfo) -> sha
             "coordinates are level-0 px; check that the file belongs to this slide"
         )
     return parts[0] if len(parts) == 1 else shapely.MultiPolygon(list(parts))
+
+
+def regions_geojson(rings: Sequence[Sequence[tuple[float, float]]], info: SlideInfo) -> str:
+    """Regions as the text of a GeoJSON file that :func:`read_regions` and QuPath read.
+
+    Parameters
+    ----------
+    rings
+        Corners of each region, absolute level-0 px, not closed.
+    info
+        The slide: its bounds are subtracted.
+    """
+    left, top = (0, 0) if info.bounds is None else info.bounds[:2]
+    features = [
+        {
+            "type": "Feature",
+            "geometry": {
+                "type": "Polygon",
+                "coordinates": [[[round(x - left, 2), round(y - top, 2)] for x, y in (*ring, ring[0])]],
+            },
+            "properties": {"objectType": "annotation", "name": f"{UNNAMED} {number + 1}"},
+        }
+        for number, ring in enumerate(rings)
+    ]
+    return json.dumps({"type": "FeatureCollection", "features": features}, indent=1) + "\n"

@@ -1,0 +1,451 @@
+// The page: the slide under OpenSeadragon, what is drawn over it, the panel, and what keys and clicks do.
+
+import { getJson, postJson } from './server.js';
+import { Overlay } from './overlay.js';
+import { Panel } from './panel.js';
+import { Review } from './review.js';
+
+const COLOURS = ['#d55e00', '#0072b2', '#009e73', '#f0e442', '#56b4e9', '#e69f00', '#cc79a7', '#000000']; // Okabe and Ito
+const MARKS_UM = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000];
+const STEP = 0.25; // of the view, per arrow key
+const POLL_MS = 1500;
+const REST_MS = 150; // without movement, before what lies around the view is fetched
+const AHEAD = 2; // tiles on each side
+const get = (id) => document.getElementById(id);
+
+const about = await getJson('slide').catch((error) => {
+  get('slide').textContent = error.message;
+  throw error;
+});
+const [width, height] = about.size;
+const hasScale = Number.isFinite(about.mpp);
+get('slide').textContent = about.slide;
+get('slide').title = about.folder;
+document.title = `${about.slide} – wsiseg`;
+get('facts').textContent = `${width} × ${height} px${hasScale ? `, ${about.mpp.toFixed(3)} µm per px` : ''}`;
+
+let state = null;
+let picture = 0;
+let pointer = null; // the last event of it over the slide
+
+// --- the slide ---------------------------------------------------------------------------------------------------------------------
+
+const top = Math.ceil(Math.log2(Math.max(width, height)));
+const source = () => ({
+  width, height, tileSize: about.tile, tileOverlap: 0, maxLevel: top, minLevel: top - about.zooms + 1,
+  getTileUrl: (level, x, y) => `tile/${top - level}/${x}/${y}${picture ? `?${picture}` : ''}`,
+});
+const viewer = OpenSeadragon({
+  element: get('viewer'), tileSources: source(), drawer: 'canvas', showNavigationControl: false, keyboardNavEnabled: false,
+  gestureSettingsMouse: { clickToZoom: false, dblClickToZoom: false }, gestureSettingsTouch: { clickToZoom: false, dblClickToZoom: false },
+  gestureSettingsPen: { clickToZoom: false, dblClickToZoom: false },
+  animationTime: 0.25, springStiffness: 10, visibilityRatio: 0.3, maxZoomPixelRatio: 8, imageLoaderLimit: 4, minZoomImageRatio: 0.8,
+  immediateRender: true, maxImageCacheCount: 120,
+});
+viewer.canvas.removeAttribute?.('tabindex'); // the element around it takes the focus
+viewer.container.querySelectorAll('[tabindex]').forEach((inner) => inner.setAttribute('tabindex', '-1'));
+
+const view = {
+  element: get('viewer'),
+  scale: () => (get('viewer').clientWidth * viewer.viewport.getZoom(true)) / width, // screen px per level-0 px
+  box: () => {
+    const bounds = viewer.viewport.getBounds(true);
+    return { x0: bounds.x * width, y0: bounds.y * width, x1: (bounds.x + bounds.width) * width, y1: (bounds.y + bounds.height) * width };
+  },
+  place: (event) => {
+    const frame = get('viewer').getBoundingClientRect(), box = view.box(), scale = view.scale();
+    return [box.x0 + (event.clientX - frame.left) / scale, box.y0 + (event.clientY - frame.top) / scale];
+  },
+};
+
+function go([x, y], closer = true) {
+  const { viewport } = viewer;
+  hover(null); // what is under the pointer is another cell then
+  if (closer && view.scale() < 0.8) viewport.zoomTo((1.2 * width) / get('viewer').clientWidth, null, true);
+  viewport.panTo(new OpenSeadragon.Point(x / width, y / width), true);
+  viewport.applyConstraints(true);
+}
+
+// --- messages ------------------------------------------------------------------------------------------------------------------------
+
+let silence = 0;
+function tell(text, bad = false) {
+  get('status').textContent = text;
+  get('status').classList.toggle('bad', bad);
+  clearTimeout(silence);
+  silence = setTimeout(() => { get('status').textContent = ''; }, bad ? 9000 : 4000);
+}
+
+// --- state ---------------------------------------------------------------------------------------------------------------------------
+
+const overlay = new Overlay(view, about.size, about.viewCells, (error) => tell(error.message, true));
+const panel = new Panel({
+  change,
+  choose,
+  go,
+  nextColor: () => COLOURS.find((color) => !state.types.some((type) => type.color === color)) ?? COLOURS[state.types.length % COLOURS.length],
+  show: () => {
+    overlay.shown.kinds = panel.hiddenCodes();
+    overlay.recolour();
+  },
+});
+const review = new Review({ change, go, tell, state: () => state, mark: (ring) => overlay.mark(ring) }, hasScale ? about.mpp : 0.25);
+overlay.onCounts = () => {
+  if (pointer) hover(pointer); // the cell may have another type by now
+  panel.inView = overlay.counts;
+  panel.drawCounts();
+};
+
+async function take(fresh) {
+  const changed = !state || fresh.revision !== state.revision || fresh.applied !== state.applied
+    || fresh.cells?.version !== state.cells?.version || fresh.cells?.count !== state.cells?.count;
+  const ended = state?.applying && !fresh.applying;
+  state = fresh;
+  overlay.update(state);
+  panel.update(state);
+  overlay.shown.kinds = panel.hiddenCodes();
+  get('undo').disabled = !state.canUndo;
+  get('redo').disabled = !state.canRedo;
+  const clicked = state.types.some((type) => type.points.length);
+  get('apply').disabled = state.applying || state.applied || !clicked || state.cannotApply !== '';
+  get('apply').textContent = state.applying ? 'Applying…' : state.applied && clicked ? 'Applied' : 'Apply';
+  get('apply').title = state.cannotApply ? `Not now: ${state.cannotApply}` : 'Type the whole slide with these clicks';
+  drawSegmenting();
+  if (ended) tell(state.applyError || 'The whole slide is typed with your clicks.', state.applyError !== '');
+  if (state.picture !== picture) {
+    picture = state.picture;
+    viewer.open(source());
+  }
+  overlay.draw();
+  if (changed) await Promise.all([overlay.refresh(), count()]);
+}
+
+let counting = false, countAgain = false;
+async function count() {
+  if (!state.cells) return;
+  countAgain = true;
+  if (counting) return;
+  counting = true;
+  try {
+    while (countAgain) {
+      countAgain = false;
+      await overlay.refresh(); // the view first
+      panel.counts = await getJson('counts');
+      panel.drawCounts();
+    }
+  } catch (error) {
+    tell(error.message, true);
+  } finally {
+    counting = false;
+  }
+}
+
+/** Ask for a change; whether it was made. */
+async function change(request) {
+  try {
+    await take(await postJson('do', request));
+    return true;
+  } catch (error) {
+    tell(error.message, true);
+    return false;
+  }
+}
+
+function choose(name) {
+  panel.choose(name);
+  get('hint').textContent = `Click cells of ${name}; right click what is not.`;
+}
+
+async function save() {
+  try {
+    const { written } = await postJson('save');
+    get('saved').textContent = `Saved: ${written.join(', ')}`;
+    tell('Saved.');
+  } catch (error) {
+    tell(error.message, true);
+  }
+}
+
+async function apply() {
+  try {
+    await take(await postJson('apply'));
+    tell('Applying your clicks to the whole slide.');
+  } catch (error) {
+    tell(error.message, true);
+  }
+}
+
+async function poll() {
+  if (!document.hidden) {
+    try {
+      await take(await getJson('state'));
+      get('viewer').dataset.alive = 'yes';
+    } catch (error) {
+      if (get('viewer').dataset.alive !== 'no') tell(error.message, true);
+      get('viewer').dataset.alive = 'no';
+    }
+  }
+  setTimeout(poll, POLL_MS);
+}
+
+function drawSegmenting() {
+  const work = state.segmenting;
+  get('segmenting').hidden = !work;
+  if (!work) return;
+  const failed = work.failures.length ? ` Not read: ${work.failures[work.failures.length - 1]}` : '';
+  const done = work.all ? `Segmenting the rest: ${work.tiles[0]} of ${work.tiles[1]} tiles.` : `${work.done} of ${work.blocks} blocks are outlined`;
+  get('progress').textContent = `${done}${work.all ? '' : work.now ? `; working on the next (${work.waiting} more in view).` : '.'}${failed}`;
+  get('rest').disabled = work.all;
+}
+
+// --- clicks --------------------------------------------------------------------------------------------------------------------------
+
+async function clickAt(point, opposite) {
+  const negative = opposite !== get('against').checked;
+  if (!panel.chosen) return tell('Add a type first.', true);
+  if (overlay.mode === 'density' && overlay.version) return tell('Zoom in until cells are outlined, then click.', true);
+  const type = panel.chosen;
+  if (await change({ kind: 'click', type, negative, point })) {
+    const made = state.types.find((one) => one.name === type);
+    tell(negative ? `Not ${type}: ${made.negative.length}` : `${type}: ${made.points.length} ${made.points.length === 1 ? 'click' : 'clicks'}`);
+  }
+  return undefined;
+}
+
+function pressAt(point, negative) {
+  if (overlay.draft) {
+    overlay.draft.push(point.map((edge) => Math.round(edge * 100) / 100));
+    get('close-region').hidden = overlay.draft.length < 3;
+    overlay.draw();
+  } else {
+    clickAt(point.map((edge) => Math.round(edge * 100) / 100), negative);
+  }
+}
+
+viewer.addHandler('canvas-click', (event) => {
+  if (event.quick) pressAt(view.place(event.originalEvent), event.originalEvent.altKey);
+});
+viewer.addHandler('canvas-double-click', () => { if (overlay.draft?.length >= 3) finishRegion(); });
+get('viewer').addEventListener('contextmenu', (event) => {
+  event.preventDefault();
+  pressAt(view.place(event), true);
+});
+
+
+function hover(event) {
+  const tip = get('hover');
+  pointer = event;
+  if (!event || !state) {
+    overlay.hover(null);
+    tip.hidden = true;
+    return;
+  }
+  const [x, y] = view.place(event);
+  showPlace(x, y);
+  const found = overlay.hover(x, y), code = found ? overlay.codes[found.row] : 255;
+  tip.hidden = !found || code === 255;
+  if (tip.hidden) return;
+  const sure = code === 0 ? '' : `, score ${(overlay.scores[found.row] / 255).toFixed(2)}, margin ${(overlay.margins[found.row] / 255).toFixed(2)}`;
+  tip.textContent = `${state.kinds[code].name}${sure}`;
+  const frame = get('viewer').getBoundingClientRect();
+  const left = Math.min(event.clientX - frame.left + 14, frame.width - tip.offsetWidth - 4);
+  tip.style.transform = `translate(${left}px, ${Math.max(event.clientY - frame.top - tip.offsetHeight - 10, 4)}px)`;
+}
+get('viewer').addEventListener('pointermove', hover);
+get('viewer').addEventListener('pointerleave', () => hover(null));
+
+// --- the view ------------------------------------------------------------------------------------------------------------------------
+
+function showPlace(x, y) {
+  const um = hasScale ? ` (${Math.round(x * about.mpp)}, ${Math.round(y * about.mpp)} µm)` : '';
+  get('where').textContent = `${Math.round(x)}, ${Math.round(y)} px${um}`;
+}
+
+function showScale() {
+  const scale = view.scale();
+  if (!hasScale) {
+    const px = MARKS_UM.find((mark) => mark * scale > 60) ?? 10000;
+    get('scale').style.width = `${px * scale}px`;
+    get('scale').textContent = `${px} px`;
+    return;
+  }
+  const um = MARKS_UM.find((mark) => (mark / about.mpp) * scale > 60) ?? 10000;
+  get('scale').style.width = `${(um / about.mpp) * scale}px`;
+  get('scale').textContent = um >= 1000 ? `${um / 1000} mm` : `${um} µm`;
+}
+
+let settled = 0, resting = 0, moves = 0;
+function moved() {
+  moves += 1;
+  overlay.draw();
+  showScale();
+  if (document.activeElement === get('viewer')) {
+    const box = view.box();
+    showPlace((box.x0 + box.x1) / 2, (box.y0 + box.y1) / 2);
+    if (overlay.crosshair) overlay.hover((box.x0 + box.x1) / 2, (box.y0 + box.y1) / 2);
+  }
+  clearTimeout(settled);
+  settled = setTimeout(look, 40);
+}
+
+/** Fetch the tiles around the view into the browser's cache while nothing else is to do, the nearest first. */
+async function prefetch() {
+  const move = moves, still = () => move === moves && !overlay.busy;
+  const drawn = viewer.world.getItemAt(0)?.lastDrawn ?? [];
+  const level = Math.max(...drawn.map((tile) => tile.level)), shown = drawn.filter((tile) => tile.level === level);
+  if (!shown.length || shown.length > 60) return;
+  const range = (of) => [Math.min(...shown.map(of)), Math.max(...shown.map(of))];
+  const [left, right] = range((tile) => tile.x), [up, down] = range((tile) => tile.y), side = about.tile * 2 ** (top - level);
+  const around = [];
+  for (let y = Math.max(up - AHEAD, 0); y <= Math.min(down + AHEAD, Math.ceil(height / side) - 1); y += 1) {
+    for (let x = Math.max(left - AHEAD, 0); x <= Math.min(right + AHEAD, Math.ceil(width / side) - 1); x += 1) {
+      const away = Math.max(left - x, x - right, up - y, y - down);
+      if (away > 0) around.push([away, x, y]);
+    }
+  }
+  await overlay.prefetch(still);
+  for (const [, x, y] of around.sort((a, b) => a[0] - b[0])) {
+    if (!still()) return;
+    const picture = new Image();
+    picture.fetchPriority = 'low';
+    picture.src = source().getTileUrl(level, x, y);
+    await picture.decode().catch(() => {});
+  }
+}
+
+let looked = '';
+async function look() {
+  if (!state) return;
+  clearTimeout(resting);
+  overlay.refresh().then(() => { resting = setTimeout(prefetch, REST_MS); });
+  const box = overlay.boxInView(), key = JSON.stringify(box);
+  if (state.segmenting && !state.segmenting.all && key !== looked && box.x0 < box.x1 && box.y0 < box.y1) {
+    looked = key;
+    postJson('segment', box).then(take).catch((error) => tell(error.message, true));
+  }
+}
+viewer.addHandler('update-viewport', () => overlay.draw());
+viewer.addHandler('animation', moved);
+viewer.addHandler('animation-finish', moved);
+viewer.addHandler('resize', moved);
+viewer.addHandler('open', async () => {
+  showScale();
+  if (!state) {
+    await take(await getJson('state'));
+    choose(panel.chosen);
+    setTimeout(poll, POLL_MS);
+  }
+  look();
+  document.documentElement.dataset.ready = 'yes';
+});
+viewer.addHandler('open-failed', (event) => tell(`The slide cannot be shown: ${event.message}`, true));
+viewer.addHandler('tile-load-failed', (event) => { tell(`Some of the slide cannot be read: ${event.message}`, true); });
+
+// --- buttons -------------------------------------------------------------------------------------------------------------------------
+
+get('undo').addEventListener('click', () => change({ kind: 'undo' }));
+get('redo').addEventListener('click', () => change({ kind: 'redo' }));
+get('save').addEventListener('click', save);
+get('apply').addEventListener('click', apply);
+get('rest').addEventListener('click', () => postJson('segment', { all: true }).then(take).catch((error) => tell(error.message, true)));
+for (const id of ['outlines', 'fill', 'marks']) {
+  get(id).addEventListener('change', (event) => {
+    overlay.shown[id] = event.target.checked;
+    overlay.draw();
+  });
+}
+for (const [id, key] of [['min-score', 'score'], ['min-margin', 'margin']]) {
+  get(id).addEventListener('input', (event) => {
+    overlay.shown[key] = Number(event.target.value);
+    event.target.nextElementSibling.textContent = event.target.value;
+    overlay.recolour();
+    if (overlay.mode === 'density') overlay.refresh();
+  });
+}
+get('jump').addEventListener('submit', (event) => {
+  event.preventDefault();
+  const numbers = get('place').value.split(/[\s,;]+/).filter(Boolean).map(Number);
+  if (numbers.length !== 2 || numbers.some((n) => !Number.isFinite(n))) return tell('Write two numbers: x, y in px of the slide.', true);
+  if (numbers[0] < 0 || numbers[1] < 0 || numbers[0] > width || numbers[1] > height) return tell(`The slide has ${width} × ${height} px.`, true);
+  return go(numbers);
+});
+
+function draw(start) {
+  overlay.draft = start ? [] : null;
+  get('draw').setAttribute('aria-pressed', String(start));
+  get('draw').textContent = start ? 'Cancel the region' : 'Draw a region';
+  get('close-region').hidden = true;
+  if (start) tell('Click the corners of the region; double click the last, or press Finish.');
+  overlay.draw();
+}
+async function finishRegion() {
+  const ring = overlay.draft;
+  draw(false);
+  await change({ kind: 'region', add: ring });
+}
+get('draw').addEventListener('click', () => draw(!overlay.draft));
+get('close-region').addEventListener('click', finishRegion);
+
+// --- keys ----------------------------------------------------------------------------------------------------------------------------
+
+const toggle = (id) => {
+  get(id).checked = !get(id).checked;
+  get(id).dispatchEvent(new Event('change'));
+};
+get('viewer').addEventListener('focus', () => {
+  overlay.crosshair = get('viewer').matches(':focus-visible');
+  moved();
+});
+get('viewer').addEventListener('blur', () => {
+  overlay.crosshair = false;
+  overlay.draw();
+});
+get('viewer').addEventListener('pointerdown', () => {
+  overlay.crosshair = false;
+  get('viewer').focus({ preventScroll: true });
+  overlay.crosshair = false;
+});
+get('viewer').addEventListener('keydown', (event) => {
+  const { viewport } = viewer, bounds = viewport.getBounds(true);
+  const pan = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] }[event.key];
+  if (pan) viewport.panBy(new OpenSeadragon.Point(pan[0] * STEP * bounds.width * (event.shiftKey ? 0.1 : 1), pan[1] * STEP * bounds.height * (event.shiftKey ? 0.1 : 1)));
+  else if (event.key === '+' || event.key === '=') viewport.zoomBy(1.5);
+  else if (event.key === '-') viewport.zoomBy(1 / 1.5);
+  else if (event.key === '0') viewport.goHome();
+  else if (event.key === 'Enter') pressAt([(bounds.x + bounds.width / 2) * width, (bounds.y + bounds.height / 2) * width], event.shiftKey || event.altKey);
+  else return;
+  overlay.crosshair = true;
+  event.preventDefault();
+  viewport.applyConstraints();
+  moved();
+});
+document.addEventListener('keydown', (event) => {
+  const typing = event.target.matches?.('input:not([type=checkbox]):not([type=range]), textarea, select');
+  const key = event.key.toLowerCase(), command = event.ctrlKey || event.metaKey;
+  if (command && key === 's') save();
+  else if (typing) return;
+  else if (command && key === 'z') change({ kind: event.shiftKey ? 'redo' : 'undo' });
+  else if (command && key === 'y') change({ kind: 'redo' });
+  else if (command || event.altKey) return;
+  else if (key >= '1' && key <= '9' && key.length === 1) {
+    const type = state?.types[Number(key) - 1];
+    if (!type) return;
+    if (review.active) review.give(type.name);
+    else choose(type.name);
+  } else if (key === 'h') toggle('outlines');
+  else if (key === 'f') toggle('fill');
+  else if (key === 'c') toggle('marks');
+  else if (key === 'r') review.start();
+  else if (key === 'k') review.keep();
+  else if (key === 'n') review.noCell();
+  else if (key === 'j') review.skip();
+  else if (key === 'escape') {
+    if (overlay.draft) draw(false);
+    else if (review.active) review.stop();
+    return;
+  } else return;
+  event.preventDefault();
+});
+
+export { overlay, panel, review, viewer }; // for the tests
+window.wsiseg = { overlay, viewer, state: () => state };
