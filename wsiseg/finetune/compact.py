@@ -97,7 +97,8 @@ def answer(model: NucleiCompact, batch: Mapping[str, Tensor], *, amp: bool) -> A
     per, iou = compare_masks(masks.logits, target, known)
     out["mask"] = (per * click).sum() / click.sum().clamp_min(1)
     sure = click | is_known(weight, tile, points)
-    out["quality"] = F.binary_cross_entropy(masks.predicted_iou, iou * click, weight=sure.float())
+    # (what is not a number is left to the sum of the losses, which says so; this function would only fail)
+    out["quality"] = F.binary_cross_entropy(masks.predicted_iou.nan_to_num(), iou * click, weight=sure.float())
     few = click.nonzero()[:, 0]
     few = few[torch.randperm(len(few), device=few.device)[:AMBIGUOUS]]
     if len(few):
@@ -112,7 +113,7 @@ def answer(model: NucleiCompact, batch: Mapping[str, Tensor], *, amp: bool) -> A
             several.logits, target[few].repeat_interleave(MASKS, 0), known[few].repeat_interleave(MASKS, 0)
         )
         out["mask"] = out["mask"] + 0.25 * loss.view(-1, MASKS).min(1).values.mean()
-        out["quality"] = out["quality"] + 0.25 * F.binary_cross_entropy(several.predicted_iou, true)
+        out["quality"] = out["quality"] + 0.25 * F.binary_cross_entropy(several.predicted_iou.nan_to_num(), true)
     out["high"] = _pair_loss(e.high, foreground, weight)
     return Answers(losses=out, embeddings=e, masks=masks, tile=tile, points=points, owners=owners, iou=iou)
 
