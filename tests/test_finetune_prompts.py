@@ -268,12 +268,12 @@ def test_a_view_shows_what_is_meant_and_its_labels_turn_with_it(data):
 def test_sam_learns_by_preference_and_its_file_runs(data, tmp_path, wsiseg, demo):
     """As published but for depth: 224 px, adapters in all linear layers, three masks; loss falls, and `run` takes the file."""
     out = tmp_path / "new.safetensors"
-    config = FinetuneConfig(objective="sampo", intent="all", epochs=10, rate=5e-3, checks=1, device="cpu")
+    config = FinetuneConfig(objective="sampo", intent="all", epochs=8, rate=1e-3, checks=1, device="cpu")
     done = finetune(data, out, model="toy", config=config, mpp=0.25)
-    mask = losses_of(out, "mask")
-    assert mask[-1] < 0.93 * mask[0]
+    mask, quality = losses_of(out, "mask"), losses_of(out, "quality")
+    assert mask[-1] < mask[0] - 0.005
+    assert quality[-1] < 0.5 * quality[0]
     assert set(done.after) == {"score", "dice", "dice_core", "dice_border", "dice_outside", "spread"}
-    assert losses_of(out, "preference")
     model = load_model(str(out), "cpu")
     assert (model.input_px, model.mpp) == (224, 0.25)
     assert not any("parametrizations" in name for name in load_file(out))

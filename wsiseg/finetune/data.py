@@ -41,7 +41,7 @@ from wsiseg.formats.regions import read_regions
 from wsiseg.formats.text_tables import read_table
 from wsiseg.geometry import Box, Lattice
 from wsiseg.runs.folder import RunFolder
-from wsiseg.runtime.paths import kind_of, names_in, normal
+from wsiseg.runtime.paths import kind_of, names_in, normal, readable
 from wsiseg.runtime.text import parse_json, read_text
 from wsiseg.slide import open_slide, read_region
 
@@ -337,8 +337,8 @@ def _pieces(
     if not isinstance(side, Outlines):
         raise FormatError(f"{outlines_path}: points, not outlines; outlined cells are needed")
     notes += side.notes
-    digest = _digest([outlines_path, *([region_path] if region_path else []), slide])
     with open_slide(slide, mpp=mpp) as reader:
+        digest = _digest([outlines_path, *([region_path] if region_path else []), slide])
         lattice = Lattice(reader.info.mpp, model_mpp)
         polygons = shapely.transform(side.polygons, _to_model(reader.info, lattice, side.frame))
         width, height = lattice.model_size(reader.info.size_px0)
@@ -488,6 +488,6 @@ def _suffix(name: str) -> str:
 def _digest(files: Sequence[Path]) -> str:
     total = hashlib.sha256()
     for file in files:
-        with file.open("rb") as stream:
+        with readable(file, FormatError), file.open("rb") as stream:
             total.update(hashlib.file_digest(stream, "sha256").digest())
     return total.hexdigest()

@@ -20,6 +20,7 @@ from wsiseg.models.registry import MODELS, NETWORKS
 from wsiseg.runtime.atomic import require_free
 from wsiseg.runtime.paths import kind_of
 from wsiseg.runtime.settings import check_types, check_values
+from wsiseg.runtime.text import read_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -126,6 +127,8 @@ def finetune(
     require_free(out, ConfigError, overwrite=overwrite)
     card, weights = find_weights(model)
     require_objective(card, config.objective, model)
+    if prompts and "text" not in card.prompts:
+        raise ConfigError(f"--prompts: {model} reads no phrases; leave it out, or adapt a model that does (SAM 3)")
     sets = _read_sets(data, valid, no_valid, also, card, config, mpp, on_note)
     device = pick_device(config.device)
     folder = out.with_suffix(".training")
@@ -139,7 +142,7 @@ def finetune(
         identity={
             "parent": parent,
             "config": {k: v for k, v in dataclasses.asdict(config).items() if k != "device"},
-            "prompts": prompts.read_text() if prompts else None,
+            "prompts": read_text(prompts, ConfigError) if prompts else None,
             **{name: None if part is None else part.digest() for name, part in vars(sets).items()},
         },
         seed=config.seed,
