@@ -90,6 +90,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=["both"])
     parser.add_argument("--rate", type=float)
+    parser.add_argument(
+        "--halves", type=int, choices=[1, 2], default=2, help="of --images dev: the last one only, or both"
+    )
     parser.add_argument("--name", default="finetune")
     options = parser.parse_args()
     every = development_images(options.data)
@@ -107,7 +110,7 @@ def main() -> None:
                 if options.images == "train"
                 else [(order[::2], order[1::2]), (order[1::2], order[::2])]
             )
-            for learned, held in sides:
+            for learned, held in sides[-options.halves :]:
                 drawn = np.random.default_rng(seed).choice(train_names, IMAGES, replace=False).tolist()
                 names = drawn if options.images == "train" else [new_names[k] for k in learned]
                 with tempfile.TemporaryDirectory() as place:

@@ -321,9 +321,10 @@ def test_the_adapted_file_is_what_run_takes(tmp_path, wsiseg, demo):
     data, out = write_images(tmp_path / "data", 3, types=False), tmp_path / "new.safetensors"
     done = finetune(data, out, config=FinetuneConfig(epochs=1, batch_size=1, device="cpu"), mpp=0.25)
     assert done.path == out
-    status, output = wsiseg(
-        "run", demo[0], "--model", out, "--out", tmp_path / "run", "--no-report", "--format", "parquet"
-    )
+    corner = {"type": "Polygon", "coordinates": [[[380, 60], [480, 60], [480, 160], [380, 160], [380, 60]]]}
+    (tmp_path / "roi.geojson").write_text(json.dumps(corner))
+    options = ["--out", tmp_path / "run", "--no-report", "--format", "parquet", "--roi", tmp_path / "roi.geojson"]
+    status, output = wsiseg("run", demo[0], "--model", out, *options)
     assert status == 0, output
     manifest = json.loads(next((tmp_path / "run").glob("*/manifest.json")).read_text())
     assert manifest["counts"]["cells"] > 0

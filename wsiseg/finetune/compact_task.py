@@ -73,6 +73,7 @@ class CompactTask:
         self.size = config.batch_size or BATCH[device.type]
         self.bf16 = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
         self.fields = [[_field(image) for image in part.images] for part in (train, also) if part is not None]
+        self._drawn: list[tuple[NDArray[np.uint8], NDArray[np.int32], NDArray[np.int32]]] = []
         area = sum(image.label.size for image in train.images)
         self.epoch_steps = max(area / CROP**2, len(train.images)) / self.size / (1 - self._also_share)
 
@@ -125,20 +126,22 @@ class CompactTask:
 
     def validate(self) -> dict[str, float]:
         """Mean AJI, PQ and Dice without points, as `wsiseg run` outlines cells."""
-        rows = [score(image.label, found) for image, found in self._found(len(self.valid.images))]
+        found = self._found()
+        self._drawn = [(image.image, image.label, ids) for image, ids in found[:PICTURES]]
+        rows = [score(image.label, ids) for image, ids in found]
         if not rows:
             return {}
         means = {name: float(np.mean([row[name] for row in rows])) for name in ("aji", "pq", "dice")}
         return {"score": means["aji"]} | means
 
     def draw(self, path: Path) -> None:
-        """Validation images with annotated and found borders."""
-        draw_outlines(path, [(image.image, image.label, found) for image, found in self._found(PICTURES)])
+        """Validation images with annotated and found borders, as of the last validation."""
+        draw_outlines(path, self._drawn)
 
-    def _found(self, count: int) -> list[tuple[LabelledImage, NDArray[np.int32]]]:
-        """Label images of the first ``count`` validation images; unknown places are left out of both sides."""
+    def _found(self) -> list[tuple[LabelledImage, NDArray[np.int32]]]:
+        """Label images found on the validation images, without cells that lie where nothing is known."""
         network, out = self.ready(), []
-        for image in self.valid.images[:count]:
+        for image in self.valid.images:
             side_um = min(max(image.label.shape), LARGEST_TILE_PX) * network.mpp
             config = RunConfig(tiling=TilingConfig(tile_um=max(side_um, 16.0), halo_um=0.0))  # most images are one tile
             cells, _ = segment_image(image.image, mpp=network.mpp, config=config, model=network)

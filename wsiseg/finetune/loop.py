@@ -71,7 +71,7 @@ class Task(Protocol):
         ...
 
     def draw(self, path: Path) -> None:
-        """A picture of what the network does as it is."""
+        """A picture of what the network did at the last validation."""
         ...
 
     def tensors(self) -> dict[str, Tensor]:
