@@ -87,7 +87,7 @@ def test_validations_without_improvement_end_it_and_the_best_is_kept(tmp_path):
     later = Line(scores=[0.1, 0.5])
     run(later, tmp_path / "short", epochs=4.0, checks=20, patience=1000)
     assert torch.equal(task.network.weight, later.network.weight)  # of step 2, whatever came later
-    rising = Line(scores=np.linspace(0, 1, 30))
+    rising = Line(scores=np.linspace(0, 1, 30).tolist())
     assert run(rising, tmp_path / "rising", checks=20, patience=1).best_step == 40
     assert not torch.equal(task.network.weight, rising.network.weight)
 
