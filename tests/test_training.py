@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from PIL import Image
 from skimage.draw import disk
 
+from wsiseg.finetune.compact import is_known
 from wsiseg.models import load_model
 from wsiseg.models.efficientnet_lite import EfficientNetLite
 from wsiseg.records import Embeddings
@@ -199,8 +200,7 @@ def test_what_the_annotators_may_have_left_out_weighs_nothing(data, training) ->
     assert not doubtful[incomplete.label > 0].any()
 
 
-def test_clicks_on_doubtful_places_say_nothing(training) -> None:
-    is_known = training("train_nuclei_compact").is_known
+def test_clicks_on_doubtful_places_say_nothing() -> None:
     weight = torch.ones(2, 112, 112)
     weight[1, 10, 20] = 0
     points = torch.tensor([[41.5, 21.0], [41.5, 21.0], [223.9, 223.9]])

@@ -20,9 +20,11 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
-from training.data import INSTANCES, Crops, load_instances
+from training.data import Crops, load_instances
 from training.pseudo_labels import mark_doubtful
-from training.train_nuclei_compact import batches, compare_masks, is_known, rate_at, save_weights
+from training.train_nuclei_compact import batches, rate_at, save_weights
+from wsiseg.finetune.compact import compare_masks, is_known
+from wsiseg.finetune.crops import INSTANCES
 from wsiseg.models.morphology import windows
 from wsiseg.models.nuclei_compact import MASK_STRIDE_PX, MASKS, WINDOW_SIZE, NucleiCompact
 

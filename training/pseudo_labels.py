@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from scipy import ndimage
 
-from training.data import INCOMPLETE, Field, distances_of, load_points
+from training.data import INCOMPLETE, load_points
+from wsiseg.finetune.crops import Field, distances_of
 from wsiseg.models.nuclei_compact import MASK_STRIDE_PX, NucleiCompact
 
 if TYPE_CHECKING:

@@ -11,11 +11,7 @@ A run that was stopped continues from its last save when the same command is giv
 instead of `--minutes` an uninterrupted run on the same CPU, threads and workers gives the same bytes. `OUT` then holds the weights (a moving
 average), their card, the losses as rows and as a plot, and pictures.
 
-Losses, each a mean over what it covers:
-    maps        cross-entropy + Dice of the foreground, L1 of the two distance maps (twice the weight inside nuclei)
-    mask        cross-entropy + Dice of every prompt's window; of the best of three for some of them
-    quality     cross-entropy of the predicted IoU with the true IoU (0 for clicks on known background)
-    high        pairs of places on F_h: nucleus-nucleus alike, nucleus-background not
+Losses: those of `wsiseg.finetune.compact`, which adapting the network uses too, and
     types       cosine classifier on the descriptors, and on F_l at the prompts (heads are thrown away)
 """
 
@@ -36,13 +32,13 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from training.data import CROP, INSTANCES, TYPES, Crops, load_instances
+from training.data import TYPES, Crops, load_instances
 from training.imagenet import find_checkpoint, load_imagenet
 from training.pseudo_labels import mark_doubtful, pseudo_masks
 from training.record import draw_curve, draw_pictures, list_images, write_card
-from wsiseg.models.morphology import windows
-from wsiseg.models.nuclei_compact import LEARNED, MASK_STRIDE_PX, MASKS, WINDOW_SIZE, NucleiCompact
-from wsiseg.records import Embeddings, PromptExtras
+from wsiseg.finetune.compact import SHARES, answer
+from wsiseg.finetune.crops import CROP, INSTANCES
+from wsiseg.models.nuclei_compact import LEARNED, NucleiCompact
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -60,7 +56,6 @@ WEIGHT_DECAY = 0.03
 LONGEST_STEP = 30.0  #: seconds; a longer step was a pause of the process and does not count
 CALM = 0.8  #: from this share of the run on, crops are damaged and restained less often: the end is spent on images as they are
 CALM_STRENGTH = 0.35
-AMBIGUOUS = 12  #: prompts per batch that also train the alternative masks
 WARM_UP = 0.05  #: share of the run in which the learning rate rises; then it falls as a cosine
 
 
@@ -73,108 +68,26 @@ class TypeHeads(nn.Module):
         self.low = nn.ParameterList([nn.Parameter(torch.randn(n + 1, low)) for n in TYPES.values()])
 
 
-def dice(probability: Tensor, target: Tensor, weight: Tensor, dims: tuple[int, ...]) -> Tensor:
-    inter = (probability * target * weight).sum(dims)
-    return 1 - (2 * inter + 1) / (((probability + target) * weight).sum(dims) + 1)
-
-
 def losses(model: NucleiCompact, heads: TypeHeads, batch: dict[str, Tensor], amp: bool) -> dict[str, Tensor]:
     """Every loss of one batch."""
-    images = batch["image"].contiguous(memory_format=torch.channels_last)
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=amp):
-        e = model.encode(images)
-    e = Embeddings(
-        high=e.high.float(), low=e.low.float(), maps=e.maps.float(), extra={k: v.float() for k, v in e.extra.items()}
-    )
-    out: dict[str, Tensor] = {}
-
-    weight, foreground = batch["weight"], batch["foreground"]
-    fg = e.maps[:, 0]
-    bce = F.binary_cross_entropy_with_logits(fg, foreground, reduction="none")
-    out["maps"] = (bce * weight).sum() / weight.sum() + dice(fg.sigmoid(), foreground, weight, (1, 2)).mean()
-    emphasis = weight * (1 + foreground)
-    error = (e.maps[:, 1:].sigmoid() - batch["distances"]).abs().sum(1)
-    out["maps"] = out["maps"] + 2.0 * (error * emphasis).sum() / emphasis.sum()
-
-    b = len(images)
-    tile = torch.arange(b, device=images.device).repeat_interleave(INSTANCES)
-    points, owners = batch["points"].flatten(0, 1), batch["owners"].flatten()
-    extras = PromptExtras(
-        batch["hint_xy"].flatten(0, 1), batch["hint_labels"].flatten(0, 1), batch["boxes"].flatten(0, 1)
-    )
-    masks = model.decode(e, tile, points, extras=extras)
-    origin = masks.origin_xy // MASK_STRIDE_PX
-    label = batch["label"].float()[:, None] + 1  # 0 is "outside the crop" after windowing
-    window = windows(label, tile, origin * MASK_STRIDE_PX, WINDOW_SIZE * MASK_STRIDE_PX)
-    inside = F.max_pool2d(window, MASK_STRIDE_PX)[:, 0] > 0
-    known = windows(weight[:, None], tile, origin, WINDOW_SIZE)[:, 0] * inside
-    target = F.avg_pool2d((window == (owners + 1)[:, None, None, None]).float(), MASK_STRIDE_PX)[:, 0]
-    click = owners > 0
-    per, iou = compare_masks(masks.logits, target, known)
-    out["mask"] = (per * click).sum() / click.sum().clamp_min(1)
-    sure = click | is_known(weight, tile, points)
-    out["quality"] = F.binary_cross_entropy(masks.predicted_iou, iou * click, weight=sure.float())
-    few = click.nonzero()[:, 0]
-    few = few[torch.randperm(len(few), device=few.device)[:AMBIGUOUS]]
-    if len(few):
-        several = model.decode(
-            e,
-            tile[few],
-            points[few],
-            extras=PromptExtras(extras.points_xy[few], extras.labels[few], extras.boxes[few]),
-            multimask=True,
-        )
-        loss, true = compare_masks(
-            several.logits, target[few].repeat_interleave(MASKS, 0), known[few].repeat_interleave(MASKS, 0)
-        )
-        out["mask"] = out["mask"] + 0.25 * loss.view(-1, MASKS).min(1).values.mean()
-        out["quality"] = out["quality"] + 0.25 * F.binary_cross_entropy(several.predicted_iou, true)
-
-    # F_h: sample places at stride 4; pairs of background with background say nothing.
-    coarse = F.avg_pool2d(foreground[:, None], 2)[:, 0].flatten(1)
-    sure = (F.avg_pool2d(weight[:, None], 2)[:, 0].flatten(1) == 1) & ((coarse > 0.9) | (coarse < 0.05))
-    pick = (torch.rand_like(coarse) * (0.2 + (coarse > 0.9)) * sure).topk(192, 1).indices
-    v = torch.gather(e.high.flatten(2), 2, pick[:, None].expand(-1, e.high.shape[1], -1))
-    is_nucleus = torch.gather(coarse, 1, pick) > 0.5
-    cosine = torch.einsum("bci,bcj->bij", v, v)
-    same = is_nucleus[:, :, None] & is_nucleus[:, None, :]
-    pair = (is_nucleus[:, :, None] | is_nucleus[:, None, :]) & torch.gather(sure, 1, pick)[:, None, :]
-    pairs = F.binary_cross_entropy_with_logits(8 * (cosine - 0.4), same.float(), reduction="none")
-    out["high"] = (pairs * pair).sum() / pair.sum().clamp_min(1)
-
+    found = answer(model, batch, amp=amp)
+    out, points, tile = dict(found.losses), found.points, found.tile
     types, collection = batch["types"].flatten(), batch["collection"].repeat_interleave(INSTANCES)
-    low_at = e.low[
+    low_at = found.embeddings.low[
         tile, :, (points[:, 1] / 8).long().clamp(max=CROP // 8 - 1), (points[:, 0] / 8).long().clamp(max=CROP // 8 - 1)
     ]
-    out["types"] = torch.zeros((), device=images.device)
+    out["types"] = torch.zeros((), device=points.device)
     for k in range(len(TYPES)):
-        mine = (collection == k) & (types > 0) & (iou > 0.3)
+        mine = (collection == k) & (types > 0) & (found.iou > 0.3)
         if mine.sum() > 3:
-            logits = (
-                12 * F.normalize(masks.descriptors[mine, :LEARNED], dim=1) @ F.normalize(heads.descriptor[k], dim=1).T
-            )
+            learned = F.normalize(found.masks.descriptors[mine, :LEARNED], dim=1)
+            logits = 12 * learned @ F.normalize(heads.descriptor[k], dim=1).T
             out["types"] = out["types"] + _balanced(logits, types[mine] - 1)
-        mine = (collection == k) & ((types > 0) | ~click)
+        mine = (collection == k) & ((types > 0) | (found.owners == 0))
         if mine.sum() > 3:
             logits = 12 * low_at[mine] @ F.normalize(heads.low[k], dim=1).T
             out["types"] = out["types"] + 0.5 * _balanced(logits, types[mine])
     return out
-
-
-def is_known(weight: Tensor, tile: Tensor, points: Tensor) -> Tensor:
-    """Whether the place under each point is labelled: ``weight`` (B, H / 2, W / 2), points (N, 2) in px of the crop -> bool (N,)."""
-    cell = (points / 2).long().clamp(0, weight.shape[-1] - 1)
-    return weight[tile, cell[:, 1], cell[:, 0]] > 0
-
-
-def compare_masks(logits: Tensor, target: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
-    """Loss and true IoU of every mask (N, h, w), where ``known`` is not 0."""
-    bce = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
-    per = (bce * known).sum((1, 2)) / known.sum((1, 2)).clamp_min(1) * 8 + dice(logits.sigmoid(), target, known, (1, 2))
-    with torch.no_grad():
-        hard, truth = (logits > 0) & (known > 0), (target >= 0.5) & (known > 0)
-        iou = (hard & truth).sum((1, 2)) / (hard | truth).sum((1, 2)).clamp_min(1)
-    return per, iou
 
 
 def _balanced(logits: Tensor, target: Tensor) -> Tensor:
@@ -327,7 +240,7 @@ def main() -> None:
             stream = batches(Crops(fields, shares, options.seed + step, CALM_STRENGTH if calm else 1.0), size, workers)
         batch = {k: v.to(device, non_blocking=True) for k, v in next(stream).items()}
         parts = losses(model.train(), heads, batch, amp=True)
-        total = parts["maps"] + parts["mask"] + 0.5 * parts["quality"] + 0.5 * parts["high"] + 0.4 * parts["types"]
+        total = sum(share * parts[name] for name, share in SHARES.items()) + 0.4 * parts["types"]
         optimiser.zero_grad(set_to_none=True)
         total.backward()
         nn.utils.clip_grad_norm_([*others, *encoder], 5.0)

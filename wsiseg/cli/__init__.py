@@ -26,6 +26,7 @@ COMMANDS = {
     "export": "Write a run's cells for other programs.",
     "check": "Check files of cells before QuPath reads them.",
     "evaluate": "Score outlines and types against the truth.",
+    "finetune": "Adapt a model to labelled images.",
     "demo": "Write a small real slide with clicks, ready to run.",
     "doctor": "Check what works on this machine.",
 }

@@ -61,14 +61,17 @@ class Progress:
         self._bars.update(self._task, detail=name)
         self._say(name)
 
-    def update(self, done: int, total: int, cells: int) -> None:
-        """Show the state. The first call sets where counting begins: tiles of an earlier start do not count for the rate."""
+    def update(self, done: int, total: int, cells: int | str) -> None:
+        """Show the state; ``cells``: their number, or other words.
+
+        The first call sets where counting begins: tiles of an earlier start do not count for the rate.
+        """
         now = time.monotonic()
         self._seen.append((now, done))
         while len(self._seen) > 2 and now - self._seen[1][0] > RATE_SECONDS:
             self._seen.popleft()
         since, before = self._seen[0]
-        detail = f"{cells} cells"
+        detail = cells if isinstance(cells, str) else f"{cells} cells"
         if now - since >= FEWEST_SECONDS and done > before:
             rate = (done - before) / (now - since)
             detail = f"{rate:.2f} {self._unit}/s, {detail}, {duration((total - done) / rate)} left"

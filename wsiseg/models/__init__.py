@@ -120,19 +120,31 @@ def load_model(model: str, device: str = "auto", precision: str = "auto") -> Pro
     (0.25, 16, 'cpu')
     """
     card, path = find_weights(model)
-    tensors = _read_tensors(path)
     if path.parent == WEIGHTS_FOLDER and file_hash(path) != card.sha256:
         raise WeightsError(
             f"{path}: sha256 differs from the model card of {card.name}; the file is damaged: install wsiseg again"
         )
-    module, _, name = card.network.partition(":")
-    network = getattr(importlib.import_module(module), name).of(card, tensors)
-    _fill(network, tensors, path)
+    network = build_network(card, path)
     chosen = pick_device(device)
     loaded: PromptableModel = network.ready(
         chosen, bf16=precision == "bf16" or (precision == "auto" and chosen.type == "cuda")
     )
     return loaded
+
+
+def build_network(card: ModelCard, path: Path) -> Any:  # noqa: ANN401
+    """Build the network of a card and fill it with the weights in a file, on the CPU; `load_model` prepares it for inference.
+
+    Raises
+    ------
+    WeightsError
+        As `load_model`.
+    """
+    tensors = read_tensors(path)
+    module, _, name = card.network.partition(":")
+    network = getattr(importlib.import_module(module), name).of(card, tensors)
+    _fill(network, tensors, path)
+    return network
 
 
 def load_types(model: str) -> TypeSpace | None:
@@ -142,7 +154,14 @@ def load_types(model: str) -> TypeSpace | None:
     return load_model(model, "cpu").types
 
 
-def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Read the tensors of a weight file.
+
+    Raises
+    ------
+    WeightsError
+        The file is missing or not safetensors.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 

@@ -132,7 +132,7 @@ def card_of_file(path: Path) -> ModelCard:
     Parameters
     ----------
     path
-        A file of `import_model`, which states what it is; or weights of the bundled network, which do not.
+        A file of `import_model` or of `wsiseg finetune`, which states what it is; or weights of the bundled network, which do not.
 
     Raises
     ------
@@ -153,9 +153,9 @@ def card_of_file(path: Path) -> ModelCard:
             name=path.stem,
             weights=path,
             sha256="",
-            licence="unknown",
-            source=str(path),
-            instance_decoder=any(key.startswith("decoder.") for key in keys),
+            licence=str(note.get("licence", "unknown")),
+            source=str(note.get("source", path)),
+            instance_decoder=note.get("network") == "nuclei-compact" or any(key.startswith("decoder.") for key in keys),
             **_stated(note, path),
         )
     if any("image_encoder." in key for key in keys):
@@ -168,7 +168,8 @@ def card_of_file(path: Path) -> ModelCard:
 def _stated(note: dict[str, Any], path: Path) -> dict[str, Any]:
     """Fields of the card in the metadata of a file."""
     try:
-        fields = {"network": NETWORKS[note["network"]], "mpp": float(note["mpp"]), "normalise": note["normalise"]}
+        networks = NETWORKS | {name: card.network for name, card in MODELS.items()}
+        fields = {"network": networks[note["network"]], "mpp": float(note["mpp"]), "normalise": note["normalise"]}
         fields |= {"prompts": tuple(note["prompts"])} if "prompts" in note else {}
         fields |= {key: note[key] for key in ("architecture", "input_px", "parameters") if key in note}
         sound = MPP_RANGE[0] <= fields["mpp"] <= MPP_RANGE[1] and fields["normalise"] in NORMALISE

@@ -49,6 +49,19 @@ SINGLE, THREE = (
 )  #: the mask for a prompt that means one thing; the masks for one that may mean several
 
 
+def crop_side(grid: int) -> int:
+    """Side of the crop (E3) on a grid of tokens: ``CROP``, or an even number below half of a small grid.
+
+    A tile's halo is half of a crop on each side: one that filled the tile, as for the 224 px that SAMPO adapts SAM to, would leave no core.
+
+    Examples
+    --------
+    >>> crop_side(64), crop_side(14)
+    (16, 6)
+    """
+    return CROP if grid > CROP else max(grid // 4 * 2, 2)
+
+
 @dataclass(frozen=True)
 class Shared:
     """Tensors that the prompts of B tiles share (E2). ``keys`` (B, S, C); ``k``, ``v``, ``q`` (B, 8, S, 16)."""
@@ -141,7 +154,7 @@ class PointDecoder:
     def __init__(self, decoder: Any, position: Tensor) -> None:  # noqa: ANN401
         self.reference = decoder
         self.grid = position.shape[-1]
-        self.crop = min(CROP, self.grid)
+        self.crop = crop_side(self.grid)
         self.position = position.flatten(2)[0].T.contiguous()
         self.layers = list(decoder.transformer.layers)
         self.look = [_Cross(layer.cross_attn_token_to_image, self.position, to_image=False) for layer in self.layers]

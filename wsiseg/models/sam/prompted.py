@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from wsiseg.models.morphology import MEASUREMENTS, measure, windows
-from wsiseg.models.sam.decoder import CPU_PROMPTS, CROP, SINGLE, THREE, UP, PointDecoder, Shared
+from wsiseg.models.sam.decoder import CPU_PROMPTS, SINGLE, THREE, UP, PointDecoder, Shared, crop_side
 from wsiseg.records import WindowMasks
 
 if TYPE_CHECKING:
@@ -78,8 +78,8 @@ class PromptedSam(nn.Module):
         self.input_px = input_px
         self.patch = self.stride_px = patch
         self.mask_stride_px = patch / UP
-        self.window_size = min(CROP, input_px // patch) * UP
-        self.reach_px = min(CROP, input_px // patch) // 2 * patch
+        crop = crop_side(input_px // patch)
+        self.window_size, self.reach_px = crop * UP, crop // 2 * patch
         self.descriptor_size = channels + MEASUREMENTS
         for name, values, shape in (
             ("pixel_mean", pixel_mean, (1, 3, 1, 1)),
@@ -141,7 +141,7 @@ class PromptedSam(nn.Module):
         multimask
             Give SAM's three answers to an ambiguous prompt instead of one: 3N masks, prompt by prompt.
         full_tile
-            Masks on the whole tile instead of a window of ``CROP`` x ``CROP`` image tokens.
+            Masks on the whole tile instead of a window of ``CROP`` x ``CROP`` image tokens (fewer in small tiles).
 
         Returns
         -------
