@@ -23,10 +23,10 @@ BORDER = 3  #: px around an outline that stay known: there the network's outline
 
 
 @torch.no_grad()
-def pseudo_masks(model: NucleiCompact, root: Path, device: torch.device) -> list[Field]:
-    """One mask per dot of brca_m2c/train from the network itself; doubtful places get weight 0."""
+def pseudo_masks(model: NucleiCompact, root: Path, device: torch.device, split: str = "train") -> list[Field]:
+    """One mask per dot of brca_m2c from the network itself; doubtful places get weight 0."""
     fields = []
-    for name, image, points in load_points(root, "brca_m2c"):
+    for name, image, points in load_points(root, "brca_m2c", split):
         height, width = image.shape[:2]
         e, foreground = _encode(model, image, device)
         xy = torch.from_numpy(points[:, :2]).to(device)
