@@ -138,6 +138,12 @@ def typed(network: IntentDecoder, scenes: list[Scene], clicks: int, seed: int) -
     return {"macro-F1": float(np.mean(f1)), "of other types": float(np.mean(wrong))}
 
 
+def spread(values: list[float]) -> str:
+    """Mean and standard deviation over training seeds; of one, the number."""
+    deviation = f" +- {np.std(values):.3f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.3f}{deviation}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scenes", type=Path, required=True)
@@ -162,10 +168,9 @@ def main() -> None:
             figures.append(found)
         columns[name] = {k: [f[k] for f in figures] for k in figures[0]}
     rows = [
-        {"figure": k, **{n: f"{np.mean(c[k]):.3f} +- {np.std(c[k]):.3f}" for n, c in columns.items()}}
-        for k in sorted(next(iter(columns.values())))
+        {"figure": k, **{n: spread(c[k]) for n, c in columns.items()}} for k in sorted(next(iter(columns.values())))
     ]
-    write_results("intent", rows, "`python -m benchmarks.intent.run`")
+    write_results("intent", rows, __doc__.split("\n\n", 2)[2].strip())
 
 
 if __name__ == "__main__":
