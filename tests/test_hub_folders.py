@@ -99,14 +99,18 @@ def test_a_video_folder_and_an_image_folder_of_the_same_weights_are_one_model(fo
     image = transformers.Sam2Model.from_pretrained(folders / "sam2_video").eval()
     image.save_pretrained(tmp_path / "image")
     video.save_pretrained(tmp_path / "video")
-    masks = []
+    masks, weights = [], []
     for name in ("image", "video"):
-        import_model(tmp_path / name, name, folder=tmp_path)
+        card = import_model(tmp_path / name, name, folder=tmp_path)
+        weights.append(load_file(card.weights))
         model = load_model(str(tmp_path / f"{name}.safetensors"), "cpu")
         with torch.inference_mode():
             points = torch.tensor([[100.0, 90.0]])
             masks.append(model.decode(model.encode(tile(model)), torch.zeros(1, dtype=torch.long), points).logits)
-    assert torch.equal(*masks)
+    image_part, both = weights
+    assert all(torch.equal(value, both[name]) for name, value in image_part.items())
+    # Products of matrices may round differently where the tensors lie in memory.
+    torch.testing.assert_close(*masks, rtol=1e-5, atol=1e-5)
 
 
 def test_shards_are_one_model(folders, tmp_path):

@@ -395,5 +395,6 @@ def summary_lines(manifest: Manifest) -> list[str]:
     if any(name.startswith("cells.geojson") for name in manifest.files):
         steps.append("drag the GeoJSON onto the slide in QuPath")
     if manifest.config["method"] not in CHAINED and FILE_NAMES["parquet"] in manifest.files:
+        steps.append(f"click cells: wsiseg view {shlex.quote(manifest.folder)}")
         steps.append(f"other clicks: wsiseg type {shlex.quote(manifest.folder)} --seeds FILE")
     return [*lines, f"  next: {'; '.join(steps)}"] if steps else lines
