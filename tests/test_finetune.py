@@ -238,6 +238,22 @@ def test_an_objective_that_a_model_has_no_prompts_for_is_refused(objective, data
     assert f"--objective {objective}: nuclei-compact can be adapted with --objective supervised" in output
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "where"),
+    [
+        ("--intent", "all", "SAM and SAM 3"),
+        ("--lora-rank", 4, "SAM and SAM 3"),
+        ("--reading", "B", "--objective sampo"),
+        ("--input-px", 256, "SAM"),
+    ],
+)
+def test_a_setting_that_would_not_be_used_is_refused(option, value, where, data, tmp_path, wsiseg):
+    status, output = wsiseg("finetune", data, "--mpp", 0.25, option, value, "--out", tmp_path / "new.safetensors")
+    assert status == 1
+    assert f"{option}: not used by nuclei-compact with --objective supervised, only by {where}; leave it out" in output
+    assert not list(tmp_path.glob("new*"))
+
+
 # ------------------------------------------------------------------------------------------------------------------ splitting
 
 

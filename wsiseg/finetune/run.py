@@ -127,6 +127,7 @@ def finetune(
     require_free(out, ConfigError, overwrite=overwrite)
     card, weights = find_weights(model)
     require_objective(card, config.objective, model)
+    require_used(card, config, model)
     if prompts and "text" not in card.prompts:
         raise ConfigError(f"--prompts: {model} reads no phrases; leave it out, or adapt a model that does (SAM 3)")
     sets = _read_sets(data, valid, no_valid, also, card, config, mpp, on_note)
@@ -203,6 +204,31 @@ def require_objective(card: ModelCard, objective: str, model: str) -> None:
     if objective not in possible:
         how = f"with --objective {' or '.join(possible)}" if possible else "here by no objective"
         raise ConfigError(f"--objective {objective}: {model} can be adapted {how}")
+
+
+def require_used(card: ModelCard, config: FinetuneConfig, model: str) -> None:
+    """Refuse settings that this training would not use.
+
+    Raises
+    ------
+    ConfigError
+        One was changed.
+    """
+    compact, default = card.network == COMPACT, FinetuneConfig()
+    used = {
+        "keep": (compact, "nuclei-compact"),
+        "lora_rank": (not compact, "SAM and SAM 3"),
+        "intent": (not compact, "SAM and SAM 3"),
+        "reading": (config.objective == "sampo", "--objective sampo"),
+        "preference": (config.objective == "sampo", "--objective sampo"),
+        "input_px": (card.network == NETWORKS["sam"], "SAM"),
+    }
+    for name, (here, where) in used.items():
+        if not here and getattr(config, name) != getattr(default, name):
+            option = f"--{name.replace('_', '-')}"
+            raise ConfigError(
+                f"{option}: not used by {model} with --objective {config.objective}, only by {where}; leave it out"
+            )
 
 
 def make_task(
