@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def write_pyramid(
     path: Path, size: tuple[int, int] = (700, 500), *, steps: tuple[int, ...] = (1, 4), **how: Any
 ) -> None:
-    """A tiled TIFF of smooth colours and noise, by default of JPEG tiles with halved chroma; its sides are no multiples of a tile's."""
+    """A tiled TIFF of smooth colours and noise, by default of JPEG tiles with halved chroma; its sides are not multiples of a tile's."""
     rng = np.random.default_rng(0)
     width, height = size
     image = np.linspace(0, 200, width)[None, :, None] + rng.integers(0, 50, (height, width, 3))

@@ -1,4 +1,4 @@
-"""The click page in a real browser: clicks, keys, review, what it looks like, what a screen reader finds. Skipped where there is no browser."""
+"""The click page in a real browser: clicks, keys, review, what it looks like, what a screen reader finds. Skipped without a browser."""
 
 from __future__ import annotations
 

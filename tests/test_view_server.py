@@ -816,7 +816,7 @@ def test_blocks_in_view_are_segmented_into_the_run_that_others_complete(
         first = (tmp_path / "ihc/parts/0000-0000.parquet").stat()
         assert client.click("tumour", [67, 82])[0] == 200
         assert client.get("counts")["counts"]["tumour"] > 20
-        assert client.click("tumour", [433, 330])[0] == 422  # there is no block yet
+        assert client.click("tumour", [433, 330])[0] == 422  # no block is done yet
         assert "not segmented to its end" in client.post("apply", {})[1]["error"]
     assert json.loads((tmp_path / "ihc/manifest.json").read_text())["status"] == "interrupted"
     with served(open_page(str(demo[0]), SMALL_BLOCKS, tmp_path)) as client:  # after a break

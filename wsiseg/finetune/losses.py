@@ -430,7 +430,7 @@ def prompt_group_loss(losses: Tensor, tau: float = TAU, group_weight: float = GR
     Raises
     ------
     ValueError
-        There is no loss.
+        ``losses`` is empty.
     """
     if not len(losses):
         raise ValueError("a prompt group needs at least one prompt")
