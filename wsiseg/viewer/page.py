@@ -368,7 +368,7 @@ class SlidePage:
         store, preview = self._cells()
         name, side = request.get("type"), "negative" if request.get("negative") else "points"
         if not any(kind.name == name for kind in self.session.state.types):
-            raise SeedsError(f"page: there is no type {str(name)[:40]!r}; choose one of the palette")
+            raise SeedsError(f"page: type {str(name)[:40]!r} is unknown; choose one of the palette")
         point = point_of(request.get("point"))
         row = preview.row(point)
         if row < 0:

@@ -200,7 +200,7 @@ def _with_region(state: PageState, change: dict[str, Any]) -> PageState:
     if "drop" in change:
         place = int(change["drop"])
         if not 0 <= place < len(state.regions):
-            raise SeedsError(f"page: there is no region {place + 1}; reload the page")
+            raise SeedsError(f"page: region {place + 1} is unknown; reload the page")
         return replace(state, regions=state.regions[:place] + state.regions[place + 1 :])
     ring = tuple(point_of(point) for point in change["add"])
     if len(set(ring)) < 3:
@@ -218,7 +218,7 @@ def _place(types: tuple[SeedType, ...], name: object) -> int:
     for place, kind in enumerate(types):
         if kind.name == name:
             return place
-    raise SeedsError(f"page: there is no type {str(name)[:40]!r}; reload the page")
+    raise SeedsError(f"page: type {str(name)[:40]!r} is unknown; reload the page")
 
 
 @dataclass
