@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,10 @@ if TYPE_CHECKING:
 
     import numpy as np
 
-SHARED = Path(__file__).resolve().parents[2] / "shared"
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"
+
+sys.path.append(str(ROOT))  # of training/ and benchmarks/; last, so that the installed wsiseg is the one that is tested
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest selects by markers

