@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from typing import TYPE_CHECKING
 
 import geopandas
@@ -179,6 +180,37 @@ def test_anndata_holds_descriptors_places_and_colours(run: Path) -> None:
     assert colours == {"unassigned": "#808080", "tumour": "#c80000", "immune cell": "#0000ff"}
 
 
+@pytest.mark.filterwarnings("ignore")  # of spatialdata and what it needs
+def test_spatialdata_joins_outlines_and_table(run: Path, wsiseg: Callable[..., tuple[int, str]]) -> None:
+    spatialdata = pytest.importorskip("spatialdata", reason="the extra `spatialdata` needs an environment of its own")
+    (file,) = export(run, "spatialdata")
+    made, cells = spatialdata.read_zarr(file), table(run)
+    assert made["cells"].index.tolist() == made["table"].obs.cell_id.tolist() == cells.id.tolist()
+    assert made["cells"].geometry.area.sum() == pytest.approx(cells.geometry.area.sum(), rel=1e-9)
+    assert made["table"].obs.cell_type.tolist() == cells.cell_type.tolist()
+    microns = spatialdata.transform(made["cells"], to_coordinate_system="microns")
+    assert microns.geometry.area.sum() == pytest.approx(cells.area_um2.astype(float).sum(), rel=1e-6)
+    outlines, annotated = spatialdata.join_spatialelement_table(
+        sdata=made, spatial_element_names="cells", table_name="table"
+    )
+    assert len(outlines["cells"]) == annotated.n_obs == len(cells)
+    assert wsiseg("export", run, "--format", "spatialdata")[0] == 1  # it exists
+    status, output = wsiseg("export", run, "--format", "spatialdata", "--overwrite")
+    assert status == 0
+    assert f"{file}: 0." in output
+    assert [path.name for path in file.parent.iterdir()] == ["cells.zarr"]
+
+
+def test_an_export_that_is_not_installed_says_how(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, module in (("h5ad", "anndata"), ("spatialdata", "spatialdata")):
+        monkeypatch.setitem(sys.modules, module, None)
+        with pytest.raises(
+            ConfigError, match=rf"--format {name}: {module} is not installed; pip install 'wsiseg\[{module}\]'"
+        ):
+            export(run, name)
+    assert not list((run / "export").glob("*"))
+
+
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 def test_coco_is_read_by_pycocotools(run: Path) -> None:
     coco = pytest.importorskip("pycocotools.coco")
@@ -250,7 +282,7 @@ def test_tables_of_earlier_versions_are_exported(run: Path) -> None:
 
 def test_a_run_without_cells_is_exported(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", np.empty(0, object), (700, 300))
-    files = export(run, *(name for name in EXPORTS if name != "h5ad"))
+    files = export(run, *(name for name in EXPORTS if name not in {"h5ad", "spatialdata"}))
     assert not tifffile.imread(files[0]).any()
     assert tifffile.imread(files[2]).sum() == 0
     assert files[3].read_text().startswith('"id","cell_type"')
