@@ -13,13 +13,14 @@ import pytest
 import shapely
 import tifffile
 
-from wsiseg.errors import ConfigError, RunError
+from wsiseg.errors import ConfigError, RunError, SeedsError
 from wsiseg.evaluation.rasterize import rasterise
 from wsiseg.export import EXPORTS
 from wsiseg.export.vector import short_names
 from wsiseg.export.write import export_run
 from wsiseg.formats import geoparquet
 from wsiseg.formats.geoparquet import write_geoparquet
+from wsiseg.formats.seeds import check_seeds, read_seeds
 from wsiseg.records import Cells, Provenance, SlideInfo, Typing
 from wsiseg.runtime.atomic import write_json
 
@@ -236,6 +237,40 @@ def test_gis_files_hold_the_polygons(run: Path, name: str, layer: str | None) ->
     assert {"x_um", "y_um"} <= set(found.columns)
 
 
+def test_the_least_certain_cells_come_back_as_clicks(tmp_path: Path) -> None:
+    """As points in QuPath's frame; those that somebody gives a class are clicks inside their cells."""
+    size = (1500, 2100)
+    run = make_run(tmp_path / "run", blobs(300, size), size, bounds=[100, 200, 1000, 1500])
+    (file,) = export(run, "review")
+    document, cells = json.loads(file.read_text()), table(run).set_index("id")
+    features = document["features"]
+    assert [one["id"] for one in features] == cells.type_margin.sort_values(kind="stable").index[:50].tolist()
+    first = cells.loc[features[0]["id"]]
+    assert features[0]["properties"]["name"] == f"{first.cell_type}, margin {first.type_margin:.2f}"
+    with pytest.raises(SeedsError, match="the points have no class"):
+        read_seeds(file)
+    for one in features[:7]:
+        one["properties"]["classification"] = {"name": "immune cell", "color": [0, 0, 255]}
+    file.write_text(json.dumps(document))
+    info = SlideInfo(
+        path="a.svs", reader="openslide", format="mirax", level_sizes=(size,), downsamples=(1.0,), mpp=MPP,
+        mpp_source="--mpp", bounds=(100, 200, 1000, 1500),
+    )  # fmt: skip
+    clicks = check_seeds(read_seeds(file), info)[0].types[0].points
+    outlines = [cells.loc[one["id"]].geometry for one in features[:7]]
+    assert all(shape.contains(shapely.Point(x, y)) for shape, (x, y) in zip(outlines, clicks, strict=True))
+
+
+def test_a_review_needs_types(run: Path) -> None:
+    held = pq.read_table(run / "cells.parquet")
+    note = json.loads(held.schema.metadata[b"wsiseg"])
+    note["types"] = note["types"][:1]
+    metadata = held.schema.metadata | {b"wsiseg": json.dumps(note).encode()}
+    pq.write_table(held.replace_schema_metadata(metadata), run / "cells.parquet")
+    with pytest.raises(ConfigError, match="no types; --format review needs a run with types"):
+        export(run, "review")
+
+
 def test_short_names_differ() -> None:
     assert short_names([f"measurement_{k}" for k in range(12)])["measurement_11"] == "measure_11"
     assert len(set(short_names([f"measurement_{k}" for k in range(12)]).values())) == 12
@@ -283,6 +318,7 @@ def test_tables_of_earlier_versions_are_exported(run: Path) -> None:
 def test_a_run_without_cells_is_exported(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", np.empty(0, object), (700, 300))
     files = export(run, *(name for name in EXPORTS if name not in {"h5ad", "spatialdata"}))
+    assert json.loads((run / "export" / "review.geojson").read_text())["features"] == []
     assert not tifffile.imread(files[0]).any()
     assert tifffile.imread(files[2]).sum() == 0
     assert files[3].read_text().startswith('"id","cell_type"')

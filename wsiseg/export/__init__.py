@@ -55,6 +55,9 @@ EXPORTS = {
         file="cells.zarr", writer="wsiseg.export.spatial:write_spatialdata", what="SpatialData, outlines and table"
     ),
     "coco": Export(file="coco.json", writer="wsiseg.export.coco:write_coco", what="COCO instances"),
+    "review": Export(
+        file="review.geojson", writer="wsiseg.export.review:write_review", what="the least certain cells, for QuPath"
+    ),
     "gpkg": Export(file="cells.gpkg", writer="wsiseg.export.vector:write_geopackage", what="GeoPackage, for QGIS"),
     "shp": Export(file="cells.shp.zip", writer="wsiseg.export.vector:write_shapefile", what="zipped Shapefile"),
 }
