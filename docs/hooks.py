@@ -26,6 +26,9 @@ LINK = re.compile(r"(?<!\\)\]\(([^)#\s]+)((?:#[^)\s]*)?)\)")
 PICTURES = {".png", ".svg", ".jpg"}
 PAGES = {".md", ".ipynb"}
 LANGUAGES = {".py": "python", ".sh": "bash", ".json": "json", ".nf": "groovy", ".groovy": "groovy"}
+TABLE = re.compile(
+    r"<!-- table: ([\w./]+)(?:#([\w ]+))? -->"
+)  # the page links to the file, for readers of the repository
 ROLE = re.compile(r":(?:class|func|meth|mod|data):(?=<code>)")  # what numpydoc links, MkDocs does not
 
 
@@ -49,6 +52,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Make the links of a page lead to the site's pages."""
+    markdown = TABLE.sub(lambda match: _table(match[1], match[2]), markdown)
     here = _repository_path(page.file.src_uri)
     if here is None:
         return markdown
@@ -138,6 +142,16 @@ def _markdown(path: str) -> str:
                 picture = "".join(output["data"]["image/png"].split())
                 parts.append(f"![{cell['metadata']['alt']}](data:image/png;base64,{picture})")
     return "\n\n".join(parts) + "\n"
+
+
+def _table(path: str, title: str | None) -> str:
+    """The first table of a file of results, or of its section ``title``."""
+    text = (ROOT / path).read_text(encoding="utf-8")
+    section = text.split(f"## {title}\n", 1)[1] if title else text
+    found = re.search(r"(?:^\|.*\n)+", section, re.MULTILINE)
+    if found is None:
+        raise ValueError(f"{path}: no table in it")
+    return found[0]
 
 
 def _commands() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.server
+import importlib.util
 import os
 import re
 import subprocess
@@ -62,6 +63,30 @@ def test_notebooks_are_pages_with_their_figures(site: Path) -> None:
     assert 'href="../../report/#a-table-of-a-cohort"' in page
 
 
+def test_pages_show_the_tables_of_the_benchmarks(site: Path) -> None:
+    for page, results in (("accuracy", "accuracy"), ("performance", "outputs")):
+        text = re.sub(r"<[^>]+>", " ", (site / page / "index.html").read_text())
+        rows = [row for row in (ROOT / f"benchmarks/results/{results}.md").read_text().splitlines() if row[:2] == "| "]
+        for row in (rows[0], rows[-1]):
+            assert " ".join(row.replace("|", " ").split()) in " ".join(text.split())
+
+
+def test_figures_are_drawn_by_the_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some ten seconds, most of them a run on the demo slide: nothing else notices when a figure can no longer be made."""
+    pytest.importorskip("matplotlib")
+    from PIL import Image
+
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    spec = importlib.util.spec_from_file_location("figures", ROOT / "docs" / "figures.py")
+    figures = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(figures)
+    monkeypatch.setattr(figures, "PICTURES", tmp_path)
+    figures.main(["cells", "apg", "cop"])
+    for name in ("start-cells.jpg", "how-apg.jpg", "how-cop.jpg"):
+        with Image.open(tmp_path / name) as made, Image.open(ROOT / "docs" / "pictures" / name) as shown:
+            assert made.size == shown.size
+
+
 def test_nothing_is_requested_from_other_hosts(site: Path) -> None:
     for page in site.rglob("*.html"):
         loaded = re.findall(r'<(?:script|link|img|iframe|source)[^>]+(?:src|href)="(https?:)?//', page.read_text())
@@ -84,6 +109,6 @@ def address(site: Path) -> Iterator[str]:
     server.server_close()
 
 
-@pytest.mark.parametrize("page", ["", "quickstart/", "report/", "seeds/", "examples/region/"])
+@pytest.mark.parametrize("page", ["", "start/", "seeds/", "examples/region/"])
 def test_pages_are_accessible_at_every_width(check_page: Callable[[str, str], None], address: str, page: str) -> None:
     check_page(address + page, f"docs-{page.strip('/').replace('/', '-') or 'home'}")
