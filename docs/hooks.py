@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LINK = re.compile(r"(?<!\\)\]\(([^)#\s]+)((?:#[^)\s]*)?)\)")
 PICTURES = {".png", ".svg", ".jpg"}
 PAGES = {".md", ".ipynb"}
-LANGUAGES = {".py": "python", ".sh": "bash", ".json": "json", ".nf": "groovy", ".groovy": "groovy"}
+LANGUAGES = {".py": "python", ".sh": "bash", ".json": "json", ".nf": "groovy", ".groovy": "groovy", ".yaml": "yaml"}
 TABLE = re.compile(
     r"<!-- table: ([\w./]+)(?:#([\w ]+))? -->"
 )  # the page links to the file, for readers of the repository
