@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from typing import TYPE_CHECKING
 
 import geopandas
@@ -23,6 +24,7 @@ from wsiseg.formats.geoparquet import write_geoparquet
 from wsiseg.formats.seeds import check_seeds, read_seeds
 from wsiseg.records import Cells, Provenance, SlideInfo, Typing
 from wsiseg.runtime.atomic import write_json
+from wsiseg.slide.mpp import PixelSize, choose_mpp
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -269,6 +271,48 @@ def test_a_review_needs_types(run: Path) -> None:
     pq.write_table(held.replace_schema_metadata(metadata), run / "cells.parquet")
     with pytest.raises(ConfigError, match="no types; --format review needs a run with types"):
         export(run, "review")
+
+
+@pytest.mark.filterwarnings("ignore")  # of the libraries that read
+def test_every_file_tells_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Count, sum of areas and cells per type, by the library that its users use; on pixels that are not square areas are theirs."""
+    duckdb, anndata = pytest.importorskip("duckdb"), pytest.importorskip("anndata")
+    coco = pytest.importorskip("pycocotools.coco")
+    sides = (0.2528, 0.2611)
+    monkeypatch.setattr(sys.modules[__name__], "MPP", choose_mpp(PixelSize(*sides, "file"), None, None).mpp)
+    size = (3000, 3000)
+    grid = [(x, y) for x in range(20, 2980, 60) for y in range(20, 2980, 60)]  # apart, for the label image
+    outlines = shapely.transform(blobs(len(grid), (60, 60)), lambda xy: xy * 0.5 + np.repeat(grid, 13, axis=0))
+    run = make_run(tmp_path / "run", outlines, size)
+    labels, csv, h5ad, instances, gpkg, shp = export(run, "labels", "csv", "h5ad", "coco", "gpkg", "shp")
+    kinds = table(run).cell_type.astype(str).value_counts().to_dict()
+    area = float(shapely.area(outlines).sum()) * sides[0] * sides[1]
+
+    def told_by(file: str) -> tuple[int, float, dict[str, int]]:
+        of = duckdb.sql(f"SELECT cell_type, count(*), sum(area_um2::double) FROM {file} GROUP BY 1").fetchall()
+        return sum(n for _, n, _ in of), sum(a for *_, a in of), {str(kind): n for kind, n, _ in of}
+
+    read = coco.COCO(str(instances))
+    names = [read.cats[one["category_id"]]["name"] for one in read.anns.values()]
+    told = {
+        "parquet": told_by(f"'{run / 'cells.parquet'}'"),
+        "csv": told_by(f"read_csv('{csv}')"),
+        "coco": (len(names), sum(one["area"] for one in read.anns.values()) * MPP**2, dict(Counter(names))),
+    }
+    frames = {"gpkg": geopandas.read_file(gpkg), "shp": geopandas.read_file(shp), "h5ad": anndata.read_h5ad(h5ad).obs}
+    for name, frame in frames.items():
+        told[name] = (
+            len(frame),
+            frame.area_um2.astype(float).sum(),
+            frame.cell_type.astype(str).value_counts().to_dict(),
+        )
+    for name, (count, sum_um2, by_type) in told.items():
+        assert count == len(grid), name
+        assert sum_um2 == pytest.approx(area, rel=1e-6), name
+        assert by_type == kinds, name
+    image = tifffile.imread(labels)
+    assert len(np.unique(image)) - 1 == len(grid)
+    assert (image > 0).sum() * MPP**2 == pytest.approx(area, rel=0.01)  # px, not outlines
 
 
 def test_short_names_differ() -> None:
