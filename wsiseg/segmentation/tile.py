@@ -15,7 +15,7 @@ import torch
 from wsiseg.config import DETECTING
 from wsiseg.geometry import Box
 from wsiseg.records import Cells
-from wsiseg.runtime.profiling import Clock
+from wsiseg.runtime.profiling import BusyClock, Clock
 from wsiseg.segmentation.batch_size import Batch, is_out_of_memory
 from wsiseg.segmentation.competition import compete
 from wsiseg.segmentation.decoding import decode_tiles
@@ -81,7 +81,7 @@ class TileSegmenter:
     batch
         Tiles and prompts taken at a time; fewer after memory ran out.
     clock
-        Seconds per step.
+        Seconds per step, and those in which the device works (``busy``).
     """
 
     def __init__(
@@ -101,6 +101,7 @@ class TileSegmenter:
         self.given = given
         self.batch = Batch(config, model.device)
         self.clock = Clock()
+        self.busy = BusyClock(self.clock, model.device)
         self.detector = Detector(model, types, config.detection) if config.method in DETECTING else None
 
     def segment(self, tile: Tile, pixels: NDArray[np.uint8]) -> Cells:
@@ -116,7 +117,7 @@ class TileSegmenter:
         if not pixels:
             return []
         try:
-            with self.clock("encode"), torch.inference_mode():
+            with self.clock("encode"), self.busy(), torch.inference_mode():
                 batch = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
                 embeddings = self.model.encode(batch.to(self.model.device))
             return [EncodedTile(embeddings, k, image if self.detector else None) for k, image in enumerate(pixels)]
@@ -159,7 +160,7 @@ class TileSegmenter:
         """Decode the masks of prompts (N, 2) on each of the tiles, which were encoded together, to the CPU; fewer at a time when memory runs out."""
         while True:
             try:
-                with self.clock("decode"), torch.inference_mode():
+                with self.clock("decode"), self.busy(), torch.inference_mode():
                     masks = self._decode(tiles, encoded, points)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
