@@ -14,6 +14,7 @@ from wsiseg.formats.parts import write_part
 from wsiseg.records import Cells
 from wsiseg.runs.statistics import RunStatistics, interrupt_shard
 from wsiseg.runtime.claims import Claims
+from wsiseg.runtime.profiling import BusyClock, Clock
 from wsiseg.runtime.shards import Shard
 from wsiseg.segmentation.blocks import BLOCK_COUNTS, BlockReport
 from wsiseg.slide.tiling import TileGrid
@@ -43,6 +44,50 @@ def test_counts_seconds_and_peaks_of_blocks_add_up() -> None:
     assert account["counts"] == counts(tiles=6, outlines=8) | {"blocks": 2, "blocks_missing": 0, "blocks_resumed": 1}
     assert account["seconds"]["encode"] == 2.0
     assert (account["peak_ram_mb"], account["peak_vram_mb"]) == (5 << 20, 3.0)
+
+
+def test_a_gpu_is_measured_by_its_own_events() -> None:
+    """Events that are reached later, as of work that is still queued, count when they are reached."""
+
+    class Event:
+        reached = True
+        now = 0.0
+
+        def record(self) -> None:
+            Event.now += 250.0
+            self.at, self.done = Event.now, Event.reached
+
+        def query(self) -> bool:
+            return self.done
+
+        def elapsed_time(self, end: Event) -> float:
+            return end.at - self.at
+
+    clock = Clock()
+    busy = BusyClock(clock, torch.device("cpu"), Event)  # type: ignore[arg-type]
+    with busy():
+        pass
+    assert clock.seconds == {"busy": 0.25}
+    Event.reached = False
+    with pytest.raises(ValueError, match="work"), busy():
+        raise ValueError("work")
+    assert clock.seconds == {"busy": 0.25}
+    busy._pending[0][1].done = True
+    Event.reached = True
+    with busy():
+        pass
+    assert clock.seconds == {"busy": 0.75}
+
+
+def test_the_share_of_a_model_is_of_each_process() -> None:
+    statistics = RunStatistics("a.svs")
+    for process in "pq":
+        seconds = {"busy": 3.0, "encode": 1.0}
+        statistics.add(BlockReport(process, counts(tiles=1), [], seconds, process=process))
+    statistics.clock.add({"tiles": 4.0})
+    account = statistics.account(plan(p=1, q=1))
+    assert account["model_share"] == 0.75
+    assert "busy" not in account["seconds"]
 
 
 def test_a_tile_that_failed_and_a_block_that_is_missing_make_a_run_incomplete() -> None:

@@ -299,7 +299,7 @@ class RunStatistics:
 
     def _cost(self) -> dict[str, Any]:
         seconds = dict(self.clock.seconds)
-        model = sum(seconds.get(stage, 0) for stage in ("encode", "decode")) / max(len(self._processes), 1)
+        model = seconds.pop("busy", 0) / max(len(self._processes), 1)
         share = min(model / max(seconds.get("tiles", 0), 1e-9), 1) if self._model_share is None else self._model_share
         return {
             "seconds": {k: round(v, 3) for k, v in seconds.items()}

@@ -236,12 +236,25 @@ class _BlockPipeline:
     def decoded(
         self, read: Iterator[tuple[_TileTask, NDArray[np.uint8] | None]]
     ) -> Iterator[tuple[_TileTask, list[WindowMasks], int]]:
-        """Masks of the tiles and how many prompts they come from: one batch's prompts are found while the next one is encoded."""
+        """Masks of the tiles and how many prompts they come from, a batch at a time; its prompts are found while the next one is encoded."""
         found = prefetch_map(self.prompted, self.encoded(read), threads=self.readers, limit=self.batch.tiles + 1)
         with closing(found):
+            together: list[tuple[_TileTask, EncodedTile, NDArray[np.float32]]] = []
             for task, encoded, points in found:
-                masks = [] if encoded is None else self.segmenter.decode(task.tile, encoded, points)
-                yield task, masks, len(points)
+                if encoded is None:
+                    yield task, [], 0
+                    continue
+                together.append((task, encoded, points))
+                if encoded.is_last:
+                    yield from self._decode(together)
+                    together = []
+
+    def _decode(
+        self, batch: list[tuple[_TileTask, EncodedTile, NDArray[np.float32]]]
+    ) -> Iterator[tuple[_TileTask, list[WindowMasks], int]]:
+        tasks, encoded, points = zip(*batch, strict=True)
+        masks = self.segmenter.decode([task.tile for task in tasks], encoded, points)
+        return zip(tasks, masks, map(len, points), strict=True)
 
     def trace(self, decoded: tuple[_TileTask, list[WindowMasks], int]) -> _TracedTile:
         """Outlines of a tile."""
