@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import operator
+import uuid
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -29,24 +31,25 @@ def write_review(path: Path, run: RunCells, settings: ExportSettings) -> None:  
         raise ConfigError(
             f"{run.file}: its cells have no types; --format review needs a run with types: wsiseg type RUN --seeds FILE"
         )
-    margins, spots, kinds, ids = np.empty(0), np.empty((0, 2)), np.empty(0, int), np.empty(0, object)
+    found: list[tuple[float, str, str, shapely.Point]] = []  # margin, id, type, a point inside
     for chunk in run.chunks(["id", "type_margin", TYPE, "geometry"]):
-        here = chunk.chosen["type_margin"].to_numpy()
-        lowest = np.argsort(here, kind="stable")[:CELLS]
-        inside = shapely.get_coordinates(shapely.point_on_surface(chunk.polygons()[lowest]))
-        margins, spots = np.append(margins, here[lowest]), np.concatenate([spots, inside])
-        kinds = np.append(kinds, run.codes(chunk)[lowest])
-        ids = np.append(ids, np.array(chunk.chosen["id"].to_pylist(), object)[lowest])
-        kept = np.argsort(margins, kind="stable")[:CELLS]
-        margins, spots, kinds, ids = margins[kept], spots[kept], kinds[kept], ids[kept]
+        margins = chunk.chosen["type_margin"].to_numpy()
+        lowest = np.argsort(margins, kind="stable")[:CELLS]
+        ids = chunk.chosen["id"].take(lowest).to_pylist()
+        kinds = [run.names[code] for code in run.codes(chunk)[lowest]]
+        spots = shapely.point_on_surface(chunk.polygons()[lowest])
+        found += zip(margins[lowest].tolist(), ids, kinds, spots, strict=True)
     features = [
         {
             "type": "Feature",
-            "id": str(cell_id),
-            "geometry": {"type": "Point", "coordinates": [round(float(v), 2) for v in spot - run.corner]},
-            "properties": {"objectType": "annotation", "name": f"{run.names[kind]}, margin {margin:.2f}"},
+            "id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"wsiseg:review:{cell_id}")),  # not that of the detection
+            "geometry": {
+                "type": "Point",
+                "coordinates": [round(spot.x - run.corner[0], 2), round(spot.y - run.corner[1], 2)],
+            },
+            "properties": {"objectType": "annotation", "name": f"{kind}, margin {margin:.2f}"},
         }
-        for cell_id, spot, kind, margin in zip(ids.tolist(), spots, kinds.tolist(), margins.tolist(), strict=True)
+        for margin, cell_id, kind, spot in sorted(found, key=operator.itemgetter(0))[:CELLS]
     ]
     text = ",\n".join(json.dumps(feature, ensure_ascii=False, separators=(",", ":")) for feature in features)
     with atomic_path(path) as partial:
