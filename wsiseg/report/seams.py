@@ -139,7 +139,7 @@ def seam_facts(run: FinishedRun, xy: NDArray[np.float64]) -> SeamFacts | None:
 def seam_distance(xy: NDArray[np.float64], grid: TileGrid, size_px0: tuple[int, int]) -> NDArray[np.float64]:
     """Distance (N,) of places (N, 2) from the nearest border between two tiles, level-0 px; infinite without one.
 
-    The border of the slide is no seam.
+    The border of the slide does not count as a seam.
 
     Examples
     --------
