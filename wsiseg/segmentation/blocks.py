@@ -49,6 +49,8 @@ class BlockReport:
     ----------
     counts, failures
         Counts of the block; a message per tile that could not be read.
+    failed_px0
+        The corners of those tiles' cores, level-0 px.
     seconds
         Per stage, since the report before.
     peak_bytes, peak_device_bytes
@@ -67,6 +69,7 @@ class BlockReport:
     peak_device_bytes: int = 0
     resumed: bool = False
     process: str = ""
+    failed_px0: tuple[tuple[float, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,7 @@ def finished_block(spec: RunSpec, block: Block, *, failed: bool = False) -> Bloc
         part = None
     if part is None or (part.counts["tiles_failed"] and not failed):
         return None
-    return BlockReport(block.name, part.counts, part.failures, {}, resumed=True)
+    return BlockReport(block.name, part.counts, part.failures, {}, resumed=True, failed_px0=tuple(part.failed_px0))
 
 
 def segment_blocks(
@@ -271,11 +274,13 @@ class _BlockPipeline:
         block = sorted(block, key=lambda tile: tile.task.number)
         name, spec = block[0].task.block.name, self.context.spec
         failures = [tile.task.failure for tile in block if tile.task.failure]
+        cores = [tile.task.tile.core for tile in block if tile.task.failure]
+        failed = [(core.x0 * spec.lattice.scale, core.y0 * spec.lattice.scale) for core in cores]
         cells = Cells.concatenate([tile.cells for tile in block], self.context.model.descriptor_size)
         counts = {key: sum(tile.counts.get(key, 0) for tile in block) for key in BLOCK_COUNTS}
         counts |= {"tiles": len(block), "tiles_failed": len(failures), "outlines": len(cells)}
         with self.clock("write"):
-            write_part(spec.parts / f"{name}.parquet", cells, spec.parts_hash, counts, failures)
+            write_part(spec.parts / f"{name}.parquet", cells, spec.parts_hash, counts, failures, failed)
             self.context.claims.release(name)
             self.taken.discard(name)
         device = self.context.model.device
@@ -288,4 +293,5 @@ class _BlockPipeline:
             peak_bytes(),
             on_device,
             process=f"{machine.label()}-{os.getpid()}",
+            failed_px0=tuple(failed),
         )
