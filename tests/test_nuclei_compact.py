@@ -8,6 +8,7 @@ import skimage.data
 import torch
 
 from wsiseg.config import HALO_UM, MaskConfig
+from wsiseg.models import efficientnet_lite
 from wsiseg.models.nuclei_compact import MASKS, NucleiCompact
 from wsiseg.records import PromptExtras, WindowMasks
 from wsiseg.segmentation.decoding import decode, decode_tiles
@@ -80,6 +81,19 @@ def test_no_prompts_give_no_masks(model, picture) -> None:
     with torch.inference_mode():
         e = model.encode(picture)
     assert list(decode(model, e, 0, np.empty((0, 2), np.float32), MaskConfig())) == []
+
+
+def test_strips_of_rows_change_no_bit(model, monkeypatch) -> None:
+    """Blocks of every kernel and stride, in strips of one row, of several with a rest, and of all."""
+    encoder = model.pyramid.encoder
+    x = torch.rand(2, 3, 96, 160).contiguous(memory_format=torch.channels_last)
+    with torch.enable_grad():
+        whole = encoder(x)
+    for size in (1, 100_000, 1 << 30):
+        monkeypatch.setattr(efficientnet_lite, "_STRIP_BYTES", size)
+        with torch.inference_mode():
+            strips = encoder(x)
+        assert all(torch.equal(a, b) for a, b in zip(whole, strips, strict=True)), size
 
 
 def test_folded_batch_norms_change_nothing(picture) -> None:

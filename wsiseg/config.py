@@ -52,7 +52,7 @@ class TissueConfig:
     margin_um: float = setting(32.0, 0, 10000)
 
 
-TILE_UM = 256.0  #: 1024 px at 0.25: the working set stays under 1 GB
+TILE_UM = 256.0  #: 1024 px at 0.25: a process takes about 1.5 GB
 HALO_UM = 40.0  #: behind it a tile border moves no probability by more than 0.01 (benchmarks/results/tiling.md)
 
 
@@ -329,7 +329,7 @@ class ClusterConfig:
     cores
         Threads of the model. Small jobs start soonest: most nodes have room for four.
     memory
-        The default model takes below 1 GB; this is 2 GB per core, what most clusters give anyway, and room for larger models.
+        The default model takes about 1.5 GB; this is 2 GB per core, what most clusters give anyway, and room for larger models.
     queue, account
         Partition, and who pays. ``None``: the system's own.
     walltime
