@@ -163,13 +163,13 @@ def tiles_per_second(port: int, token: str, tiles: list[tuple[int, int]]) -> flo
     return len(tiles) / (time.perf_counter() - started)
 
 
-DRAWN = "wsiseg.viewer.world.getItemAt(0)?.getFullyLoaded() && !wsiseg.overlay.busy && !wsiseg.overlay.frame"
+DRAWN = "wsiseg.viewer.world.getItemAt(0)?.getFullyLoaded() && wsiseg.overlay.settled"
 UNTIL_DRAWN = f"""async (act) => {{
   const started = performance.now();
   await act();
   await new Promise((done) => {{
     const look = () => ({DRAWN}) ? requestAnimationFrame(() => requestAnimationFrame(done)) : setTimeout(look, 2);
-    setTimeout(look, 45); // the page asks for cells 40 ms after the last movement
+    requestAnimationFrame(look);
   }});
   return performance.now() - started;
 }}"""

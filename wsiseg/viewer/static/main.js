@@ -9,6 +9,7 @@ const COLOURS = ['#d55e00', '#0072b2', '#009e73', '#f0e442', '#56b4e9', '#e69f00
 const MARKS_UM = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000];
 const STEP = 0.25; // of the view, per arrow key
 const POLL_MS = 1500;
+const FOLLOW_MS = 100; // between questions while the view moves
 const REST_MS = 150; // without movement, before what lies around the view is fetched
 const AHEAD = 2; // tiles on each side
 const get = (id) => document.getElementById(id);
@@ -40,13 +41,14 @@ const viewer = OpenSeadragon({
   gestureSettingsMouse: { clickToZoom: false, dblClickToZoom: false }, gestureSettingsTouch: { clickToZoom: false, dblClickToZoom: false },
   gestureSettingsPen: { clickToZoom: false, dblClickToZoom: false },
   animationTime: 0.25, springStiffness: 10, visibilityRatio: 0.3, maxZoomPixelRatio: 8, imageLoaderLimit: 4, minZoomImageRatio: 0.8,
-  immediateRender: true, maxImageCacheCount: 120,
+  immediateRender: true, maxImageCacheCount: 120, maxTilesPerFrame: 8,
 });
 viewer.canvas.removeAttribute?.('tabindex'); // the element around it takes the focus
 viewer.container.querySelectorAll('[tabindex]').forEach((inner) => inner.setAttribute('tabindex', '-1'));
 
 const view = {
   element: get('viewer'),
+  zooming: () => Math.abs(viewer.viewport.getZoom(true) / viewer.viewport.getZoom(false) - 1) > 1e-9,
   scale: () => (get('viewer').clientWidth * viewer.viewport.getZoom(true)) / width, // screen px per level-0 px
   box: () => {
     const bounds = viewer.viewport.getBounds(true);
@@ -90,13 +92,17 @@ const panel = new Panel({
   },
 });
 const review = new Review({ change, go, tell, state: () => state, mark: (ring) => overlay.mark(ring) }, hasScale ? about.mpp : 0.25);
+overlay.onSettled = () => {
+  clearTimeout(resting);
+  resting = setTimeout(prefetch, REST_MS);
+};
 overlay.onCounts = () => {
   if (pointer) hover(pointer); // the cell may have another type by now
   panel.inView = overlay.counts;
   panel.drawCounts();
 };
 
-async function take(fresh) {
+function take(fresh) {
   const changed = !state || fresh.revision !== state.revision || fresh.applied !== state.applied
     || fresh.cells?.version !== state.cells?.version || fresh.cells?.count !== state.cells?.count;
   const ended = state?.applying && !fresh.applying;
@@ -117,7 +123,9 @@ async function take(fresh) {
     viewer.open(source());
   }
   overlay.draw();
-  if (changed) await Promise.all([overlay.refresh(), count()]);
+  if (!changed) return;
+  overlay.refresh();
+  count();
 }
 
 let counting = false, countAgain = false;
@@ -129,7 +137,7 @@ async function count() {
   try {
     while (countAgain) {
       countAgain = false;
-      await overlay.refresh(); // the view first
+      await overlay.running; // the view first
       panel.counts = await getJson('counts');
       panel.drawCounts();
     }
@@ -143,7 +151,7 @@ async function count() {
 /** Ask for a change; whether it was made. */
 async function change(request) {
   try {
-    await take(await postJson('do', request));
+    take(await postJson('do', request));
     return true;
   } catch (error) {
     tell(error.message, true);
@@ -168,7 +176,7 @@ async function save() {
 
 async function apply() {
   try {
-    await take(await postJson('apply'));
+    take(await postJson('apply'));
     tell('Applying your clicks to the whole slide.');
   } catch (error) {
     tell(error.message, true);
@@ -178,7 +186,7 @@ async function apply() {
 async function poll() {
   if (!document.hidden) {
     try {
-      await take(await getJson('state'));
+      take(await getJson('state'));
       get('viewer').dataset.alive = 'yes';
     } catch (error) {
       if (get('viewer').dataset.alive !== 'no') tell(error.message, true);
@@ -274,7 +282,7 @@ function showScale() {
   get('scale').textContent = um >= 1000 ? `${um / 1000} mm` : `${um} µm`;
 }
 
-let settled = 0, resting = 0, moves = 0;
+let settled = 0, resting = 0, moves = 0, followed = 0;
 function moved() {
   moves += 1;
   overlay.draw();
@@ -284,11 +292,15 @@ function moved() {
     showPlace((box.x0 + box.x1) / 2, (box.y0 + box.y1) / 2);
     if (overlay.crosshair) overlay.hover((box.x0 + box.x1) / 2, (box.y0 + box.y1) / 2);
   }
+  if (performance.now() - followed > FOLLOW_MS && state) {
+    followed = performance.now();
+    overlay.follow();
+  }
   clearTimeout(settled);
   settled = setTimeout(look, 40);
 }
 
-/** Fetch the tiles around the view into the browser's cache while nothing else is to do, the nearest first. */
+/** Fetch what lies around the view while nothing else is to do: cells, then tiles into the browser's cache, the nearest first. */
 async function prefetch() {
   const move = moves, still = () => move === moves && !overlay.busy;
   const drawn = viewer.world.getItemAt(0)?.lastDrawn ?? [];
@@ -316,8 +328,7 @@ async function prefetch() {
 let looked = '';
 async function look() {
   if (!state) return;
-  clearTimeout(resting);
-  overlay.refresh().then(() => { resting = setTimeout(prefetch, REST_MS); });
+  overlay.follow();
   const box = overlay.boxInView(), key = JSON.stringify(box);
   if (state.segmenting && !state.segmenting.all && key !== looked && box.x0 < box.x1 && box.y0 < box.y1) {
     looked = key;
@@ -331,7 +342,7 @@ viewer.addHandler('resize', moved);
 viewer.addHandler('open', async () => {
   showScale();
   if (!state) {
-    await take(await getJson('state'));
+    take(await getJson('state'));
     choose(panel.chosen);
     setTimeout(poll, POLL_MS);
   }
@@ -351,7 +362,7 @@ get('rest').addEventListener('click', () => postJson('segment', { all: true }).t
 for (const id of ['outlines', 'fill', 'marks']) {
   get(id).addEventListener('change', (event) => {
     overlay.shown[id] = event.target.checked;
-    overlay.draw();
+    overlay.recolour();
   });
 }
 for (const [id, key] of [['min-score', 'score'], ['min-margin', 'margin']]) {
