@@ -4,11 +4,11 @@
 
 The slide is a JPEG pyramid of tiles that repeat the demo's picture; nuclei 40 px apart (benchmarks/export.py) with descriptors around five means.
 `wsiseg view` runs as a process of its own, Chromium without a window beside it. Opening: until the address is printed. First picture: until all
-tiles of the first view are drawn. Pans move the view by half its size, where some 3000 cells are outlined: until tiles and outlines of the new
-view are drawn, before clicks and with clicks that are not applied, when every view is typed anew. Retyping: from the click to the view drawn with
-its new types; and of that, the question of the types alone. Tiles per second: over four connections, of level 0, each once from the disk, then
-again. Memory: the peak of the server's process, once as the page needs it and once after Apply; of the page, the heap of its scripts and the
-resident memory of its process, as the browser's own tools say.
+tiles and cells of the first view are drawn. Pans move the view by up to half its size, where some 3000 cells are outlined: until tiles and
+outlines of the new view are drawn, before clicks and with clicks that are not applied, when the cells that come into view are typed.
+Retyping: from the click to the view drawn with its new types; and of that, the question of the types alone. Tiles per second: over four
+connections, of level 0, each once from the disk, then again. Memory: the peak of the server's process, once as the page needs it and once
+after Apply; of the page, the heap of its scripts and the resident memory of its process, as the browser's own tools say.
 """
 
 from __future__ import annotations
@@ -184,10 +184,7 @@ CLICK = """async () => {
     }
   }
   const point = inside[NUMBER % inside.length], type = wsiseg.state().types[TYPE].name;
-  const body = JSON.stringify({ kind: 'click', type, point });
-  const answer = await fetch('do', { method: 'POST', headers: { 'Content-Type': 'application/json' }, body });
-  if (!answer.ok) throw new Error(await answer.text());
-  await o.refresh();
+  if (!await wsiseg.change({ kind: 'click', type, point })) throw new Error('refused');
 }"""
 
 

@@ -131,8 +131,8 @@ class Window:
     def position(self, x: float, y: float) -> tuple[float, float]:
         """Where a place of the slide is in the window."""
         left, top = self.page.evaluate(
-            "([x, y]) => { const o = wsiseg.overlay.view, b = o.box(), f = o.element.getBoundingClientRect();"
-            " return [f.left + (x - b.x0) * o.scale(), f.top + (y - b.y0) * o.scale()]; }", [x, y]
+            "([x, y]) => { const o = wsiseg.overlay.view, b = o.box, f = o.element.getBoundingClientRect();"
+            " return [f.left + (x - b.x0) * o.scale, f.top + (y - b.y0) * o.scale]; }", [x, y]
         )  # fmt: skip
         return left, top
 

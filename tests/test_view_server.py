@@ -505,7 +505,7 @@ def test_a_view_of_many_cells_is_typed_alone_and_the_slide_estimated(
     client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """More cells than are typed at once: the answers say so, the clicked cells are what they were clicked as, the estimates are near."""
-    for module in ("preview", "page"):
+    for module in ("preview", "shown"):
         monkeypatch.setattr(f"wsiseg.viewer.{module}.VIEW_CELLS", 300)
     monkeypatch.setattr("wsiseg.viewer.preview.SAMPLE", 600)
     clicked(client)

@@ -42,14 +42,21 @@ TOO_SOON_S = 0.5  #: between two looks at whether the run was changed by another
 
 _KEEP, _DROP = "private, max-age=86400, immutable", "no-store"  #: for the browser's cache
 _JSON, _BINARY, _JPEG = "application/json", "application/octet-stream", "image/jpeg"
-_MODULES = ("main.js", "server.js", "overlay.js", "pictures.js", "painting.js", "square.js", "panel.js", "review.js")
+_MODULES = (
+    "main.js",
+    "server.js",
+    "overlay.js",
+    "pictures.js",
+    "painting.js",
+    "square.js",
+    "slide.js",
+    "panel.js",
+    "review.js",
+)
 _FILES = {
     "": ("index.html", "text/html; charset=utf-8"),
     "style.css": ("style.css", "text/css; charset=utf-8"),
-    **{
-        name: (name, "text/javascript; charset=utf-8")
-        for name in ("openseadragon.min.js", *_MODULES)
-    },
+    **{name: (name, "text/javascript; charset=utf-8") for name in ("openseadragon.min.js", *_MODULES)},
 }
 _OPENSEADRAGON_STYLE = (
     "'sha256-9xTiqzfwFaL2SGb1rmr8gysEwVVjIvqWAgmZgqFqpEE='"  #: of the one style element that version 6.1.1 makes

@@ -4,14 +4,13 @@ import { getJson, postJson } from './server.js';
 import { Overlay } from './overlay.js';
 import { Panel } from './panel.js';
 import { Review } from './review.js';
+import { Slide } from './slide.js';
 
 const COLOURS = ['#d55e00', '#0072b2', '#009e73', '#f0e442', '#56b4e9', '#e69f00', '#cc79a7', '#000000']; // Okabe and Ito
-const MARKS_UM = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000];
 const STEP = 0.25; // of the view, per arrow key
 const POLL_MS = 1500;
 const FOLLOW_MS = 100; // between questions while the view moves
 const REST_MS = 150; // without movement, before what lies around the view is fetched
-const AHEAD = 2; // tiles on each side
 const get = (id) => document.getElementById(id);
 
 const about = await getJson('slide').catch((error) => {
@@ -26,46 +25,13 @@ document.title = `${about.slide} – wsiseg`;
 get('facts').textContent = `${width} × ${height} px${hasScale ? `, ${about.mpp.toFixed(3)} µm per px` : ''}`;
 
 let state = null;
-let picture = 0;
 let pointer = null; // the last event of it over the slide
 
-// --- the slide ---------------------------------------------------------------------------------------------------------------------
+const slide = new Slide(get('viewer'), about), { viewer } = slide;
 
-const top = Math.ceil(Math.log2(Math.max(width, height)));
-const source = () => ({
-  width, height, tileSize: about.tile, tileOverlap: 0, maxLevel: top, minLevel: top - about.zooms + 1,
-  getTileUrl: (level, x, y) => `tile/${top - level}/${x}/${y}${picture ? `?${picture}` : ''}`,
-});
-const viewer = OpenSeadragon({
-  element: get('viewer'), tileSources: source(), drawer: 'canvas', showNavigationControl: false, keyboardNavEnabled: false,
-  gestureSettingsMouse: { clickToZoom: false, dblClickToZoom: false }, gestureSettingsTouch: { clickToZoom: false, dblClickToZoom: false },
-  gestureSettingsPen: { clickToZoom: false, dblClickToZoom: false },
-  animationTime: 0.25, springStiffness: 10, visibilityRatio: 0.3, maxZoomPixelRatio: 8, imageLoaderLimit: 4, minZoomImageRatio: 0.8,
-  immediateRender: true, maxImageCacheCount: 120, maxTilesPerFrame: 8,
-});
-viewer.canvas.removeAttribute?.('tabindex'); // the element around it takes the focus
-viewer.container.querySelectorAll('[tabindex]').forEach((inner) => inner.setAttribute('tabindex', '-1'));
-
-const view = {
-  element: get('viewer'),
-  zooming: () => Math.abs(viewer.viewport.getZoom(true) / viewer.viewport.getZoom(false) - 1) > 1e-9,
-  scale: () => (get('viewer').clientWidth * viewer.viewport.getZoom(true)) / width, // screen px per level-0 px
-  box: () => {
-    const bounds = viewer.viewport.getBounds(true);
-    return { x0: bounds.x * width, y0: bounds.y * width, x1: (bounds.x + bounds.width) * width, y1: (bounds.y + bounds.height) * width };
-  },
-  place: (event) => {
-    const frame = get('viewer').getBoundingClientRect(), box = view.box(), scale = view.scale();
-    return [box.x0 + (event.clientX - frame.left) / scale, box.y0 + (event.clientY - frame.top) / scale];
-  },
-};
-
-function go([x, y], closer = true) {
-  const { viewport } = viewer;
+function go(place) {
   hover(null); // what is under the pointer is another cell then
-  if (closer && view.scale() < 0.8) viewport.zoomTo((1.2 * width) / get('viewer').clientWidth, null, true);
-  viewport.panTo(new OpenSeadragon.Point(x / width, y / width), true);
-  viewport.applyConstraints(true);
+  slide.go(place);
 }
 
 // --- messages ------------------------------------------------------------------------------------------------------------------------
@@ -80,7 +46,7 @@ function tell(text, bad = false) {
 
 // --- state ---------------------------------------------------------------------------------------------------------------------------
 
-const overlay = new Overlay(view, about.size, about.viewCells, (error) => tell(error.message, true));
+const overlay = new Overlay(slide, about.size, about.viewCells, (error) => tell(error.message, true));
 const panel = new Panel({
   change,
   choose,
@@ -118,10 +84,7 @@ function take(fresh) {
   get('apply').title = state.cannotApply ? `Not now: ${state.cannotApply}` : 'Type the whole slide with these clicks';
   drawSegmenting();
   if (ended) tell(state.applyError || 'The whole slide is typed with your clicks.', state.applyError !== '');
-  if (state.picture !== picture) {
-    picture = state.picture;
-    viewer.open(source());
-  }
+  slide.renew(state.picture);
   overlay.draw();
   if (!changed) return;
   overlay.refresh();
@@ -231,12 +194,12 @@ function pressAt(point, negative) {
 }
 
 viewer.addHandler('canvas-click', (event) => {
-  if (event.quick) pressAt(view.place(event.originalEvent), event.originalEvent.altKey);
+  if (event.quick) pressAt(slide.place(event.originalEvent), event.originalEvent.altKey);
 });
 viewer.addHandler('canvas-double-click', () => { if (overlay.draft?.length >= 3) finishRegion(); });
 get('viewer').addEventListener('contextmenu', (event) => {
   event.preventDefault();
-  pressAt(view.place(event), true);
+  pressAt(slide.place(event), true);
 });
 
 
@@ -248,7 +211,7 @@ function hover(event) {
     tip.hidden = true;
     return;
   }
-  const [x, y] = view.place(event);
+  const [x, y] = slide.place(event);
   showPlace(x, y);
   const found = overlay.hover(x, y), code = found ? overlay.codes[found.row] : 255;
   tip.hidden = !found || code === 255;
@@ -270,16 +233,9 @@ function showPlace(x, y) {
 }
 
 function showScale() {
-  const scale = view.scale();
-  if (!hasScale) {
-    const px = MARKS_UM.find((mark) => mark * scale > 60) ?? 10000;
-    get('scale').style.width = `${px * scale}px`;
-    get('scale').textContent = `${px} px`;
-    return;
-  }
-  const um = MARKS_UM.find((mark) => (mark / about.mpp) * scale > 60) ?? 10000;
-  get('scale').style.width = `${(um / about.mpp) * scale}px`;
-  get('scale').textContent = um >= 1000 ? `${um / 1000} mm` : `${um} µm`;
+  const [wide, text] = slide.mark();
+  get('scale').style.width = `${wide}px`;
+  get('scale').textContent = text;
 }
 
 let settled = 0, resting = 0, moves = 0, followed = 0;
@@ -288,9 +244,8 @@ function moved() {
   overlay.draw();
   showScale();
   if (document.activeElement === get('viewer')) {
-    const box = view.box();
-    showPlace((box.x0 + box.x1) / 2, (box.y0 + box.y1) / 2);
-    if (overlay.crosshair) overlay.hover((box.x0 + box.x1) / 2, (box.y0 + box.y1) / 2);
+    showPlace(...slide.middle);
+    if (overlay.crosshair) overlay.hover(...slide.middle);
   }
   if (performance.now() - followed > FOLLOW_MS && state) {
     followed = performance.now();
@@ -303,26 +258,8 @@ function moved() {
 /** Fetch what lies around the view while nothing else is to do: cells, then tiles into the browser's cache, the nearest first. */
 async function prefetch() {
   const move = moves, still = () => move === moves && !overlay.busy;
-  const drawn = viewer.world.getItemAt(0)?.lastDrawn ?? [];
-  const level = Math.max(...drawn.map((tile) => tile.level)), shown = drawn.filter((tile) => tile.level === level);
-  if (!shown.length || shown.length > 60) return;
-  const range = (of) => [Math.min(...shown.map(of)), Math.max(...shown.map(of))];
-  const [left, right] = range((tile) => tile.x), [up, down] = range((tile) => tile.y), side = about.tile * 2 ** (top - level);
-  const around = [];
-  for (let y = Math.max(up - AHEAD, 0); y <= Math.min(down + AHEAD, Math.ceil(height / side) - 1); y += 1) {
-    for (let x = Math.max(left - AHEAD, 0); x <= Math.min(right + AHEAD, Math.ceil(width / side) - 1); x += 1) {
-      const away = Math.max(left - x, x - right, up - y, y - down);
-      if (away > 0) around.push([away, x, y]);
-    }
-  }
   await overlay.prefetch(still);
-  for (const [, x, y] of around.sort((a, b) => a[0] - b[0])) {
-    if (!still()) return;
-    const picture = new Image();
-    picture.fetchPriority = 'low';
-    picture.src = source().getTileUrl(level, x, y);
-    await picture.decode().catch(() => {});
-  }
+  await slide.prefetch(still);
 }
 
 let looked = '';
@@ -423,7 +360,7 @@ get('viewer').addEventListener('keydown', (event) => {
   else if (event.key === '+' || event.key === '=') viewport.zoomBy(1.5);
   else if (event.key === '-') viewport.zoomBy(1 / 1.5);
   else if (event.key === '0') viewport.goHome();
-  else if (event.key === 'Enter') pressAt([(bounds.x + bounds.width / 2) * width, (bounds.y + bounds.height / 2) * width], event.shiftKey || event.altKey);
+  else if (event.key === 'Enter') pressAt(slide.middle, event.shiftKey || event.altKey);
   else return;
   overlay.crosshair = true;
   event.preventDefault();
@@ -458,5 +395,5 @@ document.addEventListener('keydown', (event) => {
   event.preventDefault();
 });
 
-export { overlay, panel, review, viewer }; // for the tests
-window.wsiseg = { overlay, viewer, state: () => state };
+// For the tests.
+window.wsiseg = { overlay, viewer, change, state: () => state };

@@ -9,6 +9,8 @@ const MOST_SQUARES = 48; // in view; beyond, few cells on much glass: density
 const KEPT_SQUARES = 96; // half a MB each
 const BIN = 16; // screen px of a square of density
 const AROUND = 0.5; // of the view, on each side: what is fetched and drawn ahead
+const MOST_TYPED = 24; // boxes whose types are known
+const THIN = 1.25; // level-0 px per screen px: beyond, cells are some ten screen px wide, and a thin outline leaves more of them to be seen
 const CORNER = 2; // device px between two corners that are drawn: nearer ones cannot be told apart
 const UNKNOWN = 255;
 
@@ -16,10 +18,13 @@ const isEmpty = (box) => box.x0 >= box.x1 || box.y0 >= box.y1;
 const holds = (a, b) => a.x0 <= b.x0 && a.y0 <= b.y0 && a.x1 >= b.x1 && a.y1 >= b.y1;
 const sameBox = (a, b) => a !== null && holds(a, b) && holds(b, a);
 /** What of a box lies around another: left, right, above, below. */
-const strips = (outer, inner) => [
-  { ...inner, x0: outer.x0, x1: inner.x0 }, { ...inner, x0: inner.x1, x1: outer.x1 },
-  { ...outer, y1: inner.y0 }, { ...outer, y0: inner.y1 },
-].filter((strip) => !isEmpty(strip));
+function without(box, other) {
+  const inner = { x0: Math.max(box.x0, other.x0), y0: Math.max(box.y0, other.y0), x1: Math.min(box.x1, other.x1), y1: Math.min(box.y1, other.y1) };
+  if (isEmpty(inner)) return [box];
+  return [
+    { ...inner, x0: box.x0, x1: inner.x0 }, { ...inner, x0: inner.x1, x1: box.x1 }, { ...box, y1: inner.y0 }, { ...box, y0: inner.y1 },
+  ].filter((part) => !isEmpty(part));
+}
 
 export class Overlay {
   constructor(view, size, viewCells, onProblem) {
@@ -55,7 +60,7 @@ export class Overlay {
     this.perArea = 0;
     this.hovered = null;
     this.asked = null; // the box of the last question
-    this.typed = { key: '', boxes: [] }; // where the types are those of the clicks that hold
+    this.typed = { key: '', boxes: [], whole: true }; // where the types are those of the clicks that hold
     this.pictures.clear();
   }
 
@@ -71,6 +76,7 @@ export class Overlay {
         this.codes = new Uint8Array(state.cells.count).fill(UNKNOWN);
         this.scores = new Uint8Array(state.cells.count);
         this.margins = new Uint8Array(state.cells.count);
+        this.fresh = new Uint8Array(state.cells.count); // 1: typed with the clicks that hold
       }
     } else if (kindsKey !== this.kindsKey) {
       this.recolour();
@@ -94,7 +100,7 @@ export class Overlay {
   get settled() { return !this.busy && !this.frame && (!this.version || sameBox(this.asked, this.boxInView())); }
 
   boxInView() {
-    const { x0, y0, x1, y1 } = this.view.box();
+    const { x0, y0, x1, y1 } = this.view.box;
     return { x0: Math.max(x0, 0), y0: Math.max(y0, 0), x1: Math.min(x1, this.size[0]), y1: Math.min(y1, this.size[1]) };
   }
 
@@ -150,24 +156,23 @@ export class Overlay {
       const missing = squares.filter(([column, row]) => !this.squares.has(`${column}/${row}`));
       const started = performance.now();
       const [types] = await Promise.all([
-        getTypes(box), ...(this.mode === 'outlines' ? missing.map(([column, row]) => this.fetchSquare(version, column, row)) : [])]);
-      this.lastRetype = performance.now() - started;
+        this.isTyped(box, key) ? null : getTypes(box), ...(this.mode === 'outlines' ? missing.map(([column, row]) => this.fetchSquare(version, column, row)) : [])]);
       if (version !== this.version) return;
-      this.perArea = types.total / area;
-      if (types.total <= this.viewCells) {
+      if (types) [this.lastRetype, this.perArea] = [performance.now() - started, types.total / area];
+      if (!types || types.total <= this.viewCells) {
         if (this.mode !== 'outlines') {
           await Promise.all(missing.map(([column, row]) => this.fetchSquare(version, column, row)));
           if (version !== this.version) return;
         }
         this.mode = 'outlines';
-        this.keep(types, box, key);
-        this.count(types);
+        if (types) this.keep(types, box, key);
+        this.count(box);
         this.forget(squares);
         this.draw();
         return;
       }
     }
-    const scale = this.view.scale();
+    const scale = this.view.scale;
     const columns = Math.max(1, Math.round(((box.x1 - box.x0) * scale) / BIN)), lines = Math.max(1, Math.round(((box.y1 - box.y0) * scale) / BIN));
     const density = await getDensity(box, Math.min(columns, 512), Math.min(lines, 512), { score: this.shown.score, margin: this.shown.margin });
     if (version !== this.version) return;
@@ -180,13 +185,25 @@ export class Overlay {
   /** Names the clicks that types are for. */
   typedKey() { return `${this.version}/${this.state.revision}/${this.state.applied}`; }
 
-  /** Take the types of the cells in a box; what looks otherwise now is drawn anew. */
+  /** Whether all cells in a box have types of these clicks. */
+  isTyped(box, key) {
+    if (this.typed.key !== key) return false;
+    return this.typed.boxes.reduce((open, known) => open.flatMap((part) => without(part, known)), [box]).length === 0;
+  }
+
+  /** Take the types of the cells in a box; what looks otherwise now is drawn anew. Until the next click a cell keeps the first that it gets: typed
+   * with other neighbours it may have another, and its colour would change as the view moves. */
   keep(types, box, key) {
-    if (this.typed.key !== key) this.typed = { key, boxes: [] };
-    this.typed.boxes.push(box);
+    if (this.typed.key !== key) {
+      this.typed = { key, boxes: [], whole: types.whole };
+      this.fresh.fill(0);
+    }
+    this.typed.boxes = [...this.typed.boxes.slice(-MOST_TYPED), box];
     const other = new Set();
     for (let k = 0; k < types.rows.length; k += 1) {
       const row = types.rows[k], before = this.codeShown(row);
+      if (this.fresh[row]) continue;
+      this.fresh[row] = 1;
       this.codes[row] = types.codes[k];
       this.scores[row] = types.scores[k];
       this.margins[row] = types.margins[k];
@@ -199,10 +216,17 @@ export class Overlay {
     }
   }
 
-  count(types) {
+  /** Count the cells in view by their types. */
+  count(box) {
     const counts = new Array(this.state.kinds.length).fill(0);
-    for (const code of types.codes) counts[code] += 1;
-    this.counts = { counts, whole: types.whole };
+    for (const square of this.squares.values()) {
+      if (apart(square, box)) continue;
+      for (const cell of square.meeting(box)) {
+        const code = this.codes[square.rows[cell]], [x, y] = square.middle(cell);
+        if (code !== UNKNOWN && x >= box.x0 && x < box.x1 && y >= box.y0 && y < box.y1) counts[code] += 1;
+      }
+    }
+    this.counts = { counts, whole: this.typed.whole };
     this.onCounts();
   }
 
@@ -236,9 +260,9 @@ export class Overlay {
     const goes = () => still() && key === this.typedKey();
     const squares = this.squaresInView(around);
     if (isEmpty(box) || squares.length > MOST_SQUARES) return;
-    for (const strip of strips(around, box)) {
+    for (const strip of without(around, box)) {
       if (!goes()) return;
-      if (this.typed.boxes.some((known) => holds(known, strip))) continue;
+      if (this.isTyped(strip, key)) continue;
       const types = await getTypes(strip).catch(() => null);
       if (types && types.total <= this.viewCells && goes()) this.keep(types, strip, key);
     }
@@ -309,7 +333,7 @@ export class Overlay {
     if (canvas.width !== width || canvas.height !== height) [canvas.width, canvas.height] = [width, height];
     context.setTransform(1, 0, 0, 1, 0, 0);
     context.clearRect(0, 0, width, height);
-    const scale = this.view.scale() * ratio, box = this.view.box();
+    const scale = this.view.scale * ratio, box = this.view.box;
     if (!Number.isFinite(scale) || scale <= 0) return;
     const onSlide = () => context.setTransform(scale, 0, 0, scale, -box.x0 * scale, -box.y0 * scale);
     const px = ratio / scale;
@@ -320,7 +344,7 @@ export class Overlay {
         if (this.mode === 'density') {
           if (this.density) paintDensity(context, this.density, this.state.kinds, this.shown.kinds);
         } else {
-          this.pictures.paint(context, scale, box, this.view.zooming());
+          this.pictures.paint(context, scale, box, this.view.zooming);
           onSlide();
           this.paintHovered(px);
         }
@@ -341,7 +365,7 @@ export class Overlay {
 
   /** Draw the outlines that meet a box, one path for each type; whether there are any. Cells whose type is still asked for are left out. */
   drawOutlines(context, box, px) {
-    const ratio = window.devicePixelRatio || 1, paths = new Map();
+    const ratio = window.devicePixelRatio || 1, paths = new Map(), thin = ratio * px > THIN;
     for (const square of this.squares.values()) {
       if (apart(square, box)) continue;
       for (const cell of square.meeting(box)) {
@@ -354,13 +378,13 @@ export class Overlay {
     for (const [code, path] of paths) {
       const colour = this.state.kinds[code]?.color ?? '#808080';
       if (this.shown.fill && code !== 0) {
-        context.globalAlpha = 0.28;
+        context.globalAlpha = thin ? 0.45 : 0.28;
         context.fillStyle = colour;
         context.fill(path);
       }
       context.globalAlpha = 1;
       context.strokeStyle = colour;
-      context.lineWidth = (code === 0 ? 1.5 : 2) * ratio * px;
+      context.lineWidth = (thin ? 1 : code === 0 ? 1.5 : 2) * ratio * px;
       context.stroke(path);
     }
     return paths.size > 0;

@@ -24,8 +24,8 @@ class Patch {
 export const apart = (a, b) => a.x0 > b.x1 || a.y0 > b.y1 || a.x1 < b.x0 || a.y1 < b.y0;
 
 export class Square {
-  constructor(column, row, { rows, corners, xy }) {
-    [this.x, this.y] = [column * SQUARE, row * SQUARE];
+  constructor(column, line, { rows, corners, xy }) {
+    [this.x, this.y] = [column * SQUARE, line * SQUARE];
     [this.rows, this.corners, this.xy] = [rows, corners, xy];
     this.starts = new Uint32Array(corners.length + 1);
     this.boxes = new Float32Array(4 * corners.length);
@@ -33,8 +33,8 @@ export class Square {
     for (let cell = 0; cell < corners.length; cell += 1) {
       this.starts[cell + 1] = this.starts[cell] + corners[cell];
       this.measure(cell);
-      const place = (k, corner) => Math.max(0, Math.min(PATCHES - 1, Math.floor(((this.boxes[4 * cell + k] + this.boxes[4 * cell + k + 2]) / 2 - corner) / PATCH)));
-      this.patches[place(1, this.y) * PATCHES + place(0, this.x)].add(cell, this.boxes);
+      const [column, row] = this.middle(cell).map((at, k) => Math.max(0, Math.min(PATCHES - 1, Math.floor((at - [this.x, this.y][k]) / PATCH))));
+      this.patches[row * PATCHES + column].add(cell, this.boxes);
     }
     const edge = (of, key) => of(...this.patches.map((patch) => patch[key]));
     [this.x0, this.y0, this.x1, this.y1] = [edge(Math.min, 'x0'), edge(Math.min, 'y0'), edge(Math.max, 'x1'), edge(Math.max, 'y1')];
@@ -51,6 +51,11 @@ export class Square {
       if (y > bottom) bottom = y;
     }
     this.boxes.set([this.x + left / UNIT, this.y + top / UNIT, this.x + right / UNIT, this.y + bottom / UNIT], 4 * cell);
+  }
+
+  middle(cell) {
+    const { boxes } = this, k = 4 * cell;
+    return [(boxes[k] + boxes[k + 2]) / 2, (boxes[k + 1] + boxes[k + 3]) / 2];
   }
 
   /** The cells whose box meets another. */
