@@ -23,7 +23,7 @@ from wsiseg.viewer.opening import open_page
 from wsiseg.viewer.server import PageServer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright (dependency group `browser`)")
 AXE = pytest.importorskip("axe_playwright_python", reason="needs axe-playwright-python (dependency group `browser`)")
@@ -351,12 +351,20 @@ def test_names_are_text_and_panels_work(browser: Any, address: str) -> None:
     page.close()
 
 
-def test_nothing_is_lost_when_the_server_is_killed(browser: Any, run: Path) -> None:
+def test_through_a_tunnel_nothing_is_lost_when_the_server_is_killed(
+    browser: Any, run: Path, tunnel: Callable[[int], int]
+) -> None:
+    """The page works at another port, as `ssh -L` gives it; when the server is gone the page says so, and another has the clicks."""
     served = Served(run)
     try:
-        window = Window(browser, served.address)
+        port = served.address.split(":")[2].split("/")[0]
+        window = Window(browser, served.address.replace(f":{port}/", f":{tunnel(int(port))}/"))
+        assert f":{port}/" not in window.page.url
         window.click(67, 82)
         points = window.state()["types"][0]["points"]
+        window.press("Control+s")
+        window.wait("document.getElementById('saved').textContent.startsWith('Saved')")
+        assert window.said == []
     finally:
         served.kill()
     window.page.mouse.click(*window.position(271, 271))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import html
 import os
+import threading
 import webbrowser
 from typing import TYPE_CHECKING
 
@@ -33,7 +34,10 @@ def opened(folder: Path, address: str) -> Iterator[None]:
     with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:  # noqa: PTH123
         file.write(_PAGE.format(html.escape(address)))
     try:
-        webbrowser.open(path.absolute().as_uri())
+        # Some browsers are waited for, and the page is served meanwhile.
+        threading.Thread(
+            target=webbrowser.open, args=(path.absolute().as_uri(),), name="wsiseg-browser", daemon=True
+        ).start()
         yield
     finally:
         path.unlink(missing_ok=True)
