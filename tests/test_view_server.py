@@ -31,6 +31,7 @@ from PIL import Image
 from wsiseg.config import RunConfig, TilingConfig
 from wsiseg.errors import FormatError, RunError
 from wsiseg.formats.geoparquet import write_geoparquet
+from wsiseg.formats.parts import write_part
 from wsiseg.formats.regions import read_regions
 from wsiseg.formats.seeds import read_seeds
 from wsiseg.measurements import measure
@@ -39,9 +40,10 @@ from wsiseg.models.cards import file_hash
 from wsiseg.records import Cells, Provenance, SlideInfo, Typing
 from wsiseg.runs.retype import type_run
 from wsiseg.runs.slide import segment_slide
+from wsiseg.segmentation import blocks
 from wsiseg.slide.array_reader import ArrayReader
 from wsiseg.viewer.opening import open_page
-from wsiseg.viewer.server import _MODULES, MAX_BODY, PageServer
+from wsiseg.viewer.server import MAX_BODY, MODULES, PageServer
 from wsiseg.viewer.session import Session
 from wsiseg.viewer.tiles import SlideTiles
 
@@ -430,7 +432,7 @@ def test_names_from_files_are_text_in_every_answer(tmp_path: Path) -> None:
         page = client.ask("")[1].decode()
         assert EVIL not in page
         assert "a<b>" not in page
-        modules = [client.ask(name)[1].decode() for name in _MODULES]
+        modules = [client.ask(name)[1].decode() for name in MODULES]
         assert len(modules) > 5
         assert ".innerHTML" not in "".join(modules)
 
@@ -965,7 +967,7 @@ def test_blocks_in_view_are_segmented_into_the_run_that_others_complete(
         assert state["segmenting"]["blocks"] == 4
         assert client.click("tumour", [67, 82])[0] == 409  # nothing is outlined yet
         assert client.post("segment", {"x0": 0, "y0": 0, "x1": 200, "y1": 200})[0] == 200
-        state = client.wait(lambda state: state["cells"], 60)
+        state = client.wait(lambda state: state["cells"] and state["segmenting"]["done"], 60)
         assert state["segmenting"]["done"] == 1
         assert [p.name for p in (tmp_path / "ihc/parts").glob("*.parquet")] == ["0000-0000.parquet"]
         first = (tmp_path / "ihc/parts/0000-0000.parquet").stat()
@@ -987,6 +989,27 @@ def test_blocks_in_view_are_segmented_into_the_run_that_others_complete(
         (tmp_path / "plain" / name).write_bytes((demo_run / name).read_bytes())
     type_run(tmp_path / "plain", seeds=tmp_path / "ihc/seeds.json")
     assert (tmp_path / "ihc/cells.parquet").read_bytes() == (tmp_path / "plain/cells.parquet").read_bytes()
+
+
+def test_tiles_are_shown_before_their_block_is_done(
+    demo: tuple[Path, Path], demo_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A click on one of their cells holds when the block is written, and the block's cells are those of smaller blocks."""
+    one_block = dataclasses.replace(SMALL_BLOCKS, tiling=TilingConfig(tile_um=128, block_tiles=2))
+    looked = threading.Event()
+    monkeypatch.setattr(blocks, "write_part", lambda *part: looked.wait(60) and write_part(*part))
+    with served(open_page(str(demo[0]), one_block, tmp_path)) as client:
+        client.post("segment", {"x0": 0, "y0": 0, "x1": 512, "y1": 512})
+        state = client.wait(lambda state: state["cells"], 60)
+        assert state["segmenting"]["done"] == 0
+        assert 1 <= state["segmenting"]["early"] <= state["segmenting"]["each"] == 4
+        assert not list((tmp_path / "ihc/parts").glob("*.parquet"))
+        assert client.click("tumour", [67, 82])[0] == 200
+        looked.set()
+        every = len(pq.read_table(demo_run / "cells.parquet"))
+        state = client.wait(lambda state: state["segmenting"]["done"] == 1 and state["cells"]["count"] == every, 60)
+        assert state["types"][0]["points"] == [[67, 82]]
+        assert client.get("counts")["counts"]["tumour"] > 20
 
 
 def test_a_view_while_a_run_works_on_the_slide(demo: tuple[Path, Path], demo_run: Path, tmp_path: Path) -> None:

@@ -164,8 +164,9 @@ function drawSegmenting() {
   get('segmenting').hidden = !work;
   if (!work) return;
   const failed = work.failures.length ? ` Not read: ${work.failures[work.failures.length - 1]}` : '';
-  const done = work.all ? `Segmenting the rest: ${work.tiles[0]} of ${work.tiles[1]} tiles.` : `${work.done} of ${work.blocks} blocks are outlined`;
-  get('progress').textContent = `${done}${work.all ? '' : work.now ? `; working on the next (${work.waiting} more in view).` : '.'}${failed}`;
+  const next = work.now ? `; of the next, ${work.early} of ${work.each} tiles (${work.waiting} more blocks in view)` : '';
+  const done = work.all ? `Segmenting the rest: ${work.tiles[0]} of ${work.tiles[1]} tiles.` : `${work.done} of ${work.blocks} blocks are outlined${next}.`;
+  get('progress').textContent = `${done}${failed}`;
   get('rest').disabled = work.all;
 }
 

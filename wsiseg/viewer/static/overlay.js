@@ -39,6 +39,8 @@ export class Overlay {
     this.context = this.canvas.getContext('2d');
     this.pictures = new Pictures((context, box, px) => this.drawOutlines(context, box, px));
     this.shown = { outlines: true, fill: true, marks: true, kinds: new Set(), score: 0, margin: 0 };
+    this.density = null;
+    this.mode = 'outlines';
     this.clear();
     this.state = null;
     this.kindsKey = '';
@@ -55,13 +57,11 @@ export class Overlay {
     this.squares = new Map();
     this.version = '';
     this.codes = null;
-    this.density = null;
-    this.mode = 'outlines';
     this.perArea = 0;
     this.hovered = null;
     this.asked = null; // the box of the last question
     this.typed = { key: '', boxes: [], whole: true }; // where the types are those of the clicks that hold
-    this.pictures.clear();
+    this.replaced = false; // the pictures are those of the cells before, until the new ones are there
   }
 
   /** Take what the server says; other cells make everything old. */
@@ -72,6 +72,7 @@ export class Overlay {
     if (version !== this.version) {
       this.clear();
       this.version = version;
+      this.replaced = true;
       if (version) {
         this.codes = new Uint8Array(state.cells.count).fill(UNKNOWN);
         this.scores = new Uint8Array(state.cells.count);
@@ -165,6 +166,8 @@ export class Overlay {
           if (version !== this.version) return;
         }
         this.mode = 'outlines';
+        if (this.replaced) this.pictures.clear();
+        this.replaced = false;
         if (types) this.keep(types, box, key);
         this.count(box);
         this.forget(squares);
@@ -344,7 +347,7 @@ export class Overlay {
         if (this.mode === 'density') {
           if (this.density) paintDensity(context, this.density, this.state.kinds, this.shown.kinds);
         } else {
-          this.pictures.paint(context, scale, box, this.view.zooming);
+          this.pictures.paint(context, scale, box, this.replaced || this.view.zooming);
           onSlide();
           this.paintHovered(px);
         }

@@ -27,21 +27,21 @@ export class Pictures {
     return { x0: column * side, y0: row * side, x1: (column + 1) * side, y1: (row + 1) * side };
   }
 
-  /** Paint a view. While its zoom changes, what is there is stretched: nothing is drawn for a zoom that lasts one frame. */
-  paint(context, scale, box, zooming) {
-    const other = Math.abs(scale / this.scale - 1) > 1e-9, stretched = other && zooming && this.held.size > 0;
-    if (other && !stretched) {
+  /** Paint a view. With `hold`, what is there is stretched and nothing is drawn: for a zoom that lasts one frame, or cells that are being replaced. */
+  paint(context, scale, box, hold) {
+    const held = hold && this.held.size > 0;
+    if (!held && Math.abs(scale / this.scale - 1) > 1e-9) {
       this.clear();
       this.scale = scale;
     }
-    const stretch = stretched ? scale / this.scale : 1, left = Math.round(box.x0 * scale), top = Math.round(box.y0 * scale), side = SIDE * stretch;
+    const stretch = held ? scale / this.scale : 1, left = Math.round(box.x0 * scale), top = Math.round(box.y0 * scale), side = SIDE * stretch;
     context.setTransform(1, 0, 0, 1, 0, 0);
-    const shown = stretched ? [...this.held.values()] : this.needed(box);
+    const shown = held ? [...this.held.values()] : this.needed(box);
     for (const { column, row } of shown) {
-      const canvas = stretched ? this.held.get(`${column}/${row}`).canvas : this.picture(column, row);
+      const canvas = held ? this.held.get(`${column}/${row}`).canvas : this.picture(column, row);
       if (canvas) context.drawImage(canvas, column * side - left, row * side - top, side, side);
     }
-    if (!stretched) this.forget(Math.max(KEPT, 2 * shown.length));
+    if (!held) this.forget(Math.max(KEPT, 2 * shown.length));
   }
 
   /** Draw one picture that a view needs and is not there; whether there was one. */
