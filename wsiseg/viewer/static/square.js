@@ -70,19 +70,22 @@ export class Square {
     }
   }
 
-  /** Add an outline to a path, without corners that are nearer than `gap` px to the one before. */
+  /** Add an outline to a path, without corners that are nearer than `gap` px to the one before. It ends with its first two corners again: closePath
+   * looks through the whole path in Chromium, and took half of the time to draw some thousand outlines. */
   trace(path, cell, gap = 0) {
-    const { xy, boxes } = this, end = 2 * this.starts[cell + 1];
+    const { xy, boxes } = this, start = 2 * this.starts[cell], end = 2 * this.starts[cell + 1];
     const side = boxes[4 * cell + 2] - boxes[4 * cell] + boxes[4 * cell + 3] - boxes[4 * cell + 1];
     const least = (Math.min(gap, side / 16) * UNIT) ** 2; // some 12 corners at least
-    let k = 2 * this.starts[cell], x = xy[k], y = xy[k + 1];
+    let x = xy[start], y = xy[start + 1], second = -1;
     path.moveTo(this.x + x / UNIT, this.y + y / UNIT);
-    for (k += 2; k < end; k += 2) {
+    for (let k = start + 2; k < end; k += 2) {
       if ((xy[k] - x) ** 2 + (xy[k + 1] - y) ** 2 < least) continue;
-      [x, y] = [xy[k], xy[k + 1]];
+      x = xy[k];
+      y = xy[k + 1];
+      if (second < 0) second = k;
       path.lineTo(this.x + x / UNIT, this.y + y / UNIT);
     }
-    path.closePath();
+    for (const k of second < 0 ? [start] : [start, second]) path.lineTo(this.x + xy[k] / UNIT, this.y + xy[k + 1] / UNIT);
   }
 
   /** Distance of a point from an outline: 0 inside. */
