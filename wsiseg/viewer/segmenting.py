@@ -202,8 +202,12 @@ class OnDemand:
     def _take_tile(self, cells: Cells) -> None:
         """Show a tile before its block is done."""
         self._early.append(cells)
+        self._stitch_soon()
+
+    def _stitch_soon(self) -> None:
+        """Stitch, if that has not just been done: the work that is going on waits meanwhile."""
         if time.monotonic() - self._stitched_at > (_STITCH_SHARE - 1) * self._stitch_s:
-            with contextlib.suppress(WsisegError):  # it will be said when the block is done, which goes first
+            with contextlib.suppress(WsisegError):  # said when all is stitched; the work in progress goes first
                 self._stitch()
 
     def _stitch(self) -> None:
@@ -225,6 +229,11 @@ class OnDemand:
 
         def show(done: int, total: int, _: int) -> None:
             self._tiles = (done, total)
+            waiting = [p.block for p in self._places if p.block.name not in self._done]
+            fresh = {block.name for block in waiting if finished_block(self.run.context.spec, block)}
+            self._done |= fresh
+            if fresh:
+                self._stitch_soon()
 
         try:
             with contextlib.suppress(InterruptedRunError):

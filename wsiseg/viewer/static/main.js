@@ -164,8 +164,9 @@ function drawSegmenting() {
   get('segmenting').hidden = !work;
   if (!work) return;
   const failed = work.failures.length ? ` Not read: ${work.failures[work.failures.length - 1]}` : '';
-  const next = work.now ? `; of the next, ${work.early} of ${work.each} tiles (${work.waiting} more blocks in view)` : '';
-  const done = work.all ? `Segmenting the rest: ${work.tiles[0]} of ${work.tiles[1]} tiles.` : `${work.done} of ${work.blocks} blocks are outlined${next}.`;
+  const next = work.now ? ` Outlining a block: ${work.early} of ${work.each} tiles${work.waiting ? `; ${work.waiting} more in view` : ''}.` : '';
+  const rest = work.tiles[1] ? `: ${work.tiles[0]} of ${work.tiles[1]} tiles` : '';
+  const done = work.all ? `Segmenting the rest${rest}.` : `${work.done} of ${work.blocks} blocks are done.${next}`;
   get('progress').textContent = `${done}${failed}`;
   get('rest').disabled = work.all;
 }

@@ -95,8 +95,6 @@ export function paintRegions(context, regions, draft, px) {
 export function paintOpen(context, blocks, px, box) {
   for (const [x0, y0, x1, y1] of blocks) {
     if (x0 > box.x1 || y0 > box.y1 || x1 < box.x0 || y1 < box.y0) continue;
-    context.fillStyle = 'rgb(255 255 255 / 30%)';
-    context.fillRect(x0, y0, x1 - x0, y1 - y0);
     context.strokeStyle = 'rgb(60 70 80 / 70%)';
     context.lineWidth = px;
     context.setLineDash([6 * px, 4 * px]);
