@@ -79,6 +79,7 @@ function take(fresh) {
   get('undo').disabled = !state.canUndo;
   get('redo').disabled = !state.canRedo;
   const clicked = state.types.some((type) => type.points.length);
+  get('get-seeds').hidden = !clicked;
   get('apply').disabled = state.applying || state.applied || !clicked || state.cannotApply !== '';
   get('apply').textContent = state.applying ? 'Applying…' : state.applied && clicked ? 'Applied' : 'Apply';
   get('apply').title = state.cannotApply ? `Not now: ${state.cannotApply}` : 'Type the whole slide with these clicks';
