@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import http.client
 import json
+import os
 import re
 import shutil
 import statistics
@@ -277,6 +278,7 @@ def main() -> None:
     parser.add_argument("--scratch", type=Path, help="Keep the slide and the run here, and use those that are there.")
     parser.add_argument("--name", default="view")
     options = parser.parse_args()
+    before = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as temporary:
         scratch = options.scratch or Path(temporary)
         slide, run = scratch / "slide.tiff", scratch / "run"
@@ -312,7 +314,7 @@ def main() -> None:
         options.name,
         rows,
         f"`benchmarks/view.py`: {options.cells} nuclei {SPACING:g} px apart, JPEG slide of {options.side} x {options.side} px, "
-        "window of 1440 x 900 px.",
+        f"window of 1440 x 900 px; load of the machine {before:.0f} at the beginning, {os.getloadavg()[0]:.0f} at the end, {os.cpu_count()} cores.",
     )
 
 
