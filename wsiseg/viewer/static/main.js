@@ -114,6 +114,7 @@ async function count() {
 
 /** Ask for a change; whether it was made. */
 async function change(request) {
+  clearTimeout(resting); // what lies around the view comes after what is in it
   try {
     take(await postJson('do', request));
     return true;

@@ -6,7 +6,7 @@ import { getDensity, getOutlines, getTypes } from './server.js';
 import { apart, SQUARE, Square } from './square.js';
 
 const MOST_SQUARES = 48; // in view; beyond, few cells on much glass: density
-const KEPT_SQUARES = 96; // half a MB each
+const KEPT_SQUARES = 48; // half a MB each
 const BIN = 16; // screen px of a square of density
 const AROUND = 0.5; // of the view, on each side: what is fetched and drawn ahead
 const MOST_TYPED = 24; // boxes whose types are known
@@ -139,6 +139,7 @@ export class Overlay {
         await this.load();
       }
     } catch (error) {
+      this.asked = null; // to be asked again when the view moves
       this.onProblem(error);
     } finally {
       this.busy = false;

@@ -1,8 +1,8 @@
 // Outlines as pictures: drawn once for a zoom and the types of the cells, in squares of the screen, and put together at every frame. To draw some
 // thousand outlines takes longer than a frame.
 
-const SIDE = 512; // device px
-const KEPT = 64; // a MB each
+const SIDE = 256; // device px
+const KEPT = 240; // a quarter of a MB each
 
 export class Pictures {
   /** `draw(context, box, px)` draws the cells that meet a box, all in level-0 px, and says whether there were any; a device px is `px` of them. */
@@ -47,9 +47,10 @@ export class Pictures {
   /** Draw one picture that a view needs and is not there; whether there was one. */
   ahead(box) {
     if (!this.scale) return false;
-    const next = this.needed(box).find(({ column, row }) => !this.held.has(`${column}/${row}`));
-    if (!next || this.held.size >= KEPT) return false;
+    const needed = this.needed(box), next = needed.find(({ column, row }) => !this.held.has(`${column}/${row}`));
+    if (!next || needed.length > KEPT) return false;
     this.picture(next.column, next.row);
+    this.forget(KEPT);
     return true;
   }
 

@@ -16,7 +16,7 @@ export class Slide {
       element, tileSources: this.source(), drawer: 'canvas', showNavigationControl: false, keyboardNavEnabled: false,
       gestureSettingsMouse: gestures, gestureSettingsTouch: gestures, gestureSettingsPen: gestures,
       animationTime: 0.25, springStiffness: 10, visibilityRatio: 0.3, maxZoomPixelRatio: 8, minZoomImageRatio: 0.8,
-      immediateRender: true, imageLoaderLimit: 4, maxTilesPerFrame: 8, maxImageCacheCount: 120,
+      immediateRender: true, imageLoaderLimit: 4, maxTilesPerFrame: 8, maxImageCacheCount: 64,
     });
     this.viewer.canvas.removeAttribute?.('tabindex'); // the element around it takes the focus
     this.viewer.container.querySelectorAll('[tabindex]').forEach((inner) => inner.setAttribute('tabindex', '-1'));
@@ -90,10 +90,7 @@ export class Slide {
     }
     for (const [, x, y] of around.sort((a, b) => a[0] - b[0])) {
       if (!still()) return;
-      const picture = new Image();
-      picture.fetchPriority = 'low';
-      picture.src = this.source().getTileUrl(level, x, y);
-      await picture.decode().catch(() => {});
+      await fetch(this.source().getTileUrl(level, x, y), { priority: 'low' }).then((answer) => answer.blob()).catch(() => {});
     }
   }
 }
