@@ -21,7 +21,7 @@ RUN pip install --no-cache-dir -c /tmp/constraints.txt --index-url "${TORCH_INDE
 COPY --from=build /wheels /tmp/wheels
 RUN pip install --no-cache-dir -c /tmp/constraints.txt /tmp/wheels/*.whl && rm -rf /tmp/wheels /tmp/constraints.txt
 RUN useradd --create-home --uid 1000 wsiseg
-USER wsiseg
+USER 1000
 WORKDIR /data
 ENTRYPOINT ["wsiseg"]
 CMD ["--help"]

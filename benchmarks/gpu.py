@@ -5,7 +5,8 @@
 Random weights, bf16 on an accelerator and fp32 on a CPU. Images: uint8 tiles of 1024 x 1024 px in host memory to the image embedding, in the batch
 size that is fastest. Prompts: single points on 8 tiles together, to logits on their windows and descriptors. The standard slide is 15 x 15 mm of
 tissue at 0.25 um: 4489 tiles of 1024 px with 128 px shared, 653 000 prompts; its time here is that of the device alone, reading and outlining
-being done beside it. Busy share: of a `wsiseg run` on a synthetic slide, the part of the wall time in which the model works.
+being done beside it. Runs: `wsiseg run` on a synthetic slide, mm2 per second of wall time while tiles are worked on, the share of it in which the
+device is busy by its own events, and wall seconds per stage, which overlap and on a GPU include waiting for it.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 ENCODERS = {"B": VIT_B, "L": VIT_L, "H": VIT_H, "toy": VIT_TOY}
 TILES, PROMPTS = 4489, 653_000
+STAGES = ("read", "wait_for_read", "encode", "prompt", "decode", "vectorise", "measure", "write", "stitch")
 
 
 def rate(work: Callable[[], object], per_call: int, device: torch.device, seconds: float) -> float:
@@ -117,14 +119,19 @@ def busy_rows(device: torch.device, side: int) -> list[dict[str, object]]:
             ]
             subprocess.run([sys.executable, "-m", "wsiseg", *command], check=True)
             manifest = json.loads((out / "slide" / "manifest.json").read_text())
+            mm2, seconds = manifest["seconds"]["total"] / manifest["seconds_per_mm2"], manifest["seconds"]
             rows.append(
                 {
                     "model": name,
-                    "side px": side,
                     "tiles": manifest["counts"]["tiles"],
+                    "mm2": mm2,
+                    "prompts": manifest["counts"]["prompts"],
+                    "mm2 per s": mm2 / seconds["tiles"],
                     "busy share": manifest["model_share"],
                 }
+                | {f"{stage}, s per mm2": seconds.get(stage, 0) / mm2 for stage in STAGES}
             )
+            print(rows[-1], flush=True)
     return rows
 
 

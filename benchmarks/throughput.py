@@ -10,6 +10,7 @@ counted. Reading is also timed with OpenSlide alone, and prompts with a distance
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import tempfile
 import time
 from collections import defaultdict
@@ -21,15 +22,18 @@ import numpy as np
 import torch
 from scipy import ndimage
 from scipy.special import expit
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.common import write_results
 from benchmarks.memory import write_slide
-from wsiseg.config import RunConfig
+from wsiseg.config import MaskConfig, RunConfig
 from wsiseg.formats.parts import write_part
 from wsiseg.geometry import Lattice
 from wsiseg.models import load_model
 from wsiseg.records import Cells
+from wsiseg.segmentation import transfer
 from wsiseg.segmentation.colours import measure_colours
+from wsiseg.segmentation.decoding import decode_tiles
 from wsiseg.segmentation.tile import TileSegmenter
 from wsiseg.slide import open_slide, read_region
 from wsiseg.slide.openslide_reader import OpenSlideReader
@@ -97,7 +101,7 @@ def measure(slide: str, scratch: Path) -> tuple[CpuClock, dict[str, float]]:
                     by_distance_transform(maps[0].numpy(), config.apg)
                 with clock("prompts"):
                     points = segmenter.find_prompts(tile, encoded)
-                masks = segmenter.decode(tile, encoded, points)
+                (masks,) = segmenter.decode([tile], [encoded], [points])
                 with clock("trace"):
                     cells, _ = segmenter.trace(tile, masks)
                 with clock("measure stains"):
@@ -111,6 +115,48 @@ def measure(slide: str, scratch: Path) -> tuple[CpuClock, dict[str, float]]:
         width, height = reader.info.size_px0
         counts["mm2"] = width * height * reader.info.mpp**2 / 1e6
     return clock, dict(counts)
+
+
+class Calls(TorchDispatchMode):
+    """Counts the operations that an accelerator would be asked for; views of a tensor cost it nothing."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += not any(returned.alias_info for returned in func._schema.returns)
+        return func(*args, **kwargs or {})
+
+
+@torch.inference_mode()
+def calls_rows(prompts: int = 300) -> list[dict[str, object]]:
+    """Operations from the prompts of a tile to masks on the host; one tile after the other, and several together."""
+    model, config = load_model("nuclei-compact", "cpu"), MaskConfig()
+    rng, rows = np.random.default_rng(0), []
+    for tiles in (1, 8, 32):
+        embeddings = model.encode(torch.from_numpy(rng.integers(0, 255, (tiles, 3, 256, 256), np.uint8)))
+        points = [rng.uniform(20, 236, (prompts, 2)).astype(np.float32) for _ in range(tiles)]
+        together = dataclasses.replace(config, prompts_per_batch=config.prompts_per_batch * tiles)
+        with Calls() as calls, as_on_an_accelerator(calls):
+            decode_tiles(model, embeddings, range(tiles), points, together)
+        rows.append({"tiles together": tiles, "prompts per tile": prompts, "calls per tile": calls.count / tiles})
+    return rows
+
+
+@contextmanager
+def as_on_an_accelerator(calls: Calls) -> Iterator[None]:
+    """Pack the logits as for a copy from an accelerator; unpacking is the host's and not counted."""
+
+    def packed(logits: torch.Tensor) -> torch.Tensor:
+        small, before = transfer.pack(logits), calls.count
+        logits = transfer.unpack(small)
+        calls.count = before
+        return logits
+
+    plain, transfer.logits_to_host = transfer.logits_to_host, packed
+    try:
+        yield
+    finally:
+        transfer.logits_to_host = plain
 
 
 def main() -> None:
@@ -127,7 +173,8 @@ def main() -> None:
     rows = [{"stage": stage, "core-seconds per mm2": spent / mm2} for stage, spent in clock.seconds.items()]
     what = Path(slide).name if options.slide else f"synthetic, {options.side} px"
     note = f"{what}: {mm2:.2f} mm2, {counts['prompts'] / mm2:.0f} prompts and {counts['outlines'] / mm2:.0f} outlines per mm2."
-    write_results("throughput", rows, f"`python -m benchmarks.throughput`\n\n{note}")
+    tables = {"Core-seconds": rows, "Calls of the device": calls_rows()}
+    write_results("throughput", tables, f"`python -m benchmarks.throughput`\n\n{note}")
 
 
 if __name__ == "__main__":

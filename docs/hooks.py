@@ -6,6 +6,7 @@ here: Markdown and pictures keep their path, any other text file becomes a page 
 
 from __future__ import annotations
 
+import json
 import posixpath
 import re
 from pathlib import Path
@@ -23,7 +24,11 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parent.parent
 LINK = re.compile(r"(?<!\\)\]\(([^)#\s]+)((?:#[^)\s]*)?)\)")
 PICTURES = {".png", ".svg", ".jpg"}
-LANGUAGES = {".py": "python", ".sh": "bash", ".json": "json", ".nf": "groovy", ".groovy": "groovy"}
+PAGES = {".md", ".ipynb"}
+LANGUAGES = {".py": "python", ".sh": "bash", ".json": "json", ".nf": "groovy", ".groovy": "groovy", ".yaml": "yaml"}
+TABLE = re.compile(
+    r"<!-- table: ([\w./]+)(?:#([\w ]+))? -->"
+)  # the page links to the file, for readers of the repository
 ROLE = re.compile(r":(?:class|func|meth|mod|data):(?=<code>)")  # what numpydoc links, MkDocs does not
 
 
@@ -32,12 +37,13 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     known = {f"docs/{file.src_uri}" for file in files}
     waiting = [f"docs/{file.src_uri}" for file in files.documentation_pages()]
     waiting += ["CONTRIBUTING.md", "CHANGELOG.md", "examples/README.md", "training/README.md"]
+    waiting += ["examples/region.ipynb", "examples/cohort.ipynb"]
     while waiting:
         path = waiting.pop()
         if path not in known:
             known.add(path)
             files.append(_file(path, config))
-        if path.endswith(".md"):
+        if Path(path).suffix in PAGES:
             waiting += [target for target in _targets(path) if target not in known]
     files.append(File.generated(config, "commands.md", content=_commands()))
     files.append(File.generated(config, "python.md", content=_python()))
@@ -46,6 +52,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Make the links of a page lead to the site's pages."""
+    markdown = TABLE.sub(lambda match: _table(match[1], match[2]), markdown)
     here = _repository_path(page.file.src_uri)
     if here is None:
         return markdown
@@ -65,8 +72,15 @@ def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -
     return ROLE.sub("", html)
 
 
+def on_post_page(output: str, page: Page, config: MkDocsConfig) -> str:
+    """Name the theme's dialog for screen readers."""
+    return output.replace(
+        'data-md-component="search" role="dialog"', 'data-md-component="search" role="dialog" aria-label="Search"'
+    )
+
+
 def _targets(path: str) -> Iterator[str]:
-    for match in LINK.finditer((ROOT / path).read_text(encoding="utf-8")):
+    for match in LINK.finditer(_markdown(path)):
         target = _resolve(path, match[1])
         if target is not None:
             yield target
@@ -86,7 +100,9 @@ def _site_path(path: str) -> str:
     """Where a file of the repository is on the site."""
     if path.startswith("docs/"):
         return path.removeprefix("docs/")
-    if Path(path).suffix in {".md", *PICTURES}:
+    if Path(path).suffix in PAGES:
+        return str(Path(path).with_suffix(".md"))
+    if Path(path).suffix in PICTURES:
         return path
     return f"source/{path.replace('/.', '/').lstrip('.')}.md"  # MkDocs leaves out what begins with a dot
 
@@ -95,16 +111,47 @@ def _repository_path(uri: str) -> str | None:
     """The file in the repository that a page of the site is; ``None`` for one that shows or is made from code."""
     if uri.startswith("source/") or uri in {"commands.md", "python.md"}:
         return None
-    return f"docs/{uri}" if (ROOT / "docs" / uri).is_file() else uri
+    if (ROOT / "docs" / uri).is_file():
+        return f"docs/{uri}"
+    notebook = str(Path(uri).with_suffix(".ipynb"))
+    return notebook if (ROOT / notebook).is_file() else uri
 
 
 def _file(path: str, config: MkDocsConfig) -> File:
     if Path(path).suffix in PICTURES:
         return File.generated(config, _site_path(path), content=(ROOT / path).read_bytes())
-    text = (ROOT / path).read_text(encoding="utf-8")
-    if not path.endswith(".md"):
+    text = _markdown(path)
+    if Path(path).suffix not in PAGES:
         text = f"# `{path}`\n\n````{LANGUAGES.get(Path(path).suffix, 'text')}\n{text}\n````\n"
     return File.generated(config, _site_path(path), content=text)
+
+
+def _markdown(path: str) -> str:
+    """The text of a file; of a notebook its texts, code, and what the code printed and drew."""
+    text = (ROOT / path).read_text(encoding="utf-8")
+    if not path.endswith(".ipynb"):
+        return text
+    parts = []
+    for cell in json.loads(text)["cells"]:
+        source = "".join(cell["source"])
+        parts.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
+        for output in cell.get("outputs", []):
+            if "text" in output:
+                parts.append(f"```text\n{''.join(output['text']).rstrip()}\n```")
+            elif "image/png" in output.get("data", {}):
+                picture = "".join(output["data"]["image/png"].split())
+                parts.append(f"![{cell['metadata']['alt']}](data:image/png;base64,{picture})")
+    return "\n\n".join(parts) + "\n"
+
+
+def _table(path: str, title: str | None) -> str:
+    """The first table of a file of results, or of its section ``title``."""
+    text = (ROOT / path).read_text(encoding="utf-8")
+    section = text.split(f"## {title}\n", 1)[1] if title else text
+    found = re.search(r"(?:^\|.*\n)+", section, re.MULTILINE)
+    if found is None:
+        raise ValueError(f"{path}: no table in it")
+    return found[0]
 
 
 def _commands() -> str:

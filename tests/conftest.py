@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import socket
 import sys
 import threading
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
+PICTURES = os.environ.get("WSISEG_PAGE_PICTURES")  #: a folder: `check_page` leaves pictures of the pages there
 
 sys.path.append(str(ROOT))  # of training/ and benchmarks/; last, so that the installed wsiseg is the one that is tested
 
@@ -86,6 +88,45 @@ def wsiseg() -> Callable[..., tuple[int, str]]:
         return result.exit_code, result.output
 
     return call
+
+
+@pytest.fixture(scope="module")
+def check_page() -> Iterator[Callable[[str, str], None]]:
+    """Check of a page, by its address and a name, in a real browser at three widths; skipped where there is none.
+
+    axe finds no serious fault, nothing is cut off sideways, nothing is asked of other hosts, no script fails.
+    """
+    sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright (dependency group `browser`)")
+    axe = pytest.importorskip("axe_playwright_python", reason="needs axe-playwright-python (group `browser`)")
+    names = ("chromium", "chromium-browser", "google-chrome")
+    chromium = next((found for name in names if (found := shutil.which(name))), None)
+    if chromium is None:
+        pytest.skip("needs Chromium on the PATH (Debian: apt-get install chromium)")
+    script = (Path(axe.__file__).parent / "axe.min.js").read_text()
+
+    def check(address: str, name: str) -> None:
+        page = browser.new_page(bypass_csp=True)  # for axe itself
+        asked: list[str] = []
+        page.on("request", lambda request: asked.append(request.url))
+        page.on("pageerror", lambda error: asked.append(f"error: {error}"))
+        for width in (1440, 820, 390):
+            page.set_viewport_size({"width": width, "height": 900})
+            page.goto(address)
+            page.evaluate(script)
+            found = page.evaluate("axe.run(document, {resultTypes: ['violations']})")["violations"]
+            serious = [fault for fault in found if fault["impact"] in ("serious", "critical")]
+            assert [(fault["id"], fault["nodes"][0]["html"][:150]) for fault in serious] == [], (name, width)
+            assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), (name, width)
+            if PICTURES:
+                page.screenshot(path=Path(PICTURES) / f"{name}-{width}.png", full_page=True)
+        page.close()
+        home = "/".join(address.split("/")[:3])
+        assert [url for url in asked if not url.startswith((home, "data:", "blob:"))] == [], name
+
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])  # in containers, as root
+        yield check
+        browser.close()
 
 
 @pytest.fixture(scope="session")

@@ -357,8 +357,14 @@ def test_a_tile_that_cannot_be_read_is_listed(
     assert status == 3
     assert "Missing: slide: a tile is damaged" in output
     assert "1 of 16 tiles is missing" in output
+    tiles = json.loads((tmp_path / "holes/ihc/manifest.json").read_text())["tiles"]
+    assert tiles == {
+        "block_tiles": 4, "failed_px0": [[0, 0]], "missing_blocks": [], "origin_px0": [0, 0], "side_px0": 128
+    }  # fmt: skip
+    assert "missing tiles are orange" in (tmp_path / "holes/ihc/report.html").read_text()
     monkeypatch.undo()
     assert wsiseg(*arguments, "--out", tmp_path / "holes")[0] == 0
+    assert "missing tiles are orange" not in (tmp_path / "holes/ihc/report.html").read_text()
     for name in ("cells.parquet", "cells.geojson.gz"):
         assert (tmp_path / "holes/ihc" / name).read_bytes() == (tmp_path / "good/ihc" / name).read_bytes()
 

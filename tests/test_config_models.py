@@ -32,6 +32,10 @@ def test_config_round_trip(tmp_path: Path) -> None:
     assert read_config(tmp_path / "c.toml") == config
 
 
+def test_a_path_object_is_a_path(tmp_path: Path) -> None:
+    assert from_mapping({"bank": tmp_path / "bank.safetensors"}, "here").bank == str(tmp_path / "bank.safetensors")
+
+
 @pytest.mark.parametrize(
     ("mapping", "sentence"),
     [

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections import Counter
 from typing import TYPE_CHECKING
 
 import geopandas
@@ -12,15 +14,17 @@ import pytest
 import shapely
 import tifffile
 
-from wsiseg.errors import ConfigError, RunError
+from wsiseg.errors import ConfigError, RunError, SeedsError
 from wsiseg.evaluation.rasterize import rasterise
 from wsiseg.export import EXPORTS
 from wsiseg.export.vector import short_names
 from wsiseg.export.write import export_run
 from wsiseg.formats import geoparquet
 from wsiseg.formats.geoparquet import write_geoparquet
+from wsiseg.formats.seeds import check_seeds, read_seeds
 from wsiseg.records import Cells, Provenance, SlideInfo, Typing
 from wsiseg.runtime.atomic import write_json
+from wsiseg.slide.mpp import PixelSize, choose_mpp
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -179,6 +183,37 @@ def test_anndata_holds_descriptors_places_and_colours(run: Path) -> None:
     assert colours == {"unassigned": "#808080", "tumour": "#c80000", "immune cell": "#0000ff"}
 
 
+@pytest.mark.filterwarnings("ignore")  # of spatialdata and what it needs
+def test_spatialdata_joins_outlines_and_table(run: Path, wsiseg: Callable[..., tuple[int, str]]) -> None:
+    spatialdata = pytest.importorskip("spatialdata", reason="the extra `spatialdata` needs an environment of its own")
+    (file,) = export(run, "spatialdata")
+    made, cells = spatialdata.read_zarr(file), table(run)
+    assert made["cells"].index.tolist() == made["table"].obs.cell_id.tolist() == cells.id.tolist()
+    assert made["cells"].geometry.area.sum() == pytest.approx(cells.geometry.area.sum(), rel=1e-9)
+    assert made["table"].obs.cell_type.tolist() == cells.cell_type.tolist()
+    microns = spatialdata.transform(made["cells"], to_coordinate_system="microns")
+    assert microns.geometry.area.sum() == pytest.approx(cells.area_um2.astype(float).sum(), rel=1e-6)
+    outlines, annotated = spatialdata.join_spatialelement_table(
+        sdata=made, spatial_element_names="cells", table_name="table"
+    )
+    assert len(outlines["cells"]) == annotated.n_obs == len(cells)
+    assert wsiseg("export", run, "--format", "spatialdata")[0] == 1  # it exists
+    status, output = wsiseg("export", run, "--format", "spatialdata", "--overwrite")
+    assert status == 0
+    assert f"{file}: 0." in output
+    assert [path.name for path in file.parent.iterdir()] == ["cells.zarr"]
+
+
+def test_an_export_that_is_not_installed_says_how(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, module in (("h5ad", "anndata"), ("spatialdata", "spatialdata")):
+        monkeypatch.setitem(sys.modules, module, None)
+        with pytest.raises(
+            ConfigError, match=rf"--format {name}: {module} is not installed; pip install 'wsiseg\[{module}\]'"
+        ):
+            export(run, name)
+    assert not list((run / "export").glob("*"))
+
+
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 def test_coco_is_read_by_pycocotools(run: Path) -> None:
     coco = pytest.importorskip("pycocotools.coco")
@@ -202,6 +237,82 @@ def test_gis_files_hold_the_polygons(run: Path, name: str, layer: str | None) ->
     assert found.cell_type.tolist() == cells.cell_type.tolist()
     assert found.id.tolist() == cells.id.tolist()
     assert {"x_um", "y_um"} <= set(found.columns)
+
+
+def test_the_least_certain_cells_come_back_as_clicks(tmp_path: Path) -> None:
+    """As points in QuPath's frame; those that somebody gives a class are clicks inside their cells."""
+    size = (1500, 2100)
+    run = make_run(tmp_path / "run", blobs(300, size), size, bounds=[100, 200, 1000, 1500])
+    (file,) = export(run, "review")
+    document, cells = json.loads(file.read_text()), table(run).set_index("id")
+    features, least = document["features"], cells.sort_values("type_margin", kind="stable")[:50]
+    names = [f"{one.cell_type}, margin {one.type_margin:.2f}" for one in least.itertuples()]
+    assert [one["properties"]["name"] for one in features] == names
+    assert len({one["id"] for one in features} - set(cells.index)) == 50  # QuPath has the cells under their ids
+    with pytest.raises(SeedsError, match="the points have no class"):
+        read_seeds(file)
+    for one in features[:7]:
+        one["properties"]["classification"] = {"name": "immune cell", "color": [0, 0, 255]}
+    file.write_text(json.dumps(document))
+    info = SlideInfo(
+        path="a.svs", reader="openslide", format="mirax", level_sizes=(size,), downsamples=(1.0,), mpp=MPP,
+        mpp_source="--mpp", bounds=(100, 200, 1000, 1500),
+    )  # fmt: skip
+    clicks = check_seeds(read_seeds(file), info)[0].types[0].points
+    outlines = least.geometry[:7]
+    assert all(shape.contains(shapely.Point(x, y)) for shape, (x, y) in zip(outlines, clicks, strict=True))
+
+
+def test_a_review_needs_types(run: Path) -> None:
+    held = pq.read_table(run / "cells.parquet")
+    note = json.loads(held.schema.metadata[b"wsiseg"])
+    note["types"] = note["types"][:1]
+    metadata = held.schema.metadata | {b"wsiseg": json.dumps(note).encode()}
+    pq.write_table(held.replace_schema_metadata(metadata), run / "cells.parquet")
+    with pytest.raises(ConfigError, match="no types; --format review needs a run with types"):
+        export(run, "review")
+
+
+@pytest.mark.filterwarnings("ignore")  # of the libraries that read
+def test_every_file_tells_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Count, sum of areas and cells per type, by the library that its users use; on pixels that are not square areas are theirs."""
+    duckdb, anndata = pytest.importorskip("duckdb"), pytest.importorskip("anndata")
+    coco = pytest.importorskip("pycocotools.coco")
+    sides = (0.2528, 0.2611)
+    monkeypatch.setattr(sys.modules[__name__], "MPP", choose_mpp(PixelSize(*sides, "file"), None, None).mpp)
+    size = (3000, 3000)
+    grid = [(x, y) for x in range(20, 2980, 60) for y in range(20, 2980, 60)]  # apart, for the label image
+    outlines = shapely.transform(blobs(len(grid), (60, 60)), lambda xy: xy * 0.5 + np.repeat(grid, 13, axis=0))
+    run = make_run(tmp_path / "run", outlines, size)
+    labels, csv, h5ad, instances, gpkg, shp = export(run, "labels", "csv", "h5ad", "coco", "gpkg", "shp")
+    kinds = table(run).cell_type.astype(str).value_counts().to_dict()
+    area = float(shapely.area(outlines).sum()) * sides[0] * sides[1]
+
+    def told_by(file: str) -> tuple[int, float, dict[str, int]]:
+        of = duckdb.sql(f"SELECT cell_type, count(*), sum(area_um2::double) FROM {file} GROUP BY 1").fetchall()
+        return sum(n for _, n, _ in of), sum(a for *_, a in of), {str(kind): n for kind, n, _ in of}
+
+    read = coco.COCO(str(instances))
+    names = [read.cats[one["category_id"]]["name"] for one in read.anns.values()]
+    told = {
+        "parquet": told_by(f"'{run / 'cells.parquet'}'"),
+        "csv": told_by(f"read_csv('{csv}')"),
+        "coco": (len(names), sum(one["area"] for one in read.anns.values()) * MPP**2, dict(Counter(names))),
+    }
+    frames = {"gpkg": geopandas.read_file(gpkg), "shp": geopandas.read_file(shp), "h5ad": anndata.read_h5ad(h5ad).obs}
+    for name, frame in frames.items():
+        told[name] = (
+            len(frame),
+            frame.area_um2.astype(float).sum(),
+            frame.cell_type.astype(str).value_counts().to_dict(),
+        )
+    for name, (count, sum_um2, by_type) in told.items():
+        assert count == len(grid), name
+        assert sum_um2 == pytest.approx(area, rel=1e-6), name
+        assert by_type == kinds, name
+    image = tifffile.imread(labels)
+    assert len(np.unique(image)) - 1 == len(grid)
+    assert (image > 0).sum() * MPP**2 == pytest.approx(area, rel=0.01)  # px, not outlines
 
 
 def test_short_names_differ() -> None:
@@ -250,7 +361,8 @@ def test_tables_of_earlier_versions_are_exported(run: Path) -> None:
 
 def test_a_run_without_cells_is_exported(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", np.empty(0, object), (700, 300))
-    files = export(run, *(name for name in EXPORTS if name != "h5ad"))
+    files = export(run, *(name for name in EXPORTS if name not in {"h5ad", "spatialdata"}))
+    assert json.loads((run / "export" / "review.geojson").read_text())["features"] == []
     assert not tifffile.imread(files[0]).any()
     assert tifffile.imread(files[2]).sum() == 0
     assert files[3].read_text().startswith('"id","cell_type"')

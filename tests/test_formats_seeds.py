@@ -423,6 +423,29 @@ def test_every_form_of_a_class(tmp_path: Path, classification: object, name: str
     assert (kind.name, kind.color) == (name, color)
 
 
+def outlined(x: float, y: float, classification: object, kind: str = "detection") -> dict[str, Any]:
+    ring = [[x, y], [x + 8, y], [x + 8, y + 8], [x, y + 8], [x, y]]
+    properties = {"objectType": kind, "classification": classification}
+    return {"type": "Feature", "geometry": {"type": "Polygon", "coordinates": [ring]}, "properties": properties}
+
+
+def test_corrected_detections_are_clicks_inside_them(tmp_path: Path) -> None:
+    """Where there is no point; an annotation around them, and detections without a class, are not clicks."""
+    features = [outlined(0, 0, TUMOR), outlined(20, 0, IMMUNE, "cell"), outlined(40, 0, TUMOR), outlined(60, 0, None)]
+    path = write(tmp_path / "s.geojson", collection(*features, outlined(0, 0, TUMOR, "annotation")))
+    seeds = read_seeds(path)
+    assert [(kind.name, kind.color, kind.points) for kind in seeds.types] == [
+        ("Tumor", (200, 0, 0), ((4.0, 4.0), (44.0, 4.0))),
+        ("Immune cells", (160, 90, 160), ((24.0, 4.0),)),
+    ]
+    assert seeds.notes == (f"{path}: no points in it; 3 detections taken as clicks",)
+    beside = read_seeds(write(tmp_path / "both.geojson", collection(point(1, 2, IMMUNE), *features)))
+    assert [kind.name for kind in beside.types] == ["Immune cells"]
+    many = write(tmp_path / "all.geojson", collection(*[outlined(10 * k, 0, TUMOR) for k in range(2001)]))
+    with pytest.raises(SeedsError, match=r"2001 detections with a class; at most 2000 .* 'Selected objects'"):
+        read_seeds(many)
+
+
 @pytest.mark.parametrize(
     "classification",
     [

@@ -21,6 +21,7 @@ from click.testing import CliRunner
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from wsiseg import __version__
 from wsiseg.cli import main
 
 ROOT = Path(__file__).parent.parent
@@ -367,6 +368,31 @@ def test_everything_needed_is_pinned() -> None:
         requirement = Requirement(text)
         assert requirement.specifier.contains(pins[canonicalize_name(requirement.name)], prereleases=True), text
     assert pins["torch"] == "2.13.0"
+
+
+def test_recipes_install_what_the_project_needs() -> None:
+    """Dockerfile, Apptainer and conda: the versions of Python and the requirements are those of pyproject.toml, files exist."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    renamed = {"torch": "pytorch", "openslide-bin": "openslide", "dask": "dask-core"}
+    needed = {"python": project["requires-python"]}
+    for requirement in map(Requirement, project["dependencies"]):
+        needed[renamed.get(requirement.name, requirement.name)] = str(requirement.specifier)
+    needed["openslide"] = ">=4.0.0"  # a library there, a build of a wheel here
+    recipe = yaml.safe_load((ROOT / "recipes/conda/recipe.yaml").read_text())
+    assert dict(line.split(" ", 1) for line in recipe["requirements"]["run"]) == needed
+    assert recipe["package"] == {"name": project["name"], "version": __version__}
+    scripts = [f"{name} = {place}" for name, place in project["scripts"].items()]
+    assert recipe["build"]["python"]["entry_points"] == scripts
+    docker, apptainer = ((ROOT / name).read_text() for name in ("Dockerfile", "recipes/apptainer.def"))
+    image = re.search(r"^From: (python:(\S+)-slim)$", apptainer, re.MULTILINE)
+    assert image
+    assert re.findall(r"^FROM (\S+)", docker, re.MULTILINE) == [image[1], image[1]]
+    assert f"Python :: {image[2]}" in " ".join(project["classifiers"])
+    copied = " ".join(re.findall(r"^COPY ([\w. ]+) \./", docker, re.MULTILINE)).split()
+    assert copied == re.search(r"%files\n(.*?)\n\n", apptainer, re.DOTALL)[1].replace("/src/", "").split()
+    assert all((ROOT / name).exists() for name in copied)
+    installs = [re.findall(r"pip install --no-cache-dir -c \S+", text) for text in (docker, apptainer)]
+    assert [len(found) for found in installs] == [2, 2]
 
 
 def test_licences_are_there() -> None:

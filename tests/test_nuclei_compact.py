@@ -9,8 +9,8 @@ import torch
 
 from wsiseg.config import HALO_UM, MaskConfig
 from wsiseg.models.nuclei_compact import MASKS, NucleiCompact
-from wsiseg.records import PromptExtras
-from wsiseg.segmentation.decoding import decode
+from wsiseg.records import PromptExtras, WindowMasks
+from wsiseg.segmentation.decoding import decode, decode_tiles
 
 
 @pytest.fixture
@@ -56,6 +56,24 @@ def test_a_prompt_does_not_depend_on_its_batch(model, picture) -> None:
     logits, descriptors = (torch.cat([getattr(b, k) for b in apart]) for k in ("logits", "descriptors"))
     np.testing.assert_allclose(logits, together.logits, atol=2e-4)
     np.testing.assert_allclose(descriptors.float(), together.descriptors.float(), atol=2e-3)
+
+
+def test_prompts_of_several_tiles_together_give_the_same_bytes(model, picture) -> None:
+    """Batches that end within a tile, at its end, and hold all tiles; one tile has no prompts."""
+    tiles = torch.cat([picture[..., :224, :224], picture[..., 224:, :224], picture[..., 224:, 224:]])
+    rng = np.random.default_rng(0)
+    points = [rng.uniform(0, 224, (n, 2)).astype(np.float32) for n in (70, 0, 45)]
+    with torch.inference_mode():
+        e = model.encode(tiles)
+    apart = [list(decode(model, e, k, of, MaskConfig(min_score=0.05))) for k, of in enumerate(points)]
+    for at_once in (32, 70, 4096):
+        together = decode_tiles(model, e, range(3), points, MaskConfig(min_score=0.05, prompts_per_batch=at_once))
+        assert not together[1]
+        for k in (0, 2):
+            expected, found = WindowMasks.concatenate(apart[k]), WindowMasks.concatenate(together[k])
+            assert len(expected.logits) > 3
+            for name in ("logits", "origin_xy", "predicted_iou", "stability", "descriptors", "points_xy"):
+                assert torch.equal(getattr(expected, name), getattr(found, name)), name
 
 
 def test_no_prompts_give_no_masks(model, picture) -> None:

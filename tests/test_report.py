@@ -151,6 +151,25 @@ def test_a_screen_reader_finds_its_way(run: Path) -> None:
     assert all(cell["scope"] in ("row", "col") for cell in page.all("th"))
 
 
+def test_it_is_accessible_at_every_width(run: Path, check_page: Callable[[str, str], None], tmp_path: Path) -> None:
+    """With everything that pages can show: pictures, types, seams, missing tiles, warnings; and the page of a cohort."""
+    manifest = json.loads((run / "manifest.json").read_text())
+    tiles = {
+        "side_px0": 200.0,
+        "origin_px0": [0, 0],
+        "block_tiles": 2,
+        "failed_px0": [[800, 200]],
+        "missing_blocks": [],
+    }
+    (run / "manifest.json").write_text(
+        json.dumps(manifest | {"tiles": tiles, "counts": {"tiles": 10, "tiles_failed": 1}})
+    )
+    assert report(run)[0] == 0
+    check_page((run / "report.html").as_uri(), "report")
+    assert report(run, "--cohort", tmp_path / "cohort.html")[0] == 0
+    check_page((tmp_path / "cohort.html").as_uri(), "cohort")
+
+
 def test_a_moved_slide(run: Path, tmp_path: Path) -> None:
     """Without the slide the page has all but its pictures; another slide is refused and the page stays."""
     moved = (tmp_path / "slide.png").rename(tmp_path / "elsewhere.png")

@@ -14,8 +14,10 @@ from wsiseg.formats.parts import write_part
 from wsiseg.records import Cells
 from wsiseg.runs.statistics import RunStatistics, interrupt_shard
 from wsiseg.runtime.claims import Claims
+from wsiseg.runtime.profiling import BusyClock, Clock
 from wsiseg.runtime.shards import Shard
 from wsiseg.segmentation.blocks import BLOCK_COUNTS, BlockReport
+from wsiseg.slide.tiling import TileGrid
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -25,8 +27,11 @@ def counts(**some: int) -> dict[str, int]:
     return dict.fromkeys(BLOCK_COUNTS, 0) | some
 
 
+GRID = TileGrid(100.0, (0.0, -20.0), 2)
+
+
 def plan(**tiles: int) -> Any:
-    return SimpleNamespace(tiles=tiles, tissue_mm2=2.0, run_hash="run", parts_hash="parts")
+    return SimpleNamespace(grid=GRID, tiles=tiles, tissue_mm2=2.0, run_hash="run", parts_hash="parts")
 
 
 def test_counts_seconds_and_peaks_of_blocks_add_up() -> None:
@@ -41,10 +46,59 @@ def test_counts_seconds_and_peaks_of_blocks_add_up() -> None:
     assert (account["peak_ram_mb"], account["peak_vram_mb"]) == (5 << 20, 3.0)
 
 
+def test_a_gpu_is_measured_by_its_own_events() -> None:
+    """Events that are reached later, as of work that is still queued, count when they are reached."""
+
+    class Event:
+        reached = True
+        now = 0.0
+
+        def record(self) -> None:
+            Event.now += 250.0
+            self.at, self.done = Event.now, Event.reached
+
+        def query(self) -> bool:
+            return self.done
+
+        def elapsed_time(self, end: Event) -> float:
+            return end.at - self.at
+
+    clock = Clock()
+    busy = BusyClock(clock, torch.device("cpu"), Event)  # type: ignore[arg-type]
+    with busy():
+        pass
+    assert clock.seconds == {"busy": 0.25}
+    Event.reached = False
+    with pytest.raises(ValueError, match="work"), busy():
+        raise ValueError("work")
+    assert clock.seconds == {"busy": 0.25}
+    busy._pending[0][1].done = True
+    Event.reached = True
+    with busy():
+        pass
+    assert clock.seconds == {"busy": 0.75}
+
+
+def test_the_share_of_a_model_is_of_each_process() -> None:
+    statistics = RunStatistics("a.svs")
+    for process in "pq":
+        seconds = {"busy": 3.0, "encode": 1.0}
+        statistics.add(BlockReport(process, counts(tiles=1), [], seconds, process=process))
+    statistics.clock.add({"tiles": 4.0})
+    account = statistics.account(plan(p=1, q=1))
+    assert account["model_share"] == 0.75
+    assert "busy" not in account["seconds"]
+
+
 def test_a_tile_that_failed_and_a_block_that_is_missing_make_a_run_incomplete() -> None:
     statistics = RunStatistics("a.svs")
-    statistics.add(BlockReport("a", counts(tiles=4, tiles_failed=1), ["a: tile 3 cannot be read"], {}))
+    failed = BlockReport(
+        "a", counts(tiles=4, tiles_failed=1), ["a: tile 3 cannot be read"], {}, failed_px0=((100.0, 80.0),)
+    )
+    statistics.add(failed)
     account = statistics.account(plan(a=4, b=5))
+    where = {"side_px0": 100.0, "origin_px0": (0.0, -20.0), "block_tiles": 2}
+    assert account["tiles"] == where | {"failed_px0": [(100.0, 80.0)], "missing_blocks": ["b"]}
     assert account["status"] == "incomplete"
     assert account["failures"] == ["a: tile 3 cannot be read", "block b: none of its tiles was worked on (5)"]
     assert (account["counts"]["tiles"], account["counts"]["tiles_failed"]) == (9, 6)
@@ -55,12 +109,13 @@ def test_a_block_that_is_done_again_replaces_its_failures() -> None:
     statistics.add(BlockReport("a", counts(tiles=4, tiles_failed=1), ["a: tile 3 cannot be read"], {}))
     statistics.add(BlockReport("a", counts(tiles=4), [], {}))
     assert statistics.account(plan(a=4))["failures"] == []
+    assert statistics.account(plan(a=4))["tiles"]["failed_px0"] == []
 
 
 def part(folder: Path, name: str, config_hash: str = "parts", **some: int) -> Path:
     path = folder / f"{name}.parquet"
     failures = [f"{name}: a tile cannot be read"] * some.get("tiles_failed", 0)
-    write_part(path, Cells.empty(2), config_hash, counts(**some), failures)
+    write_part(path, Cells.empty(2), config_hash, counts(**some), failures, [(100.0, 80.0)] * len(failures))
     return path
 
 
@@ -72,6 +127,8 @@ def test_parts_of_another_run_and_damaged_ones_are_missing(tmp_path: Path) -> No
     statistics, folder = RunStatistics("a.svs"), SimpleNamespace(parts=tmp_path)
     missing = statistics.collect(folder, plan(whole=1, failed=2, other=1, cut=1, never=1))
     assert missing == ["failed", "other", "cut", "never"]
+    tiles = statistics.account(plan(whole=1, failed=2, other=1))["tiles"]
+    assert (tiles["failed_px0"], tiles["missing_blocks"]) == ([(100.0, 80.0)], ["other"])
     with Claims(tmp_path) as claims:
         said = statistics.describe_missing(folder, missing, plan(whole=1, failed=2, other=1, cut=1, never=1), claims)
     assert said == (

@@ -22,14 +22,14 @@ from wsiseg.models import load_model
 from wsiseg.models.sam.instance_decoder import InstanceDecoder
 from wsiseg.models.sam.model import SamModel
 from wsiseg.models.store import import_model
-from wsiseg.records import Seeds, SeedType
+from wsiseg.records import Seeds, SeedType, WindowMasks
 from wsiseg.reference.apg_v1 import ApgV1
 from wsiseg.reference.chain_of_prompts import chain_image
 from wsiseg.reference.micro_sam import ais_image, apg_image
 from wsiseg.reference.score_ordered_merge import ScoreMerge
 from wsiseg.runs.inputs import resolve
 from wsiseg.seeds.bank import find_clicked
-from wsiseg.segmentation.decoding import decode, reaches_border
+from wsiseg.segmentation.decoding import decode, decode_tiles, reaches_border
 from wsiseg.segmentation.prompts.grid import grid_points
 from wsiseg.slide.array_reader import ArrayReader
 from wsiseg.slide.tiling import plan_blocks
@@ -242,6 +242,23 @@ def test_masks_that_reach_their_window_are_asked_for_again(toy, encoded):
         assert batch.logits.shape[1:] == (256, 256)
     seen = np.concatenate([b.points_xy.numpy() for b in batches])
     assert sorted(map(tuple, seen)) == sorted(map(tuple, points))
+
+
+def test_prompts_of_several_tiles_together(toy):
+    """Each tile's masks are its own, those on their windows as well as those on the whole tile, in the order of one tile alone."""
+    image = np.asarray(Image.fromarray(immunohistochemistry()).resize((1024, 1024)))
+    with torch.inference_mode():
+        both = toy.encode(torch.from_numpy(np.stack([image, image[:, ::-1]])).permute(0, 3, 1, 2))
+    rng = np.random.default_rng(0)
+    points = [rng.uniform(0, 1024, (n, 2)).astype(np.float32) for n in (20, 9)]
+    config = MaskConfig(min_score=0.0, prompts_per_batch=64)
+    for tile, found in enumerate(decode_tiles(toy, both, (0, 1), points, config)):
+        expected = list(decode(toy, both, tile, points[tile], config))
+        assert {b.full_tile for b in found} == {False, True}
+        for whole in (False, True):
+            a, b = (WindowMasks.concatenate([m for m in masks if m.full_tile == whole]) for masks in (expected, found))
+            assert torch.equal(a.points_xy, b.points_xy)
+            torch.testing.assert_close(a.logits, b.logits, atol=1e-4, rtol=1e-4)
 
 
 def test_several_answers_to_a_grid_point_come_together(toy, encoded):

@@ -232,6 +232,33 @@ def test_without_bounds_a_slide_changes_no_coordinate(tmp_path: Path) -> None:
     assert written.types == read_seeds(tmp_path / "points.geojson").types == TYPES
 
 
+def test_corrections_are_added_to_the_clicks_before(tmp_path: Path) -> None:
+    """Both in the slide's frame: the earlier ones count from its corner, QuPath from that of its bounds."""
+    earlier = write(tmp_path / "seeds.json", OWN)
+    features = [
+        {
+            "type": "Feature",
+            "geometry": {"type": "Polygon", "coordinates": [[[x, 50], [x + 10, 50], [x + 10, 60], [x, 60], [x, 50]]]},
+            "properties": {"objectType": "detection", "classification": {"name": name, "color": [1, 2, 3]}},
+        }
+        for name, x in (("tumour", 100), ("stroma", 200))
+    ]
+    corrected = write(tmp_path / "corrected.geojson", {"type": "FeatureCollection", "features": features})
+    seeds, warnings = convert_seeds(corrected, tmp_path / "more.json", MIRAX, earlier=earlier)
+    assert [(kind.name, kind.color, kind.points) for kind in seeds.types] == [
+        ("tumour", (200, 0, 0), (*TYPES[0].points, (1105.0, 555.0))),
+        ("µ-Lymphozyt", (0, 80, 200), TYPES[1].points),
+        ("stroma", (1, 2, 3), ((1205.0, 555.0),)),
+    ]
+    assert seeds.types[0].negative == TYPES[0].negative
+    assert any("2 detections taken as clicks" in warning for warning in warnings)
+    assert read_seeds(tmp_path / "more.json").types == seeds.types
+    status, output = wsiseg("seeds", "convert", corrected, tmp_path / "other.json", "--add", earlier)
+    assert status == 1
+    assert error(output).endswith("since they may count from different corners; pass --slide")
+    assert not (tmp_path / "other.json").exists()
+
+
 def test_a_converted_file_is_right_before_and_after_the_slide_is_known(tmp_path: Path) -> None:
     """Converting with the slide, or without it and checking later, gives the same absolute clicks."""
     source = write(tmp_path / "export.geojson", collection(*MORE))

@@ -106,10 +106,13 @@ def train(data: Path, out: Path, steps: int, imagenet: Path) -> str:
 
 
 def test_the_recipe_from_data_to_card_and_on_after_a_stop(data, imagenet, tmp_path) -> None:
+    """The seed alone decides: the same command in another folder writes the same weights."""
     out = tmp_path / "out"
     train(data, out, 3, imagenet)
     weights = out / "nuclei-compact.safetensors"
     first = weights.read_bytes()
+    train(data, tmp_path / "other", 3, imagenet)
+    assert (tmp_path / "other" / weights.name).read_bytes() == first
     load_model(str(weights), "cpu")
     card = (out / "nuclei-compact.md").read_text()
     assert "3 steps" in card
@@ -121,13 +124,6 @@ def test_the_recipe_from_data_to_card_and_on_after_a_stop(data, imagenet, tmp_pa
     assert "resuming at step 3" in train(data, out, 5, imagenet)
     assert weights.read_bytes() != first
     assert "5 steps" in (out / "nuclei-compact.md").read_text()
-
-
-def test_the_seed_alone_decides(data, imagenet, tmp_path) -> None:
-    train(data, tmp_path / "a", 2, imagenet)
-    train(data, tmp_path / "b", 2, imagenet)
-    a, b = ((tmp_path / k / "nuclei-compact.safetensors").read_bytes() for k in "ab")
-    assert a == b
 
 
 def test_the_encoder_takes_every_tensor_from_imagenet(imagenet) -> None:

@@ -11,7 +11,7 @@ import torch
 from wsiseg.config import MaskConfig, RunConfig
 from wsiseg.geometry import Box, Lattice
 from wsiseg.records import WindowMasks
-from wsiseg.segmentation import decoding
+from wsiseg.segmentation import decoding, transfer
 from wsiseg.segmentation.polygons import trace
 from wsiseg.segmentation.transfer import OUTSIDE, PackedLogits, pack, unpack
 
@@ -79,7 +79,7 @@ def test_real_masks(model: NucleiCompact, cmu_crop: np.ndarray, monkeypatch: pyt
             copied.append((packed.nbytes, len(packed.boxes)))
             return packed
 
-        monkeypatch.setattr(decoding, "logits_to_host", way)
+        monkeypatch.setattr(transfer, "logits_to_host", way)
         masks = list(decoding.decode(model, embeddings, 0, points, config))
         outlines.append([trace(m, Box(0, 0, 704, 704), Lattice(0.25, 0.25), config)[0].polygons for m in masks])
     before, after = (np.concatenate(part) for part in outlines)

@@ -240,7 +240,7 @@ class MaskConfig:
         1 leaves outlines as they are. It gains on one development set what it loses on the other, so it stays
         near 1 (benchmarks/results/apg_sweep.md).
     prompts_per_batch
-        Prompts decoded together; memory grows by about 1.5 MB each.
+        Prompts decoded together, for each tile of a batch; memory grows by about 1.5 MB each.
     """
 
     min_score: float = setting(0.20, 0, 1)

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -36,18 +37,23 @@ def merge(run: Run, folder: Path, *more: str) -> subprocess.CompletedProcess[str
     return subprocess.run(command, capture_output=True, text=True, check=False, env=run.environment)
 
 
+def said(errors: str) -> list[str]:
+    """Lines of stderr, less those of progress, which come every 30 s."""
+    return [line for line in errors.splitlines() if not line.startswith("ihc.tiff: ")]
+
+
 def unexpected(errors: str) -> list[str]:
-    """Lines of stderr, less those on clicks that could mean two classes, which are about the demo's picture."""
-    return [line for line in errors.splitlines() if not line.startswith("Warning: the clicks on ")]
+    """Lines of stderr, less those of progress and those on clicks that could mean two classes, which are about the demo's picture."""
+    return [line for line in said(errors) if not line.startswith("Warning: the clicks on ")]
 
 
 def test_kill_9_at_random_moments(run: Run, undisturbed: tuple[dict[str, bytes], dict, float], tmp_path: Path) -> None:
-    """Twenty kills at any moment, from the start of Python to the last rename: no finished part is repeated, and the files are the same."""
+    """Twelve kills at any moment, from the start of Python to the last rename: no finished part is repeated, and the files are the same."""
     expected, _, seconds = undisturbed
     chance = random.Random(6)
     kills, ends, out = 0, 0, tmp_path / "0"
     seen: dict[str, int] = {}
-    while kills < 20:
+    while kills < 12:
         process = run.start(out)
         try:
             process.wait(chance.uniform(0.3, 1.0) * min(seconds, 6))
@@ -118,9 +124,7 @@ def test_a_worker_is_killed(run: Run, undisturbed: tuple[dict[str, bytes], dict,
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
-def test_a_signal_to_all_processes(
-    run: Run, undisturbed: tuple[dict[str, bytes], dict, float], tmp_path: Path, number: int
-) -> None:
+def test_a_signal_to_all_processes(run: Run, tmp_path: Path, number: int) -> None:
     """Ctrl-C reaches every process of a terminal, a walltime's warning those of a job; the current blocks are finished anyway."""
     command = run.command(tmp_path, "--workers", 2)
     process = subprocess.Popen(
@@ -132,11 +136,9 @@ def test_a_signal_to_all_processes(
     _, errors = process.communicate(timeout=100)
     assert process.returncode == 3, errors
     assert "Traceback" not in errors
-    assert len(errors.splitlines()) == 2
+    assert len(said(errors)) == 2
     assert not list(run.folder(tmp_path).rglob("*.claim"))
     assert json.loads((run.folder(tmp_path) / "manifest.json").read_text())["status"] == "interrupted"
-    assert run(tmp_path).returncode == 0
-    assert files_of(run.folder(tmp_path)) == undisturbed[0]
 
 
 def test_twice_is_now(run: Run, tmp_path: Path) -> None:
@@ -149,26 +151,34 @@ def test_twice_is_now(run: Run, tmp_path: Path) -> None:
     assert process.returncode == -signal.SIGTERM
 
 
-def test_seven_shards_in_any_order_and_a_merge(
+def test_five_shards_in_any_order_and_a_merge(
     run: Run, undisturbed: tuple[dict[str, bytes], dict, float], tmp_path: Path
 ) -> None:
-    """Two at a time, one of them killed and submitted again; the merge refuses until all is there, and can be repeated."""
+    """Two at a time, one of them killed and submitted again; the merge refuses until all is there or it is told to, and can be repeated."""
     folder = run.folder(tmp_path)
-    numbers = random.Random(1).sample(range(1, 8), 7)
-    done = run(tmp_path, "--shard", f"{numbers[0]}/7")
+    numbers = random.Random(1).sample(range(1, 6), 5)
+    done = run(tmp_path, "--shard", f"{numbers[0]}/5")
     assert done.returncode == 0, done.stderr
-    assert f"shard {numbers[0]}/7: " in done.stdout
+    assert f"shard {numbers[0]}/5: " in done.stdout
     refused = merge(run, folder)
     assert refused.returncode == 1
     assert "blocks are missing" in refused.stderr
-    assert f"they belong to shards {', '.join(f'{k}/7' for k in range(1, 8) if k != numbers[0])}" in refused.stderr
+    assert f"they belong to shards {', '.join(f'{k}/5' for k in range(1, 6) if k != numbers[0])}" in refused.stderr
     assert not (folder / "cells.parquet").exists()
-    victim = run.start(tmp_path, "--shard", f"{numbers[1]}/7")
+    finished = len(parts(folder))
+    done = merge(run, folder, "--allow-missing")
+    assert done.returncode == 3
+    assert re.search(r"Missing: block \d{4}-\d{4}: none of its tiles was worked on \(1\)", done.stderr)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["status"] == "incomplete"
+    assert manifest["counts"]["blocks_missing"] == manifest["counts"]["tiles_failed"] == 16 - finished
+    assert 0 < manifest["counts"]["cells"] < undisturbed[1]["counts"]["cells"]
+    victim = run.start(tmp_path, "--shard", f"{numbers[1]}/5")
     wait_for(lambda: is_claimed(folder) or victim.poll() is not None)
     kill(victim)
-    for k in range(1, 7, 2):
-        both = [run.start(tmp_path, "--shard", f"{n}/7") for n in numbers[k : k + 2]]
-        assert [p.wait(120) for p in both] == [0, 0], [p.communicate()[1] for p in both]
+    for k in (1, 3):
+        both = [run.start(tmp_path, "--shard", f"{n}/5") for n in numbers[k : k + 2]]
+        assert [p.wait(200) for p in both] == [0, 0], [p.communicate()[1] for p in both]
     assert merge(run, folder).returncode == 0
     assert files_of(folder) == undisturbed[0]
     manifest = json.loads((folder / "manifest.json").read_text())
@@ -180,22 +190,6 @@ def test_seven_shards_in_any_order_and_a_merge(
     again = run(tmp_path)
     assert again.returncode == 0
     assert "already complete" in again.stdout
-
-
-def test_merge_with_what_is_there(run: Run, undisturbed: tuple[dict[str, bytes], dict, float], tmp_path: Path) -> None:
-    assert run(tmp_path, "--shard", "1/2").returncode == 0
-    folder = run.folder(tmp_path)
-    done = merge(run, folder, "--allow-missing")
-    assert done.returncode == 3
-    assert "Missing: block 0000-0001: none of its tiles was worked on (1)" in done.stderr
-    manifest = json.loads((folder / "manifest.json").read_text())
-    assert manifest["status"] == "incomplete"
-    assert manifest["counts"]["blocks_missing"] == 8
-    assert manifest["counts"]["tiles_failed"] == 8
-    assert 0 < manifest["counts"]["cells"] < undisturbed[1]["counts"]["cells"]
-    assert run(tmp_path, "--shard", "2/2").returncode == 0
-    assert merge(run, folder).returncode == 0
-    assert files_of(folder) == undisturbed[0]
 
 
 def test_two_runs_on_one_folder_share_the_work(
@@ -226,7 +220,7 @@ def test_the_second_run_goes_on_when_the_first_is_killed(
     assert files_of(run.folder(tmp_path)) == undisturbed[0]
 
 
-@pytest.mark.parametrize("more", [(), ("--workers", "2"), ("--shard", "1/1")])
+@pytest.mark.parametrize("more", [("--workers", "2"), ("--shard", "1/1")])
 def test_nothing_is_written_elsewhere(run: Run, tmp_path: Path, more: tuple[str, ...]) -> None:
     """No file in the home folder, the folder for temporary files, the current one or beside the slide."""
     home, temporary, here, out = (tmp_path / name for name in ("home", "tmp", "here", "out"))

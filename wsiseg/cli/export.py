@@ -67,5 +67,6 @@ def command(
             ):
                 for warning in warnings:
                     click.echo(f"Warning: {warning}", err=True)
-                click.echo(f"{file}: {file.stat().st_size / 1e6:.1f} MB")
+                held = [file, *file.rglob("*")] if file.is_dir() else [file]
+                click.echo(f"{file}: {sum(one.stat().st_size for one in held) / 1e6:.1f} MB")
     ctx.exit(failures.report())

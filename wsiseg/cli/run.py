@@ -382,8 +382,6 @@ def report(result: Manifest | ShardRecord, printed: Collection[str] = (), *, det
 
 def summary_lines(manifest: Manifest) -> list[str]:
     """Lines about a finished run: cells and density per type, cost, files, and what to do next."""
-    from wsiseg.runs.folder import REPORT_NAME
-
     area, cost = float(manifest.slide.get("searched_mm2") or 0), manifest.seconds_per_mm2
     rows = [(name, n) for name, n in manifest.types.items() if n] if len(manifest.types) > 1 else []
     rows.append(("all", manifest.counts["cells"]))
@@ -391,10 +389,18 @@ def summary_lines(manifest: Manifest) -> list[str]:
     lines = [f"  {name:{width}}  {n:>{digits}}" + (f"  {n / area:6.0f} per mm2" if area else "") for name, n in rows]
     lines.append(f"  {area:.3g} mm2 searched, {cost:.3g} s per mm2, {manifest.peak_ram_mb:.0f} MB of memory at most")
     lines.append(f"  files: {', '.join(manifest.files)}")
+    steps = next_steps(manifest)
+    return [*lines, f"  next: {'; '.join(steps)}"] if steps else lines
+
+
+def next_steps(manifest: Manifest) -> list[str]:
+    """What to do with a finished run."""
+    from wsiseg.runs.folder import REPORT_NAME
+
     steps = [f"look at {page}"] if (page := Path(manifest.folder) / REPORT_NAME).exists() else []
     if any(name.startswith("cells.geojson") for name in manifest.files):
         steps.append("drag the GeoJSON onto the slide in QuPath")
     if manifest.config["method"] not in CHAINED and FILE_NAMES["parquet"] in manifest.files:
         steps.append(f"click cells: wsiseg view {shlex.quote(manifest.folder)}")
         steps.append(f"other clicks: wsiseg type {shlex.quote(manifest.folder)} --seeds FILE")
-    return [*lines, f"  next: {'; '.join(steps)}"] if steps else lines
+    return steps

@@ -68,10 +68,25 @@ def check(seeds: Path, slide: str | None, mpp: float | None, force_mpp: bool) ->
     "--slide",
     help="Check the clicks against this slide, and use the origin that OUT needs: the slide's corner, or QuPath's.",
 )
+@click.option(
+    "--add",
+    "earlier",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Clicks that stay: those of FILE come first, then those of IN. Needs --slide.",
+)
 @mpp_options
 @overwrite_option("Replace OUT.")
-def convert(source: Path, target: Path, slide: str | None, mpp: float | None, force_mpp: bool, overwrite: bool) -> None:
-    """Convert points exported from QuPath to a seeds.json, or a seeds.json to points for QuPath.
+def convert(
+    source: Path,
+    target: Path,
+    slide: str | None,
+    earlier: Path | None,
+    mpp: float | None,
+    force_mpp: bool,
+    overwrite: bool,
+) -> None:
+    """Convert points, or corrected detections, exported from QuPath to a seeds.json, or a seeds.json to points for QuPath.
 
     The content of IN decides, not its name: GeoJSON (plain, .gz or .zip) and the points dialog's .tsv become a seeds.json, so OUT ends in
     .json; a seeds.json becomes point annotations with classes, so OUT ends in .geojson or .geojson.gz.
@@ -84,6 +99,7 @@ def convert(source: Path, target: Path, slide: str | None, mpp: float | None, fo
     \b
     wsiseg seeds convert clicks.geojson seeds.json --slide slide.mrxs
     wsiseg seeds convert seeds.json clicks.geojson --slide slide.mrxs
+    wsiseg seeds convert corrected.geojson more.json --add seeds.json --slide slide.mrxs
     """  # noqa: D301 - click's mark for lines that stay as they are
     from wsiseg.formats.seeds import convert_seeds
 
@@ -92,9 +108,9 @@ def convert(source: Path, target: Path, slide: str | None, mpp: float | None, fo
         from wsiseg.slide import open_slide
 
         with open_slide(slide, mpp=mpp, force_mpp=force_mpp, require_mpp=False) as reader:
-            written, warnings = convert_seeds(source, target, reader.info, overwrite=overwrite)
+            written, warnings = convert_seeds(source, target, reader.info, earlier=earlier, overwrite=overwrite)
     else:
-        written, warnings = convert_seeds(source, target, overwrite=overwrite)
+        written, warnings = convert_seeds(source, target, earlier=earlier, overwrite=overwrite)
     _report(written, warnings)
     click.echo(f"{target}: written")
 

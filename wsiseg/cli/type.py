@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from wsiseg.cli.options import (
     split_list,
 )
 from wsiseg.cli.report import report_after
+from wsiseg.cli.run import next_steps
 
 
 @click.command(cls=Working, short_help="Re-type a finished run with other clicks.")
@@ -100,7 +102,7 @@ def command(
         runs = (_described(runs[0], outlines, out or Path("wsiseg-out"), config_file, settings),)
     elif out is not None or mpp is not None or force_mpp or device is not None:
         raise ConfigError("--out, --mpp, --force-mpp and --device: only with --outlines; a finished run has its own")
-    failures = Failures(len(runs))
+    failures, steps = Failures(len(runs)), list[str]()
     for run in runs:
         with failures.collect():
             manifest = type_run(
@@ -117,6 +119,10 @@ def command(
                 click.echo(f"Warning: {warning}", err=True)
             typed = ", ".join(f"{name} {n}" for name, n in manifest.types.items())
             click.echo(f"{run}: {typed} in {manifest.seconds['retype']:.1f} s")
+            steps = next_steps(manifest) if len(runs) == 1 else []
+    folders = " ".join(shlex.quote(str(run)) for run in runs[:2]) + (" ..." if len(runs) > 2 else "")
+    if not failures.messages:
+        click.echo(f"  next: {'; '.join([*steps, f'a table: wsiseg summarise {folders} --out cohort.csv'])}")
     ctx.exit(failures.report())
 
 

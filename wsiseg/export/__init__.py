@@ -26,7 +26,7 @@ class Export:
     Attributes
     ----------
     file
-        Name of the file that is made.
+        Name of the file that is made; of SpatialData, of the folder.
     writer
         ``module:function`` of the function that makes it.
     what
@@ -51,7 +51,13 @@ EXPORTS = {
     "csv": Export(file="cells.csv", writer="wsiseg.export.tables:write_csv", what="a row per cell, without outlines"),
     "tsv": Export(file="cells.tsv", writer="wsiseg.export.tables:write_tsv", what="the same, separated by tabs"),
     "h5ad": Export(file="cells.h5ad", writer="wsiseg.export.tables:write_anndata", what="AnnData, for scanpy"),
+    "spatialdata": Export(
+        file="cells.zarr", writer="wsiseg.export.spatial:write_spatialdata", what="SpatialData, outlines and table"
+    ),
     "coco": Export(file="coco.json", writer="wsiseg.export.coco:write_coco", what="COCO instances"),
+    "review": Export(
+        file="review.geojson", writer="wsiseg.export.review:write_review", what="the least certain cells, for QuPath"
+    ),
     "gpkg": Export(file="cells.gpkg", writer="wsiseg.export.vector:write_geopackage", what="GeoPackage, for QGIS"),
     "shp": Export(file="cells.shp.zip", writer="wsiseg.export.vector:write_shapefile", what="zipped Shapefile"),
 }

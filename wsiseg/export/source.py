@@ -79,6 +79,8 @@ class RunCells:
         File name of the slide.
     box
         (x0, y0, x1, y1): the part of the slide that images show, whole level-0 px.
+    corner
+        Where QuPath counts from: the corner of the slide's OpenSlide bounds, level-0 px.
     mpp
         Microns per level-0 px.
     names, colors
@@ -94,6 +96,7 @@ class RunCells:
     file: Path
     slide: str
     box: tuple[int, int, int, int]
+    corner: tuple[int, int]
     mpp: float
     names: tuple[str, ...]
     colors: tuple[tuple[int, int, int], ...]
@@ -199,6 +202,7 @@ def open_run(path: Path, region: Path | None = None) -> tuple[RunCells, list[str
         file=file,
         slide=str(note["slide"]),
         box=box,
+        corner=(_slide_of(manifest.slide).bounds or (0, 0))[:2],
         mpp=float(note["mpp"]),
         names=tuple(name for name, _ in kinds),
         colors=tuple((r, g, b) for _, (r, g, b) in kinds),

@@ -6,6 +6,7 @@ import importlib
 import json
 import tempfile
 import warnings
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,8 @@ from wsiseg.formats.parts import descriptors_from
 from wsiseg.runtime.atomic import atomic_path
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from wsiseg.export.source import ExportSettings, RunCells
 
 
@@ -58,10 +61,35 @@ def with_microns(table: pa.Table, mpp: float) -> pa.Table:
 
 def write_anndata(path: Path, run: RunCells, settings: ExportSettings) -> None:  # noqa: ARG001
     """Write an AnnData file: ``X`` the descriptors, ``obs`` the other columns, ``obsm["spatial"]`` the centroids in microns."""
-    try:
-        anndata: Any = importlib.import_module("anndata")
-    except ImportError as error:
-        raise ConfigError("--format h5ad: anndata is not installed; pip install 'wsiseg[anndata]'") from error
+    named = f"{path.name}.h5ad"
+    with storable_text(), atomic_path(path) as partial, tempfile.TemporaryDirectory(dir=partial.parent) as folder:
+        as_anndata(run, "h5ad").write_h5ad(Path(folder) / named)
+        (Path(folder) / named).rename(partial)
+
+
+@contextmanager
+def storable_text() -> Iterator[None]:
+    """Pandas makes no texts of its own kind, which AnnData does not store."""
+    with warnings.catch_warnings(action="ignore"), pd.option_context("future.infer_string", False):  # of the option
+        yield
+
+
+def as_anndata(run: RunCells, name: str) -> Any:  # noqa: ANN401
+    """The cells as AnnData, all in memory; to be called, and written, within :func:`storable_text`.
+
+    Parameters
+    ----------
+    run
+        The cells.
+    name
+        Of the format, for messages.
+
+    Raises
+    ------
+    ConfigError
+        anndata is not installed, or there is no cell, of which AnnData needs one.
+    """
+    anndata = import_extra("anndata", name, "anndata")
     size = 0
     parts, described = [], []
     columns = [*run.listed, *(["descriptor"] if "descriptor" in run.columns else [])]
@@ -73,25 +101,36 @@ def write_anndata(path: Path, run: RunCells, settings: ExportSettings) -> None: 
             table = table.drop_columns(["descriptor"])
         parts.append(table)
     if not parts:
-        raise ConfigError(f"{run.file}: no cell to export; --format h5ad needs at least one")
-    named = f"{path.name}.h5ad"
-    with (
-        warnings.catch_warnings(action="ignore"),  # pandas about the next line
-        pd.option_context("future.infer_string", False),  # anndata does not store pandas's own text
-        atomic_path(path) as partial,
-        tempfile.TemporaryDirectory(dir=partial.parent) as folder,
-    ):
-        obs = pa.concat_tables(parts, promote_options="default").unify_dictionaries().to_pandas()
-        obs.index = pd.Index(obs.pop("id").tolist(), dtype=object, name="id")
-        obs[TYPE] = pd.Categorical.from_codes(obs[TYPE].cat.codes, obs[TYPE].cat.categories.astype(object))
-        made = anndata.AnnData(
-            X=np.concatenate(described) if described else None,
-            obs=obs,
-            var=pd.DataFrame(index=[f"descriptor_{k}" for k in range(size)]),
-        )
-        made.obsm["spatial"] = obs[["x", "y"]].to_numpy() * run.mpp
-        kinds = dict(zip(run.names, run.colors, strict=True))
-        made.uns[f"{TYPE}_colors"] = ["#{:02x}{:02x}{:02x}".format(*kinds[name]) for name in obs[TYPE].cat.categories]
-        made.uns["wsiseg"] = json.dumps({"slide": run.slide, "mpp": run.mpp, "spatial": "microns"})
-        made.write_h5ad(Path(folder) / named)
-        (Path(folder) / named).rename(partial)
+        raise ConfigError(f"{run.file}: no cell to export; --format {name} needs at least one")
+    obs = pa.concat_tables(parts, promote_options="default").unify_dictionaries().to_pandas()
+    obs.index = pd.Index(obs.pop("id").tolist(), dtype=object, name="id")
+    obs[TYPE] = pd.Categorical.from_codes(obs[TYPE].cat.codes, obs[TYPE].cat.categories.astype(object))
+    made = anndata.AnnData(
+        X=np.concatenate(described) if described else None,
+        obs=obs,
+        var=pd.DataFrame(index=[f"descriptor_{k}" for k in range(size)]),
+    )
+    made.obsm["spatial"] = obs[["x", "y"]].to_numpy() * run.mpp
+    kinds = dict(zip(run.names, run.colors, strict=True))
+    made.uns[f"{TYPE}_colors"] = ["#{:02x}{:02x}{:02x}".format(*kinds[kind]) for kind in obs[TYPE].cat.categories]
+    made.uns["wsiseg"] = json.dumps({"slide": run.slide, "mpp": run.mpp, "spatial": "microns"})
+    return made
+
+
+def import_extra(module: str, name: str, extra: str) -> Any:  # noqa: ANN401
+    """Import a package that an export format needs and wsiseg does not.
+
+    Parameters
+    ----------
+    module, name, extra
+        The package, the format, and the extra of wsiseg that brings it.
+
+    Raises
+    ------
+    ConfigError
+        It is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ConfigError(f"--format {name}: {module} is not installed; pip install 'wsiseg[{extra}]'") from error

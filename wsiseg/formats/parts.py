@@ -78,6 +78,11 @@ class Part:
         return [str(failure) for failure in self.note.get("failures", [])]
 
     @property
+    def failed_px0(self) -> list[tuple[float, float]]:
+        """Corner of each of them, level-0 px; none in parts of earlier versions."""
+        return [(float(x), float(y)) for x, y in self.note.get("failed_px0", [])]
+
+    @property
     def points_xy(self) -> NDArray[np.float64]:
         """Prompts (N, 2), level-0 px."""
         return np.stack([self.table["prompt_x"].to_numpy(), self.table["prompt_y"].to_numpy()], axis=1)
@@ -138,7 +143,12 @@ class Part:
 
 
 def write_part(
-    path: Path, cells: Cells, config_hash: str, counts: dict[str, int], failures: Sequence[str] = ()
+    path: Path,
+    cells: Cells,
+    config_hash: str,
+    counts: dict[str, int],
+    failures: Sequence[str] = (),
+    failed_px0: Sequence[tuple[float, float]] = (),
 ) -> None:
     """Write one part, atomically; same input, same bytes.
 
@@ -154,12 +164,15 @@ def write_part(
         Tiles, tiles that could not be read, prompts, masks larger than the window, outlines: summed into the manifest.
     failures
         A message per tile that could not be read.
+    failed_px0
+        The corners of their cores, level-0 px.
     """
     note = {
         "format": FORMAT,
         "config_hash": config_hash,
         "counts": {name: int(count) for name, count in counts.items()},
         "failures": list(failures),
+        "failed_px0": [list(corner) for corner in failed_px0],
         "cells": len(cells),
         **_sizes(cells),
     }

@@ -208,7 +208,7 @@ def seeds_text(seeds: Seeds) -> str:
 
 
 def convert_seeds(
-    source: Path, target: Path, info: SlideInfo | None = None, *, overwrite: bool = False
+    source: Path, target: Path, info: SlideInfo | None = None, *, earlier: Path | None = None, overwrite: bool = False
 ) -> tuple[Seeds, list[str]]:
     """Make a seeds.json of QuPath's points, or points for QuPath of a seeds.json; what ``source`` holds decides.
 
@@ -221,6 +221,9 @@ def convert_seeds(
     info
         The slide: the clicks are checked against it, and come out absolute in a seeds.json, relative to its OpenSlide bounds for
         QuPath. Without it coordinates are written as they are, and a seeds.json of QuPath's points says ``"frame": "qupath"``.
+    earlier
+        Clicks that stay, before those of ``source``; types of one name are one type. It needs ``info``, since the two may count from
+        different corners.
     overwrite
         Replace ``target``.
 
@@ -253,6 +256,9 @@ def convert_seeds(
     warnings = list(seeds.notes)
     if info is not None:
         seeds, warnings = check_seeds(seeds, info)
+        if earlier is not None:
+            seeds, more = _joined(earlier, seeds, info)
+            warnings = [*more, *warnings]
         left, top = (0, 0) if info.bounds is None or from_qupath else info.bounds[:2]
         kinds = tuple(
             replace(k, points=_moved(k.points, left, top), negative=_moved(k.negative, left, top)) for k in seeds.types
@@ -262,6 +268,10 @@ def convert_seeds(
             warnings.append(
                 f"{target}: written relative to the slide's bounds, ({left}, {top}) px, where QuPath counts from"
             )
+    elif earlier is not None:
+        raise SeedsError(
+            f"{earlier}: to join two files of clicks the slide is needed, since they may count from different corners; pass --slide"
+        )
     elif not from_qupath and not isinstance(seeds, QuPathSeeds):
         warnings.append(
             f"{target}: written without checking the slide; if it has bounds (MRXS and some others), QuPath needs --slide here"
@@ -272,6 +282,25 @@ def convert_seeds(
         warnings += _leave_phrases(seeds, target)
         write_qupath_points(target, seeds)
     return seeds, warnings
+
+
+def _joined(earlier: Path, seeds: Seeds, info: SlideInfo) -> tuple[Seeds, list[str]]:
+    """Earlier clicks and new ones, both absolute."""
+    old, warnings = check_seeds(read_seeds(earlier), info)
+    new = {kind.name: kind for kind in seeds.types}
+    kinds = [
+        replace(
+            kind,
+            points=tuple(dict.fromkeys((*kind.points, *new[kind.name].points))),
+            negative=tuple(dict.fromkeys((*kind.negative, *new[kind.name].negative))),
+            text=tuple(dict.fromkeys((*kind.text, *new[kind.name].text))),
+        )
+        if kind.name in new
+        else kind
+        for kind in old.types
+    ]
+    kinds += [kind for name, kind in new.items() if name not in {known.name for known in old.types}]
+    return Seeds(tuple(kinds), seeds.source, seeds.slide), warnings
 
 
 def _leave_phrases(seeds: Seeds, target: Path) -> list[str]:

@@ -16,12 +16,15 @@ from wsiseg import __version__
 from wsiseg.errors import SlideError
 from wsiseg.report import pictures
 from wsiseg.report.contents import MOST_TYPES, Histogram, read_contents
+from wsiseg.report.seams import BAND_UM, BANDS, NEAR_UM, seam_facts
 from wsiseg.report.summary import open_finished
 from wsiseg.runs.folder import REPORT_NAME
 from wsiseg.runtime.atomic import atomic_path
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from numpy.typing import NDArray
 
     from wsiseg.report.contents import ReportContents, TypeFacts
     from wsiseg.report.pictures import Crop, DensityMap, Picture
@@ -116,6 +119,10 @@ def _render(contents: ReportContents, overview: Picture | None, crops: dict[int,
         columns=columns,
         size_mm=(width * run.info.mpp / 1000, height * run.info.mpp / 1000),
         stages=[(words, manifest.seconds[name]) for name, words in _STAGES.items() if name in manifest.seconds],
+        seams=(seams := seam_facts(run, columns.xy)),
+        seam_bars=_seam_bars(seams.profile.ratios) if seams and seams.profile else "",
+        near_um=NEAR_UM,
+        bands_um=BANDS * BAND_UM,
         chart=_CHART,
         crop_um=pictures.CROP_UM,
         version=__version__,
@@ -129,6 +136,14 @@ def _bars(histogram: Histogram) -> str:
     tallest = max(float(histogram.shares.max(initial=0)), 1e-9)
     bars = ((k * step, share / tallest * (height - 4)) for k, share in enumerate(histogram.shares.tolist()) if share)
     return "".join(f"M{left:.1f} {height}v{-tall:.1f}h{step - 1:.1f}v{tall:.1f}z" for left, tall in bars)
+
+
+def _seam_bars(ratios: NDArray[np.float64]) -> str:
+    """Bars of the cells by distance from a seam, as the path of an SVG; the average is at half of the height."""
+    width, height = _CHART
+    step = width / len(ratios)
+    tall = [0.0 if math.isnan(ratio) else min(ratio, 2.0) * height / 2 for ratio in ratios.tolist()]
+    return "".join(f"M{k * step:.1f} {height}v{-up:.1f}h{step - 1:.1f}v{up:.1f}z" for k, up in enumerate(tall) if up)
 
 
 def page_template(name: str) -> jinja2.Template:

@@ -129,11 +129,8 @@ def density_map(xy_px: NDArray[np.float64], size_px0: tuple[int, int], mpp: floa
     at = np.clip(y, 0, rows - 1) * columns + np.clip(x, 0, columns - 1)
     counts = np.bincount(at, minlength=rows * columns).reshape(rows, columns)
     highest = int(counts.max(initial=0))
-    stops = np.linspace(0, 1, len(_RAMP))
-    share = counts / max(highest, 1)
-    pixels = np.stack([np.interp(share, stops, _RAMP[:, channel]) for channel in range(3)], axis=-1)
-    image = Image.fromarray(pixels.round().astype(np.uint8)).quantize(64)
-    return DensityMap(picture=_encoded(image, "PNG"), bin_um=bin_um, highest=highest / (bin_um / 1000) ** 2)
+    image = Image.fromarray(shades(counts / max(highest, 1)))
+    return DensityMap(picture=png(image), bin_um=bin_um, highest=highest / (bin_um / 1000) ** 2)
 
 
 def crops(reader: SlideReader, run: FinishedRun, rows: NDArray[np.intp]) -> dict[int, Crop]:
@@ -152,6 +149,18 @@ def crops(reader: SlideReader, run: FinishedRun, rows: NDArray[np.intp]) -> dict
         text = " ".join(f"{x:.1f},{y:.1f}" for x, y in outline.tolist())
         found[row] = Crop(row=row, picture=_jpeg(pixels), outline=text)
     return found
+
+
+def shades(shares: NDArray[np.float64]) -> NDArray[np.uint8]:
+    """Colours (..., 3) of shares from 0, light, to 1, dark."""
+    stops = np.linspace(0, 1, len(_RAMP))
+    pixels = np.stack([np.interp(shares, stops, _RAMP[:, channel]) for channel in range(3)], axis=-1)
+    return pixels.round().astype(np.uint8)
+
+
+def png(image: Image.Image) -> Picture:
+    """A picture of few colours, small."""
+    return _encoded(image.quantize(64), "PNG")
 
 
 def _jpeg(pixels: NDArray[np.uint8]) -> Picture:

@@ -59,7 +59,7 @@ class Manifest:
     ----------
     slide, config, seeds, model, run_hash, parts_hash, frame, wsiseg, versions, status
         Of every run.
-    folder, files, failures, warnings, counts, types, typing, seconds, seconds_per_mm2, model_share, peak_ram_mb, peak_vram_mb
+    folder, files, failures, tiles, warnings, counts, types, typing, seconds, seconds_per_mm2, model_share, peak_ram_mb, peak_vram_mb
         The result.
     retyped
         `wsiseg type` has replaced the types.
@@ -85,6 +85,7 @@ class Manifest:
     folder: str = ""
     files: tuple[str, ...] = ()
     failures: tuple[str, ...] = ()
+    tiles: dict[str, Any] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     counts: dict[str, int] = field(default_factory=dict)
     types: dict[str, int] = field(default_factory=dict)
@@ -189,7 +190,7 @@ class Manifest:
 _IDENTITY = {"run_hash": str, "slide": dict, "config": dict}  #: without these, a manifest.json is somebody else's
 _LISTS = ("files", "failures", "warnings")
 _KINDS: dict[str, Any] = {
-    **dict.fromkeys(("slide", "config", "model", "versions", "counts", "types", "typing", "seconds"), dict),
+    **dict.fromkeys(("slide", "config", "model", "versions", "tiles", "counts", "types", "typing", "seconds"), dict),
     **dict.fromkeys(("run_hash", "parts_hash", "frame", "wsiseg", "status", "folder", "status_before"), str),
     **dict.fromkeys(("seconds_per_mm2", "model_share", "peak_ram_mb", "peak_vram_mb"), (int, float)),
     **dict.fromkeys(_LISTS, list),
@@ -201,6 +202,7 @@ _OF_RESULTS = (
     "folder",
     "files",
     "failures",
+    "tiles",
     "warnings",
     "counts",
     "types",

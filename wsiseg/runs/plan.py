@@ -20,7 +20,7 @@ from wsiseg.seeds.bank import build_bank
 from wsiseg.seeds.descriptions import UNRELIABLE, describe_types
 from wsiseg.segmentation.worker import RunSpec, WorkerContext
 from wsiseg.slide import thumbnail
-from wsiseg.slide.tiling import plan_for_model
+from wsiseg.slide.tiling import TileGrid, plan_for_model
 from wsiseg.slide.tissue import SearchArea, find_tissue
 
 if TYPE_CHECKING:
@@ -127,6 +127,7 @@ def plan_run(inputs: RunInputs, parts: Path) -> PreparedRun:
         seeds=inputs.clicks_name,
         stain=stain,
         described=described,
+        grid=TileGrid.of(blocks, lattice, config.tiling),
     )
     spec = RunSpec(inputs.slide, config, lattice, area, bank, parts, inputs.parts_hash, stain, described)
     return PreparedRun(plan, blocks, WorkerContext(spec, stain.view(reader), model, Claims(parts)), given)

@@ -26,6 +26,7 @@ from wsiseg.records import DescribedType, SlideInfo
 from wsiseg.runtime.atomic import write_json
 from wsiseg.runtime.paths import read_text, refusal
 from wsiseg.slide.stain import AS_HE, SlideStain
+from wsiseg.slide.tiling import TileGrid
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -71,6 +72,8 @@ class RunPlan:
         The slide's stain, and how the network is to see it.
     described
         The types that a detector is asked for, their phrases encoded.
+    grid
+        Where the tiles lie; ``None`` in plans of earlier versions, and without tiles.
     """
 
     info: SlideInfo
@@ -87,6 +90,7 @@ class RunPlan:
     seeds: str = ""
     stain: SlideStain = AS_HE
     described: tuple[DescribedType, ...] = ()
+    grid: TileGrid | None = None
 
 
 def keep_plan(
@@ -116,6 +120,7 @@ def write_plan(folder: Path, plan: RunPlan) -> None:
         "info": dataclasses.asdict(plan.info),
         "config": dataclasses.asdict(plan.config),
         "stain": dataclasses.asdict(plan.stain),
+        "grid": dataclasses.asdict(plan.grid) if plan.grid else None,
         "clicks": plan.bank is not None,
         "described_sha256": hashlib.sha256((folder / _DESCRIBED).read_bytes()).hexdigest() if plan.described else "",
     }
@@ -153,6 +158,8 @@ def read_plan(folder: Path, run_hash: str | None = None) -> RunPlan | None:
         rest |= {"tiles": {str(name): int(count) for name, count in note["tiles"]}, "warnings": tuple(note["warnings"])}
         stain: dict[str, Any] = note.get("stain", {})
         rest["stain"] = SlideStain(**stain | {k: tuple(v) for k, v in stain.items() if isinstance(v, list)})
+        grid = note.get("grid")
+        rest["grid"] = TileGrid(**grid | {"origin_px0": tuple(grid["origin_px0"])}) if grid else None
         rest |= {"info": _info(note["info"]), "config": from_mapping(note["config"], str(path))}
         return RunPlan(**rest | {"bank": bank, "described": described})
     except (FileNotFoundError, NotADirectoryError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import time
@@ -18,7 +19,7 @@ from wsiseg.runtime.shards import Shard
 from wsiseg.segmentation.blocks import BLOCK_COUNTS
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
     from pathlib import Path
 
     import torch
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from wsiseg.runs.plan_file import RunPlan
     from wsiseg.runtime.claims import Claims
     from wsiseg.segmentation.blocks import BlockReport
+    from wsiseg.slide.tiling import TileGrid
 
 logger = logging.getLogger(__name__)
 
@@ -96,6 +98,7 @@ class RunStatistics:
         self.slide, self.clock, self.device = slide, Clock(), ""
         self.blocks: dict[str, dict[str, int]] = {}
         self._failures: dict[str, list[str]] = {}
+        self._failed_px0: dict[str, Sequence[tuple[float, float]]] = {}
         self._started = time.perf_counter()
         self._resumed = 0
         self._processes: set[str] = set()
@@ -130,7 +133,7 @@ class RunStatistics:
 
     def add(self, report: BlockReport) -> None:
         """Add the report of a block."""
-        self._count(report.name, report.counts, report.failures)
+        self._count(report.name, report.counts, report.failures, report.failed_px0)
         self.clock.add(report.seconds)
         self._resumed += report.resumed
         self._processes |= {report.process} - {""}
@@ -155,9 +158,12 @@ class RunStatistics:
                 extra={"event": "block", "facts": facts},
             )
 
-    def _count(self, name: str, counts: dict[str, int], failures: list[str]) -> None:
+    def _count(
+        self, name: str, counts: dict[str, int], failures: list[str], failed_px0: Sequence[tuple[float, float]]
+    ) -> None:
         self.blocks[name] = counts
         self._failures.pop(name, None)
+        self._failed_px0[name] = failed_px0
         if failures:
             self._failures[name] = failures
 
@@ -206,7 +212,7 @@ class RunStatistics:
             except FormatError:
                 part = None
             if part is not None:
-                self._count(name, part.counts, part.failures)
+                self._count(name, part.counts, part.failures, part.failed_px0)
             if part is None or part.counts["tiles_failed"]:
                 missing.append(name)
         self._resumed = len(self.blocks)
@@ -274,10 +280,16 @@ class RunStatistics:
         return cost | {
             "status": Status.INCOMPLETE if failures else Status.COMPLETE,
             "failures": failures,
+            "tiles": {} if plan.grid is None else self._tiles(plan.grid, absent),
             "counts": {"blocks": len(plan.tiles), "blocks_missing": len(absent), "blocks_resumed": self._resumed}
             | counts,
             "seconds_per_mm2": round(cost["seconds"]["total"] / max(plan.tissue_mm2, 1e-9), 3),
         }
+
+    def _tiles(self, grid: TileGrid, absent: Iterable[str]) -> dict[str, Any]:
+        """Where the tiles lie, and which are missing: what the report's map needs."""
+        failed = sorted(corner for name in self._failed_px0 for corner in self._failed_px0[name])
+        return dataclasses.asdict(grid) | {"failed_px0": failed, "missing_blocks": list(absent)}
 
     def _sums(self) -> dict[str, int]:
         return {key: sum(c[key] for c in self.blocks.values()) for key in BLOCK_COUNTS}
@@ -287,7 +299,7 @@ class RunStatistics:
 
     def _cost(self) -> dict[str, Any]:
         seconds = dict(self.clock.seconds)
-        model = sum(seconds.get(stage, 0) for stage in ("encode", "decode")) / max(len(self._processes), 1)
+        model = seconds.pop("busy", 0) / max(len(self._processes), 1)
         share = min(model / max(seconds.get("tiles", 0), 1e-9), 1) if self._model_share is None else self._model_share
         return {
             "seconds": {k: round(v, 3) for k, v in seconds.items()}

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import secrets
+import shutil
 import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -76,6 +77,38 @@ def atomic_path(path: Path) -> Iterator[Path]:
             partial.unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # some network file systems, and Windows, cannot sync a folder
         _sync(path.parent, os.O_RDONLY)
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Temporary name of a folder that becomes ``path`` when the block succeeds.
+
+    Parameters
+    ----------
+    path
+        The final folder. One that is there is removed when the new one is complete.
+
+    Yields
+    ------
+    Path
+        A name in the same folder, not yet existing; the block must make it.
+
+    Raises
+    ------
+    RunError
+        As of :func:`atomic_path`. The temporary folder is removed after any exception.
+    """
+    partial, old = (path.parent / partial_name(path.name) for _ in range(2))
+    try:
+        with translate_os_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield partial
+            if path.exists():  # a folder with something in it cannot be replaced in one step
+                path.rename(old)
+            partial.rename(path)
+    finally:
+        for left in (partial, old):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def partial_name(name: str) -> str:

@@ -8,13 +8,16 @@ import resource
 import sys
 import threading
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
+
+    import torch
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 _largest = [0]  # of the peaks that were read and reset
@@ -48,6 +51,50 @@ class Clock:
             seconds = dict(self.seconds)
             self.seconds.clear()
         return seconds
+
+
+class BusyClock:
+    """Seconds in which a model's device works, added to a clock as the stage ``busy``.
+
+    A GPU is measured by its own events: a call returns before its work is done, so that the clock around it says little. What other devices do is
+    done when the call returns.
+
+    Parameters
+    ----------
+    clock
+        Clock that gets the seconds.
+    device
+        Device of the model.
+    event
+        Makes an event of the device; for tests.
+    """
+
+    def __init__(self, clock: Clock, device: torch.device, event: Callable[[], torch.cuda.Event] | None = None) -> None:
+        self._clock = clock
+        if event is None and device.type == "cuda":
+            import torch
+
+            event = partial(torch.cuda.Event, enable_timing=True)
+        self._event = event
+        self._pending: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        """Measure the work of the body of a ``with``."""
+        if self._event is None:
+            with self._clock("busy"):
+                yield
+            return
+        begin, end = self._event(), self._event()
+        begin.record()
+        try:
+            yield
+        finally:
+            end.record()
+            self._pending.append((begin, end))
+            while self._pending and self._pending[0][1].query():
+                begin, end = self._pending.popleft()
+                self._clock.add({"busy": begin.elapsed_time(end) / 1000})
 
 
 def peak_bytes() -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import reprlib
 import types
 import typing
@@ -140,6 +141,8 @@ def merge(current: Any, mapping: Any, where: str, prefix: str = "") -> Any:  # n
 def cast(value: Any, hint: Any, where: str, name: str) -> Any:  # noqa: ANN401
     """``value`` as the annotated type of its field, or a sentence."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is str and isinstance(value, os.PathLike):
+        value = os.fspath(value)
     if origin in (types.UnionType, typing.Union):
         return None if value is None else cast(value, next(a for a in arguments if a is not type(None)), where, name)
     if origin is tuple and isinstance(value, list | tuple) and all(isinstance(v, str) for v in value):

@@ -49,6 +49,8 @@ class BlockReport:
     ----------
     counts, failures
         Counts of the block; a message per tile that could not be read.
+    failed_px0
+        The corners of those tiles' cores, level-0 px.
     seconds
         Per stage, since the report before.
     peak_bytes, peak_device_bytes
@@ -67,6 +69,7 @@ class BlockReport:
     peak_device_bytes: int = 0
     resumed: bool = False
     process: str = ""
+    failed_px0: tuple[tuple[float, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,7 @@ def finished_block(spec: RunSpec, block: Block, *, failed: bool = False) -> Bloc
         part = None
     if part is None or (part.counts["tiles_failed"] and not failed):
         return None
-    return BlockReport(block.name, part.counts, part.failures, {}, resumed=True)
+    return BlockReport(block.name, part.counts, part.failures, {}, resumed=True, failed_px0=tuple(part.failed_px0))
 
 
 def segment_blocks(
@@ -239,12 +242,25 @@ class _BlockPipeline:
     def decoded(
         self, read: Iterator[tuple[_TileTask, NDArray[np.uint8] | None]]
     ) -> Iterator[tuple[_TileTask, list[WindowMasks], int]]:
-        """Masks of the tiles and how many prompts they come from: one batch's prompts are found while the next one is encoded."""
+        """Masks of the tiles and how many prompts they come from, a batch at a time; its prompts are found while the next one is encoded."""
         found = prefetch_map(self.prompted, self.encoded(read), threads=self.readers, limit=self.batch.tiles + 1)
         with closing(found):
+            together: list[tuple[_TileTask, EncodedTile, NDArray[np.float32]]] = []
             for task, encoded, points in found:
-                masks = [] if encoded is None else self.segmenter.decode(task.tile, encoded, points)
-                yield task, masks, len(points)
+                if encoded is None:
+                    yield task, [], 0
+                    continue
+                together.append((task, encoded, points))
+                if encoded.is_last:
+                    yield from self._decode(together)
+                    together = []
+
+    def _decode(
+        self, batch: list[tuple[_TileTask, EncodedTile, NDArray[np.float32]]]
+    ) -> Iterator[tuple[_TileTask, list[WindowMasks], int]]:
+        tasks, encoded, points = zip(*batch, strict=True)
+        masks = self.segmenter.decode([task.tile for task in tasks], encoded, points)
+        return zip(tasks, masks, map(len, points), strict=True)
 
     def trace(self, decoded: tuple[_TileTask, list[WindowMasks], int]) -> _TracedTile:
         """Outlines of a tile."""
@@ -264,11 +280,13 @@ class _BlockPipeline:
         block = sorted(block, key=lambda tile: tile.task.number)
         name, spec = block[0].task.block.name, self.context.spec
         failures = [tile.task.failure for tile in block if tile.task.failure]
+        cores = [tile.task.tile.core for tile in block if tile.task.failure]
+        failed = [(core.x0 * spec.lattice.scale, core.y0 * spec.lattice.scale) for core in cores]
         cells = Cells.concatenate([tile.cells for tile in block], self.context.model.descriptor_size)
         counts = {key: sum(tile.counts.get(key, 0) for tile in block) for key in BLOCK_COUNTS}
         counts |= {"tiles": len(block), "tiles_failed": len(failures), "outlines": len(cells)}
         with self.clock("write"):
-            write_part(spec.parts / f"{name}.parquet", cells, spec.parts_hash, counts, failures)
+            write_part(spec.parts / f"{name}.parquet", cells, spec.parts_hash, counts, failures, failed)
             self.context.claims.release(name)
             self.taken.discard(name)
         device = self.context.model.device
@@ -281,4 +299,5 @@ class _BlockPipeline:
             peak_bytes(),
             on_device,
             process=f"{machine.label()}-{os.getpid()}",
+            failed_px0=tuple(failed),
         )

@@ -15,10 +15,10 @@ import torch
 from wsiseg.config import DETECTING
 from wsiseg.geometry import Box
 from wsiseg.records import Cells
-from wsiseg.runtime.profiling import Clock
+from wsiseg.runtime.profiling import BusyClock, Clock
 from wsiseg.segmentation.batch_size import Batch, is_out_of_memory
 from wsiseg.segmentation.competition import compete
-from wsiseg.segmentation.decoding import decode
+from wsiseg.segmentation.decoding import decode_tiles
 from wsiseg.segmentation.detection import Detector
 from wsiseg.segmentation.given import describe_outlines, to_tile
 from wsiseg.segmentation.polygons import trace
@@ -48,6 +48,11 @@ class EncodedTile:
     batch_index: int
     pixels: NDArray[np.uint8] | None = None
 
+    @property
+    def is_last(self) -> bool:
+        """Whether it is the last tile of its batch."""
+        return self.batch_index == len(self.embeddings.high) - 1
+
 
 class TileSegmenter:
     """The steps of one tile, each a method; they keep within the memory that there is.
@@ -76,7 +81,7 @@ class TileSegmenter:
     batch
         Tiles and prompts taken at a time; fewer after memory ran out.
     clock
-        Seconds per step.
+        Seconds per step, and those in which the device works (``busy``).
     """
 
     def __init__(
@@ -96,13 +101,14 @@ class TileSegmenter:
         self.given = given
         self.batch = Batch(config, model.device)
         self.clock = Clock()
+        self.busy = BusyClock(self.clock, model.device)
         self.detector = Detector(model, types, config.detection) if config.method in DETECTING else None
 
     def segment(self, tile: Tile, pixels: NDArray[np.uint8]) -> Cells:
         """Segment one tile: pixels (H, W, 3) of ``tile.outer`` -> the outlines that ``tile.core`` owns, level-0 px."""
         (encoded,) = self.encode([pixels])
         points = self.find_prompts(tile, encoded)
-        masks = self.decode(tile, encoded, points)
+        (masks,) = self.decode([tile], [encoded], [points])
         cells, _ = self.trace(tile, masks)
         return cells
 
@@ -111,7 +117,7 @@ class TileSegmenter:
         if not pixels:
             return []
         try:
-            with self.clock("encode"), torch.inference_mode():
+            with self.clock("encode"), self.busy(), torch.inference_mode():
                 batch = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
                 embeddings = self.model.encode(batch.to(self.model.device))
             return [EncodedTile(embeddings, k, image if self.detector else None) for k, image in enumerate(pixels)]
@@ -148,12 +154,14 @@ class TileSegmenter:
             owned: NDArray[np.float32] = points[is_owned]
             return owned
 
-    def decode(self, tile: Tile, encoded: EncodedTile, points: NDArray[np.float32]) -> list[WindowMasks]:
-        """Decode the masks of prompts (N, 2), to the CPU; fewer prompts at a time when memory runs out."""
+    def decode(
+        self, tiles: Sequence[Tile], encoded: Sequence[EncodedTile], points: Sequence[NDArray[np.float32]]
+    ) -> list[list[WindowMasks]]:
+        """Decode the masks of prompts (N, 2) on each of the tiles, which were encoded together, to the CPU; fewer at a time when memory runs out."""
         while True:
             try:
-                with self.clock("decode"), torch.inference_mode():
-                    masks = self._decode(tile, encoded, points)
+                with self.clock("decode"), self.busy(), torch.inference_mode():
+                    masks = self._decode(tiles, encoded, points)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -162,19 +170,29 @@ class TileSegmenter:
                 self.batch.learn()
                 return masks
 
-    def _decode(self, tile: Tile, encoded: EncodedTile, points: NDArray[np.float32]) -> list[WindowMasks]:
-        config, embeddings, k = self.config, encoded.embeddings, encoded.batch_index
+    def _decode(
+        self, tiles: Sequence[Tile], encoded: Sequence[EncodedTile], points: Sequence[NDArray[np.float32]]
+    ) -> list[list[WindowMasks]]:
         if self.detector is not None:
-            return self._detect(self.detector, tile, encoded, points)
+            return [self._detect(self.detector, *of) for of in zip(tiles, encoded, points, strict=True)]
+        embeddings, numbers = encoded[0].embeddings, [of.batch_index for of in encoded]
         if self.given is not None:
-            polygons = to_tile(self._given_in(self.given, tile)[0], tile, self.lattice)
-            return list(describe_outlines(self.model, embeddings, k, polygons, points, self.batch.prompts))
-        kept = self._batched_masks
-        grid = config.grid if config.method == "amg" else None
-        masks = list(decode(self.model, embeddings, k, points, kept, grid=grid))
-        if config.refinement.enabled:
-            masks = refine_masks(self.model, embeddings, tile.outer.width, masks, kept, config.refinement, k)
-        return masks
+            given = [to_tile(self._given_in(self.given, tile)[0], tile, self.lattice) for tile in tiles]
+            return [
+                list(describe_outlines(self.model, embeddings, k, polygons, of, self.batch.prompts))
+                for k, polygons, of in zip(numbers, given, points, strict=True)
+            ]
+        grid = self.config.grid if self.config.method == "amg" else None
+        kept = self._batched_masks(len(tiles))
+        found = decode_tiles(self.model, embeddings, numbers, points, kept, grid=grid)
+        refinement = self.config.refinement
+        if not refinement.enabled:
+            return found
+        kept = self._batched_masks(1)
+        return [
+            refine_masks(self.model, embeddings, tile.outer.width, masks, kept, refinement, k)
+            for tile, k, masks in zip(tiles, numbers, found, strict=True)
+        ]
 
     def _example_prompts(self, tile: Tile, encoded: EncodedTile) -> NDArray[np.float32]:
         if self.config.method == "text" or self.bank is None:
@@ -197,7 +215,7 @@ class TileSegmenter:
         core = Box(tile.core.x0 - x, tile.core.y0 - y, tile.core.x1 - x, tile.core.y1 - y)
         examples = None
         if self.config.method == "exemplar" and self.bank is not None:
-            kept = dataclasses.replace(self.config, masks=self._batched_masks)
+            kept = dataclasses.replace(self.config, masks=self._batched_masks(1))
             examples = find_examples(
                 self.model, encoded.embeddings, encoded.batch_index, points, tile.outer, self.lattice, self.bank, kept
             )
@@ -221,10 +239,10 @@ class TileSegmenter:
             polygons=polygons, points_xy=points, scores=np.ones(len(polygons), np.float32), descriptors=descriptors
         )
 
-    @property
-    def _batched_masks(self) -> MaskConfig:
-        """Settings of masks, with as many prompts at a time as memory allows."""
-        return dataclasses.replace(self.config.masks, prompts_per_batch=self.batch.prompts)
+    def _batched_masks(self, tiles: int) -> MaskConfig:
+        """Settings of masks, with as many prompts of this many tiles at a time as memory allows."""
+        prompts = self.batch.prompts * min(tiles, self.batch.tiles)
+        return dataclasses.replace(self.config.masks, prompts_per_batch=prompts)
 
     def trace(self, tile: Tile, masks: Sequence[WindowMasks]) -> tuple[Cells, int]:
         """Trace masks to outlines, level-0 px; also returns how many masks touch the border of their window."""

@@ -2,15 +2,19 @@
 
 A nucleus covers a tenth of its window, and tracing looks at the logits on both sides of its border only: the box around what is inside, with a
 rim of one, as fixed-point numbers of 16 bits (half precision would have 30 times their error near the limits). That is 0.4 kB a mask instead of
-16, in two copies per batch. A crossing moves by about 1e-5 of a cell, which now and then rounds a vertex to the next point of its grid.
+16. A crossing moves by about 1e-5 of a cell, which now and then rounds a vertex to the next point of its grid.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import dataclasses
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from wsiseg.records import WindowMasks
 
 OUTSIDE = -4.0  #: logit where there is nothing; tracing clips there
 _STEPS = 8191  #: per unit: 4 is 32764
@@ -80,3 +84,26 @@ def logits_to_host(logits: Tensor) -> Tensor:
         return logits.float()
     packed = pack(logits)
     return unpack(PackedLogits(packed.values.cpu(), packed.boxes.cpu(), packed.shape))
+
+
+def masks_to_host(masks: WindowMasks) -> WindowMasks:
+    """Masks on the CPU, descriptors in half precision; from an accelerator in three copies, each of which waits for its work once."""
+    numbers = torch.cat(
+        [
+            masks.origin_xy.float(),  # whole, and far below 2^24
+            masks.points_xy.float(),
+            masks.predicted_iou.float()[:, None],
+            masks.stability.float()[:, None],
+            masks.descriptors.float(),
+        ],
+        1,
+    ).cpu()
+    return dataclasses.replace(
+        masks,
+        logits=logits_to_host(masks.logits),
+        origin_xy=numbers[:, :2].to(masks.origin_xy.dtype),
+        points_xy=numbers[:, 2:4],
+        predicted_iou=numbers[:, 4],
+        stability=numbers[:, 5],
+        descriptors=numbers[:, 6:].half(),
+    )

@@ -28,13 +28,14 @@ if TYPE_CHECKING:
     from wsiseg.geometry import Box
     from wsiseg.records import SlideInfo
 
-__all__ = ["READERS", "SlideReader", "open_slide", "read_region", "require_cellular", "thumbnail"]
+__all__ = ["READERS", "TIFF_MAGIC", "SlideReader", "open_slide", "read_region", "require_cellular", "thumbnail"]
 
 READERS: dict[str, str] = {
     "openslide": "wsiseg.slide.openslide_reader:open_openslide",
     "tiffslide": "wsiseg.slide.tiffslide_reader:open_tiffslide",
     "image": "wsiseg.slide.image_reader:open_image",
 }  #: reader name -> ``module:function``, loaded on use; the function takes (path, mpp override) and raises SlideError; order = order tried
+TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  #: first bytes of TIFF and BigTIFF in both byte orders
 
 
 class SlideReader(Protocol):
@@ -124,7 +125,12 @@ def open_slide(
     remote = "://" in address
     if not remote:
         address = str(_checked_file(address))
-    names = [reader] if reader != "auto" else [name for name in READERS if not (remote and name == "openslide")]
+    if reader != "auto":
+        names = [reader]
+    elif remote:
+        names = [name for name in READERS if name != "openslide"]
+    else:
+        names = [name for name in READERS if name != "tiffslide" or _head(address)[:4] in TIFF_MAGIC]
     slide = first_that_decodes(address, mpp, names, hidden_damage=reader == "auto")
     if require_mpp and math.isnan(slide.info.mpp):
         slide.close()
@@ -229,13 +235,21 @@ def _checked_file(address: str) -> Path:
     return path
 
 
+def _head(address: str) -> bytes:
+    """The first bytes of a file; none of one that is a folder or cannot be read, which the readers report."""
+    try:
+        with Path(address).open("rb") as file:
+            return file.read(512)
+    except OSError:
+        return b""
+
+
 def _guess(address: str, remote: bool) -> str:
     """Describe what a file that no reader opens may be."""
     if remote:
         return "no reader can open this address"
-    with Path(address).open("rb") as file:
-        head = file.read(512)
-    if head[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+    head = _head(address)
+    if head[:4] in TIFF_MAGIC:
         return "no reader can open this TIFF: damaged, truncated (compare its size with the original), or of an unknown kind"
     if all(byte >= 32 or byte in b"\t\n\r\f" for byte in head):
         return "this is a text file, not a slide"

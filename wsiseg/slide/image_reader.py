@@ -11,6 +11,7 @@ import numpy as np
 
 from wsiseg.errors import SlideError
 from wsiseg.records import SlideInfo
+from wsiseg.slide import TIFF_MAGIC
 from wsiseg.slide.colour import Colours, plan_rgb
 from wsiseg.slide.faults import closed, unreadable
 from wsiseg.slide.mpp import choose_mpp, from_ome_xml, from_tiff_tags
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from wsiseg.geometry import Box
 
 MAX_IMAGE_PX = 178_000_000  # Pillow's own limit; 0.5 GB as RGB
-TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 
 class TiffReader:

@@ -11,6 +11,7 @@ A core starts on a multiple of the model's stride, wherever the grid's origin li
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from wsiseg.config import HALO_UM, TILE_UM
@@ -19,11 +20,39 @@ from wsiseg.geometry import Box, Lattice, round_up
 from wsiseg.records import Block, Tile
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from wsiseg.config import TilingConfig
     from wsiseg.models.contract import PromptableModel
     from wsiseg.records import SlideInfo
+
+
+@dataclass(frozen=True)
+class TileGrid:
+    """Where the cores of a plan lie.
+
+    Attributes
+    ----------
+    side_px0
+        Side of a core, level-0 px.
+    origin_px0
+        Corner of the first core; not right of or below the slide's.
+    block_tiles
+        A block is this many cores squared.
+    """
+
+    side_px0: float
+    origin_px0: tuple[float, float]
+    block_tiles: int
+
+    @classmethod
+    def of(cls, blocks: Sequence[Block], lattice: Lattice, config: TilingConfig) -> TileGrid | None:
+        """Grid of the cores of a plan; ``None`` for one without blocks."""
+        if not blocks:
+            return None
+        core = blocks[0].tiles[0].core
+        x, y = (edge % core.width - (core.width if edge % core.width else 0) for edge in (core.x0, core.y0))
+        return cls(core.width * lattice.scale, (x * lattice.scale, y * lattice.scale), config.block_tiles)
 
 
 def plan_blocks(

@@ -7,6 +7,8 @@
      "properties":{"objectType":"annotation","classification":{"name":"tumour","color":[200,0,0]},"name":"not this type"}}
     ],"wsiseg":{"tool":...,"version":...,"slide":...,"frame":...}}
 
+An export without points may hold detections or cells in their place, whose class somebody has corrected: each is a click inside it.
+
 QuPath has no clicks *against* a class. Here such a click is a point of the class whose annotation has the name ``not this type``: QuPath
 shows names beside points, lets people edit them, and keeps them in both kinds of export. JSON null is never written: in most places it
 aborts QuPath's import.
@@ -22,6 +24,8 @@ import re
 import uuid
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+
+import shapely
 
 from wsiseg import __version__
 from wsiseg.errors import SeedsError, counted
@@ -48,6 +52,8 @@ if TYPE_CHECKING:
 
 NEGATIVE_NAME = "not this type"  #: name of the annotation of a click against its class
 POINT_SUFFIXES = (".geojson", ".geojson.gz")  #: that are written
+OUTLINED = ("detection", "cell")  #: kinds of object that are one cell each
+MOST_OUTLINED = 2000  #: more were corrected by nobody: it is the export of a whole run
 COLUMNS = ("x", "y", "class", "name", "color")  #: of the table of points
 
 
@@ -61,11 +67,12 @@ class QuPathClicks:
     colors: dict[str, Color | None] = field(default_factory=dict)
     unclassified: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
+    outlined: list[tuple[str, Color | None, Point, str]] = field(default_factory=list)
     features: int = 0
     regions: int = 0
 
     def add_document(self, document: object, place: str) -> None:
-        """Take the Point and MultiPoint Features of a GeoJSON document."""
+        """Take the Point and MultiPoint Features of a GeoJSON document, and its detections."""
         for inside, feature in iter_features(document, place, SeedsError):
             self.features += 1
             where = f"{place}: {inside}"
@@ -73,13 +80,24 @@ class QuPathClicks:
             clicks = read_points(geometry, where, SeedsError)
             if kind_of(geometry) not in ("Point", "MultiPoint") and not clicks:
                 self.skipped.append(f"{inside} ({kind_of(geometry)})")
-                self.regions += bool(read_polygons(geometry, where, SeedsError)[0])
+                polygons = read_polygons(geometry, where, SeedsError)[0]
+                if polygons and (feature.get("properties") or {}).get("objectType") in OUTLINED:
+                    self._add_outlined(feature, polygons[0], where, inside)
+                else:
+                    self.regions += bool(polygons)
                 continue
             if clicks:  # "Create points for all classes" leaves empty annotations
                 properties = feature.get("properties") or {}
                 name = class_name(properties.get("classification"), where, SeedsError)
                 color = _color_of(properties.get("classification"))
                 self._add(name, color, clicks, inside, negative=_is_negative(properties.get("name")))
+
+    def _add_outlined(self, feature: dict[str, Any], polygon: shapely.Polygon, where: str, inside: str) -> None:
+        classification = feature["properties"].get("classification")
+        name = class_name(classification, where, SeedsError)
+        spot = shapely.point_on_surface(polygon if polygon.is_valid else shapely.make_valid(polygon))
+        if name and not spot.is_empty:
+            self.outlined.append((name, _color_of(classification), (spot.x, spot.y), inside))
 
     def add_table(self, text: str, place: str) -> None:
         """Take the rows of the .tsv of the points dialog, or of such a table from a spreadsheet."""
@@ -107,6 +125,17 @@ class QuPathClicks:
 
     def seeds(self) -> QuPathSeeds:
         """Check the gathered points and return them as seeds."""
+        notes = []
+        if not self.points and not self.unclassified and self.outlined:
+            if len(self.outlined) > MOST_OUTLINED:
+                raise SeedsError(
+                    f"{self.source}: {counted(len(self.outlined), 'detection')} with a class; at most {MOST_OUTLINED} are taken as clicks: "
+                    "in QuPath select the ones that you corrected, and export 'Selected objects'"
+                )
+            for name, color, click, inside in self.outlined:
+                self._add(name, color, [click], inside, negative=False)
+            notes.append(f"{self.source}: no points in it; {counted(len(self.outlined), 'detection')} taken as clicks")
+            self.skipped = []
         remedy = (
             "in QuPath select the points, choose a class in the Annotations tab, press 'Set selected', and export again"
         )
@@ -138,7 +167,6 @@ class QuPathClicks:
                     f"{place}: all its points are named {NEGATIVE_NAME!r}, so it has no points; click at least one cell of it, or remove the class"
                 )
         check_clicks(kinds, places)
-        notes = []
         if self.unclassified:
             notes.append(
                 f"{self.source}: {len(self.unclassified)} point annotations without a class were skipped; {remedy}"
