@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import socket
 import sys
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -192,3 +195,39 @@ def _make_run(folder: Path, cells: list[tuple[int, int, int, str]], names: tuple
         seconds={"total": 1.0},
     ).write(folder / "manifest.json")
     return folder
+
+
+@pytest.fixture
+def tunnel() -> Iterator[Callable[[int], int]]:
+    """Makes the end of a tunnel, as `ssh -L` does: port -> another port of this machine, from which bytes are passed on to the first."""
+    listeners: list[socket.socket] = []
+
+    def pump(source: socket.socket, sink: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while content := source.recv(65536):
+                sink.sendall(content)
+        with contextlib.suppress(OSError):
+            sink.shutdown(socket.SHUT_WR)
+
+    def pass_on(listener: socket.socket, port: int) -> None:
+        with contextlib.suppress(OSError):  # the listener is closed at the end
+            while True:
+                near, _ = listener.accept()
+                try:
+                    far = socket.create_connection(("127.0.0.1", port), 5)
+                    far.settimeout(None)
+                except OSError:
+                    near.close()
+                    continue
+                for ends in ((near, far), (far, near)):
+                    threading.Thread(target=pump, args=ends, daemon=True).start()
+
+    def begin(port: int) -> int:
+        listeners.append(socket.create_server(("127.0.0.1", 0)))
+        threading.Thread(target=pass_on, args=(listeners[-1], port), daemon=True).start()
+        return int(listeners[-1].getsockname()[1])
+
+    yield begin
+    for listener in listeners:
+        listener.shutdown(socket.SHUT_RDWR)
+        listener.close()

@@ -23,7 +23,7 @@ from wsiseg.viewer.opening import open_page
 from wsiseg.viewer.server import PageServer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright (dependency group `browser`)")
 AXE = pytest.importorskip("axe_playwright_python", reason="needs axe-playwright-python (dependency group `browser`)")
@@ -42,6 +42,22 @@ SURE_CELL = """(() => {
   const best = wanted.reduce((a, b) => (o.margins[s.rows[a]] < 255 && o.margins[s.rows[a]] >= o.margins[s.rows[b]] ? a : b));
   return [(s.boxes[4 * best] + s.boxes[4 * best + 2]) / 2, (s.boxes[4 * best + 1] + s.boxes[4 * best + 3]) / 2];
 })()"""  #: the middle of a cell of the first type that was not clicked
+PAINTED = """([code, anew]) => {
+  const o = wsiseg.overlay;
+  o.hovered = null;
+  if (anew) o.pictures.clear();
+  o.paint();
+  const { width, height } = o.canvas, copy = Object.assign(document.createElement('canvas'), { width, height });
+  const context = copy.getContext('2d', { willReadFrequently: true });
+  context.drawImage(o.canvas, 0, 0);
+  const px = context.getImageData(0, 0, width, height).data, wanted = parseInt(o.state.kinds[code].color.slice(1), 16);
+  let count = 0, sum = 0;
+  for (let k = 0; k < px.length; k += 4) {
+    if (px[k + 3] === 255 && (px[k] << 16 | px[k + 1] << 8 | px[k + 2]) === wanted) count += 1;
+    sum = (31 * sum + px[k] + 7 * px[k + 1] + 13 * px[k + 2] + 17 * px[k + 3]) % 1000000007;
+  }
+  return [count, sum];
+}"""  #: px of a type's colour, and a number for all px
 PICTURES = os.environ.get("WSISEG_VIEW_PICTURES")  #: a folder: the tests leave pictures of the page there
 
 
@@ -131,8 +147,8 @@ class Window:
     def position(self, x: float, y: float) -> tuple[float, float]:
         """Where a place of the slide is in the window."""
         left, top = self.page.evaluate(
-            "([x, y]) => { const o = wsiseg.overlay.view, b = o.box(), f = o.element.getBoundingClientRect();"
-            " return [f.left + (x - b.x0) * o.scale(), f.top + (y - b.y0) * o.scale()]; }", [x, y]
+            "([x, y]) => { const o = wsiseg.overlay.view, b = o.box, f = o.element.getBoundingClientRect();"
+            " return [f.left + (x - b.x0) * o.scale, f.top + (y - b.y0) * o.scale]; }", [x, y]
         )  # fmt: skip
         return left, top
 
@@ -168,6 +184,13 @@ class Window:
             for row in self.page.query_selector_all("#palette [data-code]")
         }
 
+    def painted(self, code: int) -> int:
+        """How many px over the slide have the colour of a type. What is kept as pictures is what would be drawn now."""
+        self.wait("wsiseg.overlay.settled")
+        kept, drawn = (self.page.evaluate(PAINTED, [code, anew]) for anew in (False, True))
+        assert kept == drawn
+        return int(kept[0])
+
     def picture(self, name: str) -> None:
         if PICTURES:
             self.page.wait_for_timeout(400)
@@ -182,6 +205,8 @@ def test_from_clicks_to_a_typed_slide(
     page = window.page
     window.picture("1-open")
     assert set(window.codes()) == {0}  # a run without clicks
+    assert window.painted(0) > 1000
+    assert window.painted(1) == 0
     page.click("[data-key='open tumour']")
     page.fill("[aria-label='Name of the type']", "epithelium")
     page.click("text=Rename")
@@ -199,6 +224,8 @@ def test_from_clicks_to_a_typed_slide(
     assert sum(int(counts[name]) for name in ("epithelium", "immune", "stroma", "unassigned")) == len(codes)
     assert int(counts["epithelium"]) == codes.count(1)
     assert counts["unassigned"] == str(codes.count(0))
+    outlined = [window.painted(code) for code in (1, 2, 3)]
+    assert min(outlined) > 500
 
     point = page.evaluate(SURE_CELL)
     window.click(*point)
@@ -206,6 +233,7 @@ def test_from_clicks_to_a_typed_slide(
     window.press("Control+z")
     window.wait("wsiseg.state().types[2].points.length === 4 && !wsiseg.overlay.busy")
     assert window.codes() == codes
+    assert [window.painted(code) for code in (1, 2, 3)] == outlined
     window.press("Control+Shift+z")
     window.wait("wsiseg.state().types[2].points.length === 5 && !wsiseg.overlay.busy")
     window.press("Control+z")
@@ -287,6 +315,7 @@ def test_the_keyboard_alone_reaches_everything(browser: Any, address: str) -> No
     assert page.evaluate("wsiseg.overlay.hovered !== null")
     window.press("Enter")
     window.wait("wsiseg.state().types[0].points.length === 1")
+    assert window.painted(1) > 200  # after moves and zooms
     window.press("2")
     window.press("Shift+Enter")
     window.wait("wsiseg.state().types[1].negative.length === 1")
@@ -343,20 +372,30 @@ def test_names_are_text_and_panels_work(browser: Any, address: str) -> None:
         for got, put in zip(ring, ((100, 100), (400, 100), (400, 300)), strict=True)
         for a, b in zip(got, put, strict=True)
     )
+    assert window.painted(0) > 1000
     window.press("h")
     assert not page.is_checked("#outlines")
+    assert window.painted(0) == 0
     page.click("text=Remove", timeout=2000)
     window.wait("wsiseg.state().regions.length === 0")
     assert window.said == []
     page.close()
 
 
-def test_nothing_is_lost_when_the_server_is_killed(browser: Any, run: Path) -> None:
+def test_through_a_tunnel_nothing_is_lost_when_the_server_is_killed(
+    browser: Any, run: Path, tunnel: Callable[[int], int]
+) -> None:
+    """The page works at another port, as `ssh -L` gives it; when the server is gone the page says so, and another has the clicks."""
     served = Served(run)
     try:
-        window = Window(browser, served.address)
+        port = served.address.split(":")[2].split("/")[0]
+        window = Window(browser, served.address.replace(f":{port}/", f":{tunnel(int(port))}/"))
+        assert f":{port}/" not in window.page.url
         window.click(67, 82)
         points = window.state()["types"][0]["points"]
+        window.press("Control+s")
+        window.wait("document.getElementById('saved').textContent.startsWith('Saved')")
+        assert window.said == []
     finally:
         served.kill()
     window.page.mouse.click(*window.position(271, 271))

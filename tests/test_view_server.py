@@ -7,13 +7,16 @@ import http.client
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +31,7 @@ from PIL import Image
 from wsiseg.config import RunConfig, TilingConfig
 from wsiseg.errors import FormatError, RunError
 from wsiseg.formats.geoparquet import write_geoparquet
+from wsiseg.formats.parts import write_part
 from wsiseg.formats.regions import read_regions
 from wsiseg.formats.seeds import read_seeds
 from wsiseg.measurements import measure
@@ -36,9 +40,10 @@ from wsiseg.models.cards import file_hash
 from wsiseg.records import Cells, Provenance, SlideInfo, Typing
 from wsiseg.runs.retype import type_run
 from wsiseg.runs.slide import segment_slide
+from wsiseg.segmentation import blocks
 from wsiseg.slide.array_reader import ArrayReader
 from wsiseg.viewer.opening import open_page
-from wsiseg.viewer.server import MAX_BODY, PageServer
+from wsiseg.viewer.server import MAX_BODY, MODULES, PageServer
 from wsiseg.viewer.session import Session
 from wsiseg.viewer.tiles import SlideTiles
 
@@ -278,6 +283,22 @@ def test_requests_that_the_page_does_not_make_are_refused(refusing: Client, path
     assert b"root:" not in content
 
 
+def test_the_far_end_of_a_tunnel_is_answered(client: Client, tunnel: Callable[[int], int]) -> None:
+    """`ssh -L 9000:127.0.0.1:8765`: Host and Origin name the port at the desk. Another port's page is another site all the same."""
+    far = Client(tunnel(client.port), client.token)
+    here = {
+        "Origin": f"http://127.0.0.1:{far.port}",
+        "Sec-Fetch-Site": "same-origin",
+        "Content-Type": "application/json",
+    }
+    body = json.dumps({"kind": "click", "type": "tumour", "point": centre(0)}).encode()
+    assert far.port != client.port
+    assert far.ask("")[0] == far.ask("tile/0/0/0")[0] == 200
+    assert far.ask("do", "POST", body, here)[0] == 200
+    assert far.ask("do", "POST", body, here | {"Origin": f"http://127.0.0.1:{client.port}"})[0] == 403
+    assert Client(far.port, "x" * len(client.token)).ask("state")[0] == 403
+
+
 @pytest.mark.parametrize(
     "body",
     [
@@ -411,9 +432,9 @@ def test_names_from_files_are_text_in_every_answer(tmp_path: Path) -> None:
         page = client.ask("")[1].decode()
         assert EVIL not in page
         assert "a<b>" not in page
-        assert ".innerHTML" not in "".join(
-            client.ask(name)[1].decode() for name in ("main.js", "panel.js", "review.js", "overlay.js")
-        )
+        modules = [client.ask(name)[1].decode() for name in MODULES]
+        assert len(modules) > 5
+        assert ".innerHTML" not in "".join(modules)
 
 
 # --- clicks ---------------------------------------------------------------------------------------------------------------------------
@@ -505,7 +526,7 @@ def test_a_view_of_many_cells_is_typed_alone_and_the_slide_estimated(
     client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """More cells than are typed at once: the answers say so, the clicked cells are what they were clicked as, the estimates are near."""
-    for module in ("preview", "page"):
+    for module in ("preview", "shown"):
         monkeypatch.setattr(f"wsiseg.viewer.{module}.VIEW_CELLS", 300)
     monkeypatch.setattr("wsiseg.viewer.preview.SAMPLE", 600)
     clicked(client)
@@ -606,6 +627,26 @@ def test_nothing_is_written_outside_the_folder_of_the_run(client: Client, run: P
     assert {"view.json", "seeds.json", "regions.geojson"} <= files_below(run)
 
 
+def test_the_folder_of_the_slide_may_be_read_only(run: Path) -> None:
+    """A change of its time would show a file that was there for a moment, also to root, whom the permissions do not bind."""
+    slides = run.parent / "slides"
+    slides.mkdir()
+    slide = (run.parent / "slide.png").rename(slides / "slide.png")
+    slide.chmod(0o444)
+    slides.chmod(0o555)
+    before = [(path.stat().st_mtime_ns, path.stat().st_size) for path in (slides, slide)]
+    try:
+        with served(open_page(str(run), RunConfig(), run.parent / "out", slide=slide)) as client:
+            clicked(client)
+            assert client.ask("tile/0/0/0")[0] == 200
+            assert client.post("save", {})[0] == 200
+            assert client.post("apply", {})[0] == 200
+            assert client.wait(lambda state: not state["applying"])["applied"]
+        assert [(path.stat().st_mtime_ns, path.stat().st_size) for path in (slides, slide)] == before
+    finally:
+        slides.chmod(0o755)
+
+
 def test_clicks_survive_the_end_of_the_server(run: Path) -> None:
     """Undone changes too; the palette of a first visit is not made again."""
     with served(open_page(str(run), RunConfig(), run.parent)) as client:
@@ -691,11 +732,30 @@ def test_a_moved_slide_is_named(run: Path, tmp_path: Path) -> None:
 # --- the process ----------------------------------------------------------------------------------------------------------------------
 
 
+class Browser:
+    """Stands for a browser: keeps what it was asked to open on its command line while that is there."""
+
+    def __init__(self, folder: Path) -> None:
+        self.script, self._asked = folder / "browser.sh", folder / "asked"
+        self.script.write_text(
+            f'#!/bin/sh\nexec > /dev/null 2>&1\necho "$1" > {self._asked}.new\nmv {self._asked}.new {self._asked}\n'
+            'for k in $(seq 200); do [ -e "${1#file://}" ] || exit; sleep 0.1; done\n'
+        )
+        self.script.chmod(0o755)
+
+    def asked(self) -> str:
+        end = time.monotonic() + 20
+        while not self._asked.exists():
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        return self._asked.read_text().strip()
+
+
 @contextmanager
-def started(*arguments: object) -> Iterator[tuple[subprocess.Popen[str], Client]]:
+def started(*arguments: object, browser: Browser | None = None) -> Iterator[tuple[subprocess.Popen[str], Client]]:
     process = subprocess.Popen(
-        [sys.executable, "-m", "wsiseg", "view", *map(str, arguments), "--no-browser"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        [sys.executable, "-m", "wsiseg", "view", *map(str, arguments), *(["--no-browser"] if browser is None else [])],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"BROWSER": f"{browser.script if browser else 0} %s"},
     )  # fmt: skip
     try:
         assert process.stdout is not None
@@ -709,9 +769,19 @@ def started(*arguments: object) -> Iterator[tuple[subprocess.Popen[str], Client]
 
 
 def test_kill_9_in_the_middle_of_saving_loses_nothing(run: Path) -> None:
-    """Clicks stream in while the process is killed: every click that was answered is there, the file is whole, and the page opens again."""
+    """Clicks and saves stream in while the process is killed: every click that was answered is there, both files are whole, seeds.json has the
+    clicks of one moment, and the page opens again."""
     answered: list[int] = []
+    saved: list[int] = []
     with started(run) as (process, client):
+
+        def save() -> None:
+            for _ in range(2000):
+                try:
+                    if client.post("save", {})[0] == 200:
+                        saved.append(len(answered))
+                except (OSError, http.client.HTTPException):
+                    return
 
         def stream() -> None:
             for k in range(400):
@@ -721,25 +791,41 @@ def test_kill_9_in_the_middle_of_saving_loses_nothing(run: Path) -> None:
                 except (OSError, http.client.HTTPException):
                     return
 
-        thread = threading.Thread(target=stream)
-        thread.start()
-        while len(answered) < 25:
+        threads = [threading.Thread(target=work) for work in (stream, save)]
+        for thread in threads:
+            thread.start()
+        while len(answered) < 25 or len(saved) < 5:
             time.sleep(0.005)
         os.kill(process.pid, signal.SIGKILL)
-        thread.join()
+        for thread in threads:
+            thread.join()
         process.wait()
     session = Session.open(run / "view.json", "slide.png")
     assert session is not None
     kept = session.state.types[0].points
     assert [tuple(centre(3 * (k % 16), k // 16)) for k in answered] == list(kept[: len(answered)])
     assert len(kept) <= len(answered) + 1  # one may have been written and not answered
+    points = read_seeds(run / "seeds.json").types[0].points
+    assert points == kept[: len(points)]
+    assert len(points) >= saved[-2]  # clicks answered before the last whole save but one
     with served(open_page(str(run), RunConfig(), run.parent)) as client:
         assert len(client.get("state")["types"][0]["points"]) == len(kept)
 
 
-def test_the_command_ends_in_order(run: Path) -> None:
-    with started(run) as (process, client):
+def test_the_command_from_its_start_to_its_end(
+    run: Path, tmp_path: Path, wsiseg: Callable[..., tuple[int, str]]
+) -> None:
+    """The browser is led to the page by a file of the user's own; a second command is refused in one line; Ctrl-C ends in order."""
+    browser = Browser(tmp_path)
+    with started(run, browser=browser) as (process, client):
+        asked = browser.asked()
+        assert asked == (run / "view.html").as_uri()
+        assert (run / "view.html").stat().st_mode & 0o777 == 0o600
+        assert f"http://127.0.0.1:{client.port}/{client.token}/" in (run / "view.html").read_text()
         assert client.click("tumour", centre(0))[0] == 200
+        status, output = wsiseg("view", run, "--no-browser")
+        assert (status, output.count("\n")) == (1, 1)
+        assert re.search(rf"is open on another click page \(.*process {process.pid}\b.*\); use that one", output)
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=20)
     assert process.returncode == 0
@@ -747,6 +833,77 @@ def test_the_command_ends_in_order(run: Path) -> None:
     assert "ssh -L" in err
     assert "Traceback" not in out + err
     assert not (run / "parts" / "view.claim").exists()
+    assert not (run / "view.html").exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork") or os.geteuid() != 0, reason="needs root, to become another user")
+def test_another_user_of_the_machine_finds_no_way_in(template: Path) -> None:
+    """What user 65534 can read of the run, of the process and of all command lines holds no token; without it every request is refused."""
+    with tempfile.TemporaryDirectory() as temporary:  # pytest's own folders are closed to others
+        run = copied(template, Path(temporary))
+        for path in (run.parent, run):
+            path.chmod(0o755)
+        browser = Browser(run.parent)
+        with started(run, browser=browser) as (process, client):
+            assert client.click("tumour", centre(0))[0] == 200
+            assert browser.asked().endswith("view.html")
+            found = as_user(65534, lambda: looked_around(run, process.pid, client.port))
+    assert client.token not in json.dumps(found)
+    assert "tumour" in found["files"]["view.json"]  # what others may read, by the user's own umask, they do read
+    assert found["files"]["view.html"] == "PermissionError"
+    assert "view.html" in found["commands"]
+    assert found["environment"] == found["memory"] == found["written"] == "PermissionError"
+    assert set(found["answers"]) == {403}
+
+
+def as_user(number: int, act: Callable[[], Any]) -> Any:
+    """What ``act`` returns, in a child process that belongs to a user."""
+    readable, writable = os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside threads: the child only reads files
+        child = os.fork()
+    if child == 0:
+        try:
+            os.setgroups([])
+            os.setgid(number)
+            os.setuid(number)
+            os.write(writable, json.dumps(act()).encode())
+        finally:
+            os._exit(0)
+    os.close(writable)
+    with os.fdopen(readable, "rb") as answer:
+        content = answer.read()
+    os.waitpid(child, 0)
+    return json.loads(content)
+
+
+def looked_around(run: Path, pid: int, port: int) -> dict[str, Any]:
+    """What a process sees of a page: the files of its run, command lines, its environment, answers without a token."""
+
+    def content(path: Path, mode: str = "rb") -> str:
+        try:
+            with path.open(mode) as file:
+                return file.read().decode("latin-1") if "r" in mode else ""
+        except OSError as error:
+            return type(error).__name__
+
+    files = {str(path.relative_to(run)): content(path)[:200_000] for path in run.rglob("*") if path.is_file()}
+    answers = [
+        Client(port, token).ask(path, method, raw=raw)[0]
+        for token, path, method, raw in (
+            ("x", "state", "GET", False),
+            ("", "/", "GET", True),
+            ("x", "do", "POST", False),
+        )
+    ]
+    return {
+        "files": {name: text for name, text in files.items() if name.endswith((".json", ".html", ".claim"))},
+        "commands": "\n".join(content(path / "cmdline") for path in Path("/proc").glob("[0-9]*")),
+        "environment": content(Path(f"/proc/{pid}/environ")),
+        "memory": content(Path(f"/proc/{pid}/mem")),
+        "written": content(run / "view.json", "ab"),
+        "answers": answers,
+    }
 
 
 def test_wrong_arguments_end_in_one_line(wsiseg: Callable[..., tuple[int, str]], tmp_path: Path, run: Path) -> None:
@@ -810,7 +967,7 @@ def test_blocks_in_view_are_segmented_into_the_run_that_others_complete(
         assert state["segmenting"]["blocks"] == 4
         assert client.click("tumour", [67, 82])[0] == 409  # nothing is outlined yet
         assert client.post("segment", {"x0": 0, "y0": 0, "x1": 200, "y1": 200})[0] == 200
-        state = client.wait(lambda state: state["cells"], 60)
+        state = client.wait(lambda state: state["cells"] and state["segmenting"]["done"], 60)
         assert state["segmenting"]["done"] == 1
         assert [p.name for p in (tmp_path / "ihc/parts").glob("*.parquet")] == ["0000-0000.parquet"]
         first = (tmp_path / "ihc/parts/0000-0000.parquet").stat()
@@ -832,6 +989,27 @@ def test_blocks_in_view_are_segmented_into_the_run_that_others_complete(
         (tmp_path / "plain" / name).write_bytes((demo_run / name).read_bytes())
     type_run(tmp_path / "plain", seeds=tmp_path / "ihc/seeds.json")
     assert (tmp_path / "ihc/cells.parquet").read_bytes() == (tmp_path / "plain/cells.parquet").read_bytes()
+
+
+def test_tiles_are_shown_before_their_block_is_done(
+    demo: tuple[Path, Path], demo_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A click on one of their cells holds when the block is written, and the block's cells are those of smaller blocks."""
+    one_block = dataclasses.replace(SMALL_BLOCKS, tiling=TilingConfig(tile_um=128, block_tiles=2))
+    looked = threading.Event()
+    monkeypatch.setattr(blocks, "write_part", lambda *part: looked.wait(60) and write_part(*part))
+    with served(open_page(str(demo[0]), one_block, tmp_path)) as client:
+        client.post("segment", {"x0": 0, "y0": 0, "x1": 512, "y1": 512})
+        state = client.wait(lambda state: state["cells"], 60)
+        assert state["segmenting"]["done"] == 0
+        assert 1 <= state["segmenting"]["early"] <= state["segmenting"]["each"] == 4
+        assert not list((tmp_path / "ihc/parts").glob("*.parquet"))
+        assert client.click("tumour", [67, 82])[0] == 200
+        looked.set()
+        every = len(pq.read_table(demo_run / "cells.parquet"))
+        state = client.wait(lambda state: state["segmenting"]["done"] == 1 and state["cells"]["count"] == every, 60)
+        assert state["types"][0]["points"] == [[67, 82]]
+        assert client.get("counts")["counts"]["tumour"] > 20
 
 
 def test_a_view_while_a_run_works_on_the_slide(demo: tuple[Path, Path], demo_run: Path, tmp_path: Path) -> None:

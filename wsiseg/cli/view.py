@@ -65,10 +65,11 @@ def command(
     wsiseg view slide.svs --seeds seeds.json
     wsiseg view slide.svs --port 8765 --no-browser    then, at your desk: ssh -L 8765:127.0.0.1:8765 server
     """  # noqa: D301 - click's mark for lines that stay as they are
-    import webbrowser
+    import contextlib
 
     from wsiseg.config import RunConfig, from_mapping
     from wsiseg.errors import ConfigError
+    from wsiseg.viewer.browser import opened
     from wsiseg.viewer.opening import open_page
     from wsiseg.viewer.server import PageServer
 
@@ -98,9 +99,8 @@ def command(
                 f"from another machine: ssh -L {server.server_port}:127.0.0.1:{server.server_port} HOST, then open the address there",
                 err=True,
             )
-            if not no_browser:
-                webbrowser.open(server.address)
-            _serve(server)
+            with contextlib.nullcontext() if no_browser else opened(page.folder.path, server.address):
+                _serve(server)
     finally:
         page.close()
 

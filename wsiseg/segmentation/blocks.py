@@ -107,7 +107,10 @@ def finished_block(spec: RunSpec, block: Block, *, failed: bool = False) -> Bloc
 
 
 def segment_blocks(
-    context: WorkerContext, blocks: Sequence[Block], stopped: Callable[[], bool]
+    context: WorkerContext,
+    blocks: Sequence[Block],
+    stopped: Callable[[], bool],
+    on_tile: Callable[[Cells], None] = lambda _: None,
 ) -> Iterator[BlockReport]:
     """Segment blocks.
 
@@ -119,13 +122,15 @@ def segment_blocks(
         In any order. A block whose part is there is reported and not repeated; one that another process works on is left out.
     stopped
         When it turns true, the current block is finished and no other is started.
+    on_tile
+        Called with the outlines of each tile as soon as they are traced, before those of its block are on disk.
 
     Yields
     ------
     BlockReport
         As soon as a block's part is on disk, or one block later.
     """
-    pipeline = _BlockPipeline(context, stopped)
+    pipeline = _BlockPipeline(context, stopped, on_tile)
     try:
         with closing(prefetch_map(pipeline.write, pipeline.finished(blocks), threads=1, limit=2)) as reports:
             yield from reports
@@ -137,8 +142,8 @@ def segment_blocks(
 class _BlockPipeline:
     """The stages of one process, each fed by the one before. A tile that could not be read passes through them without pixels."""
 
-    def __init__(self, context: WorkerContext, stopped: Callable[[], bool]) -> None:
-        self.context, self.stopped = context, stopped
+    def __init__(self, context: WorkerContext, stopped: Callable[[], bool], on_tile: Callable[[Cells], None]) -> None:
+        self.context, self.stopped, self.on_tile = context, stopped, on_tile
         self.segmenter = context.segmenter()
         self.clock, self.batch = self.segmenter.clock, self.segmenter.batch
         self.readers = min(READERS, machine.cores())
@@ -161,6 +166,7 @@ class _BlockPipeline:
             for tile in traced:
                 finished_tiles = done.setdefault(tile.task.block.name, [])
                 finished_tiles.append(tile)
+                self.on_tile(tile.cells)
                 if len(finished_tiles) == len(tile.task.block.tiles):
                     yield done.pop(tile.task.block.name)
                 while self.resumed:

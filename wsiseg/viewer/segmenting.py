@@ -1,7 +1,8 @@
 """Blocks in view, segmented while somebody looks at them: into the folder of the run, so that `wsiseg run` finds them done.
 
 One thread works on one block after the other, the nearest to the middle of the view first; claims keep it from blocks that another process works
-on. What is there is stitched again after each block.
+on. What is there is stitched again after each tile, or where that takes long after some tiles: the parts on disk, and the tiles of the block in
+progress, which are in memory only until their block is written.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import contextlib
 import hashlib
 import logging
 import threading
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from wsiseg.config import RunConfig
-    from wsiseg.records import Block
+    from wsiseg.records import Block, Cells
     from wsiseg.runs.folder import RunFolder
     from wsiseg.runs.plan import PreparedRun
     from wsiseg.slide import SlideReader
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _POLL_S = 1.0  #: between looks at a block that another process works on
+_STITCH_SHARE = 4  #: tiles are stitched at most in one part of so many of the time
 
 
 @dataclass(frozen=True)
@@ -87,9 +90,11 @@ class OnDemand:
         }
         self._failures: list[str] = []
         self._queue: list[_Place] = []
-        self._now = ""
+        self._now, self._each = "", 0
         self._all = False
         self._tiles = (0, 0)
+        self._early: list[Cells] = []  # of the tiles of the block in progress
+        self._stitched_at, self._stitch_s = 0.0, 0.0
         self._store: CellStore | None = None
         self._stop, self._wake = threading.Event(), threading.Condition()
         self.run.context.claims.start()
@@ -123,6 +128,8 @@ class OnDemand:
             "blocks": len(self._places),
             "done": len(self._done),
             "now": self._now,
+            "early": len(self._early),
+            "each": self._each,
             "waiting": len(self._queue),
             "all": self._all,
             "tiles": list(self._tiles),
@@ -182,31 +189,51 @@ class OnDemand:
                 self._queue.append(place)
             self._stop.wait(_POLL_S)
             return
-        self._now = block.name
+        self._now, self._each = block.name, len(block.tiles)
         try:
-            for report in segment_blocks(context, [block], self._stop.is_set):
+            for report in segment_blocks(context, [block], self._stop.is_set, self._take_tile):
                 self._done.add(report.name)
                 self._failures += report.failures
+            self._early = []
             self._stitch()
         finally:
-            self._now = ""
+            self._now, self._early = "", []
+
+    def _take_tile(self, cells: Cells) -> None:
+        """Show a tile before its block is done."""
+        self._early.append(cells)
+        self._stitch_soon()
+
+    def _stitch_soon(self) -> None:
+        """Stitch, if that has not just been done: the work that is going on waits meanwhile."""
+        if time.monotonic() - self._stitched_at > (_STITCH_SHARE - 1) * self._stitch_s:
+            with contextlib.suppress(WsisegError):  # said when all is stitched; the work in progress goes first
+                self._stitch()
 
     def _stitch(self) -> None:
-        """Stitch the parts that are there."""
-        plan = self.run.plan
+        """Stitch the parts and the tiles that are there."""
+        started, plan, early = time.monotonic(), self.run.plan, [cells for cells in self._early if len(cells)]
         parts = [self.folder.parts / f"{p.block.name}.parquet" for p in self._places if p.block.name in self._done]
         minimum = plan.config.masks.min_area_um2 / plan.info.mpp**2
         cells, _ = stitch(
-            [*parts], plan.info.size_px0, minimum, plan.config.stitching, descriptor_size=plan.descriptor_size
+            [*parts, *early], plan.info.size_px0, minimum, plan.config.stitching, descriptor_size=plan.descriptor_size
         )
-        version = hashlib.sha256(" ".join(table_version(part) for part in parts).encode()).hexdigest()[:16]
+        named = [*(table_version(part) for part in parts), self._now, str(len(early))]
+        version = hashlib.sha256(" ".join(named).encode()).hexdigest()[:16]
         self._store = stitched_store(cells, Typing.untyped(len(cells)), version, plan.info.size_px0, plan.info.mpp)
+        self._stitched_at = time.monotonic()
+        self._stitch_s = self._stitched_at - started
 
     def _finish(self) -> None:
         """The rest of the run, as a call of its own on the same folder."""
 
         def show(done: int, total: int, _: int) -> None:
             self._tiles = (done, total)
+            waiting = [p.block for p in self._places if p.block.name not in self._done]
+            fresh = {block.name for block in waiting if finished_block(self.run.context.spec, block)}
+            self._done |= fresh
+            if fresh:
+                self._stitch_soon()
 
         try:
             with contextlib.suppress(InterruptedRunError):

@@ -42,13 +42,21 @@ TOO_SOON_S = 0.5  #: between two looks at whether the run was changed by another
 
 _KEEP, _DROP = "private, max-age=86400, immutable", "no-store"  #: for the browser's cache
 _JSON, _BINARY, _JPEG = "application/json", "application/octet-stream", "image/jpeg"
+MODULES = (
+    "main.js",
+    "server.js",
+    "overlay.js",
+    "pictures.js",
+    "painting.js",
+    "square.js",
+    "slide.js",
+    "panel.js",
+    "review.js",
+)
 _FILES = {
     "": ("index.html", "text/html; charset=utf-8"),
     "style.css": ("style.css", "text/css; charset=utf-8"),
-    **{
-        name: (name, "text/javascript; charset=utf-8")
-        for name in ("openseadragon.min.js", "main.js", "server.js", "overlay.js", "panel.js", "review.js")
-    },
+    **{name: (name, "text/javascript; charset=utf-8") for name in ("openseadragon.min.js", *MODULES)},
 }
 _OPENSEADRAGON_STYLE = (
     "'sha256-9xTiqzfwFaL2SGb1rmr8gysEwVVjIvqWAgmZgqFqpEE='"  #: of the one style element that version 6.1.1 makes
@@ -146,6 +154,10 @@ class _Handler(BaseHTTPRequestHandler):
     server: PageServer
     protocol_version = "HTTP/1.1"
     timeout = IDLE_S
+    wbufsize, disable_nagle_algorithm = (
+        1 << 16,
+        True,
+    )  # head and body at once: a body sent after its head waits 40 ms for an acknowledgement
     server_version, sys_version = "wsiseg", ""
 
     def do_GET(self) -> None:

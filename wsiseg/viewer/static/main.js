@@ -4,13 +4,13 @@ import { getJson, postJson } from './server.js';
 import { Overlay } from './overlay.js';
 import { Panel } from './panel.js';
 import { Review } from './review.js';
+import { Slide } from './slide.js';
 
 const COLOURS = ['#d55e00', '#0072b2', '#009e73', '#f0e442', '#56b4e9', '#e69f00', '#cc79a7', '#000000']; // Okabe and Ito
-const MARKS_UM = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000];
 const STEP = 0.25; // of the view, per arrow key
 const POLL_MS = 1500;
+const FOLLOW_MS = 100; // between questions while the view moves
 const REST_MS = 150; // without movement, before what lies around the view is fetched
-const AHEAD = 2; // tiles on each side
 const get = (id) => document.getElementById(id);
 
 const about = await getJson('slide').catch((error) => {
@@ -25,45 +25,13 @@ document.title = `${about.slide} – wsiseg`;
 get('facts').textContent = `${width} × ${height} px${hasScale ? `, ${about.mpp.toFixed(3)} µm per px` : ''}`;
 
 let state = null;
-let picture = 0;
 let pointer = null; // the last event of it over the slide
 
-// --- the slide ---------------------------------------------------------------------------------------------------------------------
+const slide = new Slide(get('viewer'), about), { viewer } = slide;
 
-const top = Math.ceil(Math.log2(Math.max(width, height)));
-const source = () => ({
-  width, height, tileSize: about.tile, tileOverlap: 0, maxLevel: top, minLevel: top - about.zooms + 1,
-  getTileUrl: (level, x, y) => `tile/${top - level}/${x}/${y}${picture ? `?${picture}` : ''}`,
-});
-const viewer = OpenSeadragon({
-  element: get('viewer'), tileSources: source(), drawer: 'canvas', showNavigationControl: false, keyboardNavEnabled: false,
-  gestureSettingsMouse: { clickToZoom: false, dblClickToZoom: false }, gestureSettingsTouch: { clickToZoom: false, dblClickToZoom: false },
-  gestureSettingsPen: { clickToZoom: false, dblClickToZoom: false },
-  animationTime: 0.25, springStiffness: 10, visibilityRatio: 0.3, maxZoomPixelRatio: 8, imageLoaderLimit: 4, minZoomImageRatio: 0.8,
-  immediateRender: true, maxImageCacheCount: 120,
-});
-viewer.canvas.removeAttribute?.('tabindex'); // the element around it takes the focus
-viewer.container.querySelectorAll('[tabindex]').forEach((inner) => inner.setAttribute('tabindex', '-1'));
-
-const view = {
-  element: get('viewer'),
-  scale: () => (get('viewer').clientWidth * viewer.viewport.getZoom(true)) / width, // screen px per level-0 px
-  box: () => {
-    const bounds = viewer.viewport.getBounds(true);
-    return { x0: bounds.x * width, y0: bounds.y * width, x1: (bounds.x + bounds.width) * width, y1: (bounds.y + bounds.height) * width };
-  },
-  place: (event) => {
-    const frame = get('viewer').getBoundingClientRect(), box = view.box(), scale = view.scale();
-    return [box.x0 + (event.clientX - frame.left) / scale, box.y0 + (event.clientY - frame.top) / scale];
-  },
-};
-
-function go([x, y], closer = true) {
-  const { viewport } = viewer;
+function go(place) {
   hover(null); // what is under the pointer is another cell then
-  if (closer && view.scale() < 0.8) viewport.zoomTo((1.2 * width) / get('viewer').clientWidth, null, true);
-  viewport.panTo(new OpenSeadragon.Point(x / width, y / width), true);
-  viewport.applyConstraints(true);
+  slide.go(place);
 }
 
 // --- messages ------------------------------------------------------------------------------------------------------------------------
@@ -78,7 +46,7 @@ function tell(text, bad = false) {
 
 // --- state ---------------------------------------------------------------------------------------------------------------------------
 
-const overlay = new Overlay(view, about.size, about.viewCells, (error) => tell(error.message, true));
+const overlay = new Overlay(slide, about.size, about.viewCells, (error) => tell(error.message, true));
 const panel = new Panel({
   change,
   choose,
@@ -90,13 +58,17 @@ const panel = new Panel({
   },
 });
 const review = new Review({ change, go, tell, state: () => state, mark: (ring) => overlay.mark(ring) }, hasScale ? about.mpp : 0.25);
+overlay.onSettled = () => {
+  clearTimeout(resting);
+  resting = setTimeout(prefetch, REST_MS);
+};
 overlay.onCounts = () => {
   if (pointer) hover(pointer); // the cell may have another type by now
   panel.inView = overlay.counts;
   panel.drawCounts();
 };
 
-async function take(fresh) {
+function take(fresh) {
   const changed = !state || fresh.revision !== state.revision || fresh.applied !== state.applied
     || fresh.cells?.version !== state.cells?.version || fresh.cells?.count !== state.cells?.count;
   const ended = state?.applying && !fresh.applying;
@@ -107,17 +79,17 @@ async function take(fresh) {
   get('undo').disabled = !state.canUndo;
   get('redo').disabled = !state.canRedo;
   const clicked = state.types.some((type) => type.points.length);
+  get('get-seeds').hidden = !clicked;
   get('apply').disabled = state.applying || state.applied || !clicked || state.cannotApply !== '';
   get('apply').textContent = state.applying ? 'Applying…' : state.applied && clicked ? 'Applied' : 'Apply';
   get('apply').title = state.cannotApply ? `Not now: ${state.cannotApply}` : 'Type the whole slide with these clicks';
   drawSegmenting();
   if (ended) tell(state.applyError || 'The whole slide is typed with your clicks.', state.applyError !== '');
-  if (state.picture !== picture) {
-    picture = state.picture;
-    viewer.open(source());
-  }
+  slide.renew(state.picture);
   overlay.draw();
-  if (changed) await Promise.all([overlay.refresh(), count()]);
+  if (!changed) return;
+  overlay.refresh();
+  count();
 }
 
 let counting = false, countAgain = false;
@@ -129,7 +101,7 @@ async function count() {
   try {
     while (countAgain) {
       countAgain = false;
-      await overlay.refresh(); // the view first
+      await overlay.running; // the view first
       panel.counts = await getJson('counts');
       panel.drawCounts();
     }
@@ -142,8 +114,9 @@ async function count() {
 
 /** Ask for a change; whether it was made. */
 async function change(request) {
+  clearTimeout(resting); // what lies around the view comes after what is in it
   try {
-    await take(await postJson('do', request));
+    take(await postJson('do', request));
     return true;
   } catch (error) {
     tell(error.message, true);
@@ -168,7 +141,7 @@ async function save() {
 
 async function apply() {
   try {
-    await take(await postJson('apply'));
+    take(await postJson('apply'));
     tell('Applying your clicks to the whole slide.');
   } catch (error) {
     tell(error.message, true);
@@ -178,7 +151,7 @@ async function apply() {
 async function poll() {
   if (!document.hidden) {
     try {
-      await take(await getJson('state'));
+      take(await getJson('state'));
       get('viewer').dataset.alive = 'yes';
     } catch (error) {
       if (get('viewer').dataset.alive !== 'no') tell(error.message, true);
@@ -193,8 +166,10 @@ function drawSegmenting() {
   get('segmenting').hidden = !work;
   if (!work) return;
   const failed = work.failures.length ? ` Not read: ${work.failures[work.failures.length - 1]}` : '';
-  const done = work.all ? `Segmenting the rest: ${work.tiles[0]} of ${work.tiles[1]} tiles.` : `${work.done} of ${work.blocks} blocks are outlined`;
-  get('progress').textContent = `${done}${work.all ? '' : work.now ? `; working on the next (${work.waiting} more in view).` : '.'}${failed}`;
+  const next = work.now ? ` Outlining a block: ${work.early} of ${work.each} tiles${work.waiting ? `; ${work.waiting} more in view` : ''}.` : '';
+  const rest = work.tiles[1] ? `: ${work.tiles[0]} of ${work.tiles[1]} tiles` : '';
+  const done = work.all ? `Segmenting the rest${rest}.` : `${work.done} of ${work.blocks} blocks are done.${next}`;
+  get('progress').textContent = `${done}${failed}`;
   get('rest').disabled = work.all;
 }
 
@@ -223,12 +198,12 @@ function pressAt(point, negative) {
 }
 
 viewer.addHandler('canvas-click', (event) => {
-  if (event.quick) pressAt(view.place(event.originalEvent), event.originalEvent.altKey);
+  if (event.quick) pressAt(slide.place(event.originalEvent), event.originalEvent.altKey);
 });
 viewer.addHandler('canvas-double-click', () => { if (overlay.draft?.length >= 3) finishRegion(); });
 get('viewer').addEventListener('contextmenu', (event) => {
   event.preventDefault();
-  pressAt(view.place(event), true);
+  pressAt(slide.place(event), true);
 });
 
 
@@ -240,7 +215,7 @@ function hover(event) {
     tip.hidden = true;
     return;
   }
-  const [x, y] = view.place(event);
+  const [x, y] = slide.place(event);
   showPlace(x, y);
   const found = overlay.hover(x, y), code = found ? overlay.codes[found.row] : 255;
   tip.hidden = !found || code === 255;
@@ -262,62 +237,39 @@ function showPlace(x, y) {
 }
 
 function showScale() {
-  const scale = view.scale();
-  if (!hasScale) {
-    const px = MARKS_UM.find((mark) => mark * scale > 60) ?? 10000;
-    get('scale').style.width = `${px * scale}px`;
-    get('scale').textContent = `${px} px`;
-    return;
-  }
-  const um = MARKS_UM.find((mark) => (mark / about.mpp) * scale > 60) ?? 10000;
-  get('scale').style.width = `${(um / about.mpp) * scale}px`;
-  get('scale').textContent = um >= 1000 ? `${um / 1000} mm` : `${um} µm`;
+  const [wide, text] = slide.mark();
+  get('scale').style.width = `${wide}px`;
+  get('scale').textContent = text;
 }
 
-let settled = 0, resting = 0, moves = 0;
+let settled = 0, resting = 0, moves = 0, followed = 0;
 function moved() {
   moves += 1;
   overlay.draw();
   showScale();
   if (document.activeElement === get('viewer')) {
-    const box = view.box();
-    showPlace((box.x0 + box.x1) / 2, (box.y0 + box.y1) / 2);
-    if (overlay.crosshair) overlay.hover((box.x0 + box.x1) / 2, (box.y0 + box.y1) / 2);
+    showPlace(...slide.middle);
+    if (overlay.crosshair) overlay.hover(...slide.middle);
+  }
+  if (performance.now() - followed > FOLLOW_MS && state) {
+    followed = performance.now();
+    overlay.follow();
   }
   clearTimeout(settled);
   settled = setTimeout(look, 40);
 }
 
-/** Fetch the tiles around the view into the browser's cache while nothing else is to do, the nearest first. */
+/** Fetch what lies around the view while nothing else is to do: cells, then tiles into the browser's cache, the nearest first. */
 async function prefetch() {
   const move = moves, still = () => move === moves && !overlay.busy;
-  const drawn = viewer.world.getItemAt(0)?.lastDrawn ?? [];
-  const level = Math.max(...drawn.map((tile) => tile.level)), shown = drawn.filter((tile) => tile.level === level);
-  if (!shown.length || shown.length > 60) return;
-  const range = (of) => [Math.min(...shown.map(of)), Math.max(...shown.map(of))];
-  const [left, right] = range((tile) => tile.x), [up, down] = range((tile) => tile.y), side = about.tile * 2 ** (top - level);
-  const around = [];
-  for (let y = Math.max(up - AHEAD, 0); y <= Math.min(down + AHEAD, Math.ceil(height / side) - 1); y += 1) {
-    for (let x = Math.max(left - AHEAD, 0); x <= Math.min(right + AHEAD, Math.ceil(width / side) - 1); x += 1) {
-      const away = Math.max(left - x, x - right, up - y, y - down);
-      if (away > 0) around.push([away, x, y]);
-    }
-  }
   await overlay.prefetch(still);
-  for (const [, x, y] of around.sort((a, b) => a[0] - b[0])) {
-    if (!still()) return;
-    const picture = new Image();
-    picture.fetchPriority = 'low';
-    picture.src = source().getTileUrl(level, x, y);
-    await picture.decode().catch(() => {});
-  }
+  await slide.prefetch(still);
 }
 
 let looked = '';
 async function look() {
   if (!state) return;
-  clearTimeout(resting);
-  overlay.refresh().then(() => { resting = setTimeout(prefetch, REST_MS); });
+  overlay.follow();
   const box = overlay.boxInView(), key = JSON.stringify(box);
   if (state.segmenting && !state.segmenting.all && key !== looked && box.x0 < box.x1 && box.y0 < box.y1) {
     looked = key;
@@ -331,7 +283,7 @@ viewer.addHandler('resize', moved);
 viewer.addHandler('open', async () => {
   showScale();
   if (!state) {
-    await take(await getJson('state'));
+    take(await getJson('state'));
     choose(panel.chosen);
     setTimeout(poll, POLL_MS);
   }
@@ -351,7 +303,7 @@ get('rest').addEventListener('click', () => postJson('segment', { all: true }).t
 for (const id of ['outlines', 'fill', 'marks']) {
   get(id).addEventListener('change', (event) => {
     overlay.shown[id] = event.target.checked;
-    overlay.draw();
+    overlay.recolour();
   });
 }
 for (const [id, key] of [['min-score', 'score'], ['min-margin', 'margin']]) {
@@ -412,7 +364,7 @@ get('viewer').addEventListener('keydown', (event) => {
   else if (event.key === '+' || event.key === '=') viewport.zoomBy(1.5);
   else if (event.key === '-') viewport.zoomBy(1 / 1.5);
   else if (event.key === '0') viewport.goHome();
-  else if (event.key === 'Enter') pressAt([(bounds.x + bounds.width / 2) * width, (bounds.y + bounds.height / 2) * width], event.shiftKey || event.altKey);
+  else if (event.key === 'Enter') pressAt(slide.middle, event.shiftKey || event.altKey);
   else return;
   overlay.crosshair = true;
   event.preventDefault();
@@ -447,5 +399,5 @@ document.addEventListener('keydown', (event) => {
   event.preventDefault();
 });
 
-export { overlay, panel, review, viewer }; // for the tests
-window.wsiseg = { overlay, viewer, state: () => state };
+// For the tests.
+window.wsiseg = { overlay, viewer, change, state: () => state };

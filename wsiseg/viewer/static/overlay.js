@@ -1,95 +1,29 @@
 // What is drawn over the slide: outlines of the cells in view, or their density, clicks, regions, the cell under the pointer.
 
+import { paintClicks, paintCrosshair, paintDensity, paintOpen, paintRegions, ringPath, strokeTwice } from './painting.js';
+import { Pictures } from './pictures.js';
 import { getDensity, getOutlines, getTypes } from './server.js';
+import { apart, SQUARE, Square } from './square.js';
 
-const SQUARE = 2048; // level-0 px, as in cells.py
-const UNIT = 4;
-const PATCHES = 4; // patches along a side of a square: what is drawn, and drawn anew after a click, is hardly more than what is in view
-const PATCH = SQUARE / PATCHES;
 const MOST_SQUARES = 48; // in view; beyond, few cells on much glass: density
-const KEPT_SQUARES = 160;
+const KEPT_SQUARES = 48; // half a MB each
 const BIN = 16; // screen px of a square of density
+const AROUND = 0.5; // of the view, on each side: what is fetched and drawn ahead
+const MOST_TYPED = 24; // boxes whose types are known
+const THIN = 1.25; // level-0 px per screen px: beyond, cells are some ten screen px wide, and a thin outline leaves more of them to be seen
+const CORNER = 2; // device px between two corners that are drawn: nearer ones cannot be told apart
 const UNKNOWN = 255;
 
-/** Some cells of a square, drawn together; `paths` holds them by type once they were drawn. */
-class Patch {
-  constructor(x, y) {
-    [this.x0, this.y0, this.x1, this.y1] = [x, y, x + PATCH, y + PATCH];
-    this.cells = [];
-    this.paths = null;
-  }
-
-  add(cell, boxes) {
-    this.cells.push(cell);
-    this.x0 = Math.min(this.x0, boxes[4 * cell]);
-    this.y0 = Math.min(this.y0, boxes[4 * cell + 1]);
-    this.x1 = Math.max(this.x1, boxes[4 * cell + 2]);
-    this.y1 = Math.max(this.y1, boxes[4 * cell + 3]);
-  }
-}
-
-class Square {
-  constructor(column, row, data) {
-    this.x = column * SQUARE;
-    this.y = row * SQUARE;
-    this.rows = data.rows;
-    this.corners = data.corners;
-    this.xy = new Float32Array(data.xy.length);
-    for (let k = 0; k < data.xy.length; k += 2) {
-      this.xy[k] = this.x + data.xy[k] / UNIT;
-      this.xy[k + 1] = this.y + data.xy[k + 1] / UNIT;
-    }
-    this.starts = new Uint32Array(data.corners.length + 1);
-    this.boxes = new Float32Array(4 * data.corners.length);
-    for (let cell = 0; cell < data.corners.length; cell += 1) {
-      this.starts[cell + 1] = this.starts[cell] + data.corners[cell];
-      let [left, top, right, bottom] = [Infinity, Infinity, -Infinity, -Infinity];
-      for (let k = this.starts[cell]; k < this.starts[cell + 1]; k += 1) {
-        const x = this.xy[2 * k], y = this.xy[2 * k + 1];
-        if (x < left) left = x;
-        if (x > right) right = x;
-        if (y < top) top = y;
-        if (y > bottom) bottom = y;
-      }
-      this.boxes.set([left, top, right, bottom], 4 * cell);
-    }
-    this.patches = Array.from({ length: PATCHES * PATCHES }, (_, k) => new Patch(this.x + (k % PATCHES) * PATCH, this.y + Math.floor(k / PATCHES) * PATCH));
-    for (let cell = 0; cell < data.corners.length; cell += 1) {
-      const place = (k, corner) => Math.max(0, Math.min(PATCHES - 1, Math.floor(((this.boxes[4 * cell + k] + this.boxes[4 * cell + k + 2]) / 2 - corner) / PATCH)));
-      this.patches[place(1, this.y) * PATCHES + place(0, this.x)].add(cell, this.boxes);
-    }
-  }
-
-  trace(path, cell) {
-    let k = this.starts[cell];
-    const end = this.starts[cell + 1];
-    path.moveTo(this.xy[2 * k], this.xy[2 * k + 1]);
-    for (k += 1; k < end; k += 1) path.lineTo(this.xy[2 * k], this.xy[2 * k + 1]);
-    path.closePath();
-  }
-
-  /** Distance of a point from an outline: 0 inside. */
-  gap(cell, x, y) {
-    let inside = false, least = Infinity;
-    const start = this.starts[cell], end = this.starts[cell + 1];
-    for (let k = start, before = end - 1; k < end; before = k, k += 1) {
-      const ax = this.xy[2 * before], ay = this.xy[2 * before + 1], bx = this.xy[2 * k], by = this.xy[2 * k + 1];
-      if ((ay > y) !== (by > y) && x < ((bx - ax) * (y - ay)) / (by - ay) + ax) inside = !inside;
-      const length = (bx - ax) ** 2 + (by - ay) ** 2;
-      const t = length ? Math.max(0, Math.min(1, ((x - ax) * (bx - ax) + (y - ay) * (by - ay)) / length)) : 0;
-      least = Math.min(least, Math.hypot(x - ax - t * (bx - ax), y - ay - t * (by - ay)));
-    }
-    return inside ? 0 : least;
-  }
-
-  area(cell) {
-    let sum = 0;
-    const start = this.starts[cell], end = this.starts[cell + 1];
-    for (let k = start, before = end - 1; k < end; before = k, k += 1) {
-      sum += this.xy[2 * before] * this.xy[2 * k + 1] - this.xy[2 * k] * this.xy[2 * before + 1];
-    }
-    return Math.abs(sum) / 2;
-  }
+const isEmpty = (box) => box.x0 >= box.x1 || box.y0 >= box.y1;
+const holds = (a, b) => a.x0 <= b.x0 && a.y0 <= b.y0 && a.x1 >= b.x1 && a.y1 >= b.y1;
+const sameBox = (a, b) => a !== null && holds(a, b) && holds(b, a);
+/** What of a box lies around another: left, right, above, below. */
+function without(box, other) {
+  const inner = { x0: Math.max(box.x0, other.x0), y0: Math.max(box.y0, other.y0), x1: Math.min(box.x1, other.x1), y1: Math.min(box.y1, other.y1) };
+  if (isEmpty(inner)) return [box];
+  return [
+    { ...inner, x0: box.x0, x1: inner.x0 }, { ...inner, x0: inner.x1, x1: box.x1 }, { ...box, y1: inner.y0 }, { ...box, y0: inner.y1 },
+  ].filter((part) => !isEmpty(part));
 }
 
 export class Overlay {
@@ -103,7 +37,10 @@ export class Overlay {
     this.canvas.setAttribute('aria-hidden', 'true');
     view.element.append(this.canvas);
     this.context = this.canvas.getContext('2d');
+    this.pictures = new Pictures((context, box, px) => this.drawOutlines(context, box, px));
     this.shown = { outlines: true, fill: true, marks: true, kinds: new Set(), score: 0, margin: 0 };
+    this.density = null;
+    this.mode = 'outlines';
     this.clear();
     this.state = null;
     this.kindsKey = '';
@@ -112,6 +49,7 @@ export class Overlay {
     this.crosshair = false;
     this.counts = null; // of the view, by kind
     this.onCounts = () => {};
+    this.onSettled = () => {};
     this.lastRetype = 0;
   }
 
@@ -119,11 +57,11 @@ export class Overlay {
     this.squares = new Map();
     this.version = '';
     this.codes = null;
-    this.density = null;
-    this.mode = 'outlines';
     this.perArea = 0;
     this.hovered = null;
-    this.asked = 0;
+    this.asked = null; // the box of the last question
+    this.typed = { key: '', boxes: [], whole: true }; // where the types are those of the clicks that hold
+    this.replaced = false; // the pictures are those of the cells before, until the new ones are there
   }
 
   /** Take what the server says; other cells make everything old. */
@@ -134,10 +72,12 @@ export class Overlay {
     if (version !== this.version) {
       this.clear();
       this.version = version;
+      this.replaced = true;
       if (version) {
         this.codes = new Uint8Array(state.cells.count).fill(UNKNOWN);
         this.scores = new Uint8Array(state.cells.count);
         this.margins = new Uint8Array(state.cells.count);
+        this.fresh = new Uint8Array(state.cells.count); // 1: typed with the clicks that hold
       }
     } else if (kindsKey !== this.kindsKey) {
       this.recolour();
@@ -146,21 +86,22 @@ export class Overlay {
   }
 
   recolour() {
-    for (const square of this.squares.values()) for (const patch of square.patches) patch.paths = null;
+    this.pictures.clear();
     this.draw();
   }
 
-  kindsShown(code) { return !this.shown.kinds.has(code); }
-
-  isShown(row) {
+  /** The code of a cell that is drawn, else -1: its type is not asked for yet, or what the user chose leaves it out. */
+  codeShown(row) {
     const code = this.codes[row];
-    if (code === UNKNOWN) return true;
-    if (!this.kindsShown(code)) return false;
-    return code === 0 || (this.scores[row] >= this.shown.score * 255 && this.margins[row] >= this.shown.margin * 255);
+    if (code === UNKNOWN || this.shown.kinds.has(code)) return -1;
+    return code === 0 || (this.scores[row] >= this.shown.score * 255 && this.margins[row] >= this.shown.margin * 255) ? code : -1;
   }
 
+  /** Everything in view is there and drawn. */
+  get settled() { return !this.busy && !this.frame && (!this.version || sameBox(this.asked, this.boxInView())); }
+
   boxInView() {
-    const { x0, y0, x1, y1 } = this.view.box();
+    const { x0, y0, x1, y1 } = this.view.box;
     return { x0: Math.max(x0, 0), y0: Math.max(y0, 0), x1: Math.min(x1, this.size[0]), y1: Math.min(y1, this.size[1]) };
   }
 
@@ -175,10 +116,22 @@ export class Overlay {
   }
 
   /** Ask for what the view needs; the answer to an older question is dropped. One question at a time. */
-  async refresh() {
-    if (!this.version) return this.draw();
+  refresh() {
+    if (!this.version) {
+      this.draw();
+      return Promise.resolve();
+    }
     this.wanted = true;
-    if (this.busy) return;
+    if (!this.busy) this.running = this.answer();
+    return this.running;
+  }
+
+  /** The same, unless the view is still what was asked for. */
+  follow() {
+    if (!sameBox(this.asked, this.boxInView())) this.refresh();
+  }
+
+  async answer() {
     this.busy = true;
     try {
       while (this.wanted) {
@@ -186,16 +139,18 @@ export class Overlay {
         await this.load();
       }
     } catch (error) {
+      this.asked = null; // to be asked again when the view moves
       this.onProblem(error);
     } finally {
       this.busy = false;
     }
-    return undefined;
+    this.onSettled();
   }
 
   async load() {
-    const version = this.version, box = this.boxInView();
-    if (box.x0 >= box.x1 || box.y0 >= box.y1) return;
+    const version = this.version, box = this.boxInView(), key = this.typedKey();
+    this.asked = box;
+    if (isEmpty(box)) return;
     const area = (box.x1 - box.x0) * (box.y1 - box.y0);
     const squares = this.squaresInView(box);
     const many = squares.length > MOST_SQUARES || this.perArea * area > 1.3 * this.viewCells;
@@ -203,24 +158,25 @@ export class Overlay {
       const missing = squares.filter(([column, row]) => !this.squares.has(`${column}/${row}`));
       const started = performance.now();
       const [types] = await Promise.all([
-        getTypes(box), ...(this.mode === 'outlines' ? missing.map(([column, row]) => this.fetchSquare(version, column, row)) : [])]);
-      this.lastRetype = performance.now() - started;
+        this.isTyped(box, key) ? null : getTypes(box), ...(this.mode === 'outlines' ? missing.map(([column, row]) => this.fetchSquare(version, column, row)) : [])]);
       if (version !== this.version) return;
-      this.perArea = types.total / area;
-      if (types.total <= this.viewCells) {
+      if (types) [this.lastRetype, this.perArea] = [performance.now() - started, types.total / area];
+      if (!types || types.total <= this.viewCells) {
         if (this.mode !== 'outlines') {
           await Promise.all(missing.map(([column, row]) => this.fetchSquare(version, column, row)));
           if (version !== this.version) return;
         }
-        const changed = this.take(types), other = this.mode !== 'outlines' || missing.length > 0;
         this.mode = 'outlines';
+        if (this.replaced) this.pictures.clear();
+        this.replaced = false;
+        if (types) this.keep(types, box, key);
+        this.count(box);
         this.forget(squares);
-        if (changed) this.recolour();
-        else if (other) this.draw();
+        this.draw();
         return;
       }
     }
-    const scale = this.view.scale();
+    const scale = this.view.scale;
     const columns = Math.max(1, Math.round(((box.x1 - box.x0) * scale) / BIN)), lines = Math.max(1, Math.round(((box.y1 - box.y0) * scale) / BIN));
     const density = await getDensity(box, Math.min(columns, 512), Math.min(lines, 512), { score: this.shown.score, margin: this.shown.margin });
     if (version !== this.version) return;
@@ -230,20 +186,52 @@ export class Overlay {
     this.draw();
   }
 
-  take(types) {
-    const counts = new Array(this.state.kinds.length).fill(0);
-    let changed = false;
+  /** Names the clicks that types are for. */
+  typedKey() { return `${this.version}/${this.state.revision}/${this.state.applied}`; }
+
+  /** Whether all cells in a box have types of these clicks. */
+  isTyped(box, key) {
+    if (this.typed.key !== key) return false;
+    return this.typed.boxes.reduce((open, known) => open.flatMap((part) => without(part, known)), [box]).length === 0;
+  }
+
+  /** Take the types of the cells in a box; what looks otherwise now is drawn anew. Until the next click a cell keeps the first that it gets: typed
+   * with other neighbours it may have another, and its colour would change as the view moves. */
+  keep(types, box, key) {
+    if (this.typed.key !== key) {
+      this.typed = { key, boxes: [], whole: types.whole };
+      this.fresh.fill(0);
+    }
+    this.typed.boxes = [...this.typed.boxes.slice(-MOST_TYPED), box];
+    const other = new Set();
     for (let k = 0; k < types.rows.length; k += 1) {
-      const row = types.rows[k];
-      changed ||= this.codes[row] !== types.codes[k] || this.scores[row] !== types.scores[k] || this.margins[row] !== types.margins[k];
+      const row = types.rows[k], before = this.codeShown(row);
+      if (this.fresh[row]) continue;
+      this.fresh[row] = 1;
       this.codes[row] = types.codes[k];
       this.scores[row] = types.scores[k];
       this.margins[row] = types.margins[k];
-      counts[types.codes[k]] += 1;
+      if (this.codeShown(row) !== before) other.add(row);
     }
-    this.counts = { counts, whole: types.whole };
+    if (!other.size) return;
+    for (const square of this.squares.values()) {
+      if (apart(square, box)) continue;
+      for (const patch of square.patches) if (!apart(patch, box) && patch.cells.some((cell) => other.has(square.rows[cell]))) this.pictures.drop(patch);
+    }
+  }
+
+  /** Count the cells in view by their types. */
+  count(box) {
+    const counts = new Array(this.state.kinds.length).fill(0);
+    for (const square of this.squares.values()) {
+      if (apart(square, box)) continue;
+      for (const cell of square.meeting(box)) {
+        const code = this.codes[square.rows[cell]], [x, y] = square.middle(cell);
+        if (code !== UNKNOWN && x >= box.x0 && x < box.x1 && y >= box.y0 && y < box.y1) counts[code] += 1;
+      }
+    }
+    this.counts = { counts, whole: this.typed.whole };
     this.onCounts();
-    return changed;
   }
 
   countDensity(area) {
@@ -263,22 +251,36 @@ export class Overlay {
       if (version === this.version) throw error; // else the cells were replaced meanwhile
       return null;
     });
-    if (data && version === this.version) this.squares.set(`${column}/${row}`, new Square(column, row, data));
+    if (!data || version !== this.version) return;
+    const square = new Square(column, row, data);
+    this.squares.set(`${column}/${row}`, square);
+    this.pictures.drop(square);
   }
 
-  /** Fetch the squares around those in view, one after the other, until the view moves: the next pan finds them. */
+  /** Fetch and draw what lies around the view, until it moves: the next pan finds it. */
   async prefetch(still) {
     if (this.mode !== 'outlines' || !this.version) return;
-    const version = this.version, box = this.boxInView(), [columns, rows] = this.state.cells.grid;
-    const inside = this.squaresInView(box);
-    if (!inside.length || inside.length > 12) return;
-    const [left, top] = inside[0], [right, bottom] = inside[inside.length - 1];
-    for (let row = Math.max(top - 1, 0); row <= Math.min(bottom + 1, rows - 1); row += 1) {
-      for (let column = Math.max(left - 1, 0); column <= Math.min(right + 1, columns - 1); column += 1) {
-        if (!still() || version !== this.version) return;
-        if (!this.squares.has(`${column}/${row}`)) await this.fetchSquare(version, column, row).catch(() => {});
-      }
+    const { version } = this, key = this.typedKey(), box = this.boxInView(), around = this.around(box);
+    const goes = () => still() && key === this.typedKey();
+    const squares = this.squaresInView(around);
+    if (isEmpty(box) || squares.length > MOST_SQUARES) return;
+    for (const strip of without(around, box)) {
+      if (!goes()) return;
+      if (this.isTyped(strip, key)) continue;
+      const types = await getTypes(strip).catch(() => null);
+      if (types && types.total <= this.viewCells && goes()) this.keep(types, strip, key);
     }
+    for (const [column, row] of squares) {
+      if (!goes()) return;
+      if (!this.squares.has(`${column}/${row}`)) await this.fetchSquare(version, column, row).catch(() => {});
+    }
+    this.draw(); // outlines that cross the edge of the view
+    while (goes() && this.shown.outlines && this.pictures.ahead(around)) await new Promise((done) => { setTimeout(done); });
+  }
+
+  around({ x0, y0, x1, y1 }) {
+    const wide = AROUND * (x1 - x0), high = AROUND * (y1 - y0);
+    return { x0: Math.max(x0 - wide, 0), y0: Math.max(y0 - high, 0), x1: Math.min(x1 + wide, this.size[0]), y1: Math.min(y1 + high, this.size[1]) };
   }
 
   forget(needed) {
@@ -292,13 +294,11 @@ export class Overlay {
   /** The cell that a click at a place would mean: the smallest outline that holds it, else the nearest within reach. */
   cellAt(x, y) {
     if (this.mode !== 'outlines' || !this.version || !this.shown.outlines) return null;
-    const reach = this.state.reach;
+    const { reach } = this.state, near = { x0: x - reach, y0: y - reach, x1: x + reach, y1: y + reach };
     let best = null;
     for (const square of this.squares.values()) {
-      if (x < square.x - SQUARE || y < square.y - SQUARE || x > square.x + 2 * SQUARE || y > square.y + 2 * SQUARE) continue;
-      for (let cell = 0; cell < square.rows.length; cell += 1) {
-        const b = square.boxes, k = 4 * cell;
-        if (x < b[k] - reach || y < b[k + 1] - reach || x > b[k + 2] + reach || y > b[k + 3] + reach) continue;
+      if (apart(square, near)) continue;
+      for (const cell of square.meeting(near)) {
         const gap = square.gap(cell, x, y);
         if (gap > reach) continue;
         const area = square.area(cell);
@@ -337,183 +337,60 @@ export class Overlay {
     if (canvas.width !== width || canvas.height !== height) [canvas.width, canvas.height] = [width, height];
     context.setTransform(1, 0, 0, 1, 0, 0);
     context.clearRect(0, 0, width, height);
-    const scale = this.view.scale() * ratio, box = this.view.box();
+    const scale = this.view.scale * ratio, box = this.view.box;
     if (!Number.isFinite(scale) || scale <= 0) return;
-    context.setTransform(scale, 0, 0, scale, -box.x0 * scale, -box.y0 * scale);
+    const onSlide = () => context.setTransform(scale, 0, 0, scale, -box.x0 * scale, -box.y0 * scale);
     const px = ratio / scale;
     if (this.state) {
-      this.paintOpen(px, box);
+      onSlide();
+      paintOpen(context, this.state.segmenting?.open ?? [], px, box);
       if (this.shown.outlines && this.version) {
-        if (this.mode === 'density') this.paintDensity();
-        else this.paintOutlines(px, box);
-      }
-      if (this.marked) this.paintRing(this.marked, px);
-      this.paintRegions(px);
-      if (this.shown.marks) this.paintClicks(px, box);
-    }
-    if (this.crosshair) this.paintCrosshair(ratio, width, height);
-  }
-
-  paintOutlines(px, box) {
-    const { context } = this;
-    for (const square of this.squares.values()) {
-      for (const patch of square.patches) {
-        if (patch.x0 > box.x1 || patch.y0 > box.y1 || patch.x1 < box.x0 || patch.y1 < box.y0) continue;
-        if (!patch.paths) this.group(square, patch);
-        for (const [code, path] of patch.paths) {
-          const colour = code === UNKNOWN ? '#808080' : this.state.kinds[code]?.color ?? '#808080';
-          if (this.shown.fill && code !== UNKNOWN && code !== 0) {
-            context.globalAlpha = 0.28;
-            context.fillStyle = colour;
-            context.fill(path);
-          }
-          context.globalAlpha = 1;
-          context.strokeStyle = colour;
-          context.lineWidth = (code === 0 || code === UNKNOWN ? 1.5 : 2) * px;
-          context.stroke(path);
+        if (this.mode === 'density') {
+          if (this.density) paintDensity(context, this.density, this.state.kinds, this.shown.kinds);
+        } else {
+          this.pictures.paint(context, scale, box, this.replaced || this.view.zooming);
+          onSlide();
+          this.paintHovered(px);
         }
       }
+      if (this.marked) strokeTwice(context, ringPath(this.marked), px, 3);
+      paintRegions(context, this.state.regions, this.draft, px);
+      if (this.shown.marks) paintClicks(context, this.state.types, px, box);
     }
-    if (this.hovered) {
-      const path = new Path2D();
-      this.hovered.square.trace(path, this.hovered.cell);
-      this.strokeTwice(path, px, 2.5);
-    }
+    if (this.crosshair) paintCrosshair(context, ratio, width, height);
   }
 
-  paintRing(ring, px) {
+  paintHovered(px) {
+    if (!this.hovered) return;
     const path = new Path2D();
-    ring.forEach(([x, y], k) => (k ? path.lineTo(x, y) : path.moveTo(x, y)));
-    path.closePath();
-    this.strokeTwice(path, px, 3);
+    this.hovered.square.trace(path, this.hovered.cell);
+    strokeTwice(this.context, path, px, 2.5);
   }
 
-  /** Black on white shows on every slide and colour. */
-  strokeTwice(path, px, thick) {
-    const { context } = this;
-    context.globalAlpha = 1;
-    context.lineWidth = 2 * thick * px;
-    context.strokeStyle = '#ffffff';
-    context.stroke(path);
-    context.lineWidth = thick * px;
-    context.strokeStyle = '#111111';
-    context.stroke(path);
-  }
-
-  group(square, patch) {
-    patch.paths = new Map();
-    for (const cell of patch.cells) {
-      const row = square.rows[cell];
-      if (!this.isShown(row)) continue;
-      const code = this.codes[row];
-      if (!patch.paths.has(code)) patch.paths.set(code, new Path2D());
-      square.trace(patch.paths.get(code), cell);
-    }
-  }
-
-  paintDensity() {
-    const { context, density } = this;
-    const wide = (density.box.x1 - density.box.x0) / density.columns, high = (density.box.y1 - density.box.y0) / density.lines;
-    const each = density.columns * density.lines;
-    const best = new Int16Array(each).fill(-1), most = new Uint32Array(each);
-    let top = 1;
-    for (let type = 0; type < density.types; type += 1) {
-      if (!this.kindsShown(type)) continue;
-      for (let k = 0; k < each; k += 1) {
-        const count = density.counts[type * each + k];
-        if (count > most[k]) [most[k], best[k]] = [count, type];
-        if (count > top) top = count;
+  /** Draw the outlines that meet a box, one path for each type; whether there are any. Cells whose type is still asked for are left out. */
+  drawOutlines(context, box, px) {
+    const ratio = window.devicePixelRatio || 1, paths = new Map(), thin = ratio * px > THIN;
+    for (const square of this.squares.values()) {
+      if (apart(square, box)) continue;
+      for (const cell of square.meeting(box)) {
+        const code = this.codeShown(square.rows[cell]);
+        if (code < 0) continue;
+        if (!paths.has(code)) paths.set(code, new Path2D());
+        square.trace(paths.get(code), cell, CORNER * px);
       }
     }
-    for (let k = 0; k < each; k += 1) {
-      if (best[k] < 0) continue;
-      context.globalAlpha = 0.15 + 0.6 * Math.sqrt(most[k] / top);
-      context.fillStyle = this.state.kinds[best[k]]?.color ?? '#808080';
-      context.fillRect(density.box.x0 + (k % density.columns) * wide, density.box.y0 + Math.floor(k / density.columns) * high, wide, high);
-    }
-    context.globalAlpha = 1;
-  }
-
-  paintClicks(px, box) {
-    const { context } = this, arm = 7 * px;
-    for (const type of this.state.types) {
-      for (const side of ['points', 'negative']) {
-        for (const [x, y] of type[side]) {
-          if (x < box.x0 - arm || x > box.x1 + arm || y < box.y0 - arm || y > box.y1 + arm) continue;
-          const path = new Path2D();
-          if (side === 'points') path.arc(x, y, 6 * px, 0, 7);
-          else {
-            path.moveTo(x - arm, y - arm);
-            path.lineTo(x + arm, y + arm);
-            path.moveTo(x + arm, y - arm);
-            path.lineTo(x - arm, y + arm);
-          }
-          context.strokeStyle = '#ffffff';
-          context.lineWidth = 6 * px;
-          context.stroke(path);
-          context.strokeStyle = type.color;
-          context.lineWidth = 3 * px;
-          context.stroke(path);
-          if (side === 'points') {
-            context.fillStyle = type.color;
-            context.beginPath();
-            context.arc(x, y, 2.5 * px, 0, 7);
-            context.fill();
-          }
-        }
+    for (const [code, path] of paths) {
+      const colour = this.state.kinds[code]?.color ?? '#808080';
+      if (this.shown.fill && code !== 0) {
+        context.globalAlpha = thin ? 0.45 : 0.28;
+        context.fillStyle = colour;
+        context.fill(path);
       }
-    }
-  }
-
-  paintRegions(px) {
-    const { context } = this, rings = this.draft ? [...this.state.regions, this.draft] : this.state.regions;
-    for (const ring of rings) {
-      if (!ring.length) continue;
-      const path = new Path2D();
-      ring.forEach(([x, y], k) => (k ? path.lineTo(x, y) : path.moveTo(x, y)));
-      if (ring !== this.draft) path.closePath();
-      context.lineWidth = 5 * px;
-      context.strokeStyle = '#ffffff';
-      context.stroke(path);
-      context.lineWidth = 2.5 * px;
-      context.strokeStyle = '#0b5cad';
-      context.setLineDash(ring === this.draft ? [8 * px, 5 * px] : []);
-      context.stroke(path);
-      context.setLineDash([]);
-      for (const [x, y] of ring === this.draft ? ring : []) {
-        context.fillStyle = '#0b5cad';
-        context.fillRect(x - 4 * px, y - 4 * px, 8 * px, 8 * px);
-      }
-    }
-  }
-
-  /** Blocks that are not segmented yet, of a run in progress. */
-  paintOpen(px, box) {
-    const { context } = this;
-    for (const [x0, y0, x1, y1] of this.state.segmenting?.open ?? []) {
-      if (x0 > box.x1 || y0 > box.y1 || x1 < box.x0 || y1 < box.y0) continue;
-      context.fillStyle = 'rgb(255 255 255 / 30%)';
-      context.fillRect(x0, y0, x1 - x0, y1 - y0);
-      context.strokeStyle = 'rgb(60 70 80 / 70%)';
-      context.lineWidth = px;
-      context.setLineDash([6 * px, 4 * px]);
-      context.strokeRect(x0, y0, x1 - x0, y1 - y0);
-      context.setLineDash([]);
-    }
-  }
-
-  paintCrosshair(ratio, width, height) {
-    const { context } = this, arm = 14 * ratio;
-    context.setTransform(1, 0, 0, 1, width / 2, height / 2);
-    for (const [colour, thick] of [['#ffffff', 4], ['#111111', 1.5]]) {
+      context.globalAlpha = 1;
       context.strokeStyle = colour;
-      context.lineWidth = thick * ratio;
-      context.beginPath();
-      context.moveTo(-arm, 0);
-      context.lineTo(arm, 0);
-      context.moveTo(0, -arm);
-      context.lineTo(0, arm);
-      context.stroke();
+      context.lineWidth = (thin ? 1 : code === 0 ? 1.5 : 2) * ratio * px;
+      context.stroke(path);
     }
+    return paths.size > 0;
   }
 }

@@ -55,7 +55,9 @@ export class Panel {
     const focused = document.activeElement?.dataset?.key;
     const own = this.state.types.map((type, place) => this.typeRow(type, place));
     const rest = this.state.kinds.map((kind, code) => [kind, code]).filter(([, code]) => code === 0 || code > this.state.types.length);
-    get('palette').replaceChildren(...own, ...rest.map(([kind, code]) => this.otherRow(kind, code)));
+    const heads = element('div', { className: 'type heads', 'aria-hidden': 'true' }, element('div', { className: 'line' },
+      ...['', 'cells', 'show', 'clicks'].map((textContent) => element('span', { textContent }))));
+    get('palette').replaceChildren(heads, ...own, ...rest.map(([kind, code]) => this.otherRow(kind, code)));
     if (focused) get('palette').querySelector(`[data-key="${CSS.escape(focused)}"]`)?.focus();
   }
 
@@ -81,7 +83,7 @@ export class Panel {
     place < 9 ? element('kbd', { textContent: String(place + 1), 'aria-hidden': 'true' }) : ''), 'choose');
     const line = element('div', { className: 'line' }, choose, element('span', { className: 'count' }), this.eye(type.name, place + 1),
       keep(element('button', {
-        type: 'button', className: 'icon', textContent: `${clicks} ${clicks === 1 ? 'click' : 'clicks'}`, 'aria-expanded': String(opened),
+        type: 'button', className: 'icon', textContent: clicks, title: 'Clicks, name and colour', 'aria-expanded': String(opened),
         'aria-label': `${clicks} ${clicks === 1 ? 'click' : 'clicks'} of ${type.name}: list, name and colour`,
         onclick: () => {
           this.opened = opened ? null : type.name;
@@ -158,8 +160,9 @@ export class Panel {
     }
     if (counts) {
       const seen = inView ? `, ${number(Math.round(inView.counts.reduce((a, b) => a + b, 0)))} in view` : '';
-      const how = state.applied ? 'as in the run' : counts.whole ? 'not applied yet' : 'estimated until you apply';
-      get('total').textContent = `${number(counts.cells)} cells${seen}; ${how}.`;
+      const how = state.applied ? 'applied' : counts.whole ? 'not applied yet' : 'estimated until you apply';
+      const clicked = state.types.some((type) => type.points.length), wait = clicked && !state.applied && state.cannotApply;
+      get('total').textContent = `${number(counts.cells)} cells${seen}${clicked ? `; ${how}` : ''}.${wait ? ` Apply waits: ${wait}.` : ''}`;
       get('warnings').replaceChildren(...[...state.notices, ...counts.warnings].map((text) => element('li', { textContent: text })));
     } else {
       get('total').textContent = '';

@@ -52,17 +52,18 @@ export class Review {
     const kind = this.act.state().kinds[this.cell.kind].name;
     get('verdict').textContent = `${kind}: score ${this.cell.score.toFixed(2)}, margin ${this.cell.margin.toFixed(2)}`;
     get('crop').setAttribute('aria-label', `The cell under review, at ${this.cell.point}, typed ${kind}`);
-    get('others').replaceChildren(...this.act.state().types.filter((type) => type.name !== kind).map((type) => this.button(type)));
+    get('others').replaceChildren(...this.act.state().types.flatMap((type, place) => (type.name === kind ? [] : [this.button(type, place + 1)])));
     this.act.go(this.cell.point);
     this.paint(this.cell); // not waited for: the outline is in the view already
   }
 
-  button(type) {
+  button(type, key) {
     const made = document.createElement('button'), swatch = document.createElement('span');
     made.type = 'button';
     swatch.className = 'swatch';
     swatch.style.backgroundColor = type.color;
     made.append(swatch, type.name);
+    if (key <= 9) made.append(Object.assign(document.createElement('kbd'), { textContent: key }));
     made.addEventListener('click', () => this.give(type.name));
     return made;
   }
