@@ -178,6 +178,7 @@ def test_the_order_of_blocks_does_not_show(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Nor does which thread traces a tile, of the three that a GPU would have."""
     in_order = scheduling.map_blocks
 
     def shuffled(work, blocks, setup, **options):
@@ -185,6 +186,7 @@ def test_the_order_of_blocks_does_not_show(
         return in_order(work, random.Random(3).sample(blocks, len(blocks)), setup, **options)
 
     monkeypatch.setattr(scheduling, "map_blocks", shuffled)
+    monkeypatch.setattr(blocks, "tracers", lambda _: 3)
     manifest = segment_slide(demo[0], config, tmp_path)
     assert files_of(Path(manifest.folder)) == files_of(finished[0])
 

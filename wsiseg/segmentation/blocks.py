@@ -139,6 +139,11 @@ def segment_blocks(
             context.claims.release(name)
 
 
+def tracers(device: torch.device) -> int:
+    """Threads that trace outlines: on a CPU one, since the network needs the cores; beside a GPU one is not enough."""
+    return 1 if device.type == "cpu" else min(READERS, machine.cores())
+
+
 class _BlockPipeline:
     """The stages of one process, each fed by the one before. A tile that could not be read passes through them without pixels."""
 
@@ -147,6 +152,7 @@ class _BlockPipeline:
         self.segmenter = context.segmenter()
         self.clock, self.batch = self.segmenter.clock, self.segmenter.batch
         self.readers = min(READERS, machine.cores())
+        self.tracers = tracers(context.model.device)
         self.taken: set[str] = set()
         self.resumed: list[BlockReport] = []
         self.pixels: dict[tuple[str, int], NDArray[np.uint8]] = {}  # of the tiles on their way, as the slide has them
@@ -161,7 +167,9 @@ class _BlockPipeline:
         done: dict[str, list[_TracedTile]] = {}
         with (
             closing(read),
-            closing(prefetch_map(self.trace, self.decoded(read), threads=1, limit=3)) as traced,
+            closing(
+                prefetch_map(self.trace, self.decoded(read), threads=self.tracers, limit=self.tracers + 2)
+            ) as traced,
         ):  # before the slide is
             for tile in traced:
                 finished_tiles = done.setdefault(tile.task.block.name, [])
