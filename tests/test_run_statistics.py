@@ -53,7 +53,7 @@ def test_a_gpu_is_measured_by_its_own_events() -> None:
         reached = True
         now = 0.0
 
-        def record(self) -> None:
+        def __init__(self) -> None:
             Event.now += 250.0
             self.at, self.done = Event.now, Event.reached
 

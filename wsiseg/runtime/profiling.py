@@ -65,36 +65,38 @@ class BusyClock:
         Clock that gets the seconds.
     device
         Device of the model.
-    event
-        Makes an event of the device; for tests.
+    mark
+        Puts an event into the device's queue; for tests.
     """
 
-    def __init__(self, clock: Clock, device: torch.device, event: Callable[[], torch.cuda.Event] | None = None) -> None:
+    def __init__(self, clock: Clock, device: torch.device, mark: Callable[[], torch.cuda.Event] | None = None) -> None:
         self._clock = clock
-        if event is None and device.type == "cuda":
-            import torch
-
-            event = partial(torch.cuda.Event, enable_timing=True)
-        self._event = event
+        self._mark = partial(_mark, device) if mark is None and device.type == "cuda" else mark
         self._pending: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
         """Measure the work of the body of a ``with``."""
-        if self._event is None:
+        if self._mark is None:
             with self._clock("busy"):
                 yield
             return
-        begin, end = self._event(), self._event()
-        begin.record()
+        begin = self._mark()
         try:
             yield
         finally:
-            end.record()
-            self._pending.append((begin, end))
+            self._pending.append((begin, self._mark()))
             while self._pending and self._pending[0][1].query():
                 begin, end = self._pending.popleft()
                 self._clock.add({"busy": begin.elapsed_time(end) / 1000})
+
+
+def _mark(device: torch.device) -> torch.cuda.Event:
+    import torch
+
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(torch.cuda.current_stream(device))  # the model's GPU need not be the current one
+    return event
 
 
 def peak_bytes() -> int:
