@@ -17,7 +17,7 @@ import pytest
 from wsiseg.errors import ConfigError, RunError
 from wsiseg.formats import FILE_NAMES, FORMATS, load_writer
 from wsiseg.runtime import machine
-from wsiseg.runtime.atomic import atomic_path, is_abandoned, write_json
+from wsiseg.runtime.atomic import atomic_folder, atomic_path, is_abandoned, write_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -41,6 +41,19 @@ def test_an_exception_keeps_the_old_file_and_leaves_nothing_behind(tmp_path: Pat
         1 / 0  # noqa: B018
     assert target.read_text() == "old"
     assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    folder = tmp_path / "cells.zarr"
+    for content in ("old", "new"):
+        with atomic_folder(folder) as partial:
+            partial.mkdir()
+            (partial / "a").write_text(content)
+    assert (folder / "a").read_text() == "new"
+    with pytest.raises(FileNotFoundError), atomic_folder(folder):
+        pass  # nothing was made, so nothing can take its place
+    assert [p.name for p in tmp_path.iterdir()] == ["cells.zarr"]
+    assert (folder / "a").read_text() == "new"
 
 
 def test_two_writers_do_not_share_a_name(tmp_path: Path) -> None:

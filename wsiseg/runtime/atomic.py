@@ -96,7 +96,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     Raises
     ------
     RunError
-        As of :func:`atomic_path`. The temporary folder is removed after any exception.
+        As of :func:`atomic_path`. After any exception the temporary folder is removed, and the one that was there is there.
     """
     partial, old = (path.parent / partial_name(path.name) for _ in range(2))
     try:
@@ -105,7 +105,12 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             yield partial
             if path.exists():  # a folder with something in it cannot be replaced in one step
                 path.rename(old)
-            partial.rename(path)
+            try:
+                partial.rename(path)
+            except BaseException:
+                if old.exists():
+                    old.rename(path)
+                raise
     finally:
         for left in (partial, old):
             shutil.rmtree(left, ignore_errors=True)
