@@ -289,7 +289,10 @@ def test_without_transformers_the_run_ends_in_one_line(wsiseg, command, tmp_path
     status, output = wsiseg(*command("text", tmp_path / "out"))
     assert status == 1
     assert output.count("\n") == 1
-    assert "SAM 2.1 and SAM 3 need the package transformers; install it: pip install 'wsiseg[transformers]'" in output
+    assert (
+        "SAM 2.1 and SAM 3 need the package transformers; install it, in the checkout: pip install '.[transformers]'"
+        in output
+    )
     assert not (tmp_path / "out").exists()
 
 

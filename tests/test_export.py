@@ -208,7 +208,8 @@ def test_an_export_that_is_not_installed_says_how(run: Path, monkeypatch: pytest
     for name, module in (("h5ad", "anndata"), ("spatialdata", "spatialdata")):
         monkeypatch.setitem(sys.modules, module, None)
         with pytest.raises(
-            ConfigError, match=rf"--format {name}: {module} is not installed; pip install 'wsiseg\[{module}\]'"
+            ConfigError,
+            match=rf"--format {name}: {module} is not installed; in the checkout, pip install '\.\[{module}\]'",
         ):
             export(run, name)
     assert not list((run / "export").glob("*"))

@@ -430,7 +430,7 @@ def outlined(x: float, y: float, classification: object, kind: str = "detection"
 
 
 def test_corrected_detections_are_clicks_inside_them(tmp_path: Path) -> None:
-    """Where there is no point; an annotation around them, and detections without a class, are not clicks."""
+    """In a file without points; an annotation around them, and detections without a class, are not clicks."""
     features = [outlined(0, 0, TUMOR), outlined(20, 0, IMMUNE, "cell"), outlined(40, 0, TUMOR), outlined(60, 0, None)]
     path = write(tmp_path / "s.geojson", collection(*features, outlined(0, 0, TUMOR, "annotation")))
     seeds = read_seeds(path)

@@ -338,7 +338,7 @@ def test_without_the_library_its_models_say_how_to_get_it(folders, tmp_path, mon
     card = import_model(folders / "sam2", "mine", folder=tmp_path)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     sentence = re.escape(
-        "--model: SAM 2.1 and SAM 3 need the package transformers; install it: pip install 'wsiseg[transformers]'"
+        "--model: SAM 2.1 and SAM 3 need the package transformers; install it, in the checkout: pip install '.[transformers]'"
     )
     with pytest.raises(ConfigError, match=sentence):
         load_model(str(card.weights), "cpu")
@@ -350,7 +350,8 @@ def test_without_the_library_its_models_say_how_to_get_it(folders, tmp_path, mon
 def test_an_older_library_is_named(folders, tmp_path, monkeypatch):
     monkeypatch.setattr(networks.importlib, "import_module", lambda name: SimpleNamespace(__version__="4.50.0"))
     with pytest.raises(
-        ConfigError, match=r"--model: transformers 4\.50\.0 does not know SAM 3; install it: pip install"
+        ConfigError,
+        match=r"--model: transformers 4\.50\.0 does not know SAM 3; install it, in the checkout: pip install",
     ):
         networks.library()
 

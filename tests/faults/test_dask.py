@@ -623,7 +623,9 @@ def test_what_is_wrong_with_a_batch_system(
             )
         )
     monkeypatch.setitem(sys.modules, "dask_jobqueue", None)
-    with pytest.raises(ConfigError, match=r'^--scheduler slurm: needs dask-jobqueue; pip install "wsiseg\[hpc\]"$'):
+    with pytest.raises(
+        ConfigError, match=r'^--scheduler slurm: needs dask-jobqueue; in the checkout, pip install "\.\[hpc\]"$'
+    ):
         check_scheduler("slurm")
 
 

@@ -118,7 +118,7 @@ def import_(
 
     FILE is a SAM with a ViT-B, ViT-L or ViT-H encoder: as published, fine-tuned (micro-sam, PathoSAM and others), or a training checkpoint
     (best.pt); .pt, .pth or .safetensors. FOLDER is one of the Hugging Face hub, with config.json and *.safetensors: SAM 2 or 2.1, SAM 3 (both need
-    the package transformers: pip install 'wsiseg[transformers]'), or SAM. Nothing in it is executed: what asks for that is refused.
+    the package transformers: pip install '.[transformers]' in the checkout), or SAM. Nothing in it is executed: what asks for that is refused.
 
     --mpp is the scale at which the model saw its images in training. A model trained on tiles of 512 px at
     0.25 um/px, enlarged to 1024 px (PathoSAM), works at 0.125.

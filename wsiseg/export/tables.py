@@ -87,7 +87,7 @@ def as_anndata(run: RunCells, name: str) -> Any:  # noqa: ANN401
     Raises
     ------
     ConfigError
-        anndata is not installed, or there is no cell, of which AnnData needs one.
+        anndata is not installed, or the run has no cells, and AnnData needs at least one.
     """
     anndata = import_extra("anndata", name, "anndata")
     size = 0
@@ -133,4 +133,6 @@ def import_extra(module: str, name: str, extra: str) -> Any:  # noqa: ANN401
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise ConfigError(f"--format {name}: {module} is not installed; pip install 'wsiseg[{extra}]'") from error
+        raise ConfigError(
+            f"--format {name}: {module} is not installed; in the checkout, pip install '.[{extra}]'"
+        ) from error

@@ -110,7 +110,7 @@ def _entry(name: str) -> Download:
             f"accept its licence at https://huggingface.co/{on_hub.repository}, `hf auth login`, then " * on_hub.gated
         )
         raise WeightsError(
-            f"{name}: is fetched with the hub's own tool, which comes with wsiseg[transformers]; {first}"
+            f"{name}: is fetched with the hub's own tool, which comes with the extra `transformers`; {first}"
             f"`hf download {on_hub.repository} --exclude '*.pt' --local-dir {name}`, then "
             f"`wsiseg models import {name} --name {name} --mpp {on_hub.mpp}`"
         )

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 STRIDE_PX = 16  #: deepest stride of the pyramid: tiles that start on its multiples see the same lattice
 MASK_STRIDE_PX = 2  #: one mask logit covers 2 x 2 model pixels
 WINDOW_SIZE = 64  #: 128 px = 32 um at 0.25 mpp: the largest nuclei (30 um) fit
-CPU_PROMPTS = 32  #: decoded at a time on a CPU: their windows stay in its cache; 128 take 1.3 to 1.6 times as long
+CPU_PROMPTS = 32  #: decoded at a time on a CPU: their windows stay in its cache; 128 take 1.4 times as long
 SNAP_CELLS = 4  #: windows start on the 8-px lattice of F_l, so that masks pool F_l without resampling
 MPP = 0.25
 

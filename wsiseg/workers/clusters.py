@@ -294,7 +294,9 @@ def _import_jobqueue(system: str) -> Any:  # noqa: ANN401
     try:
         import dask_jobqueue
     except ImportError as error:
-        raise ConfigError(f'--scheduler {system}: needs dask-jobqueue; pip install "wsiseg[hpc]"') from error
+        raise ConfigError(
+            f'--scheduler {system}: needs dask-jobqueue; in the checkout, pip install ".[hpc]"'
+        ) from error
     finally:
         dask.config.PATH = before
     return dask_jobqueue

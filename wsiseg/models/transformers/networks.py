@@ -38,7 +38,7 @@ def library() -> Any:  # noqa: ANN401
     ConfigError
         It is not installed, or too old for SAM 3.
     """
-    how = "install it: pip install 'wsiseg[transformers]'"
+    how = "install it, in the checkout: pip install '.[transformers]'"
     if importlib.util.find_spec("transformers") is None:
         raise ConfigError(f"--model: SAM 2.1 and SAM 3 need the package transformers; {how}")
     module = importlib.import_module("transformers")
