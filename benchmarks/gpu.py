@@ -27,7 +27,7 @@ from benchmarks.common import write_results
 from benchmarks.memory import write_slide, write_toy
 from wsiseg.models import pick_device
 from wsiseg.models.sam.model import SamModel
-from wsiseg.testing import VIT_B, VIT_H, VIT_L, VIT_TOY, random_sam
+from wsiseg.models.testing import VIT_B, VIT_H, VIT_L, VIT_TOY, random_sam
 
 if TYPE_CHECKING:
     from collections.abc import Callable

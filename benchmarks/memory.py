@@ -28,7 +28,7 @@ from skimage.data import immunohistochemistry
 from benchmarks.common import write_results
 from wsiseg.models.sam.instance_decoder import InstanceDecoder
 from wsiseg.models.sam.model import SamModel
-from wsiseg.testing import VIT_TOY, disturb, random_sam
+from wsiseg.models.testing import VIT_TOY, disturb, random_sam
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

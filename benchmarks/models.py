@@ -30,11 +30,11 @@ from wsiseg.models.sam import encoder as sam_encoder
 from wsiseg.models.sam.instance_decoder import InstanceDecoder
 from wsiseg.models.sam.model import SamModel
 from wsiseg.models.sam.modules import modeling
+from wsiseg.models.testing import VIT_B, VIT_H, VIT_L, VIT_TOY, disturb, random_sam
 from wsiseg.models.transformers.networks import library
 from wsiseg.models.transformers.recipe import Recipe
 from wsiseg.models.transformers.sam2 import Sam2
 from wsiseg.models.transformers.sam3 import Sam3
-from wsiseg.testing import VIT_B, VIT_H, VIT_L, VIT_TOY, disturb, random_sam
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -8,7 +8,7 @@ Each row is a process of its own; peaks are what the kernel says of it.
 - overhead: `segment_slide` on a JPEG pyramid, reading and writing included, against nothing but the model's calls on the same tiles; by turns.
 - flat: peak memory of a run of 100 tiles and of 1024.
 - sparse: a pyramid of 100,000 x 100,000 px, most of it absent, tissue all over; resident memory while it runs, stitching and writing included.
-Discs are `wsiseg.testing.DiscModel`: it sleeps as long as a GPU would work, so that all the rest is seen.
+Discs are `wsiseg.models.testing.DiscModel`: it sleeps as long as a GPU would work, so that all the rest is seen.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from wsiseg.formats.geojson import validate_geojson
 from wsiseg.formats.parts import write_part
 from wsiseg.models import find_weights, load_model
 from wsiseg.models.cards import file_hash
+from wsiseg.models.testing import DiscModel
 from wsiseg.records import Bank, Cells, SlideInfo, TypePrototypes
 from wsiseg.runs import plan as planning
 from wsiseg.runs.inputs import read_inputs
@@ -46,7 +47,6 @@ from wsiseg.slide import read_region
 from wsiseg.stitching.outline_store import OutlineStore
 from wsiseg.stitching.overlaps import find_pairs, refine_areas
 from wsiseg.stitching.resolve import resolve_overlaps
-from wsiseg.testing import DiscModel
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -12,7 +12,7 @@ import torch
 from wsiseg.models import download as downloads
 from wsiseg.models.registry import DOWNLOADS
 from wsiseg.models.sam.checkpoints import Architecture
-from wsiseg.testing import random_sam
+from wsiseg.models.testing import random_sam
 
 if TYPE_CHECKING:
     from collections.abc import Callable

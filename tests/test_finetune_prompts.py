@@ -26,7 +26,7 @@ from wsiseg.models import load_model
 from wsiseg.models.sam.checkpoints import recognise
 from wsiseg.models.sam.modules import build
 from wsiseg.models.store import import_model
-from wsiseg.testing import VIT_TOY, random_sam, tiny_hub_model
+from wsiseg.models.testing import VIT_TOY, random_sam, tiny_hub_model
 
 if TYPE_CHECKING:
     from pathlib import Path

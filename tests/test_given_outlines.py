@@ -20,10 +20,10 @@ from wsiseg.formats.outlines import trace_labels
 from wsiseg.geometry import Box, Lattice
 from wsiseg.models.sam import SamModel
 from wsiseg.models.sam.checkpoints import Architecture
+from wsiseg.models.testing import random_sam
 from wsiseg.records import SlideInfo, Tile
 from wsiseg.runs.inputs import read_given
 from wsiseg.segmentation.given import describe_outlines, to_tile
-from wsiseg.testing import random_sam
 
 if TYPE_CHECKING:
     from collections.abc import Callable

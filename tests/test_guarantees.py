@@ -28,13 +28,13 @@ from wsiseg.config import RunConfig, TilingConfig, from_mapping
 from wsiseg.formats.geoparquet import read_geoparquet
 from wsiseg.models.cards import file_hash
 from wsiseg.models.registry import MODELS
+from wsiseg.models.testing import DiscModel
 from wsiseg.runs import plan as planning
 from wsiseg.runs import scheduling
 from wsiseg.runs.image import segment_image
 from wsiseg.runs.slide import merge_run, segment_slide
 from wsiseg.runtime.shards import Shard
 from wsiseg.segmentation import batch_size, blocks
-from wsiseg.testing import DiscModel
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -402,7 +402,7 @@ def test_licences_are_there() -> None:
     data = ("TNBC", "licenses/by/4.0", "DSB 2018", "CC0", "NuCLS", "BRCA-M2C", "Copyright (c) 2022, TopoXLab")
     for word in (*data, "NuInsSeg", "EfficientNet-Lite2", "micro-sam", "Chain-of-Prompts", "scikit-image"):
         assert word in notice
-    version = re.search(r'__version__ = "(.+)"', (ROOT / "wsiseg/__init__.py").read_text())
+    version = re.search(r'__version__ = "(.+)"', (ROOT / "wsiseg/runtime/version.py").read_text())
     assert version
     assert f"version: {version[1]}\n" in (ROOT / "CITATION.cff").read_text()
     assert f"[{version[1]}]" in (ROOT / "CHANGELOG.md").read_text()

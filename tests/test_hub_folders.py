@@ -16,8 +16,8 @@ from wsiseg.errors import ConfigError, WeightsError
 from wsiseg.models import load_model
 from wsiseg.models.catalogue import verify
 from wsiseg.models.store import card_of_file, find_card, import_model
+from wsiseg.models.testing import tiny_hub_model
 from wsiseg.models.transformers import networks
-from wsiseg.testing import tiny_hub_model
 
 if TYPE_CHECKING:
     from collections.abc import Callable

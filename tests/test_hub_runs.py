@@ -23,11 +23,11 @@ from wsiseg.formats.geoparquet import read_table
 from wsiseg.geometry import Box, Lattice
 from wsiseg.models import load_model
 from wsiseg.models.store import import_model
+from wsiseg.models.testing import tiny_hub_model
 from wsiseg.records import Seeds, SeedType, WindowMasks
 from wsiseg.reference.chain_of_prompts import _painted, chain_image
 from wsiseg.segmentation.polygons import trace
 from wsiseg.segmentation.prompts.chain_of_prompts import farthest_point_recursion
-from wsiseg.testing import tiny_hub_model
 
 transformers = pytest.importorskip("transformers")
 

@@ -31,7 +31,7 @@ from wsiseg.models.registry import DOWNLOADS, MODELS, SAM_NETWORK, WEIGHTS_FOLDE
 from wsiseg.models.sam.checkpoints import Architecture, read_checkpoint
 from wsiseg.models.sam.instance_decoder import InstanceDecoder
 from wsiseg.models.store import card_of_file, find_card, import_model, models_folder, stored_cards, stored_names
-from wsiseg.testing import random_sam
+from wsiseg.models.testing import random_sam
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -13,8 +13,8 @@ from wsiseg.models.sam import encoder as sam_encoder
 from wsiseg.models.sam.checkpoints import Architecture
 from wsiseg.models.sam.decoder import CROP, UP, PointDecoder
 from wsiseg.models.sam.model import PIXEL_MEAN, PIXEL_SD, SamModel
+from wsiseg.models.testing import VIT_B, VIT_H, VIT_L, VIT_TOY, random_sam
 from wsiseg.records import PromptExtras
-from wsiseg.testing import VIT_B, VIT_H, VIT_L, VIT_TOY, random_sam
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 

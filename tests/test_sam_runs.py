@@ -22,6 +22,7 @@ from wsiseg.models import load_model
 from wsiseg.models.sam.instance_decoder import InstanceDecoder
 from wsiseg.models.sam.model import SamModel
 from wsiseg.models.store import import_model
+from wsiseg.models.testing import VIT_TOY, disturb, random_sam
 from wsiseg.records import Seeds, SeedType, WindowMasks
 from wsiseg.reference.apg_v1 import ApgV1
 from wsiseg.reference.chain_of_prompts import chain_image
@@ -33,7 +34,6 @@ from wsiseg.segmentation.decoding import decode, decode_tiles, reaches_border
 from wsiseg.segmentation.prompts.grid import grid_points
 from wsiseg.slide.array_reader import ArrayReader
 from wsiseg.slide.tiling import plan_blocks
-from wsiseg.testing import VIT_TOY, disturb, random_sam
 
 if TYPE_CHECKING:
     from pathlib import Path

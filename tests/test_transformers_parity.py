@@ -12,13 +12,13 @@ import torch
 import torch.nn.functional as F
 
 from wsiseg.errors import WeightsError
+from wsiseg.models.testing import tiny_hub_model
 from wsiseg.models.transformers.folders import HALVES, IMAGENET, fit
 from wsiseg.models.transformers.networks import library
 from wsiseg.models.transformers.recipe import Recipe
 from wsiseg.models.transformers.sam3 import FPN
 from wsiseg.models.transformers.trunks import vit_features
 from wsiseg.records import PromptExtras
-from wsiseg.testing import tiny_hub_model
 
 transformers = pytest.importorskip("transformers")
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from wsiseg.models.sam.instance_decoder import InstanceDecoder
-from wsiseg.testing import disturb
+from wsiseg.models.testing import disturb
 
 
 def reference(state: dict[str, torch.Tensor], z12: torch.Tensor) -> torch.Tensor:

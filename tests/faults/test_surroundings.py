@@ -18,12 +18,12 @@ from wsiseg.config import from_mapping
 from wsiseg.errors import RunError, SlideError
 from wsiseg.formats.geojson import validate_geojson
 from wsiseg.formats.geoparquet import read_geoparquet
+from wsiseg.models.testing import DiscModel
 from wsiseg.runs import plan as planning
 from wsiseg.runs.slide import segment_slide
 from wsiseg.slide.image_reader import ImageReader
 from wsiseg.slide.openslide_reader import OpenSlideReader
 from wsiseg.slide.tiffslide_reader import TiffSlideReader
-from wsiseg.testing import DiscModel
 
 sys.path.insert(0, str(Path(__file__).parent))
 

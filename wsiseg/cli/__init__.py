@@ -9,8 +9,8 @@ from typing import Any
 
 import click
 
-from wsiseg import __version__
 from wsiseg.cli.streams import OUTPUT, one_line
+from wsiseg.runtime.version import __version__
 
 # name -> module below wsiseg.cli, and the line shown by `wsiseg --help` (so that help imports nothing else)
 COMMANDS = {

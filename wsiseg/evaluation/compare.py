@@ -12,7 +12,6 @@ import scipy
 import shapely
 from scipy.ndimage import label as label_pieces
 
-from wsiseg import __version__
 from wsiseg.errors import ConfigError, FormatError
 from wsiseg.evaluation.contingency import Overlaps, centroids, disjoint, instances, majority, outline_overlaps, overlaps
 from wsiseg.evaluation.detection import RADIUS_UM, detect, pool_detections
@@ -41,6 +40,7 @@ from wsiseg.formats.outlines import (
 )
 from wsiseg.runtime.paths import kind_of
 from wsiseg.runtime.text import did_you_mean, parse_json, read_text
+from wsiseg.runtime.version import __version__
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

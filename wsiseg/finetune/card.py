@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import save
 
-from wsiseg import __version__
 from wsiseg.runtime.atomic import atomic_path, write_json
+from wsiseg.runtime.version import __version__
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

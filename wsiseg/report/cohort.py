@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
-from wsiseg import __version__
 from wsiseg.formats.geoparquet import as_format_error, read_header
 from wsiseg.records import UNASSIGNED
 from wsiseg.report.page import page_template
 from wsiseg.report.summary import open_finished, summarise_run
 from wsiseg.runs.folder import REPORT_NAME
 from wsiseg.runtime.atomic import atomic_path
+from wsiseg.runtime.version import __version__
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 import jinja2
 import numpy as np
 
-from wsiseg import __version__
 from wsiseg.errors import SlideError
 from wsiseg.report import pictures
 from wsiseg.report.contents import MOST_TYPES, Histogram, read_contents
@@ -20,6 +19,7 @@ from wsiseg.report.seams import BAND_UM, BANDS, NEAR_UM, seam_facts
 from wsiseg.report.summary import open_finished
 from wsiseg.runs.folder import REPORT_NAME
 from wsiseg.runtime.atomic import atomic_path
+from wsiseg.runtime.version import __version__
 
 if TYPE_CHECKING:
     from pathlib import Path

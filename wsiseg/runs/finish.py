@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wsiseg import __version__
 from wsiseg.celltypes.assignment import assign_types, set_click_labels, typing_summary
 from wsiseg.celltypes.described import assign_described
 from wsiseg.formats import FILE_NAMES, load_writer
@@ -18,6 +17,7 @@ from wsiseg.records import Bank, Cells, Provenance, Typing, TypingNotes
 from wsiseg.runs.manifest import Manifest, Status
 from wsiseg.runs.plausibility import implausible
 from wsiseg.runtime.profiling import Clock, trim_memory
+from wsiseg.runtime.version import __version__
 from wsiseg.seeds.bank import match_bank, missed_cells
 from wsiseg.stitching.outline_store import CACHE_BYTES
 from wsiseg.stitching.stitch import keep_all, stitch

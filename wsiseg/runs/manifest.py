@@ -11,11 +11,11 @@ from enum import StrEnum
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, Self
 
-from wsiseg import __version__
 from wsiseg.errors import FormatError, RunError
 from wsiseg.records import SlideInfo
 from wsiseg.runtime.atomic import write_json
 from wsiseg.runtime.paths import read_text, refusal
+from wsiseg.runtime.version import __version__
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from wsiseg import __version__
 from wsiseg.celltypes.assignment import assign_types, set_click_labels, typing_summary
 from wsiseg.config import CHAINED, check, from_mapping, read_config
 from wsiseg.errors import ConfigError, RunError, SeedsError
@@ -27,6 +26,7 @@ from wsiseg.runs.folder import RunFolder, refuse_own_bank
 from wsiseg.runs.inputs import load_bank, require_known_types
 from wsiseg.runs.manifest import FINISHED, Status
 from wsiseg.runtime.paths import kind_of
+from wsiseg.runtime.version import __version__
 from wsiseg.seeds.bank import same_cell
 from wsiseg.seeds.matching import describe_nearest, match_groups
 

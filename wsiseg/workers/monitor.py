@@ -9,8 +9,8 @@ from concurrent.futures import CancelledError
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from wsiseg import __version__
 from wsiseg.errors import RunError
+from wsiseg.runtime.version import __version__
 from wsiseg.workers.tasks import describe
 
 if TYPE_CHECKING:

@@ -27,7 +27,6 @@ from typing import TYPE_CHECKING, Any
 
 import shapely
 
-from wsiseg import __version__
 from wsiseg.errors import SeedsError, counted
 from wsiseg.formats.geojson_geometry import kind_of, read_points, read_polygons
 from wsiseg.formats.json_documents import QUPATH_TYPES, class_name, iter_features
@@ -46,6 +45,7 @@ from wsiseg.formats.text_tables import columns_of, read_table
 from wsiseg.records import Seeds, SeedType
 from wsiseg.runtime.atomic import atomic_path
 from wsiseg.runtime.text import show
+from wsiseg.runtime.version import __version__
 
 if TYPE_CHECKING:
     from pathlib import Path
