@@ -30,7 +30,7 @@ from wsiseg.seeds.bank import build_bank
 from wsiseg.segmentation.competition import compete
 from wsiseg.segmentation.detection import Detector
 from wsiseg.segmentation.polygons import trace
-from wsiseg.segmentation.prompts.exemplars import choose, find_examples, likely_places, sureness
+from wsiseg.segmentation.prompts.exemplars import choose, find_examples, likely_places, relative_lead
 from wsiseg.slide.array_reader import ArrayReader
 
 SIDE, STRIDE, CELL = 512, 16, 4
@@ -364,15 +364,15 @@ def test_examples_are_the_clicked_cells_or_the_surest():
     assert len(found[1].negative) == 0
 
 
-def test_sureness_is_the_lead_over_other_types_and_negative_clicks():
+def test_relative_lead_is_the_lead_over_other_types_and_negative_clicks():
     z = np.array([[1, 0], [0, 1], [0.8, 0.6]], np.float32)
     first = TypePrototypes(name="a", color=(0, 0, 0), clicks=np.empty((0, 2)), clicked=z[:1], negative=z[2:])
     second = dataclasses.replace(first, name="b", clicked=z[1:2], negative=z[:0])
-    assert sureness(z, [first, second]) == pytest.approx(np.array([[1, -1], [-5, 1], [-1, -0.2]]), abs=1e-6)
+    assert relative_lead(z, [first, second]) == pytest.approx(np.array([[1, -1], [-5, 1], [-1, -0.2]]), abs=1e-6)
     alone = dataclasses.replace(first, negative=z[:0])
-    assert sureness(z, [alone])[:, 0] == pytest.approx([1, 0, 0.8])
+    assert relative_lead(z, [alone])[:, 0] == pytest.approx([1, 0, 0.8])
     boxes = np.arange(12, dtype=np.float32).reshape(3, 4)
-    chosen = choose(sureness(z, [first, second]), boxes, DetectionConfig(min_lead=0.25))
+    chosen = choose(relative_lead(z, [first, second]), boxes, DetectionConfig(min_lead=0.25))
     assert [b.tolist() for b in chosen] == [boxes[:1].tolist(), boxes[1:2].tolist()]
 
 

@@ -1,4 +1,4 @@
-"""What surrounds the code says what is so: README, docs, examples, pins, CI."""
+"""README, docs, examples, pins and CI agree with the code."""
 
 from __future__ import annotations
 

@@ -153,6 +153,7 @@ def test_a_clicked_cell_replaces_none_that_was_found(method: str, kept: int) -> 
     result = stitch_and_type([found], info=info, config=config, bank=bank, types=None, descriptor_size=8)
     assert sorted(result.cells.points_xy[:, 0].tolist()) == [(120, 122)[kept], 320]
     assert sorted(result.typing.codes.tolist()) == [1, 2]
+    assert (result.counts.outlines, result.counts.from_clicks) == ((2, 1) if method == "apg" else (3, 2))
     assert result.bank is not None
     if method == "apg":
         np.testing.assert_array_equal(result.bank.types[0].clicked, found.descriptors)

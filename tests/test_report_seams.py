@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from wsiseg.formats.geoparquet import read_geoparquet
+from wsiseg.formats.parts import write_part
 from wsiseg.report.seams import border_profile, seam_distance
 from wsiseg.slide.tiling import TileGrid
 
@@ -97,6 +99,18 @@ def test_cells_over_a_seam_are_counted(run: Path, wsiseg: Callable[..., tuple[in
     over += sum(any(y < edge < y + 10 for edge in (100, 200, 300)) for y in range(5, 390, 20)) * 50
     assert over == 200
     assert re.search(r"Outlines over a seam</th><td>200<", page)
+
+
+@pytest.mark.parametrize(("found", "compared"), [(1000, True), (999, False)])
+def test_outlines_of_the_tiles_are_compared_though_a_click_added_one(
+    run: Path, wsiseg: Callable[..., tuple[int, str]], found: int, compared: bool
+) -> None:
+    cells = read_geoparquet(run / "cells.parquet")[0]
+    (run / "parts").mkdir()
+    write_part(run / "parts" / "a.parquet", cells.take(np.arange(found)), "p", {"tiles": 44})
+    counts = {"tiles": 44, "tiles_failed": 0, "outlines": 1001, "from_clicks": 1}
+    page = page_with(run, wsiseg, tiles=TILES, counts=counts, parts_hash="p")
+    assert ("Dropped for a better outline" in page) == compared
 
 
 @pytest.mark.parametrize(

@@ -178,7 +178,7 @@ class CopConfig:
     click_min_score: float = setting(0.1, 0, 1)
 
 
-#: Chain-of-Prompts by one name: ours; as the paper's text has it; as the authors' demo does it.
+#: Forms of Chain-of-Prompts: that of wsiseg, that of the paper's text, that of the authors' demo.
 COP_FORMS = {
     "wsiseg": CopConfig(),
     "paper": CopConfig(gate="product", localise="components"),
@@ -193,7 +193,7 @@ class DetectionConfig:
     Attributes
     ----------
     min_score
-        Of an instance, as the detector gives it: the default of transformers' post-processing. Meta's demo has 0.5, which finds fewer.
+        Least score of an instance: the default of transformers' post-processing. Meta's demo uses 0.5, which finds fewer.
     crowded
         Share of the instances that one pass can find at all (200 in SAM 3) from which a tile is searched again in quarters: more may be there.
     smallest_field_um
@@ -205,9 +205,9 @@ class DetectionConfig:
         border, and the better one is kept like any that overlaps.
     examples
         Boxes per type and tile, of cells of the type, and as many of others: one odd cell among four is outvoted. Not measured on SAM 3's own
-        weights, which are not ours to try.
+        weights, whose licence has to be accepted first.
     min_lead
-        Least sureness of an example (prompts/exemplars.py): 0 is half way between two types' clicks, 1 is like the click. A tile without the type
+        Least lead of an example (prompts/exemplars.py): 0 is half way between two types' clicks, 1 is like the click. A tile without the type
         should give no example of it; in between, a quarter is a choice.
     candidates
         Places per type and tile that look most like its clicks and are decoded, for the examples to be chosen from: six for each.
@@ -367,6 +367,8 @@ class RunConfig:
         Phrases, each a type of its own, for ``--method text``.
     outlines
         File of outlined cells of another program, for ``--method outlines``: they are kept as they are, and get descriptors.
+    formats
+        Names of the final files (``wsiseg.formats.FORMATS``); execution, since they decide nothing about the cells.
     batch_size
         Tiles encoded together. ``None``: one on a CPU, as many as fit on a GPU.
     max_ram_gb, max_vram_gb
@@ -407,7 +409,7 @@ class RunConfig:
     refinement: RefinementConfig = field(default_factory=RefinementConfig)
     stitching: StitchingConfig = field(default_factory=StitchingConfig)
     typing: TypingConfig = field(default_factory=TypingConfig)
-    # (in the hashes of runs that detect only: those of other methods are as they were before there was a detector)
+    # enters the hashes of detecting methods only, so that those of other methods stay what they were in earlier versions
     detection: DetectionConfig = field(default_factory=DetectionConfig, metadata={"group": "source"})
     device: str = setting("auto", group="execution")
     batch_size: int | None = setting(None, 1, 1024, group="execution")

@@ -69,7 +69,7 @@ def overwrite_option(sentence: str) -> Callable[[FC], FC]:
 
 
 def formats_option(sentence: str) -> Callable[[FC], FC]:
-    """Add ``--format`` (parameter ``formats``, see :func:`split_list`); ``sentence`` says what else counts, and the default."""
+    """Add ``--format`` (parameter ``formats``, see :func:`split_list`); ``sentence`` ends the help text: restrictions, and the default."""
     return click.option("--format", "formats", metavar="LIST", help=f"Files to write, comma-separated{sentence}")
 
 

@@ -24,6 +24,7 @@ from wsiseg.cli.options import (
     quiet_option,
     reader_option,
     report_option,
+    split_list,
     stain_option,
 )
 from wsiseg.cli.report import report_after
@@ -324,7 +325,7 @@ def _as_settings(options: dict[str, Any]) -> dict[str, Any]:
     if options["known_types"]:
         settings["typing"] = {"known_types": True}
     if "formats" in settings:
-        settings["formats"] = tuple(f.strip() for f in settings["formats"].split(",") if f.strip())
+        settings["formats"] = split_list(settings["formats"])
     return settings
 
 

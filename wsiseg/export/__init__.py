@@ -63,17 +63,17 @@ EXPORTS = {
 }
 
 
-class Writer(Protocol):
+class Exporter(Protocol):
     """Makes one file of a run's cells."""
 
     def __call__(self, path: Path, run: RunCells, settings: ExportSettings) -> None:
         """Write the file, whole or not at all."""
 
 
-def load_writer(name: str) -> Writer:
+def load_exporter(name: str) -> Exporter:
     """Import the writer of a format, a key of ``EXPORTS``."""
     module, function = EXPORTS[name].writer.split(":")
-    return cast("Writer", getattr(importlib.import_module(module), function))
+    return cast("Exporter", getattr(importlib.import_module(module), function))
 
 
 def check_formats(names: Sequence[str] | None) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ import math
 from typing import TYPE_CHECKING
 
 from wsiseg.errors import ConfigError, RunError
-from wsiseg.export import EXPORTS, check_formats, load_writer
+from wsiseg.export import EXPORTS, check_formats, load_exporter
 from wsiseg.export.source import ExportSettings, open_run
 
 if TYPE_CHECKING:
@@ -70,6 +70,6 @@ def export_run(
             if file.exists():
                 raise RunError(f"{file}: exists; pass --overwrite to replace it, or another --out")
     for name, file in files.items():
-        load_writer(name)(file, run, settings)
+        load_exporter(name)(file, run, settings)
         yield file, warnings
         warnings = []

@@ -1,7 +1,7 @@
 """Readers and writers of wsiseg's files. Nothing heavy is imported until a format is used.
 
 ``FORMATS`` maps the name given to ``--format`` to its writer; every writer has the signature of
-:func:`wsiseg.formats.geoparquet.write_geoparquet`. ``FILE_NAMES`` is what the writer is asked to write in the output folder.
+:func:`wsiseg.formats.geoparquet.write_geoparquet`. ``FILE_NAMES`` has each one's file in the run folder.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from wsiseg.errors import ConfigError
 from wsiseg.runtime.text import did_you_mean
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from pathlib import Path
 
     from wsiseg.records import CellSource, Provenance, SlideInfo, Typing
@@ -55,3 +56,9 @@ def load_writer(name: str) -> Writer:
         raise ConfigError(f"--format: unknown format {name!r}; {did_you_mean(name, FORMATS)}{allowed}")
     module, function = FORMATS[name].split(":")
     return cast("Writer", getattr(importlib.import_module(module), function))
+
+
+def require_formats(names: Iterable[str]) -> None:
+    """Refuse a format that nobody writes before work starts; raises the error of :func:`load_writer`."""
+    for name in names:
+        load_writer(name)

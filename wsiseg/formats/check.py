@@ -1,4 +1,4 @@
-"""Check of files of cells: GeoJSON by the rules of QuPath's import, GeoParquet by reading all of it, or both files of a run folder."""
+"""Checks of cell files: GeoJSON by the rules of QuPath's import, GeoParquet by reading all of it; of a run folder, every such file."""
 
 from __future__ import annotations
 
@@ -9,15 +9,13 @@ import numpy as np
 import shapely
 
 from wsiseg.errors import FormatError, counted
-from wsiseg.formats import FILE_NAMES, ZIP_NAME
+from wsiseg.formats import CHUNK, FILE_NAMES, ZIP_NAME
 from wsiseg.formats.geoparquet import read_table
 from wsiseg.formats.qupath.validation import MAX_PROBLEMS, QUPATH_SUFFIXES, summarise_geojson
 from wsiseg.runtime.paths import kind_of
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-CHUNK = 20_000  #: cells in memory at a time: a row group
 
 
 @dataclass(frozen=True)

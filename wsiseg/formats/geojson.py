@@ -1,4 +1,4 @@
-"""cells.geojson.gz: every cell as a QuPath detection (QuPath >= 0.4). The validator of such files is in validation.py.
+"""cells.geojson.gz: every cell as a QuPath detection (QuPath >= 0.4). The validator of such files is in qupath/validation.py.
 
     {"type":"FeatureCollection","features":[
     {"type":"Feature","id":"<uuid>",

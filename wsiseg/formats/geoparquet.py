@@ -77,7 +77,7 @@ def write_geoparquet(path: Path, cells: CellSource, typing: Typing, info: SlideI
         The file to write.
     cells
         Level-0 px, already in the order of the file (sorted in space, so that row groups are compact, and cells of equal prompts neighbours);
-        N = 0 is valid. Read once and never all at a time.
+        N = 0 is valid. Read once, in chunks.
     typing
         Types of the same cells.
     info

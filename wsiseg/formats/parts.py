@@ -7,8 +7,8 @@
       descriptor  fixed_size_list<halffloat>[D]
       concept_scores  fixed_size_list<float>[T]   only of runs that describe T types (--method text, exemplar)
       and a float column per measurement of colour
-    file metadata, key "wsiseg_part": {"format": 2, "config_hash": ..., "counts": {...}, "failures": [...], "cells": N, "descriptor_size": D,
-      "concepts": T, "measurements": [...]}
+    file metadata, key "wsiseg_part": {"format": 2, "config_hash": ..., "counts": {...}, "failures": [...], "failed_px0": [...],
+      "cells": N, "descriptor_size": D, "concepts": T, "measurements": [...]}
 
 The footer is at the end of the file and the file arrives by rename, so a footer that can be read means a part that is complete.
 Format: https://parquet.apache.org/docs/file-format/
@@ -145,7 +145,7 @@ class Part:
 def write_part(
     path: Path,
     cells: Cells,
-    config_hash: str,
+    parts_hash: str,
     counts: dict[str, int],
     failures: Sequence[str] = (),
     failed_px0: Sequence[tuple[float, float]] = (),
@@ -158,8 +158,8 @@ def write_part(
         ``parts/<block name>.parquet``.
     cells
         Cells of one block, level-0 px; N = 0 is valid.
-    config_hash
-        Hash of everything that decides the cells; :func:`part_is_current` compares it.
+    parts_hash
+        Hash of everything that decides the parts; :func:`part_is_current` compares it.
     counts
         Tiles, tiles that could not be read, prompts, masks larger than the window, outlines: summed into the manifest.
     failures
@@ -169,7 +169,7 @@ def write_part(
     """
     note = {
         "format": FORMAT,
-        "config_hash": config_hash,
+        "config_hash": parts_hash,
         "counts": {name: int(count) for name, count in counts.items()},
         "failures": list(failures),
         "failed_px0": [list(corner) for corner in failed_px0],
@@ -260,22 +260,20 @@ def _unreadable(name: str, error: Exception) -> FormatError:
     return FormatError(f"{name}: not a readable part file ({first_line(error)}); delete it and run the command again")
 
 
-def part_is_current(path: Path, config_hash: str) -> bool:
+def part_is_current(path: Path, parts_hash: str) -> bool:
     """Tell whether the part exists, is complete, and was made with this configuration.
 
     Parameters
     ----------
     path
         May be missing, truncated or anything at all: the answer is then False, never an exception.
-    config_hash
+    parts_hash
         The hash given to :func:`write_part`.
     """
     try:
         footer = pq.read_metadata(path)
         note = json.loads(footer.metadata[KEY])
-        return bool(
-            note["format"] == FORMAT and note["config_hash"] == config_hash and note["cells"] == footer.num_rows
-        )
+        return bool(note["format"] == FORMAT and note["config_hash"] == parts_hash and note["cells"] == footer.num_rows)
     except UNREADABLE:
         return False
 

@@ -266,7 +266,8 @@ def _dropped(
         except FormatError:
             return None
     outlines = np.concatenate(found) if found else np.empty((0, 2))
-    if len(outlines) != run.manifest.counts.get("outlines"):
+    counts = run.manifest.counts
+    if len(outlines) != counts.get("outlines", 0) - counts.get("from_clicks", 0):
         return None
     reach = NEAR_UM / run.info.mpp
     near = [int((seam_distance(of, grid, run.info.size_px0) < reach).sum()) for of in (outlines, kept)]

@@ -112,11 +112,11 @@ class StitchedResult:
     Attributes
     ----------
     cells, typing
-        Stitched cells in the order of the files, and a verdict on each.
+        Stitched cells in the order of the files, and their types.
     notes
-        What typing found out, with the warnings about clicks.
+        What the typing step reports, with the warnings about clicks.
     bank
-        Of the plan; but for Chain-of-Prompts with the descriptors of the cells that the clicks mean here.
+        Of the plan; except under Chain-of-Prompts, with the descriptors of the stitched cells that were clicked.
     counts
         Of stitching.
     """
@@ -143,7 +143,7 @@ def stitch_and_type(
     """Stitch the outlines of all tiles, in any order, and type the cells.
 
     The clicks are looked up in the stitched cells, as :func:`wsiseg.runs.retype.type_run` does, so that the same clicks give the same types. A
-    click that means none of them adds the cell decoded from it, which competes with the rest: what somebody clicked is in the result even if no
+    click on none of them adds the cell decoded from it, which competes with the rest: what somebody clicked is in the result even if no
     automatic prompt found it. Under Chain-of-Prompts the clicked cells compete from the start and keep the descriptors that its prompts spread
     from. What a detector found as a described type is of that type; descriptors do not decide then.
 
@@ -171,7 +171,7 @@ def stitch_and_type(
         with clock("stitch"):
             if config.method == "outlines":
                 return keep_all(sources, info.size_px0, descriptor_size=descriptor_size, cache_bytes=cache_bytes)
-            return stitch(
+            cells, counts = stitch(
                 [*sources, clicked],
                 info.size_px0,
                 config.masks.min_area_um2 / info.mpp**2,
@@ -179,6 +179,7 @@ def stitch_and_type(
                 descriptor_size=descriptor_size,
                 cache_bytes=cache_bytes,
             )
+            return cells, dataclasses.replace(counts, from_clicks=len(clicked))
 
     none = Cells.empty(descriptor_size)
     if bank is None:

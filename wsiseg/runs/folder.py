@@ -77,6 +77,7 @@ class RunFolder:
         manifest = self.manifest()
         if manifest is None or manifest.run_hash != run_hash or manifest.status != Status.COMPLETE:
             return False
+        # by the first two parts of a name: cells.geojson.gz may have become cells.geojson.zip
         made = {
             known
             for known, name in FILE_NAMES.items()
@@ -88,7 +89,7 @@ class RunFolder:
         """The manifest of a run that is complete already."""
         manifest = self.manifest()
         if manifest is None:
-            raise RunError(f"{self.manifest_path}: is gone; run the command again")
+            raise RunError(f"{self.manifest_path}: no longer exists; run the command again")
         return replace(manifest, already=True, folder=str(self.path))
 
     def drop_old_files(self, files: list[str]) -> None:

@@ -15,7 +15,7 @@ import shapely
 
 from wsiseg.config import DETECTING, CopConfig, RunConfig, StitchingConfig, TypingConfig, check
 from wsiseg.errors import ConfigError, FormatError, SlideError, counted
-from wsiseg.formats import load_writer
+from wsiseg.formats import require_formats
 from wsiseg.formats.bank import read_bank
 from wsiseg.formats.given import points_inside
 from wsiseg.formats.outlines import Labels, Points, read_side, trace_labels
@@ -115,8 +115,7 @@ def read_inputs(slide: str, config: RunConfig, *, clicks: Seeds | None = None) -
     check(config)
     check_scheduler(config.scheduler, config.cluster)
     card, weights = find_weights(config.model)
-    for format_name in config.formats:
-        load_writer(format_name)
+    require_formats(config.formats)
     if config.seeds is not None and config.bank is not None:
         raise ConfigError("--bank and --seeds: both define the types; pass only one of them")
     if config.text:

@@ -38,7 +38,7 @@ FRAME = "slide level-0 px, x right, y down, origin at the outer corner of pixel 
 
 
 class Status(StrEnum):
-    """What a run has come to; the values are those in the files."""
+    """State of a run; the values are those in the files."""
 
     RUNNING = "running"  #: begun; or killed, when no process works on it
     INTERRUPTED = "interrupted"  #: stopped in an orderly way

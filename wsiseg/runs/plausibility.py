@@ -58,7 +58,7 @@ def implausible(areas_px0: NDArray[np.float64], plan: RunPlan) -> tuple[str, ...
         )
     masks = plan.config.masks
     if not len(areas_px0):
-        thresholds = f"min_score {masks.min_score:g}, min_area_um2 {masks.min_area_um2:g}"
+        thresholds = f"masks.min_score {masks.min_score:g}, masks.min_area_um2 {masks.min_area_um2:g}"
         reasons = (
             f"{scale}, the slide is blank, not H&E or transparent, or a threshold of masks is too strict ({thresholds})"
         )

@@ -14,7 +14,7 @@ import numpy as np
 from wsiseg.celltypes.assignment import assign_types, set_click_labels, typing_summary
 from wsiseg.config import CHAINED, check, from_mapping, read_config
 from wsiseg.errors import ConfigError, RunError, SeedsError
-from wsiseg.formats import FILE_NAMES, load_writer
+from wsiseg.formats import FILE_NAMES, load_writer, require_formats
 from wsiseg.formats.bank import write_bank
 from wsiseg.formats.geoparquet import CellTable, read_table, write_retyped
 from wsiseg.formats.seed_rules import require_points
@@ -90,8 +90,7 @@ def type_run(
         config = dataclasses.replace(config, typing=dataclasses.replace(config.typing, known_types=True))
     if formats:
         config = dataclasses.replace(config, formats=tuple(dict.fromkeys((*formats, "parquet"))))
-    for format_name in config.formats:
-        load_writer(format_name)
+    require_formats(config.formats)
     check(config, str(folder.manifest_path))
     if config.method in CHAINED:
         raise RunError(

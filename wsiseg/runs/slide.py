@@ -1,6 +1,6 @@
 """The whole program on one page: inputs -> folder -> plan -> parts of outlines -> stitched, typed cells -> files.
 
-``segmentation/tile.py`` has the story of one tile, ``finish.py`` that of the cells of all tiles.
+``segmentation/tile.py`` has the steps of one tile, ``finish.py`` those of the cells of all tiles.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wsiseg.errors import RunError
-from wsiseg.formats import load_writer
+from wsiseg.formats import require_formats
 from wsiseg.models import find_weights, load_types
 from wsiseg.models.cards import file_hash
 from wsiseg.runs.finish import finish
@@ -167,8 +167,7 @@ def merge_run(
         )
     if formats:
         plan = dataclasses.replace(plan, config=dataclasses.replace(plan.config, formats=formats))
-    for format_name in plan.config.formats:
-        load_writer(format_name)
+    require_formats(plan.config.formats)
     statistics = RunStatistics(plan.info.path)
     with Claims(folder.parts) as claims, recorded_interruption(folder, plan, claims):
         missing = statistics.collect(folder, plan)

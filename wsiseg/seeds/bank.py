@@ -157,7 +157,7 @@ def build_bank(
 
 
 def missed_cells(bank: Bank, cells: CellIndex, reach_px0: float) -> Cells:
-    """The bank's own cells of the clicks that mean none of ``cells``; a click outside the searched area has none."""
+    """The bank's own cells of the clicks that hit none of ``cells``; a click outside the searched area has none."""
     points = np.concatenate([np.empty((0, 2)), *(of.clicks for of in bank.types)])
     missed = points[match_clicks(points, cells, reach_px0) < 0]
     rows = match_clicks(missed, bank.cells, reach_px0)

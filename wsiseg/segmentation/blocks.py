@@ -2,8 +2,8 @@
 
 ::
 
-    claim a block  ->  read its tiles  ->  encode       ->  find prompts  ->  decode       ->  trace  ->  write its part
-    this thread        some threads        this thread      some threads      this thread      one        one
+    claim a block  ->  read its tiles  ->  encode       ->  find prompts  ->  decode       ->  trace    ->  write its part
+    this thread        some threads        this thread      some threads      this thread      one to four  one
 
 The device waits for nothing but pixels; the share of the time that it works is reported. Blocks that another process has claimed are left to it.
 """

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def compete(cells: Cells, same_cell: float) -> Cells:
-    """Join what is the same cell, of one tile.
+    """Merge the duplicates of one tile: the same cell found as several types, or in several passes.
 
     Parameters
     ----------

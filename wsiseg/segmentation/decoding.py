@@ -46,13 +46,13 @@ def decode(
     config
         ``prompts_per_batch`` bounds the memory.
     grid
-        The points lie on a grid and may mean anything: all answers to each are taken, and have to be surer.
+        The points lie on a grid, on nuclei or not: all masks of each point are taken, and stricter thresholds apply.
 
     Yields
     ------
     WindowMasks
         Masks of the points whose predicted IoU x stability reaches ``config.min_score``, in order; those that a model has to decode again,
-        because they reach the border of their window, come last, from left to right, and of equal points once.
+        because they reach the border of their window, come last, from left to right, one for equal points.
     """
     for _, masks in _decode(model, embeddings, np.full(len(points_xy), tile), points_xy, config, grid):
         yield masks

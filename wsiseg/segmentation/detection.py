@@ -54,7 +54,7 @@ class _Field:
     corner_xy, side_px
         Place on the tile, model px.
     core
-        (4,): x0, y0, x1, y1 of the part that it answers for, model px of the tile.
+        (4,): x0, y0, x1, y1 of the part whose cells it reports, model px of the tile.
     embeddings, index
         Its embedding, as the ``index``-th of those encoded together.
     """
@@ -272,7 +272,7 @@ def _enlarged(pixels: NDArray[np.uint8], corner_xy: NDArray[np.float64], side_px
 def _in_boxes(detections: Detections) -> Tensor:
     """The masks (N, h, w), each inside of its box; where nothing of it is there, as it is.
 
-    A mask may light up on other things of its kind. The box says which of them is meant; what hangs together with that is outlined later.
+    A mask may also cover other objects of its kind. The box says which one is meant; tracing keeps the part connected to it.
     """
     inside = detections.logits > 0
     steps = torch.arange(inside.shape[2], device=inside.device) + 0.5

@@ -43,8 +43,8 @@ def trace(masks: WindowMasks, outer: Box, lattice: Lattice, config: MaskConfig) 
     Returns
     -------
     cells
-        One polygon per mask: the connected part that holds the prompt (else the largest), without holes. Masks that come out too small are
-        left out; order is kept.
+        One polygon per mask that has an outline: the connected part that holds the prompt (else the largest), without holes. Masks that
+        come out too small are left out; order is kept.
     touching
         Number that touch the border of their window: nuclei larger than the model's window, cut there, or things larger than the halo, left out.
     """

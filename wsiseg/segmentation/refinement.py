@@ -135,12 +135,12 @@ def _decode(
 ) -> WindowMasks:
     """The second round's masks of ``rows``, on the CPU."""
     points = tile.masks.points_xy[torch.from_numpy(rows)]
-    everyone = np.unique(tile.masks.points_xy.numpy()[kept], axis=0)  # several masks of one point are not neighbours
-    count = min(config.neighbours, len(everyone) - 1)
+    kept_xy = np.unique(tile.masks.points_xy.numpy()[kept], axis=0)  # several masks of one point are not neighbours
+    count = min(config.neighbours, len(kept_xy) - 1)
     negative = torch.empty(len(rows), 0, 2)
     if count:
-        _, near = cKDTree(everyone).query(points.numpy(), k=count + 1)
-        negative = torch.from_numpy(everyone[np.atleast_2d(near)[:, 1:]])
+        _, near = cKDTree(kept_xy).query(points.numpy(), k=count + 1)
+        negative = torch.from_numpy(kept_xy[np.atleast_2d(near)[:, 1:]])
     labels = torch.zeros(negative.shape[:2])  # background
     if model.box_replaces_point:
         negative, labels = torch.cat([points[:, None], negative], 1), torch.cat([torch.ones(len(rows), 1), labels], 1)

@@ -1,4 +1,4 @@
-"""The story of one tile: encode its pixels, find prompts, decode their masks, trace the outlines.
+"""One tile: encode its pixels, find prompts, decode their masks, trace the outlines.
 
 ``runs/image.py`` takes the steps one after the other; ``blocks.py`` lets those of several tiles overlap in time.
 """
@@ -133,7 +133,7 @@ class TileSegmenter:
     def find_prompts(self, tile: Tile, encoded: EncodedTile) -> NDArray[np.float32]:
         """Find the prompts (N, 2) that the tile owns, model px of the tile: each point of the slide belongs to one core.
 
-        For a detector they only find the examples that it is shown: they may lie anywhere on the tile, and there are none for phrases.
+        For a detector the prompts only locate the example cells that it is shown: they may lie anywhere on the tile, and there are none for phrases.
         """
         with self.clock("prompt"):
             if self.detector is not None:

@@ -139,7 +139,7 @@ def _decide(
     nested: NDArray[np.bool_],
     config: StitchingConfig,
 ) -> None:
-    """Drop those of ``pairs.low`` that too much is claimed of, or that nest with a better one; all of ``pairs.high`` are decided. In place."""
+    """Drop those of ``pairs.low`` that better ones cover too much, or that nest with a better one; all of ``pairs.high`` are decided. In place."""
     rows, where = np.unique(pairs.low, return_inverse=True)
     better = kept[pairs.high]
     claimed = np.bincount(where[better], weights=pairs.shared[better], minlength=len(rows))

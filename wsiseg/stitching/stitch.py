@@ -1,7 +1,8 @@
 """Outlines of all tiles -> cells: overlaps are resolved once, for the whole slide, in an order that does not depend on the tiling.
 
-Every tile hands over the outlines whose prompt lies in its core, each exactly once. Here they are ranked from the best score down (ties: by
-prompt position, a total order), and overlaps are resolved in that order by the rules of :mod:`wsiseg.stitching.resolve`.
+Every tile hands over the outlines whose prompt lies in its core; a detector's tiles also those just outside.
+Here they are ranked from the best score down (ties: by prompt position, a total order), and overlaps are resolved in that order by the rules of
+:mod:`wsiseg.stitching.resolve`.
 """
 
 from __future__ import annotations
@@ -40,9 +41,11 @@ class StitchCounts:
     clusters
         Dropped because they hold others.
     too_small
-        Too small after clipping, or from the start.
+        Smaller than the least area after clipping. A tile leaves out what is too small from the start.
     clipped
         Clipped; counted among ``kept`` or ``too_small``.
+    from_clicks
+        Of ``outlines``, those decoded from clicks because no tile had found the cell.
     """
 
     outlines: int
@@ -51,6 +54,7 @@ class StitchCounts:
     clusters: int
     too_small: int
     clipped: int
+    from_clicks: int = 0
 
 
 def stitch(

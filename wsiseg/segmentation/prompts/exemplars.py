@@ -66,7 +66,7 @@ def likely_places(
     return np.concatenate(found).astype(np.float32)
 
 
-def sureness(descriptors: NDArray[np.float32], types: Sequence[TypePrototypes]) -> NDArray[np.float32]:
+def relative_lead(descriptors: NDArray[np.float32], types: Sequence[TypePrototypes]) -> NDArray[np.float32]:
     """How sure it is that cells (N, D) are of each type -> (N, T), > 0 for at most one type of each.
 
     The lead of the largest cosine with a clicked cell of the type over that with a cell clicked as another type or against this one, relative to
@@ -146,7 +146,7 @@ def find_examples(
         return cells, np.clip(boxes, 0, outer.width).astype(np.float32)
 
     cells, boxes = cells_at(points, config.masks)
-    shown = choose(sureness(cells.descriptors.astype(np.float32), bank.types), boxes, config.detection)
+    shown = choose(relative_lead(cells.descriptors.astype(np.float32), bank.types), boxes, config.detection)
     nothing = np.empty((0, 2))
     clicks = [of.clicks for of in bank.types]
     clicks += [nothing if of.negative_clicks is None else of.negative_clicks for of in bank.types]
