@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from wsiseg.celltypes.assignment import assign_types, set_click_labels
-from wsiseg.celltypes.plda import infer_hypotheses, slide_space
+from wsiseg.celltypes.plda import infer_hypotheses, learn_from_sure_cells, slide_space
 from wsiseg.config import TypingConfig
 from wsiseg.records import Bank, Cells, TypePrototypes, TypeSpace, Typing
 
@@ -187,7 +187,9 @@ def test_a_stain_that_changes_over_the_slide_is_followed() -> None:
     bank = bank_of(z[left], kinds[left], [0, 1], clicks=5)
     model = dataclasses.replace(space(kinds=2), slide_variance=np.full(SIZE, 9.0))
     good = [
-        (assign_types(z, xy, bank, model, TypingConfig(local_shift=d))[0].codes == kinds + 1)[right].mean()
+        (assign_types(z, xy, bank, model, TypingConfig(local_shift=d, sure_cells=0))[0].codes == kinds + 1)[
+            right
+        ].mean()
         for d in (0, 0.25)
     ]
     assert good[0] < 0.8
@@ -210,12 +212,62 @@ def test_a_bank_of_another_slide_finds_this_slides_shift() -> None:
         z + np.float16(3) * np.eye(SIZE, dtype=np.float16)[0] - np.float16(3) * np.eye(SIZE, dtype=np.float16)[1]
     ).astype(np.float16)
     model = dataclasses.replace(space(kinds=2), slide_variance=np.full(SIZE, 9.0))
-    here, _ = assign_types(displaced, places(len(z)), bank, model, TypingConfig(local_shift=0))
+    here, _ = assign_types(displaced, places(len(z)), bank, model, TypingConfig(local_shift=0, sure_cells=0))
     carried, _ = assign_types(
         displaced, places(len(z)), dataclasses.replace(bank, from_other_slide=True), model, TypingConfig()
     )
     assert (here.codes == kinds + 1).mean() < 0.8
     assert (carried.codes == kinds + 1).mean() > 0.95
+
+
+def drifted(seed: int = 0) -> tuple[np.ndarray, np.ndarray, TypeSpace]:
+    """Cells of two kinds, one of which differs here from what the model knows of it: it looks more like the other. sd 1."""
+    rng = np.random.default_rng(seed)
+    known = space(kinds=2, distance=4)
+    kinds = rng.integers(0, 2, 4000)
+    means = known.reference_classes + np.outer([1, 0], 2.5 * np.eye(SIZE)[1] + 2.5 * np.eye(SIZE)[2])
+    return (means[kinds] + rng.standard_normal((4000, SIZE))).astype(np.float16), kinds, known
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_sure_cells_correct_what_one_click_gets_wrong(elsewhere: bool) -> None:
+    """A click tells little of how the types differ here from those that the model knows; the cells that are sure tell more."""
+    z, kinds, known = drifted()
+    clicks_alone, with_cells = [], []
+    for seed in range(8):
+        shuffled = np.random.default_rng(seed).permutation(len(z))
+        bank = dataclasses.replace(bank_of(z[shuffled], kinds[shuffled], [0, 1]), from_other_slide=elsewhere)
+        for config, found in ((TypingConfig(sure_cells=0), clicks_alone), (TypingConfig(), with_cells)):
+            typing, _ = assign_types(z, places(len(z)), bank, known, dataclasses.replace(config, local_shift=0))
+            found.append((typing.codes == kinds + 1).mean())
+    assert np.mean(with_cells) > np.mean(clicks_alone)
+    assert np.min(with_cells) > np.min(clicks_alone)
+
+
+def test_sure_cells_do_not_take_over_a_type_that_the_model_does_not_know() -> None:
+    z, kinds, known = drifted()
+    clicked = [z[kinds == 0][:1].astype(float), 30.0 * np.eye(SIZE)[9:10]]
+    (first, *_) = infer_hypotheses(clicked, known, TypingConfig())
+    assert first.classes == (0, -1)
+    (learned,) = learn_from_sure_cells([first], clicked, z.astype(np.float32), known, TypingConfig())
+    truth = z[kinds == 0].astype(float).mean(0)
+    at = [h.means[0] + h.slide_effect for h in (first, learned)]
+    assert np.linalg.norm(at[1] - truth) < 0.8 * np.linalg.norm(at[0] - truth)
+    own = [h.means[1] + h.slide_effect for h in (first, learned)]
+    np.testing.assert_allclose(own[1], own[0], atol=0.1)
+    assert learn_from_sure_cells([first], clicked, z.astype(np.float32), known, TypingConfig(sure_cells=0)) == [first]
+
+
+def test_a_bank_keeps_how_its_types_differ_from_the_models_classes() -> None:
+    """Clicks on one slide of a stain that the model does not know type another slide of that stain."""
+    z, kinds, known = drifted()
+    other, truth, _ = drifted(seed=1)
+    bank = dataclasses.replace(bank_of(z, kinds, [0, 1], clicks=5), from_other_slide=True)
+    typing, _ = assign_types(other, places(len(other)), bank, known, TypingConfig())
+    plain = assign_types(other, places(len(other)), Bank((), Cells.empty(SIZE)), known, TypingConfig(known_types=True))[
+        0
+    ]
+    assert (typing.codes == truth + 1).mean() > (plain.codes == truth + 1).mean() + 0.01
 
 
 def test_order_of_the_cells_does_not_matter() -> None:

@@ -101,6 +101,7 @@ def verdicts(m: Mosaic, clicks: Clicks, space: TypeSpace) -> dict[str, np.ndarra
     )
     return {
         "ours": ours(m.z, m.xy, clicked, space),
+        "ours, no sure cells": ours(m.z, m.xy, clicked, space, dataclasses.replace(TypingConfig(), sure_cells=0.0)),
         "ours, prevalence_temperature 4": ours(m.z, m.xy, clicked, space, near),
         "ours, no drift": ours(m.z, m.xy, clicked, space, still),
         "ours, no local shares": ours(m.z, m.xy, clicked, space, alone),

@@ -25,6 +25,7 @@ from wsiseg.celltypes.plda import (
     Hypothesis,
     hypothesis_without_clicks,
     infer_hypotheses,
+    learn_from_sure_cells,
     local_shift,
     posterior,
     slide_space,
@@ -115,6 +116,10 @@ def assign_types(
         there = hypotheses[0].slide_effect
         hypotheses = transfer_to_slide(hypotheses, z, space, config)
         clicked, negative = ([x + (hypotheses[0].slide_effect - there) for x in cells] for cells in (clicked, negative))
+    if clicked:
+        hypotheses = learn_from_sure_cells(
+            hypotheses, clicked, z, space, config, from_other_slide=bank.from_other_slide
+        )
     shift, here = local_shift(z, xy_um[order], hypotheses[0], space, config)
     p = np.zeros((count, len(bank.types) + len(space.reference_classes) + 1), np.float32)
     nearest = np.empty(count, np.int32)

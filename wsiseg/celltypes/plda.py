@@ -8,8 +8,9 @@ mu_t     reference_classes   (D,)      mean of t's class, d_t ~ N(0, ``class_var
 a        Hypothesis.classes  (T,)      reference class of each type, or none; two types are never the same class
 p        posterior()         (N, .)    of the clicked types, of the reference classes without clicks, and of the background
 
-A click is one cell, perhaps an atypical one. The reference classes correct it: of two clicks only one can be the lymphocyte. Types outside
-the reference classes have the wide prior and are told apart by the clicks alone.
+A click is one cell, perhaps an atypical one. The reference classes correct it: of two clicks only one can be the lymphocyte. So do the slide's
+other cells: those that are surely of a type count like a few more clicks on it (self-training). Types outside the reference classes have the wide
+prior and are told apart by the clicks alone.
 
 This is probabilistic linear discriminant analysis [1]_ with a mixture as the prior of the means and a slide effect that all types share.
 
@@ -20,6 +21,7 @@ References
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -38,7 +40,11 @@ _HYPOTHESES = 16  #: hypotheses that are kept; the rest have no weight
 _FEW = 5  #: cells of a type, locally or on a slide, below which it is not used to estimate a shift
 _SAMPLE = 50_000  #: cells from which another slide's shift is estimated
 _LOCAL_SAMPLE = 200_000  #: cells from which the local shifts are estimated; every k-th from left to right
-_ROUNDS, _LOCAL_ROUNDS = 10, 5
+_ROUNDS, _LOCAL_ROUNDS, _SURE_ROUNDS = 10, 5, 3
+_SURE = 0.9  #: probability from which a cell may count as a click
+_ELSEWHERE = 0.25  #: of a click that a click on another slide is worth, once this slide's effect is known (benchmarks/results/cop.md, bank)
+_LIKELY = 0.05  #: weight of a hypothesis below which it decides too few cells to be worth the time
+_SURE_SAMPLE = 20_000  #: cells of which the sure ones are taken; every k-th from left to right
 _DIRECTIONS, _WITHIN, _SHIFT = (
     32,
     0.25,
@@ -142,6 +148,70 @@ def _enumerate_assignments(
     return np.stack(rows)
 
 
+def learn_from_sure_cells(
+    hypotheses: list[Hypothesis],
+    clicked: list[NDArray[np.float64]],
+    z: NDArray[np.float32],
+    space: TypeSpace,
+    config: TypingConfig,
+    *,
+    from_other_slide: bool = False,
+) -> list[Hypothesis]:
+    """Estimate slide effect and means again, with the cells that are surely of a type as further clicks.
+
+    In each round the mean of the cells with ``p >= 0.9`` of a type counts as ``min(number, config.sure_cells)`` clicks beside the clicks
+    themselves; the estimates are those of :func:`infer_hypotheses`, and the weights of the hypotheses stay. Types outside the reference
+    classes keep what their clicks say: with the wide prior, cells that resemble them would take them over.
+
+    Parameters
+    ----------
+    hypotheses
+        Hypotheses inferred from the clicks, on this slide.
+    clicked
+        Per type, (n_t, D): the clicked cells in the space; of clicks on another slide moved by the difference of the slide effects.
+    z
+        (N, D): cells of the slide, in the space, in an order that does not depend on the tiles.
+    space, config
+        As for the clicks.
+    from_other_slide
+        The clicks are on another slide; each counts a quarter.
+    """
+    if not config.sure_cells:
+        return hypotheses
+    z = z[:: max(len(z) // _SURE_SAMPLE, 1)].astype(np.float32)
+    clicks = np.array([len(x) for x in clicked], float)[:, None] * (_ELSEWHERE if from_other_slide else 1)
+    of_clicks = np.stack([x.mean(0) for x in clicked])
+    prior_means = np.vstack([space.reference_classes, space.mean])
+    prior_variances = np.vstack([*([space.class_variance] * len(space.reference_classes)), space.between_variance])
+    learned = []
+    for hypothesis in hypotheses:
+        if hypothesis.weight < _LIKELY:
+            learned.append(hypothesis)
+            continue
+        classes = np.array(hypothesis.classes)
+        prior_mean, prior_variance, here = prior_means[classes], prior_variances[classes], hypothesis
+        for _ in range(_SURE_ROUNDS):
+            p = posterior(z, here, space, config)[:, : len(classes)]
+            p = np.where(p >= _SURE, p, 0)
+            count = p.sum(0, dtype=np.float64)[:, None]
+            of_cells = np.einsum("ij,ik->jk", p, z, dtype=np.float64) / np.maximum(count, 1e-9)
+            usable = (count >= _FEW) & (classes >= 0)[:, None]
+            cells = np.where(usable, np.minimum(count, config.sure_cells), 0)
+            n = clicks + cells
+            residual = (clicks * of_clicks + cells * of_cells) / n - prior_mean
+            variance = prior_variance + 1 / n
+            slide_effect = (residual / variance).sum(0) / (1 / space.slide_variance + (1 / variance).sum(0))
+            gain = prior_variance / variance
+            here = dataclasses.replace(
+                hypothesis,
+                slide_effect=slide_effect,
+                means=prior_mean + gain * (residual - slide_effect),
+                variances=1 + prior_variance * (1 - gain),
+            )
+        learned.append(here)
+    return learned
+
+
 def transfer_to_slide(
     hypotheses: list[Hypothesis], z: NDArray[np.float32], space: TypeSpace, config: TypingConfig
 ) -> list[Hypothesis]:
@@ -159,14 +229,14 @@ def transfer_to_slide(
     Returns
     -------
     list of Hypothesis
-        Without the slide effect of the first slide and the deviation of its types from their classes.
+        With this slide's effect in place of the first one's; the means are those that the clicks gave, as uncertain as without clicks.
     """
     z = z[:: max(len(z) // _SAMPLE, 1)].astype(np.float32)
     carried = []
     for hypothesis in hypotheses:
         classes = np.array(hypothesis.classes)
         known = classes >= 0
-        means = np.where(known[:, None], np.vstack([space.reference_classes, space.mean])[classes], hypothesis.means)
+        means = hypothesis.means
         deviation = np.where(
             known[:, None], space.class_variance, space.between_variance / 2
         )  # half: the first slide's clicks define the type
