@@ -27,7 +27,7 @@ from skimage import data
 from benchmarks.common import encode, instance_images, write_results
 from benchmarks.cop.rules import ours
 from benchmarks.cop.typed import accuracy, confusion, draw_clicks, macro_f1, spread, unassigned
-from wsiseg.config import RunConfig
+from wsiseg.config import RunConfig, TypingConfig
 from wsiseg.demo import MPP, demo_seeds
 from wsiseg.evaluation.detection import detect, match_points
 from wsiseg.models import load_model
@@ -49,6 +49,14 @@ HE_SETS = {  #: H&E images and their microns per px, where not stated what their
     "dsb2018_histology/dev": 0.4, "nucls_mini/train": 0.22, "nucls_mini/dev": 0.22, "monuseg/dev_nc": 0.25, "conic_sample/dev_nc": 0.5,
     "pannuke_sample/dev_nc": 0.25, "brca_m2c/train": 0.5, "brca_m2c/dev": 0.5,
 }  # fmt: skip
+#: Rules of typing that are compared: name, settings, whether the clicks count as those of another slide.
+RULES = (
+    ("as it is", TypingConfig(), False),
+    ("as it is, clicks taken as another slide's (a bank)", TypingConfig(), True),
+    *((f"other_stain {k}", TypingConfig(other_stain=k), False) for k in (1, 2, 8, 16)),
+    ("no sure cells", TypingConfig(sure_cells=0), False),
+    ("other_stain 1, no sure cells", TypingConfig(other_stain=1, sure_cells=0), False),
+)
 _HAEMATOXYLIN, _DAB, _EOSIN = ((0.650, 0.704, 0.286), (0.268, 0.570, 0.776), (0.072, 0.990, 0.105))
 
 
@@ -101,29 +109,35 @@ def picture_rows(model) -> list[dict[str, object]]:
 
 
 def random_click_rows(model) -> list[dict[str, object]]:
-    """Types of the true dots by 1, 2, 4 random clicks per type, all within the part that settings were chosen on; every other dot is judged."""
+    """Types of the true dots by random clicks per type, all within the part that settings were chosen on; every other dot is judged."""
     image = data.immunohistochemistry()
     places, types, out = read_dots()
     names, codes = np.unique(types.astype(str), return_inverse=True)
-    shown = render(image, find_stain(ArrayReader(image, MPP), "auto", RunConfig().tissue.overview_mpp))
+    stain = find_stain(ArrayReader(image, MPP), "auto", RunConfig().tissue.overview_mpp)
     size = tuple(round(n * MPP / model.mpp) for n in image.shape[1::-1])
-    embeddings = encode(model, np.asarray(Image.fromarray(shown).resize(size, Image.Resampling.BICUBIC)))
+    shown = Image.fromarray(render(image, stain)).resize(size, Image.Resampling.BICUBIC)
+    embeddings = encode(model, np.asarray(shown))
     points = torch.from_numpy((places * MPP / model.mpp).astype(np.float32))
     with torch.inference_mode():
         z = model.decode(embeddings, torch.zeros(len(points), dtype=torch.long), points).descriptors.half().numpy()
     rows = []
-    for count in (1, 2, 4):
-        found = {"chosen on": [], "held out": []}
-        for seed in range(DRAWS):
-            clicks, _ = draw_clicks(np.where(out, 0, codes + 1), len(names), count, seed)
-            given = ours(z, places * MPP, [z[c] for c in clicks], model.types)
-            judged = np.setdiff1d(np.arange(len(z)), np.concatenate(clicks))
-            for part, mine in (("chosen on", judged[~out[judged]]), ("held out", judged[out[judged]])):
-                table = confusion(given[mine], codes[mine] + 1, len(names))
-                found[part].append((macro_f1(table), accuracy(table), unassigned(table)))
-        for part, values in found.items():
-            kinds = zip(("macro-F1", "accuracy of assigned", "unassigned"), np.array(values).T, strict=True)
-            rows.append({"clicks per type": count, "part": part} | {name: spread(of) for name, of in kinds})
+    for what, typing, elsewhere in RULES:
+        for count in (1, 2, 4):
+            found = {"chosen on": [], "held out": []}
+            for seed in range(DRAWS):
+                clicks, _ = draw_clicks(np.where(out, 0, codes + 1), len(names), count, seed)
+                clicked = [z[c] for c in clicks]
+                given = ours(
+                    z, places * MPP, clicked, model.types, typing, from_other_slide=elsewhere, stain=stain.name
+                )
+                judged = np.setdiff1d(np.arange(len(z)), np.concatenate(clicks))
+                for part, mine in (("chosen on", judged[~out[judged]]), ("held out", judged[out[judged]])):
+                    table = confusion(given[mine], codes[mine] + 1, len(names))
+                    found[part].append((macro_f1(table), accuracy(table), unassigned(table)))
+            for part, values in found.items():
+                kinds = zip(("macro-F1", "accuracy of assigned", "unassigned"), np.array(values).T, strict=True)
+                row = {"typing": what, "clicks per type": count, "part": part}
+                rows.append(row | {name: spread(of) for name, of in kinds})
     return rows
 
 

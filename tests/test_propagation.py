@@ -270,6 +270,22 @@ def test_a_bank_keeps_how_its_types_differ_from_the_models_classes() -> None:
     assert (typing.codes == truth + 1).mean() > (plain.codes == truth + 1).mean() + 0.01
 
 
+def test_on_another_stain_the_clicks_say_more_than_the_models_classes() -> None:
+    """Both types look here like one of the classes, which are those of H&E; two clicks tell them apart if the classes may be off."""
+    rng = np.random.default_rng(0)
+    known, kinds = space(kinds=2, distance=6), rng.integers(0, 2, 3000)
+    means = known.reference_classes[[0, 0]] + np.outer([-1, 1], 2 * np.eye(SIZE)[5])
+    z = (means[kinds] + rng.standard_normal((3000, SIZE))).astype(np.float16)
+    bank = bank_of(z, kinds, [0, 1], clicks=2)
+    right = {
+        stain: (assign_types(z, places(3000), bank, known, TypingConfig(), stain)[0].codes == kinds + 1).mean()
+        for stain in ("auto", "he", "ihc", "ihc-nuclear")
+    }
+    assert right["auto"] == right["he"] < right["ihc"] == right["ihc-nuclear"]
+    same, _ = assign_types(z, places(3000), bank, known, TypingConfig(other_stain=1), "ihc")
+    assert (same.codes == kinds + 1).mean() == right["he"]
+
+
 def test_order_of_the_cells_does_not_matter() -> None:
     z, kinds = table([0.6, 0.4])
     xy, bank = places(len(z)), bank_of(z, kinds, [0, 1])

@@ -287,6 +287,9 @@ class TypingConfig:
     sure_cells
         Cells of the slide that are surely of a type (0.9) count together as at most this many further clicks on it; 0: the clicks alone. Chosen
         among 0 to 10 on dots of H&E and immunohistochemistry (benchmarks/results/cop.md, the ablation): more loses rare types.
+    other_stain
+        On a slide that is not H&E, a type differs from its reference class with this many times the variance: the classes are those of H&E.
+        Chosen among 1 to 32 on immunohistochemistry (benchmarks/results/ihc_accuracy.md); 8 gains a little more there, and 16 loses again.
     unclicked_weight, background_weight
         Weight of a reference class without clicks, and of anything else, relative to a clicked type's 1: cells closer to these stay
         ``unassigned``. Without them every cell gets a clicked type.
@@ -311,6 +314,7 @@ class TypingConfig:
     known_types: bool = setting(False)
     unknown_class: float = setting(0.3, 1e-6, 1 - 1e-6)
     sure_cells: float = setting(5.0, 0, 1000)
+    other_stain: float = setting(4.0, 0.01, 100)
     unclicked_weight: float = setting(0.3, 1e-9, 1e6)
     background_weight: float = setting(0.1, 1e-9, 1e6)
     min_score: float = setting(0.5, 0, 1)

@@ -44,6 +44,7 @@ def ours(
     config: TypingConfig | None = None,
     *,
     from_other_slide: bool = False,
+    stain: str = "he",
 ) -> np.ndarray:
     """``assign_types`` as the product calls it; ``clicked`` are descriptors, so that they may come from other images."""
     kinds = [t for t, x in enumerate(clicked) if len(x)]
@@ -53,6 +54,7 @@ def ours(
         bank_of([clicked[t] for t in kinds], from_other_slide=from_other_slide),
         space,
         config or TypingConfig(),
+        stain,
     )
     return np.array([0, *(t + 1 for t in kinds)])[typing.codes]
 

@@ -17,6 +17,7 @@ References
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -59,6 +60,7 @@ def assign_types(
     bank: Bank,
     space: TypeSpace | None,
     config: TypingConfig,
+    stain: str = "he",
 ) -> tuple[Typing, TypingNotes]:
     """Type every cell.
 
@@ -75,6 +77,8 @@ def assign_types(
         Type space of the model that made the descriptors; ``None``: estimated on the slide (:func:`plda.slide_space`).
     config
         Priors and thresholds.
+    stain
+        Of the slide, as in :class:`~wsiseg.config.RunConfig`; ``auto`` counts as H&E.
 
     Returns
     -------
@@ -99,6 +103,8 @@ def assign_types(
         (*descriptors[:, :2].T, xy_um[:, 1], xy_um[:, 0])
     )  # sums of floats depend on their order; the types must not
     space = space or slide_space(descriptors[order])
+    if stain not in ("he", "auto"):
+        space = replace(space, class_variance=config.other_stain * space.class_variance)
     z = np.empty((count, space.transform.shape[1]), np.float32)
     for start in range(0, count, _ROWS):
         rows = order[start : start + _ROWS]

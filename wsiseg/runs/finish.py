@@ -191,7 +191,9 @@ def stitch_and_type(
         elif config.typing.known_types:
             with clock("type"):
                 xy_um = cells.points_xy * info.mpp
-                typing, notes = assign_types(cells.descriptors(), xy_um, Bank((), none), types, config.typing)
+                typing, notes = assign_types(
+                    cells.descriptors(), xy_um, Bank((), none), types, config.typing, config.stain
+                )
         return StitchedResult(cells, typing, notes, None, counts)
     cells, counts = join(bank.cells if config.method == "cop" else none)
     missed = none if config.method == "cop" else missed_cells(bank, cells, reach_px0)
@@ -205,7 +207,9 @@ def stitch_and_type(
         if described:
             typing = assign_described(cells.concept_scores(len(described)), described, config.typing)
         else:
-            typing, notes = assign_types(descriptors, cells.points_xy * info.mpp, bank, types, config.typing)
+            typing, notes = assign_types(
+                descriptors, cells.points_xy * info.mpp, bank, types, config.typing, config.stain
+            )
         typing = set_click_labels(typing, rows)
         notes = dataclasses.replace(notes, warnings=(*notes.warnings, *warnings))
     return StitchedResult(cells, typing, notes, bank, counts)

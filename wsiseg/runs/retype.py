@@ -118,7 +118,9 @@ def type_run(
         clicks, rows = bank_of_table(table, checked, config, info.mpp)
     elif bank is not None:
         clicks = load_bank(bank, weights)
-    result, notes = assign_types(table.descriptors, table.points_xy * info.mpp, clicks, types, config.typing)
+    result, notes = assign_types(
+        table.descriptors, table.points_xy * info.mpp, clicks, types, config.typing, config.stain
+    )
     result = set_click_labels(result, rows)
     notes = dataclasses.replace(notes, warnings=(*warnings, *notes.warnings))
 

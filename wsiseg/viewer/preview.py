@@ -182,7 +182,7 @@ class Preview:
         if not local:
             config = dataclasses.replace(config, local_shift=0.0)
         xy_um = self.store.points_xy[rows] * self.store.mpp
-        typing, notes = assign_types(self.store.descriptors[rows], xy_um, bank, self.space, config)
+        typing, notes = assign_types(self.store.descriptors[rows], xy_um, bank, self.space, config, self.config.stain)
         places = [_places(rows, mine) for mine in clicked]
         return set_click_labels(typing, places), notes.warnings
 
