@@ -777,6 +777,65 @@ def test_surprises_of_network_file_systems_are_no_errors(tmp_path: Path, monkeyp
     assert failures == {errno.ESTALE: 0, errno.EIO: 0}
 
 
+def test_a_claim_has_its_owner_from_the_first_moment(tmp_path: Path) -> None:
+    """A process killed at any moment of claiming leaves either no claim, or one whose owner is known to be dead at once."""
+    script = """
+import os, signal, sys
+from pathlib import Path
+from wsiseg.runtime.claims import Claims
+before, calls = int(sys.argv[2]), 0
+def step(frame, event, argument):
+    global calls
+    if frame.f_code.co_filename.endswith("claims.py"):
+        calls += 1
+        if calls == before:
+            os.kill(os.getpid(), signal.SIGKILL)
+    return step
+claims = Claims(Path(sys.argv[1]))
+sys.settrace(step)
+claims.take("a")
+sys.settrace(None)
+print(calls)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script, tmp_path / "whole", "0"], capture_output=True, text=True, check=True
+    )
+    for before in range(1, int(done.stdout) + 1, 3):
+        folder = tmp_path / str(before)
+        subprocess.run([sys.executable, "-c", script, folder, str(before)], capture_output=True, check=False)
+        with brisk(folder, dead_after_s=60.0) as claims:
+            assert claims.take("a"), f"waits for a process killed at step {before}"
+
+
+@pytest.mark.parametrize("fault", [errno.EPERM, errno.EOPNOTSUPP])
+def test_without_hard_links_claims_are_exclusive_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: int
+) -> None:
+    def link(*_: object) -> None:
+        raise OSError(fault, "no links")
+
+    monkeypatch.setattr(os, "link", link)
+    first, second = brisk(tmp_path), brisk(tmp_path)
+    assert first.take("a")
+    assert not second.take("a")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.claim"]
+    assert first.holder("a") == f"{machine.host()}, process {os.getpid()}"
+
+
+def test_a_link_whose_answer_was_lost_is_a_claim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    true_link = os.link
+
+    def link(source: object, target: object) -> None:
+        true_link(source, target)
+        raise FileExistsError(errno.EEXIST, "File exists")
+
+    claims = brisk(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "link", link)
+        assert claims.take("a")
+    assert not brisk(tmp_path).take("a")
+
+
 def test_a_folder_in_the_place_of_a_claim_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "a.claim").mkdir()
     with brisk(tmp_path) as claims, pytest.raises(RunError, match=r"a\.claim: cannot be written \(Is a directory\)"):

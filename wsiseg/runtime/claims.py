@@ -2,8 +2,9 @@
 
 ::
 
-    parts/<name>.claim           host, process, space (wsiseg.runtime.machine), a random token, a count of beats; renewed in place
-    parts/.<name>.claim.taking   the next claim, while its maker takes a dead one over; renamed to it
+    parts/<name>.claim             host, process, space (wsiseg.runtime.machine), a random token, a count of beats; renewed in place
+    parts/.<name>.claim.*.partial  a claim that is being written; then linked to its name, which only one process can do
+    parts/.<name>.claim.taking     the next claim, while its maker takes a dead one over; renamed to it
 
 Claims save work and say whom to wait for. Nothing that is written depends on them: two processes that do the same part all the same write the
 same bytes. Guarantee: of any number of processes that claim a name at the same moment, one gets it; a process that may be alive keeps its claim.
@@ -26,7 +27,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from wsiseg.runtime import machine
-from wsiseg.runtime.atomic import translate_os_errors
+from wsiseg.runtime.atomic import PARTIAL_PATTERN, is_abandoned, partial_name, translate_os_errors
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -37,6 +38,14 @@ DEAD_AFTER_S = 120.0  #: 60 s for which a network file system may answer from it
 
 _ENDING, _TAKING = ".claim", ".taking"
 _VANISHED = {errno.ENOENT, errno.ESTALE}  # removed or replaced by another node; a stale handle is how NFS says it
+_NO_LINKS = {
+    errno.EPERM,
+    errno.ENOSYS,
+    errno.ENOTSUP,
+    errno.EOPNOTSUPP,
+    errno.EXDEV,
+    errno.EMLINK,
+}  # no hard links here
 _MAX_BYTES = 4096  # anything larger is not a claim
 
 
@@ -194,6 +203,10 @@ class Claims:
             with contextlib.suppress(OSError):
                 if self._is_dead(path, self._look(path)):
                     path.unlink(missing_ok=True)
+        for path in list(self.folder.glob(f".*{_ENDING}{PARTIAL_PATTERN[1:]}")):
+            with contextlib.suppress(OSError):
+                if is_abandoned(path):
+                    path.unlink(missing_ok=True)
 
     def _take(self, path: Path, owner: _Owner) -> bool:
         for _ in range(2):  # again when what was in the way has gone in the meantime
@@ -236,7 +249,25 @@ class Claims:
         return moved if now is None else _owner(now) == owner
 
     def _create(self, path: Path, owner: _Owner) -> bool:
-        """Make a claim file; ``False`` when there is one."""
+        """Make a claim file; ``False`` when there is one. It is written under another name and linked: no kill leaves one without an owner."""
+        draft = self.folder / partial_name(path.name.strip("."))
+        try:
+            self._write_new(draft, owner)
+            try:
+                os.link(draft, path)
+            except FileExistsError:
+                return draft.stat().st_nlink > 1  # ours all the same, when the answer of a server was lost
+            except OSError as error:
+                if error.errno not in _NO_LINKS:
+                    raise
+                return self._write_new(path, owner)
+            return True
+        finally:
+            with contextlib.suppress(OSError):
+                draft.unlink(missing_ok=True)
+
+    def _write_new(self, path: Path, owner: _Owner) -> bool:
+        """Write a file that is not there yet; ``False`` when it is."""
         try:
             descriptor = self._open_new(path)
         except FileExistsError:
@@ -345,7 +376,7 @@ class Claims:
 
 
 def _owner(state: _State | None) -> _Owner | None:
-    """Read the owner of a claim; ``None`` when it is damaged, as by a process killed between creating and writing it."""
+    """Read the owner of a claim; ``None`` when it is damaged, as by a process killed while it wrote, where there are no hard links."""
     try:
         found: Any = json.loads(state.content) if state else None
     except (ValueError, RecursionError):
