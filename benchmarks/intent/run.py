@@ -1,6 +1,8 @@
 """Maps of an intent from a few clicks: SAMPO's preferences against supervision alone, prompt quality, types that are absent.
 
-    python -m benchmarks.intent.run --scenes SCENES --runs NAME=FOLDER:FOLDER:FOLDER ...
+    python -m benchmarks.intent.run --scenes SCENES --data DATA --runs NAME=FOLDER:FOLDER:FOLDER ...
+
+Columns: "before" is training/intent.safetensors, the others are trained from it, several seeds each (mean +- sd).
 
 `SCENES` is what `python -m training.train_intent prepare` wrote; every `FOLDER` holds the `intent.pt` of one training seed. Clicks are random true
 nuclei; each image is asked from several draws of them. Writes results/intent.md and .json.
@@ -17,12 +19,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 
 from benchmarks.common import write_results
+from benchmarks.cop.typed import describe
+from benchmarks.intent.slides import slide_rows
 from training.intent import DESCRIPTION_SIZE, IntentDecoder
 from training.intent_data import BORDER, CENTRE, OUTSIDE, Scene, draw_clicks, stack, target_of
+from wsiseg.models import load_model
 
 DRAWS = 4
+DECODER, SLIDES = Path(__file__).parents[2] / "training" / "intent.safetensors", "brca_m2c/dev"
 FLOOR = 0.2  #: probability below which a nucleus is of no type
 SETTINGS = {"1 + 0": (1, 0), "3 + 3": (3, 3)}
 KINDS = {"centre": CENTRE, "near the border": BORDER, "just outside": OUTSIDE}
@@ -147,6 +154,7 @@ def spread(values: list[float]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scenes", type=Path, required=True)
+    parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--runs", nargs="+", required=True, metavar="NAME=FOLDER:FOLDER")
     options = parser.parse_args()
     scenes = torch.load(options.scenes / "dev.pt", weights_only=False)
@@ -170,7 +178,16 @@ def main() -> None:
     rows = [
         {"figure": k, **{n: spread(c[k]) for n, c in columns.items()}} for k in sorted(next(iter(columns.values())))
     ]
-    write_results("intent", rows, __doc__.split("\n\n", 2)[2].strip())
+    model, network = load_model("nuclei-compact", "cpu"), IntentDecoder()
+    network.load_state_dict(load_file(DECODER))
+    typed_dots = describe(model, options.data, SLIDES)
+    tables = {
+        "maps and nuclei": rows,
+        f"pseudo-slides of {SLIDES}, training/intent.safetensors": slide_rows(
+            model, network.eval(), typed_dots, SLIDES, 5
+        ),
+    }
+    write_results("intent", tables, __doc__.split("\n\n", 2)[2].strip())
 
 
 if __name__ == "__main__":
