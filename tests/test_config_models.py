@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from wsiseg.config import RunConfig, TilingConfig, from_mapping, read_config
+from wsiseg.config import RunConfig, TilingConfig, TypingConfig, from_mapping, read_config
 from wsiseg.errors import ConfigError, WeightsError
 from wsiseg.models import find_weights, load_model, pick_device
 from wsiseg.models.cards import file_hash
@@ -100,6 +100,16 @@ def test_hash_covers_what_and_not_how() -> None:
     assert dataclasses.replace(config, workers=4, device="cpu", formats=("parquet",)).hash() == config.hash()
     assert dataclasses.replace(config, method="cop").hash() != config.hash()
     assert config.hash(seeds="a") != config.hash(seeds="b")
+
+
+def test_parts_of_versions_with_fewer_settings_of_the_typing_are_still_used() -> None:
+    """The digest is that of a version before ``sure_cells`` and ``other_stain``."""
+    config = RunConfig(method="apg")
+    assert config.hash(typed=False, slide="x") == "782d9371ac5a37f7"
+    assert config.hash(slide="x") != "782d9371ac5a37f7"
+    other = dataclasses.replace(config, typing=TypingConfig(sure_cells=0))
+    assert other.hash(typed=False) == config.hash(typed=False)
+    assert other.hash() != config.hash()
 
 
 def test_weights_in_the_box_are_the_registered_ones() -> None:

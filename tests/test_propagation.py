@@ -246,6 +246,12 @@ def test_sure_cells_correct_what_one_click_gets_wrong(elsewhere: bool) -> None:
 
 def test_sure_cells_do_not_take_over_a_type_that_the_model_does_not_know() -> None:
     z, kinds, known = drifted()
+    near = (
+        30.0 * np.eye(SIZE)[9]
+        + np.array([3.0, 3.0] + [0.0] * 22)
+        + np.random.default_rng(2).standard_normal((300, SIZE))
+    )
+    z, kinds = np.concatenate([z, near.astype(np.float16)]), np.concatenate([kinds, np.full(300, 2)])
     clicked = [z[kinds == 0][:1].astype(float), 30.0 * np.eye(SIZE)[9:10]]
     (first, *_) = infer_hypotheses(clicked, known, TypingConfig())
     assert first.classes == (0, -1)
@@ -263,11 +269,28 @@ def test_a_bank_keeps_how_its_types_differ_from_the_models_classes() -> None:
     z, kinds, known = drifted()
     other, truth, _ = drifted(seed=1)
     bank = dataclasses.replace(bank_of(z, kinds, [0, 1], clicks=5), from_other_slide=True)
-    typing, _ = assign_types(other, places(len(other)), bank, known, TypingConfig())
-    plain = assign_types(other, places(len(other)), Bank((), Cells.empty(SIZE)), known, TypingConfig(known_types=True))[
-        0
-    ]
-    assert (typing.codes == truth + 1).mean() > (plain.codes == truth + 1).mean() + 0.01
+    config = TypingConfig(sure_cells=0)
+    typing, _ = assign_types(other, places(len(other)), bank, known, config)
+    none = Bank((), Cells.empty(SIZE))
+    plain, _ = assign_types(other, places(len(other)), none, known, dataclasses.replace(config, known_types=True))
+    assert (typing.codes == truth + 1).mean() > 0.985 > (plain.codes == truth + 1).mean()
+
+
+def test_clicks_on_another_slide_count_less_beside_this_slides_cells() -> None:
+    """The types of the second slide lie elsewhere; its own sure cells say so, and the first slide's many clicks do not keep them from it."""
+    z, kinds, known = drifted()
+    shifted = (z + np.where(kinds == 0, 1.5, 0.0)[:, None] * np.eye(SIZE)[7]).astype(np.float32)
+    clicked = [z[kinds == t][:20].astype(float) for t in (0, 1)]
+    here = infer_hypotheses(clicked, known, TypingConfig())[:1]
+    truth = shifted[kinds == 0].mean(0)
+    own, lent = (
+        learn_from_sure_cells(here, clicked, shifted, known, TypingConfig(), moved)[0]
+        for moved in (None, [np.zeros(SIZE)])
+    )
+    gaps = [np.linalg.norm(of.means[0] + of.slide_effect - truth) for of in (own, lent)]
+    assert gaps[1] < 0.8 * gaps[0]
+    nothing = np.full((100, SIZE), 50.0, np.float32)
+    assert learn_from_sure_cells(here, clicked, nothing, known, TypingConfig(), [np.zeros(SIZE)]) == here
 
 
 def test_on_another_stain_the_clicks_say_more_than_the_models_classes() -> None:

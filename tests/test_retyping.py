@@ -13,12 +13,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from wsiseg.celltypes.assignment import assign_types, set_click_labels
+from wsiseg.config import RunConfig
 from wsiseg.errors import FormatError
 from wsiseg.evaluation import evaluate
 from wsiseg.formats.bank import read_bank, write_bank
 from wsiseg.formats.geojson import validate_geojson
-from wsiseg.formats.geoparquet import read_geoparquet
-from wsiseg.runs.retype import type_run
+from wsiseg.formats.geoparquet import read_geoparquet, read_table
+from wsiseg.formats.seeds import read_seeds
+from wsiseg.models import load_types
+from wsiseg.runs.retype import bank_of_table, type_run
+from wsiseg.viewer.cells import stored_cells
+from wsiseg.viewer.preview import Preview
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -371,3 +377,29 @@ def test_wrong_inputs_are_one_line_and_change_nothing(wsiseg: Command, run: Path
     (run / "manifest.json").write_text(json.dumps(damaged))
     (run / "cells.parquet").write_bytes(before[:-9])
     assert "not a readable cells.parquet" in wsiseg("type", run, "--seeds", good)[1]
+
+
+def test_the_slides_stain_reaches_the_types(wsiseg: Command, demo: tuple[Path, Path], tmp_path: Path) -> None:
+    """The demo slide is immunohistochemistry: `run`, `type` and the click page trust the model's classes less there."""
+    slide, seeds = demo
+    assert wsiseg("run", slide, "--seeds", seeds, "--out", tmp_path, "--device", "cpu", "--no-report")[0] == 0
+    run = tmp_path / slide.stem
+    cells, typing, _ = read_geoparquet(run / "cells.parquet")
+    config = dataclasses.replace(RunConfig(), stain="ihc")
+    bank, rows = bank_of_table(read_table(run / "cells.parquet"), read_seeds(seeds), config, 0.5)
+    as_it_is, as_he = (
+        set_click_labels(
+            assign_types(
+                cells.descriptors, cells.points_xy * 0.5, bank, load_types(config.model), config.typing, stain
+            )[0],
+            rows,
+        )
+        for stain in ("ihc", "he")
+    )
+    np.testing.assert_array_equal(typing.codes, as_it_is.codes)
+    assert (as_it_is.codes != as_he.codes).any()
+    assert wsiseg("type", run, "--seeds", seeds, "--no-report")[0] == 0
+    np.testing.assert_array_equal(read_geoparquet(run / "cells.parquet")[1].codes, as_it_is.codes)
+    store = stored_cells(run / "cells.parquet", (512, 512), 0.5)
+    opened = Preview(store, load_types(config.model), config)
+    np.testing.assert_array_equal(opened.whole(read_seeds(seeds).types)[0].codes, as_it_is.codes)

@@ -286,10 +286,10 @@ class TypingConfig:
         Prior probability that a clicked type is none of the model's reference classes.
     sure_cells
         Cells of the slide that are surely of a type (0.9) count together as at most this many further clicks on it; 0: the clicks alone. Chosen
-        among 0 to 10 on dots of H&E and immunohistochemistry (benchmarks/results/cop.md, the ablation): more loses rare types.
+        among 0, 2, 5 and 10 on dots of H&E (benchmarks/results/cop.md, the ablation); 10 gains on immunohistochemistry, and loses rare types.
     other_stain
         On a slide that is not H&E, a type differs from its reference class with this many times the variance: the classes are those of H&E.
-        Chosen among 1 to 32 on immunohistochemistry (benchmarks/results/ihc_accuracy.md); 8 gains a little more there, and 16 loses again.
+        Chosen among 1, 2, 4, 8 and 16 on one picture (benchmarks/results/ihc_accuracy.md); 8 gains a little more with one click, and 16 loses again.
     unclicked_weight, background_weight
         Weight of a reference class without clicks, and of anything else, relative to a clicked type's 1: cells closer to these stay
         ``unassigned``. Without them every cell gets a clicked type.
@@ -431,16 +431,21 @@ class RunConfig:
     def __repr__(self) -> str:
         return short_repr(self)
 
-    def hash(self, **facts: object) -> str:
-        """Short digest of everything that decides the cells; ``facts`` adds what the fields only point to (slide, weights, seeds, scale)."""
+    def hash(self, *, typed: bool = True, **facts: object) -> str:
+        """Short digest of everything that decides the cells; ``facts`` adds what the fields only point to (slide, weights, seeds, scale).
+
+        Where no types are decided (``typed``), settings of the typing that later versions added are left out: parts of earlier ones are still used.
+        """
         same = merge(self, dataclasses.asdict(self), "configuration")  # 20 and 20.0 are one setting
-        return hashlib.sha256(
-            json.dumps([REVISION, in_group(same, "method"), facts], sort_keys=True).encode()
-        ).hexdigest()[:16]
+        values = in_group(same, "method")
+        if not typed:
+            values["typing"] = {k: v for k, v in values["typing"].items() if k not in _LATER}
+        return hashlib.sha256(json.dumps([REVISION, values, facts], sort_keys=True).encode()).hexdigest()[:16]
 
 
 #: Raised when the same inputs give other cells than before: parts of an older wsiseg are then recomputed.
 REVISION = 4
+_LATER = ("sure_cells", "other_stain")  # settings of TypingConfig without which parts and untyped runs were hashed
 
 
 def from_mapping(mapping: dict[str, Any], where: str, base: RunConfig | None = None) -> RunConfig:

@@ -800,11 +800,16 @@ print(calls)
     done = subprocess.run(
         [sys.executable, "-c", script, tmp_path / "whole", "0"], capture_output=True, text=True, check=True
     )
-    for before in range(1, int(done.stdout) + 1, 3):
+    steps = int(done.stdout)
+    assert steps > 20
+    for before in range(1, steps + 1, 2):
         folder = tmp_path / str(before)
-        subprocess.run([sys.executable, "-c", script, folder, str(before)], capture_output=True, check=False)
+        killed = subprocess.run([sys.executable, "-c", script, folder, str(before)], capture_output=True, check=False)
+        assert killed.returncode == -signal.SIGKILL
         with brisk(folder, dead_after_s=60.0) as claims:
             assert claims.take("a"), f"waits for a process killed at step {before}"
+            claims.drop_stale()
+            assert [path.name for path in folder.iterdir()] == ["a.claim"]
 
 
 @pytest.mark.parametrize("fault", [errno.EPERM, errno.EOPNOTSUPP])

@@ -1,6 +1,8 @@
 """Assignment of a type to every cell of a slide from a few clicks.
 
 Steps:   infer_hypotheses()   what the clicks of all types together mean (plda.py)
+         transfer_to_slide()  with clicks on another slide: this slide's own shift of all cells
+         learn_from_sure_cells()  the cells that are surely of a type, as further clicks
          local_shift()        shift that the cells of each place share, removed
          posterior()          probability of each type, of reference classes without clicks, and of the background
          local prevalence     frequency of the types around each cell, by expectation maximisation [1]_; nothing is assumed about the slide
@@ -109,23 +111,8 @@ def assign_types(
     for start in range(0, count, _ROWS):
         rows = order[start : start + _ROWS]
         z[start : start + _ROWS] = space.project(descriptors[rows])
-    clicked = [space.project(of.clicked).astype(np.float64) for of in bank.types]
-    if clicked:
-        hypotheses = [
-            r for r in infer_hypotheses(clicked, space, config) if r.weight > 1e-3
-        ]  # the rest decides no type
-    else:
-        hypotheses = [hypothesis_without_clicks(z, space, config)]
+    hypotheses, clicked, negative = _interpret(bank, z, space, config)
     known = _known_classes(bank, hypotheses, space) if config.known_types else []
-    negative = [space.project(of.negative).astype(np.float64) for of in bank.types]
-    if bank.from_other_slide and clicked:
-        there = hypotheses[0].slide_effect
-        hypotheses = transfer_to_slide(hypotheses, z, space, config)
-        clicked, negative = ([x + (hypotheses[0].slide_effect - there) for x in cells] for cells in (clicked, negative))
-    if clicked:
-        hypotheses = learn_from_sure_cells(
-            hypotheses, clicked, z, space, config, from_other_slide=bank.from_other_slide
-        )
     shift, here = local_shift(z, xy_um[order], hypotheses[0], space, config)
     p = np.zeros((count, len(bank.types) + len(space.reference_classes) + 1), np.float32)
     nearest = np.empty(count, np.int32)
@@ -178,6 +165,26 @@ def assign_types(
         *_unclicked(ranked[:, 0] - len(bank.types), known, space),
     )
     return typing, TypingNotes(reference_classes, warnings)
+
+
+def _interpret(
+    bank: Bank, z: NDArray[np.float32], space: TypeSpace, config: TypingConfig
+) -> tuple[list[Hypothesis], list[NDArray[np.float64]], list[NDArray[np.float64]]]:
+    """What the clicks may mean on this slide; and its clicked and negative cells (n, D) of each type, in the space, as they would look here."""
+    clicked, negative = (
+        [space.project(cells).astype(np.float64) for cells in side]
+        for side in ([of.clicked for of in bank.types], [of.negative for of in bank.types])
+    )
+    if not clicked:
+        return [hypothesis_without_clicks(z, space, config)], clicked, negative
+    hypotheses = [of for of in infer_hypotheses(clicked, space, config) if of.weight > 1e-3]  # the rest decides no type
+    if not bank.from_other_slide:
+        return learn_from_sure_cells(hypotheses, clicked, z, space, config), clicked, negative
+    there = [of.slide_effect for of in hypotheses]
+    hypotheses = transfer_to_slide(hypotheses, z, space, config)
+    moved = [of.slide_effect - effect for of, effect in zip(hypotheses, there, strict=True)]
+    hypotheses = learn_from_sure_cells(hypotheses, clicked, z, space, config, moved)
+    return hypotheses, [x + moved[0] for x in clicked], [x + moved[0] for x in negative]
 
 
 def _exclude_by_negative_clicks(

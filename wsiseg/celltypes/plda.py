@@ -154,8 +154,7 @@ def learn_from_sure_cells(
     z: NDArray[np.float32],
     space: TypeSpace,
     config: TypingConfig,
-    *,
-    from_other_slide: bool = False,
+    moved: list[NDArray[np.float64]] | None = None,
 ) -> list[Hypothesis]:
     """Estimate slide effect and means again, with the cells that are surely of a type as further clicks.
 
@@ -168,23 +167,24 @@ def learn_from_sure_cells(
     hypotheses
         Hypotheses inferred from the clicks, on this slide.
     clicked
-        Per type, (n_t, D): the clicked cells in the space; of clicks on another slide moved by the difference of the slide effects.
+        Per type, (n_t, D): the clicked cells in the space.
     z
         (N, D): cells of the slide, in the space, in an order that does not depend on the tiles.
     space, config
         As for the clicks.
-    from_other_slide
-        The clicks are on another slide; each counts a quarter.
+    moved
+        The clicks are on another slide: per hypothesis, (D,), the slide effect here less that there. Each click then counts a quarter of one
+        for a type that has sure cells here; without any, the hypothesis stays as it is.
     """
     if not config.sure_cells:
         return hypotheses
     z = z[:: max(len(z) // _SURE_SAMPLE, 1)].astype(np.float32)
-    clicks = np.array([len(x) for x in clicked], float)[:, None] * (_ELSEWHERE if from_other_slide else 1)
+    number = np.array([len(x) for x in clicked], float)[:, None]
     of_clicks = np.stack([x.mean(0) for x in clicked])
     prior_means = np.vstack([space.reference_classes, space.mean])
     prior_variances = np.vstack([*([space.class_variance] * len(space.reference_classes)), space.between_variance])
     learned = []
-    for hypothesis in hypotheses:
+    for k, hypothesis in enumerate(hypotheses):
         if hypothesis.weight < _LIKELY:
             learned.append(hypothesis)
             continue
@@ -196,9 +196,13 @@ def learn_from_sure_cells(
             count = p.sum(0, dtype=np.float64)[:, None]
             of_cells = np.einsum("ij,ik->jk", p, z, dtype=np.float64) / np.maximum(count, 1e-9)
             usable = (count >= _FEW) & (classes >= 0)[:, None]
+            if moved is not None and not usable.any():
+                break
             cells = np.where(usable, np.minimum(count, config.sure_cells), 0)
+            clicks = number if moved is None else np.where(usable, _ELSEWHERE * number, number)
             n = clicks + cells
-            residual = (clicks * of_clicks + cells * of_cells) / n - prior_mean
+            at = of_clicks if moved is None else of_clicks + moved[k]
+            residual = (clicks * at + cells * of_cells) / n - prior_mean
             variance = prior_variance + 1 / n
             slide_effect = (residual / variance).sum(0) / (1 / space.slide_variance + (1 / variance).sum(0))
             gain = prior_variance / variance

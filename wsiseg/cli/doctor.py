@@ -46,18 +46,20 @@ class _Check:
 
 def _examine() -> list[_Check]:
     """Run every check."""
-    from wsiseg.demo import write_demo
     from wsiseg.models.registry import MODELS
     from wsiseg.slide import READERS
 
     with tempfile.TemporaryDirectory() as folder:
-        slide, _ = write_demo(Path(folder))
+        made = _attempt(
+            "temporary folder", partial(_write, Path(folder)), "make room in it, or set TMPDIR to another one"
+        )
+        again = "install wsiseg again: pip install --force-reinstall ."
         checks = [
-            _attempt(
-                f"reader {name}", partial(_read, slide, name), "install wsiseg again: pip install --force-reinstall ."
-            )
+            _attempt(f"reader {name}", partial(_read, Path(folder) / "ihc.tiff", name), again)
             for name in READERS
+            if made.ok
         ]
+        checks += [] if made.ok else [made]
     remedy = "install wsiseg again: the weights are in the package"
     checks += [_attempt(f"model {name}", partial(_encode, name), remedy) for name in MODELS]
     return [*checks, _gpu(), _disk()]
@@ -70,6 +72,12 @@ def _attempt(what: str, trial: Callable[[], str], remedy: str) -> _Check:
         return _Check(
             what=what, ok=False, found=f"{type(error).__name__}: {' '.join(str(error).split())}", remedy=remedy
         )
+
+
+def _write(folder: Path) -> str:
+    from wsiseg.demo import write_demo
+
+    return f"written to {write_demo(folder)[0].parent}"
 
 
 def _read(slide: Path, name: str) -> str:
@@ -95,8 +103,12 @@ def _encode(name: str) -> str:
 
 
 def _gpu() -> _Check:
-    import torch
-
+    try:
+        import torch
+    except Exception as error:  # noqa: BLE001 - a library of a driver may be missing
+        return _Check(
+            what="GPU", ok=False, found=f"torch: {' '.join(str(error).split())}", remedy="install torch again"
+        )
     if torch.cuda.is_available():
         return _Check(what="GPU", ok=True, found=torch.cuda.get_device_name(0), needed=False)
     built = f"was built for CUDA {torch.version.cuda}" if torch.version.cuda else "is a CPU build"

@@ -267,7 +267,7 @@ def _dropped(
             return None
     outlines = np.concatenate(found) if found else np.empty((0, 2))
     counts = run.manifest.counts
-    if len(outlines) != counts.get("outlines", 0) - counts.get("from_clicks", 0):
+    if "outlines" not in counts or len(outlines) != counts["outlines"] - counts.get("from_clicks", 0):
         return None
     reach = NEAR_UM / run.info.mpp
     near = [int((seam_distance(of, grid, run.info.size_px0) < reach).sum()) for of in (outlines, kept)]

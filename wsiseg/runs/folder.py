@@ -352,7 +352,10 @@ def _retype_command(folder: RunFolder, inputs: RunInputs) -> str:
     if manifest is None or manifest.status not in FINISHED or manifest.parts_hash != inputs.parts_hash:
         return ""
     same = {"stitching": dataclasses.asdict(config.stitching), "typing": dataclasses.asdict(config.typing)}
-    if any(manifest.config.get(key) != value for key, value in same.items()):
+    made: dict[str, dict[str, Any]] = {
+        key: manifest.config.get(key) or {} for key in same
+    }  # an earlier version knew fewer settings
+    if any(made[key].get(name, value) != value for key, values in same.items() for name, value in values.items()):
         return ""
     if config.method in {"cop", *DETECTING} or (config.seeds is None and config.bank is None):
         return ""

@@ -402,7 +402,8 @@ def _digests(slide: str, config: RunConfig, info: SlideInfo, weights: Path, clic
     segmenting = dataclasses.replace(config, typing=TypingConfig(), stitching=StitchingConfig())
     clicked = {"seeds": clicks} if config.method in {"cop", *DETECTING} else {}
     segmenting = segmenting if clicked else dataclasses.replace(segmenting, cop=CopConfig())
-    return config.hash(**facts, seeds=clicks), segmenting.hash(**facts, **clicked)
+    typed = bool(clicks) or config.typing.known_types
+    return config.hash(typed=typed, **facts, seeds=clicks), segmenting.hash(typed=False, **facts, **clicked)
 
 
 def _slide_key(slide: str) -> str:

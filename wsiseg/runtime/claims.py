@@ -252,13 +252,14 @@ class Claims:
         """Make a claim file; ``False`` when there is one. It is written under another name and linked: no kill leaves one without an owner."""
         draft = self.folder / partial_name(path.name.strip("."))
         try:
-            self._write_new(draft, owner)
+            if not self._write_new(draft, owner):  # a server repeated the call that made it
+                return self._write_new(path, owner)
             try:
                 os.link(draft, path)
             except FileExistsError:
                 return draft.stat().st_nlink > 1  # ours all the same, when the answer of a server was lost
             except OSError as error:
-                if error.errno not in _NO_LINKS:
+                if error.errno not in _NO_LINKS | _VANISHED:
                     raise
                 return self._write_new(path, owner)
             return True

@@ -45,7 +45,7 @@ class StitchCounts:
     clipped
         Clipped; counted among ``kept`` or ``too_small``.
     from_clicks
-        Of ``outlines``, those decoded from clicks because no tile had found the cell.
+        Of ``outlines``, those decoded from clicks: with Chain-of-Prompts all clicked cells, otherwise those that no tile had found.
     """
 
     outlines: int
