@@ -305,8 +305,13 @@ def test_on_another_stain_the_clicks_say_more_than_the_models_classes() -> None:
         for stain in ("auto", "he", "ihc", "ihc-nuclear")
     }
     assert right["auto"] == right["he"] < right["ihc"] == right["ihc-nuclear"]
-    same, _ = assign_types(z, places(3000), bank, known, TypingConfig(other_stain=1), "ihc")
+    same, notes = assign_types(z, places(3000), bank, known, TypingConfig(other_stain=1), "ihc")
     assert (same.codes == kinds + 1).mean() == right["he"]
+    assert not any("could mean" in w for w in notes.warnings)
+    between = with_clicked(bank_of(z, kinds, [0]), 3 * np.ones((1, SIZE), np.float32) * (np.arange(SIZE) < 2))
+    he, ihc = (assign_types(z, places(3000), between, known, TypingConfig(), s)[1].warnings for s in ("he", "ihc"))
+    assert any("could mean" in w for w in he)
+    assert not any("could mean" in w for w in ihc)
 
 
 def test_order_of_the_cells_does_not_matter() -> None:

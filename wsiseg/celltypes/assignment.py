@@ -105,7 +105,8 @@ def assign_types(
         (*descriptors[:, :2].T, xy_um[:, 1], xy_um[:, 0])
     )  # sums of floats depend on their order; the types must not
     space = space or slide_space(descriptors[order])
-    if stain not in ("he", "auto"):
+    other_stain = stain not in ("he", "auto")
+    if other_stain:
         space = replace(space, class_variance=config.other_stain * space.class_variance)
     z = np.empty((count, space.transform.shape[1]), np.float32)
     for start in range(0, count, _ROWS):
@@ -160,7 +161,7 @@ def assign_types(
             if clicked
             else [f"the types are the model's own ({own}), without a click: check them, or click one cell per type"]
         ),
-        *_ambiguous(reference_classes, bank.names),
+        *(() if other_stain else _ambiguous(reference_classes, bank.names)),  # there, which class it is decides little
         *_confusable(hypotheses[0], bank.names, config),
         *_unclicked(ranked[:, 0] - len(bank.types), known, space),
     )
