@@ -93,7 +93,7 @@ def fitted_on_labels(z: np.ndarray, types: np.ndarray, tile: np.ndarray, space: 
         here = torch.from_numpy(tile == k)
         weights = torch.zeros(seen.shape[1], int(types.max()), requires_grad=True)
         frequency = torch.bincount(truth[~here], minlength=weights.shape[1]).float()
-        optimiser = torch.optim.LBFGS([weights], max_iter=150)
+        optimiser = torch.optim.LBFGS([weights], max_iter=150, line_search_fn="strong_wolfe")
 
         def loss(weights=weights, here=here, frequency=frequency, optimiser=optimiser) -> torch.Tensor:
             optimiser.zero_grad()
