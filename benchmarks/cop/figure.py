@@ -18,7 +18,16 @@ SHORT = {
     "nearest click in the type space": "nearest, type space",
     "mean + sd, tile by tile": "mean + sd",
     "ours, shift from the cells (as a bank)": "ours, shift from cells",
+    "a linear classifier, all labels of the other tiles": "all labels, linear",
 }
+FREQUENT = (
+    "ours",
+    "ours, no sure cells",
+    "ours, min_score 0.999",
+    "nearest click in the type space",
+    "mean + sd, tile by tile",
+    "chain of hops",
+)
 
 
 def _number(value: object) -> tuple[float, float]:
@@ -188,7 +197,7 @@ def _absent(axis: Axes, rows: Rows) -> None:
 
 def _frequent(axis: Axes, rows: Rows) -> None:
     for dashes, where in zip(("-", "--"), dict.fromkeys(r["clicks in"] for r in rows), strict=False):
-        for k, rule in enumerate(dict.fromkeys(r["rule"] for r in rows)):
+        for k, rule in enumerate(FREQUENT):
             mine = [r for r in rows if r["clicks in"] == where and r["rule"] == rule]
             share = [float(str(r["share of the type"]).rstrip("%")) for r in mine]
             label = SHORT.get(rule, rule) if dashes == "-" else None
