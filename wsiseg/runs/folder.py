@@ -196,7 +196,9 @@ def check_folder(
                     f"{folder.path}: was re-typed with `wsiseg type` ({made}); use that for other clicks, or pass --overwrite to run it again"
                 )
             if retype:
-                held = f"{folder.path}: holds the same cells, typed by other clicks or an earlier version (seeds {made})"
+                held = (
+                    f"{folder.path}: holds the same cells, typed by other clicks or an earlier version (seeds {made})"
+                )
                 raise RunError(f"{held}; `{retype}` re-types them, or pass --overwrite")
             raise RunError(
                 f"{folder.path}: holds a run with another configuration ({_what_differs(manifest, config or {})}); "
