@@ -312,6 +312,9 @@ def test_on_another_stain_the_clicks_say_more_than_the_models_classes() -> None:
     he, ihc = (assign_types(z, places(3000), between, known, TypingConfig(), s)[1].warnings for s in ("he", "ihc"))
     assert any("could mean" in w for w in he)
     assert not any("could mean" in w for w in ihc)
+    unclicked, own = Bank((), Cells.empty(SIZE)), TypingConfig(known_types=True)
+    without = [assign_types(z, places(3000), unclicked, known, own, s)[0].codes for s in ("he", "ihc")]
+    np.testing.assert_array_equal(*without)
 
 
 def test_order_of_the_cells_does_not_matter() -> None:

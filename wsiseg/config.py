@@ -288,7 +288,7 @@ class TypingConfig:
         Cells of the slide that are surely of a type (0.9) count together as at most this many further clicks on it; 0: the clicks alone. Chosen
         among 0, 2, 5 and 10 on dots of H&E (benchmarks/results/cop.md, the ablation); 10 gains on immunohistochemistry, and loses rare types.
     other_stain
-        On a slide that is not H&E, a type differs from its reference class with this many times the variance: the classes are those of H&E.
+        On a slide that is not H&E, a clicked type differs from its reference class with this many times the variance: the classes are of H&E.
         Chosen among 1, 2, 4, 8 and 16 on one picture (benchmarks/results/ihc_accuracy.md); 8 gains a little more with one click, and 16 loses again.
     unclicked_weight, background_weight
         Weight of a reference class without clicks, and of anything else, relative to a clicked type's 1: cells closer to these stay

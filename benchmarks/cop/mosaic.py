@@ -136,7 +136,7 @@ def mosaic_rows(
                     ("unassigned", unassigned(table)),
                 ):
                     found[what].append(float(value))
-                wrong = [(codes[here] == t).mean() for here, t in _lacking(m, kinds)]
+                wrong = [(codes[here] == t).mean() for here, t in lacking(m, kinds)]
                 found["given a type its tile lacks"].append(float(np.mean(wrong)))
                 for name, (low, high) in DISTANCES.items() if where.startswith("one") else ():
                     here = (far > low) & (far <= high)
@@ -168,7 +168,7 @@ def mosaic_rows(
     return first, second
 
 
-def _lacking(m: Mosaic, kinds: int) -> list[tuple[np.ndarray, int]]:
+def lacking(m: Mosaic, kinds: int) -> list[tuple[np.ndarray, int]]:
     """Every tile with each type that it does not hold: its cells, the type."""
     tiles = [m.tile == k for k in np.unique(m.tile)]
     return [(here, t) for here in tiles for t in range(1, kinds + 1) if not (m.types[here] == t).any()]

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from benchmarks.common import MPP, encode
-from benchmarks.cop.mosaic import CLICKS, Mosaic, _lacking, click, lay_out, without_types
+from benchmarks.cop.mosaic import CLICKS, Mosaic, click, lacking, lay_out, without_types
 from benchmarks.cop.rules import ours
 from benchmarks.cop.typed import SETS, Scene, confusion, macro_f1, spread, unassigned
 from training.intent import STRIDE_PX, Clicked, IntentDecoder, describe_clicked, pyramid_of
@@ -149,7 +149,7 @@ def slide_rows(
                     given[f"the rule times the map^{gamma:g}"] = ours(m.z, m.xy, z, model.types)
             for what, codes in given.items():
                 table = confusion(codes, m.types, kinds, clicks)
-                wrong = float(np.mean([(codes[here] == t).mean() for here, t in _lacking(m, kinds)]))
+                wrong = float(np.mean([(codes[here] == t).mean() for here, t in lacking(m, kinds)]))
                 found[what].append((float(macro_f1(table)), float(unassigned(table)), wrong))
         for what, values in found.items():
             of = zip(("macro-F1", "unassigned", "given a type its tile lacks"), np.array(values).T, strict=True)

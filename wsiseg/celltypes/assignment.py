@@ -106,7 +106,7 @@ def assign_types(
     )  # sums of floats depend on their order; the types must not
     space = space or slide_space(descriptors[order])
     other_stain = stain not in ("he", "auto")
-    if other_stain:
+    if other_stain and bank.types:  # without clicks there is nothing but the classes
         space = replace(space, class_variance=config.other_stain * space.class_variance)
     z = np.empty((count, space.transform.shape[1]), np.float32)
     for start in range(0, count, _ROWS):
