@@ -377,7 +377,7 @@ class Claims:
 
 
 def _owner(state: _State | None) -> _Owner | None:
-    """Read the owner of a claim; ``None`` when it is damaged, as by a process killed while it wrote, where there are no hard links."""
+    """Read the owner of a claim; ``None`` when it is damaged, as by a process killed while it wrote, on a file system without hard links."""
     try:
         found: Any = json.loads(state.content) if state else None
     except (ValueError, RecursionError):
