@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -367,6 +368,23 @@ def test_a_tile_that_cannot_be_read_is_listed(
     assert "missing tiles are orange" not in (tmp_path / "holes/ihc/report.html").read_text()
     for name in ("cells.parquet", "cells.geojson.gz"):
         assert (tmp_path / "holes/ihc" / name).read_bytes() == (tmp_path / "good/ihc" / name).read_bytes()
+
+
+def test_doctor_tells_what_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full temporary folder and a torch that cannot be loaded are lines with a remedy; the checks after them still run."""
+
+    def full(_folder: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("wsiseg.demo.write_demo", full)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    status, output = wsiseg("doctor")
+    assert status == 1
+    lines = output.splitlines()
+    assert next(line for line in lines if line.startswith("FAIL  temporary folder")).endswith("No space left on device")
+    assert any("make room in it" in line for line in lines)
+    assert any(line.startswith("FAIL  GPU") and "torch" in line for line in lines)
+    assert any(line.startswith("ok    disk") for line in lines)
 
 
 def test_info_and_seeds_check_and_doctor(demo: tuple[Path, Path]) -> None:
