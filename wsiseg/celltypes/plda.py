@@ -175,6 +175,11 @@ def learn_from_sure_cells(
     moved
         The clicks are on another slide: per hypothesis, (D,), the slide effect here less that there. Each click then counts a quarter of one
         for a type that has sure cells here; without any, the hypothesis stays as it is.
+
+    Returns
+    -------
+    list of Hypothesis
+        In the same order; those of a weight below 0.05 are left as they are.
     """
     if not config.sure_cells:
         return hypotheses
