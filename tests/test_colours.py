@@ -18,7 +18,7 @@ from wsiseg.formats.parts import KEY, open_part, part_is_current, read_part, wri
 from wsiseg.geometry import Box, Lattice
 from wsiseg.measurements import colour_names, qupath_name
 from wsiseg.records import Cells
-from wsiseg.segmentation.colours import RING_UM, _pixels_inside, measure_colours
+from wsiseg.segmentation.colours import RING_UM, _crossings, _pixels_inside, measure_colours
 from wsiseg.slide import read_region
 from wsiseg.slide.array_reader import ArrayReader
 from wsiseg.slide.stain import DYES
@@ -83,7 +83,8 @@ def test_pixels_inside_are_those_of_scikit_image() -> None:
     )
     polygons = shapely.polygons(rings)
     low, high = np.array([10, 20]), np.array([90, 95])
-    owner, place = _pixels_inside(polygons, low, high, 100)
+    number, place = _pixels_inside(_crossings(polygons), low, high, 100, len(polygons))
+    owner = np.repeat(np.arange(len(polygons)), number)
     for k, ring in enumerate(rings):
         row, column = skimage_polygon(ring[:, 1], ring[:, 0], (90, 95))
         seen = (row >= 10) & (column >= 20)
