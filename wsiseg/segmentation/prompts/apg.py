@@ -77,10 +77,17 @@ def apg_points(maps: NDArray[np.float32], stride_px: int, mpp: float, config: Ap
 def _seeds(
     maps: NDArray[np.float32], config: ApgConfig
 ) -> tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.bool_]]:
-    """Rows and columns of the seeds in reading order, and the seeds (h, w); probabilities are worked out where there is foreground."""
-    surely_below = np.float32(logit(config.foreground) - 1e-3)  # beyond any rounding of the logistic function
-    y, x = np.nonzero(maps[0] >= surely_below)
-    f, c, b = expit(maps[:, y, x])
+    """Rows and columns of the seeds in reading order, and the seeds (h, w); probabilities are worked out where the logits allow a seed."""
+    margin = 1e-3  # beyond any rounding of the logistic function
+    foreground, centre, boundary = (np.float32(logit(p)) for p in (config.foreground, config.centre, config.boundary))
+    at = np.flatnonzero(
+        maps[0] >= foreground - margin
+    )  # a plane of interleaved maps is slow to read: only this one is, whole
+    y, x = np.divmod(at, maps.shape[2])
+    logits = maps[:, y, x]
+    possible = (logits[1] <= centre + margin) & (logits[2] <= boundary + margin)
+    y, x = y[possible], x[possible]
+    f, c, b = expit(logits[:, possible])
     is_seed = (f >= config.foreground) & (c < config.centre) & (b < config.boundary)
     y, x = y[is_seed], x[is_seed]
     seed = np.zeros(maps.shape[1:], bool)
