@@ -417,3 +417,30 @@ def test_quiet_in_a_pipe(demo: tuple[Path, Path], tmp_path: Path) -> None:
     assert first.startswith(f"{tmp_path / 'out' / 'ihc'}: ")
     assert all(line.startswith("  ") for line in rest)  # the summary
     assert done.stdout.isprintable() or not set(done.stdout) & {"\r", "\x1b"}
+
+
+@pytest.mark.parametrize(("ending", "status", "last"), [("sys.exit(3)", 3, ""), ("1 / 0", 1, "taken apart\n")])
+def test_a_process_ends_by_its_handlers_and_without_taking_its_modules_apart(
+    ending: str, status: int, last: str
+) -> None:
+    """What was registered to be done at the end is done and all output is out; only after a fault of ours Python ends as it always does."""
+    script = f"""
+import atexit, sys
+from wsiseg import __main__, cli
+
+class Loud:
+    def __del__(self):
+        sys.__stdout__.write("taken apart\\n")
+
+loud = Loud()
+
+def main():
+    atexit.register(print, "handler")
+    print("output", end=" ")
+    {ending}
+
+cli.main = main
+__main__.run()
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (status, "output handler\n" + last)
