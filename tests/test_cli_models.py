@@ -77,7 +77,7 @@ def test_import_list_show_verify(checkpoint: Path, folder: Path, wsiseg: Callabl
     cells = {name: re.split("  +", line) for name, line in lines.items()}
     assert cells["sam-vit-b"][2:5] == ["points, boxes", "256", "0.25"]
     assert cells["vit-b-histopathology"][2:5] == ["points, boxes, maps", "128", "0.125"]
-    assert cells["nuclei-compact"][2:5] == ["points, boxes, maps", "any", "0.25"]
+    assert cells["nuclei-compact"][2:5] == ["points, boxes, text, maps", "any", "0.25"]
     assert cells["sam2.1-hiera-tiny"][2:] == ["points, boxes", "128", "0.125", "Apache-2.0", "to get from the hub"]
     assert cells["sam3"][2:5] == ["points, boxes, text, exemplars", "126", "0.125"]
     assert wsiseg("models", "verify") == (0, "nuclei-compact: OK\nmine: OK\n")

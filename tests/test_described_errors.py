@@ -127,7 +127,6 @@ def test_phrases_of_the_command_line_are_types():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--text", "lymphocyte"], "--method text: nuclei-compact reads no text; pass --model with an imported SAM 3"),
         (["--method", "exemplar", "--seeds", "SEEDS"], "--method exemplar: nuclei-compact takes no example boxes"),
         (["--method", "text"], "--method text: needs phrases; pass --text PHRASE"),
         (

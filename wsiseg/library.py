@@ -233,7 +233,7 @@ def segment_image(
     mpp: float | None = None,
     seeds: SeedsSource | None = None,
     config: RunConfig | None = None,
-    model: PromptableModel | None = None,
+    model: PromptableModel | str | os.PathLike[str] | None = None,
     **settings: Any,  # noqa: ANN401
 ) -> TypedCells:
     """Outline and type the cells of one image in memory; writes nothing.
@@ -249,7 +249,7 @@ def segment_image(
     config
         Defaults when absent.
     model
-        A loaded model (:func:`wsiseg.models.load_model`), to use it for many images; loaded as ``config`` says when absent.
+        A loaded model (:func:`wsiseg.models.load_model`), to use it for many images; or its name or file. As ``config`` says when absent.
     **settings
         Fields of :class:`RunConfig`, in place of those of ``config``: ``method="amg"``, ``masks={"min_score": 0.5}``.
 
@@ -279,6 +279,8 @@ def segment_image(
         raise SlideError(
             f"{_IMAGE}: {show(os.fspath(image))} is a path; use wsiseg.segment_slide for a file, or pass a uint8 RGB array of shape (H, W, 3)"
         )
+    if isinstance(model, str | os.PathLike):
+        settings, model = settings | {"model": os.fspath(model)}, None
     config = _configured(config, settings, "segment_image")
     if mpp is not None:
         config = dataclasses.replace(config, mpp=mpp)

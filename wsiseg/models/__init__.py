@@ -120,10 +120,11 @@ def load_model(model: str, device: str = "auto", precision: str = "auto") -> Pro
     (0.25, 16, 'cpu')
     """
     card, path = find_weights(model)
-    if path.parent == WEIGHTS_FOLDER and file_hash(path) != card.sha256:
-        raise WeightsError(
-            f"{path}: sha256 differs from the model card of {card.name}; the file is damaged: install wsiseg again"
-        )
+    for file, stated in ((path, card.sha256), (card.phrases, card.phrases_sha256)):
+        if file is not None and file.parent == WEIGHTS_FOLDER and file_hash(file) != stated:
+            raise WeightsError(
+                f"{file}: sha256 differs from the model card of {card.name}; the file is damaged: install wsiseg again"
+            )
     network = build_network(card, path)
     chosen = pick_device(device)
     loaded: PromptableModel = network.ready(
@@ -140,7 +141,7 @@ def build_network(card: ModelCard, path: Path) -> Any:  # noqa: ANN401
     WeightsError
         As `load_model`.
     """
-    tensors = read_tensors(path)
+    tensors = read_all_tensors(card, path)
     module, _, name = card.network.partition(":")
     network = getattr(importlib.import_module(module), name).of(card, tensors)
     _fill(network, tensors, path)
@@ -152,6 +153,17 @@ def load_types(model: str) -> TypeSpace | None:
     if find_weights(model)[0].network in NETWORKS.values():
         return None
     return load_model(model, "cpu").types
+
+
+def read_all_tensors(card: ModelCard, path: Path) -> dict[str, torch.Tensor]:
+    """Read the tensors of a weight file, and those of its decoder of phrases where that is a file of its own.
+
+    Raises
+    ------
+    WeightsError
+        As :func:`read_tensors`.
+    """
+    return read_tensors(path) | (read_tensors(card.phrases) if card.phrases is not None else {})
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:

@@ -17,6 +17,29 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TextCard:
+    """How a model whose decoder reads phrases reads them.
+
+    Attributes
+    ----------
+    encoder, sha256
+        The text encoder that it was trained with (`wsiseg.models.text_encoder`), and its sha256.
+    width
+        Length of a phrase's vector.
+    phrases
+        Those that it was trained with: they are read without the encoder.
+    types
+        What they mean, besides all nuclei.
+    """
+
+    encoder: str
+    sha256: str
+    width: int
+    phrases: tuple[str, ...]
+    types: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelCard:
     """Card of a model.
 
@@ -46,6 +69,10 @@ class ModelCard:
         Side of the only tile that it takes, model px; 0: any.
     parameters
         Number of weights; 0: not counted.
+    text
+        How it reads phrases, where that is part of the weights; ``None`` for models that bring a text encoder of their own.
+    phrases, phrases_sha256
+        Weights of its decoder of phrases, where they are a file of their own, which says how it reads them; sha256 of that file.
     """
 
     name: str
@@ -61,6 +88,38 @@ class ModelCard:
     prompts: tuple[str, ...] = ("points", "boxes")
     input_px: int = 0
     parameters: int = 0
+    text: TextCard | None = None
+    phrases: Path | None = None
+    phrases_sha256: str = ""
+
+    def reading(self) -> TextCard | None:
+        """How it reads phrases, from wherever that is stated.
+
+        Raises
+        ------
+        WeightsError
+            The decoder's file is damaged.
+        """
+        if self.phrases is None:
+            return self.text
+        note = read_note(self.phrases) or {}
+        return text_card(note.get("text"), self.phrases)
+
+
+def text_card(stated: Any, path: Path) -> TextCard:  # noqa: ANN401
+    """What the metadata of a weight file say of phrases, checked.
+
+    Raises
+    ------
+    WeightsError
+        They are not of this version.
+    """
+    kinds = {"encoder": str, "sha256": str, "width": int, "phrases": list, "types": list}
+    sound = isinstance(stated, dict) and stated.keys() == kinds.keys()
+    sound = sound and all(isinstance(stated[key], kind) for key, kind in kinds.items())
+    if not sound or not all(isinstance(entry, str) for key in ("phrases", "types") for entry in stated[key]):
+        raise foreign_note(path, json.dumps(stated, sort_keys=True))
+    return TextCard(**{**stated, "phrases": tuple(stated["phrases"]), "types": tuple(stated["types"])})
 
 
 def read_note(path: Path) -> dict[str, Any] | None:

@@ -67,16 +67,19 @@ def verify(card: ModelCard) -> None:
     WeightsError
         They differ, or the file cannot be read.
     """
-    try:
-        found = file_hash(card.weights)
-    except OSError as error:
-        raise WeightsError(
-            f"{card.weights}: cannot be read ({error.strerror or error}); import or download {card.name} again"
-        ) from error
-    if found != card.sha256:
-        raise WeightsError(
-            f"{card.weights}: sha256 differs from the card of {card.name}; the file is damaged: import or download it again"
-        )
+    for file, stated in ((card.weights, card.sha256), (card.phrases, card.phrases_sha256)):
+        if file is None:
+            continue
+        try:
+            found = file_hash(file)
+        except OSError as error:
+            raise WeightsError(
+                f"{file}: cannot be read ({error.strerror or error}); import or download {card.name} again"
+            ) from error
+        if found != stated:
+            raise WeightsError(
+                f"{file}: sha256 differs from the card of {card.name}; the file is damaged: import or download it again"
+            )
 
 
 def verify_all(names: tuple[str, ...] = (), folder: Path | None = None) -> dict[str, str]:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol, cast
 
+from wsiseg.errors import ConfigError
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from wsiseg.models.phrases import Vocabulary
     from wsiseg.records import Concept, Detections, Embeddings, PromptExtras, TypeSpace, WindowMasks
 
 
@@ -102,8 +105,8 @@ class PromptableModel(Protocol):
         ...
 
 
-class ConceptDetector(Protocol):
-    """A network that finds every instance of a concept on an encoded tile, the concept being a phrase, boxes around examples, or both.
+class TextReader(Protocol):
+    """What turns phrases into what a network is asked with.
 
     Attributes
     ----------
@@ -111,8 +114,6 @@ class ConceptDetector(Protocol):
         Phrases can be encoded.
     max_tokens
         Tokens that a phrase may have.
-    max_instances
-        One pass finds no more.
     """
 
     @property
@@ -121,9 +122,6 @@ class ConceptDetector(Protocol):
     @property
     def max_tokens(self) -> int: ...  # noqa: D102
 
-    @property
-    def max_instances(self) -> int: ...  # noqa: D102
-
     def count_tokens(self, phrase: str) -> int:
         """Tokens of a phrase."""
         ...
@@ -131,6 +129,19 @@ class ConceptDetector(Protocol):
     def encode_text(self, phrase: str) -> Tensor:
         """Encode a phrase -> float (L, C)."""
         ...
+
+
+class ConceptDetector(TextReader, Protocol):
+    """A network that finds every instance of a concept on an encoded tile, the concept being a phrase, boxes around examples, or both.
+
+    Attributes
+    ----------
+    max_instances
+        One pass finds no more.
+    """
+
+    @property
+    def max_instances(self) -> int: ...  # noqa: D102
 
     def detect(self, embeddings: Embeddings, tile: int, concept: Concept, min_score: float) -> Detections:
         """Find the instances of ``concept`` on the tile of that index that reach ``min_score``."""
@@ -166,6 +177,23 @@ def detector_of(model: PromptableModel) -> ConceptDetector | None:
     """The detector of a model; ``None`` when it has none."""
     detector: ConceptDetector | None = getattr(model, "detector", None)
     return detector
+
+
+def unable(method: str, model: str) -> ConfigError:
+    """Make the error for a model without what ``--method text`` or ``exemplar`` needs."""
+    what, adapted = "takes no example boxes", ""
+    if method == "text":
+        what = "reads no text"
+        adapted = ", or with a nuclei-compact that was adapted to phrases (wsiseg finetune --objective prompt-group)"
+    return ConfigError(
+        f"--method {method}: {model} {what}; pass --model with an imported SAM 3{adapted}, or use another --method"
+    )
+
+
+def vocabulary_of(model: PromptableModel) -> Vocabulary | None:
+    """The vocabulary of a model's decoder of phrases; ``None`` when it has no such decoder."""
+    vocabulary: Vocabulary | None = getattr(model, "vocabulary", None)
+    return vocabulary
 
 
 def concept_model(model: PromptableModel) -> ConceptModel:

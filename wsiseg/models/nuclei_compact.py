@@ -8,6 +8,7 @@ One pass over the tile gives a feature pyramid; every prompt after that costs a 
     point -> pyramid sampled at the point -> weights of three 1x1 convolutions (conditional convolutions [1]_)
           -> mask logits on a window of 64 x 64 cells of 2 px around the point
     mask  -> predicted IoU, and a descriptor (F_l pooled in the mask, plus size, elongation and stain)
+    phrase -> a map of all nuclei that are meant, where the weights have a decoder of phrases (`wsiseg.models.phrases`)
 
 Everything is local: no layer sees further than its receptive field and no statistic is taken over the tile (batch norm is frozen), so
 that two tiles that share pixels give the same cells. The lattice is ``STRIDE_PX``: tiles must start on its multiples.
@@ -30,6 +31,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from wsiseg.models.efficientnet_lite import PIXEL_MEAN, PIXEL_SD, EfficientNetLite
 from wsiseg.models.morphology import MEASUREMENTS, measure, optical_density, windows
+from wsiseg.models.phrases import PhraseDecoder, Vocabulary
 from wsiseg.records import Embeddings, PromptExtras, TypeSpace, WindowMasks
 
 if TYPE_CHECKING:
@@ -109,7 +111,6 @@ class NucleiCompact(nn.Module):
     supports_full_tile = False
     has_maps = True
     box_replaces_point = False
-    prompts = ("points", "boxes")
     prompts_multiple = 32
     reach_px = (WINDOW_SIZE // 2 + SNAP_CELLS // 2) * MASK_STRIDE_PX
     descriptor_size = DESCRIPTOR_SIZE
@@ -141,6 +142,8 @@ class NucleiCompact(nn.Module):
             nn.Linear(128, LEARNED),
         )
         self.standardise = nn.BatchNorm1d(MEASUREMENTS, affine=False)
+        self.phrases: PhraseDecoder | None = None
+        self.vocabulary: Vocabulary | None = None
         self.pixel_mean: Tensor
         self.pixel_sd: Tensor
         self.register_buffer("pixel_mean", torch.full((1, 3, 1, 1), PIXEL_MEAN))
@@ -154,8 +157,17 @@ class NucleiCompact(nn.Module):
 
     @classmethod
     def of(cls, card: ModelCard, tensors: dict[str, Tensor]) -> Self:  # noqa: ARG003
-        """Build the network for a weight file; there is one form of it."""
-        return cls()
+        """Build the network for a weight file: with a decoder of phrases, where it has one."""
+        network = cls()
+        if text := card.reading():
+            network.phrases = PhraseDecoder(text.width, len(text.phrases))
+            network.vocabulary = Vocabulary(network.phrases, text, card.name)
+        return network
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """What it can be asked with."""
+        return ("points", "boxes") if self.phrases is None else ("points", "boxes", "text")
 
     def ready(self, device: torch.device, *, bf16: bool) -> Self:
         """Prepare for inference: batch norms folded into their convolutions, frozen, on ``device``."""

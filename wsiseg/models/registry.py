@@ -28,6 +28,9 @@ MODELS = {
         mpp=0.25,
         architecture="EfficientNet-Lite2 with a feature pyramid, 1.7 M parameters",
         instance_decoder=True,
+        prompts=("points", "boxes", "text"),
+        phrases=WEIGHTS_FOLDER / "nuclei-compact-phrases.safetensors",
+        phrases_sha256="ee5b5ab2c749bc775bd233a0f3339c652e97f47eba700e27872c16a070698aa7",
     )
 }
 

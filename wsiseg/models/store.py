@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import platformdirs
 
 from wsiseg.errors import ConfigError, RunError, WeightsError
-from wsiseg.models.cards import ModelCard, file_hash, foreign_note, read_note, require_same
+from wsiseg.models.cards import ModelCard, file_hash, foreign_note, read_note, require_same, text_card
 from wsiseg.models.registry import MODELS, NETWORKS
 from wsiseg.runtime.atomic import atomic_path, is_abandoned
 from wsiseg.runtime.paths import kind_of, names_in, read_text, readable
@@ -162,7 +162,10 @@ def card_of_file(path: Path) -> ModelCard:
         raise WeightsError(
             f"{path}: a SAM checkpoint that does not say its scale; convert it: wsiseg models import {path} --name NAME --mpp UM"
         )
-    return replace(MODELS["nuclei-compact"], weights=path, sha256="", licence="unknown", source=str(path))
+    own = replace(MODELS["nuclei-compact"], weights=path, sha256="", licence="unknown", source=str(path))
+    return replace(
+        own, phrases=None, phrases_sha256="", prompts=("points", "boxes")
+    )  # those were learned on other features
 
 
 def _stated(note: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -172,6 +175,7 @@ def _stated(note: dict[str, Any], path: Path) -> dict[str, Any]:
         fields = {"network": networks[note["network"]], "mpp": float(note["mpp"]), "normalise": note["normalise"]}
         fields |= {"prompts": tuple(note["prompts"])} if "prompts" in note else {}
         fields |= {key: note[key] for key in ("architecture", "input_px", "parameters") if key in note}
+        fields |= {"text": text_card(note["text"], path)} if "text" in note else {}
         sound = MPP_RANGE[0] <= fields["mpp"] <= MPP_RANGE[1] and fields["normalise"] in NORMALISE
     except (ValueError, TypeError, KeyError):
         sound = False

@@ -17,7 +17,7 @@ from wsiseg.records import Cells, DescribedType
 from wsiseg.runs.finish import stitch_and_type
 from wsiseg.runs.inputs import phrases_as_seeds, require_known_types, resolve
 from wsiseg.seeds.bank import build_bank
-from wsiseg.seeds.descriptions import UNRELIABLE, describe_types
+from wsiseg.seeds.descriptions import describe_types, doubts_of
 from wsiseg.segmentation.colours import measure_colours
 from wsiseg.segmentation.tile import TileSegmenter
 from wsiseg.slide import read_region
@@ -134,8 +134,8 @@ def open_image(
     bank, types = None, tuple[DescribedType, ...]()
     if resolved.method in DETECTING:
         types = describe_types(model, resolved, seeds, None)
-        if any(of.phrases for of in types):
-            logger.warning("%s", UNRELIABLE)
+        for doubt in doubts_of(model, types, stain.name):
+            logger.warning("%s", doubt)
     if seeds and resolved.method != "text":
         bank = build_bank(reader, model, seeds, lattice, resolved, chains=resolved.method in CHAINED)
     return OpenedImage(reader=reader, config=resolved, model=model, lattice=lattice, bank=bank, types=types)

@@ -25,6 +25,7 @@ from wsiseg.formats.seeds import check_seeds, read_seeds, seeds_text
 from wsiseg.geometry import largest_part
 from wsiseg.models import find_weights, pick_device
 from wsiseg.models.cards import file_hash
+from wsiseg.models.contract import unable
 from wsiseg.records import Seeds, SeedType
 from wsiseg.runtime.paths import kind_of, readable, require_text
 from wsiseg.segmentation.nuclear_scale import require_scale
@@ -231,10 +232,7 @@ def resolve(
     elif seeds is not None:
         require_points(seeds, f"--method {method}")
     if method in DETECTING and {"text": "text", "exemplar": "exemplars"}[method] not in prompts:
-        what = "reads no text" if method == "text" else "takes no example boxes"
-        raise ConfigError(
-            f"--method {method}: {model} {what}; pass --model with an imported SAM 3, or use another --method"
-        )
+        raise unable(method, model)
     if method in {"cop", "amg", "exemplar"} and "points" not in prompts:
         raise ConfigError(
             f"--method {method}: {model} takes no points; import the whole model of its authors (SAM 3: Sam3VideoModel, with its tracker)"
@@ -396,6 +394,8 @@ def _digests(slide: str, config: RunConfig, info: SlideInfo, weights: Path, clic
         facts["outlines"] = _content_hash(config.outlines)
     if config.method in DETECTING:  # the hashes of other methods are those of versions that had no detector
         facts["detection"] = dataclasses.asdict(config.detection)
+        if decoder := find_weights(config.model)[0].phrases_sha256:
+            facts["phrases"] = decoder
     if config.stain != "he":  # the hash of H&E is that of versions that knew no other stain
         facts["stain"] = config.stain
     # Stages after the parts do not make them stale: types, overlaps, and under APG the seeds.

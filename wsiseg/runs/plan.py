@@ -17,7 +17,7 @@ from wsiseg.runs.plan_file import RunPlan, read_plan
 from wsiseg.runtime.claims import Claims
 from wsiseg.runtime.paths import target
 from wsiseg.seeds.bank import build_bank
-from wsiseg.seeds.descriptions import UNRELIABLE, describe_types
+from wsiseg.seeds.descriptions import describe_types, doubts_of
 from wsiseg.segmentation.worker import RunSpec, WorkerContext
 from wsiseg.slide import thumbnail
 from wsiseg.slide.tiling import TileGrid, plan_for_model
@@ -103,8 +103,7 @@ def plan_run(inputs: RunInputs, parts: Path) -> PreparedRun:
     described = earlier.described if earlier else ()
     if config.method in DETECTING and not earlier:
         described = describe_types(model, config, inputs.seeds, bank)
-        if any(of.phrases for of in described):
-            warnings.append(UNRELIABLE)
+        warnings += doubts_of(model, described, stain.name)
     wanted: Callable[[float, float, float, float], bool] = area.wanted
     if inputs.outlines is not None:
         points = points_inside(inputs.outlines)

@@ -7,15 +7,17 @@ from typing import TYPE_CHECKING
 import torch
 
 from wsiseg.errors import ConfigError, SeedsError
-from wsiseg.models.contract import detector_of
+from wsiseg.models.contract import detector_of, unable, vocabulary_of
 from wsiseg.records import DescribedType
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import numpy as np
     from numpy.typing import NDArray
 
     from wsiseg.config import RunConfig
-    from wsiseg.models.contract import ConceptDetector, PromptableModel
+    from wsiseg.models.contract import PromptableModel, TextReader
     from wsiseg.records import Bank, Seeds
 
 BOXES_ONLY = "visual"  #: the phrase that SAM 3 was trained to see beside boxes without a phrase
@@ -50,11 +52,11 @@ def describe_types(
     Raises
     ------
     ConfigError
-        The model has no detector, or reads no text.
+        The model has no detector, or cannot read a phrase.
     SeedsError
         A phrase has more tokens than the model reads.
     """
-    detector = require_detector(model, config)
+    reader = require_reader(model, config)
     if seeds is not None:
         places = [
             (kind.name, kind.color, kind.text, f"{seeds.source}: types[{t}]") for t, kind in enumerate(seeds.types)
@@ -64,35 +66,45 @@ def describe_types(
     types = []
     for name, color, phrases, place in places:
         for number, phrase in enumerate(phrases):
-            tokens = detector.count_tokens(phrase)
-            if tokens > detector.max_tokens:
+            tokens = reader.count_tokens(phrase)
+            if tokens > reader.max_tokens:
                 raise SeedsError(
-                    f"{place}.text[{number}]: the phrase has {tokens} tokens with its ends; the model reads {detector.max_tokens}; shorten it"
+                    f"{place}.text[{number}]: the phrase has {tokens} tokens with its ends; the model reads {reader.max_tokens}; shorten it"
                 )
-        encoded = tuple(_encode(detector, phrase) for phrase in phrases or (BOXES_ONLY,))
+        encoded = tuple(_encode(reader, phrase) for phrase in phrases or (BOXES_ONLY,))
         types.append(DescribedType(name=name, color=color, phrases=phrases, tokens=encoded))
     return tuple(types)
 
 
-def require_detector(model: PromptableModel, config: RunConfig) -> ConceptDetector:
-    """The model's detector.
+def require_reader(model: PromptableModel, config: RunConfig) -> TextReader:
+    """What reads the phrases: the model's detector, or for ``--method text`` the vocabulary of its decoder of phrases.
 
     Raises
     ------
     ConfigError
         It has none, or one without a tokenizer.
     """
-    detector = detector_of(model)
-    need = f"--method {config.method}: {config.model}"
-    if detector is None:
-        kind = "reads no text" if config.method == "text" else "takes no example boxes"
-        raise ConfigError(f"{need} {kind}; pass --model with an imported SAM 3, or use another --method")
-    if not detector.reads_text:
-        raise ConfigError(f"{need} was imported without its tokenizer; import the folder with tokenizer.json again")
-    return detector
+    vocabulary = vocabulary_of(model) if config.method == "text" else None
+    reader = detector_of(model) or vocabulary
+    if reader is None:
+        raise unable(config.method, config.model)
+    if not reader.reads_text:
+        raise ConfigError(
+            f"--method {config.method}: {config.model} was imported without its tokenizer; import the folder with tokenizer.json again"
+        )
+    return reader
+
+
+def doubts_of(model: PromptableModel, types: Sequence[DescribedType], stain: str) -> list[str]:
+    """Warnings about the answers to the phrases of the types, on a slide of this stain."""
+    phrases = [phrase for of in types for phrase in of.phrases]
+    if not phrases:
+        return []
+    vocabulary = vocabulary_of(model)
+    return [UNRELIABLE] if vocabulary is None else vocabulary.doubts(phrases, stain)
 
 
 @torch.inference_mode()
-def _encode(detector: ConceptDetector, phrase: str) -> NDArray[np.float32]:
-    tokens: NDArray[np.float32] = detector.encode_text(phrase).float().cpu().numpy()
+def _encode(reader: TextReader, phrase: str) -> NDArray[np.float32]:
+    tokens: NDArray[np.float32] = reader.encode_text(phrase).float().cpu().numpy()
     return tokens

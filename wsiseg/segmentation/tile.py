@@ -14,6 +14,7 @@ import torch
 
 from wsiseg.config import DETECTING
 from wsiseg.geometry import Box
+from wsiseg.models.contract import detector_of, vocabulary_of
 from wsiseg.records import Cells
 from wsiseg.runtime.profiling import BusyClock, Clock
 from wsiseg.segmentation.batch_size import Batch, is_out_of_memory
@@ -21,6 +22,7 @@ from wsiseg.segmentation.competition import compete
 from wsiseg.segmentation.decoding import decode_tiles
 from wsiseg.segmentation.detection import Detector
 from wsiseg.segmentation.given import describe_outlines, to_tile
+from wsiseg.segmentation.phrases import PhraseTyping
 from wsiseg.segmentation.polygons import trace
 from wsiseg.segmentation.prompts import find_points
 from wsiseg.segmentation.prompts.exemplars import find_examples, likely_places
@@ -72,7 +74,7 @@ class TileSegmenter:
     name
         Name of the slide in messages.
     types
-        The types that a detector is asked for, of ``--method text`` and ``exemplar``.
+        The types that are asked for, of ``--method text`` and ``exemplar``.
     given
         Outlines that are kept as they are and only described, of ``--method outlines``.
 
@@ -102,7 +104,11 @@ class TileSegmenter:
         self.batch = Batch(config, model.device)
         self.clock = Clock()
         self.busy = BusyClock(self.clock, model.device)
-        self.detector = Detector(model, types, config.detection) if config.method in DETECTING else None
+        self.detector = self.phrases = None
+        if config.method in DETECTING and detector_of(model) is not None:
+            self.detector = Detector(model, types, config.detection)
+        elif vocabulary := vocabulary_of(model) if config.method == "text" else None:
+            self.phrases = PhraseTyping(vocabulary.decoder, types, config.detection)
 
     def segment(self, tile: Tile, pixels: NDArray[np.uint8]) -> Cells:
         """Segment one tile: pixels (H, W, 3) of ``tile.outer`` -> the outlines that ``tile.core`` owns, level-0 px."""
@@ -186,13 +192,15 @@ class TileSegmenter:
         kept = self._batched_masks(len(tiles))
         found = decode_tiles(self.model, embeddings, numbers, points, kept, grid=grid)
         refinement = self.config.refinement
-        if not refinement.enabled:
-            return found
-        kept = self._batched_masks(1)
-        return [
-            refine_masks(self.model, embeddings, tile.outer.width, masks, kept, refinement, k)
-            for tile, k, masks in zip(tiles, numbers, found, strict=True)
-        ]
+        if refinement.enabled:
+            kept = self._batched_masks(1)
+            found = [
+                refine_masks(self.model, embeddings, tile.outer.width, masks, kept, refinement, k)
+                for tile, k, masks in zip(tiles, numbers, found, strict=True)
+            ]
+        if self.phrases is not None:
+            found = [self.phrases.keep(embeddings, k, masks) for k, masks in zip(numbers, found, strict=True)]
+        return found
 
     def _example_prompts(self, tile: Tile, encoded: EncodedTile) -> NDArray[np.float32]:
         if self.config.method == "text" or self.bank is None:
