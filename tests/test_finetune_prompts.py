@@ -104,8 +104,8 @@ def test_the_bank_has_three_levels_and_takes_more(tmp_path):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ([1], "an object with all, category or types is needed"),
-        ({"nuclei": {}}, "an object with all, category or types is needed"),
+        ([1], "an object with all, category, names or types is needed"),
+        ({"nuclei": {}}, "an object with all, category, names or types is needed"),
         ({"all": {"easy": ["x"]}}, "lists of phrases under low, medium, high"),
         ({"all": {"low": "x"}}, "a list of phrases is needed"),
         ({"all": {"low": [" "]}}, "a list of phrases is needed"),

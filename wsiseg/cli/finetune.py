@@ -81,6 +81,11 @@ def _choices(field: str) -> click.Choice[str]:
     metavar="FILE",
     help="JSON with more phrases for prompt groups (docs/finetune.md).",
 )
+@click.option(
+    "--text-encoder",
+    metavar="NAME|FOLDER",
+    help=f"What reads phrases for nuclei-compact: a package, or a folder (docs/finetune.md).  [default: {_DEFAULT.text_encoder}]",
+)
 @click.option("--seed", type=int, metavar="N", help=f"Of split, crops and prompts.  [default: {_DEFAULT.seed}]")
 @device_option
 @click.option(
@@ -108,7 +113,7 @@ def command(
     \b
     --objective supervised     outlines of the labels (nuclei-compact), or masks of prompts
     --objective sampo          SAM: a few points mean all nuclei, or all of a type
-    --objective prompt-group   SAM 3: different phrases mean the same
+    --objective prompt-group   SAM 3, nuclei-compact: different phrases mean the same
 
     \b
     wsiseg finetune my-images --mpp 0.25 --out mine.safetensors
@@ -145,4 +150,4 @@ def command(
     )
     held = f"on {len(done.valid.images)} validation images: {scores}" if scores else "not validated"
     click.echo(f"{out}: {done.steps} steps on {len(done.train.images)} images; {held}")
-    click.echo(f"wsiseg run SLIDE --model {out}")
+    click.echo(f"wsiseg run SLIDE --model {out}{' --text PHRASE' if done.reads_text else ''}")

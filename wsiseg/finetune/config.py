@@ -44,6 +44,8 @@ class FinetuneConfig:
         What prompts mean: all nuclei, those of a type, or both in turn; ``auto``: both where the labels have types.
     prompts_per_step
         K: prompts that mean the same.
+    text_encoder
+        What reads phrases for ``nuclei-compact``: ``wordllama``, or a folder (`wsiseg.models.text_encoder`).
     reading
         Of SAMPO's preference, ``A`` or ``B`` (`wsiseg.finetune.losses`).
     preference
@@ -69,6 +71,7 @@ class FinetuneConfig:
     keep: float = setting(0.5, 0.0, 100.0)
     intent: Intent = "auto"
     prompts_per_step: int = setting(3, 1, 64)  # K = 3 in both papers
+    text_encoder: str = "wordllama"  # the small one that a package on PyPI carries
     reading: Literal["A", "B"] = "A"
     preference: float = setting(1.0, 0.0, 100.0)  # SAMPO's lambda; 2 was worse
     input_px: int = setting(224, 0, 4096)  # SAMPO's

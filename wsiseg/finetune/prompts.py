@@ -9,7 +9,10 @@ Phrases, for prompt groups [2]_, are data: ``prompts.json`` beside this file, an
     {"version": 1,
      "all":      {"low": ["segment nuclei"], "medium": [...], "high": [...]},
      "category": {"low": ["segment {type} nuclei"], "medium": [...], "high": [...]},
+     "names":    {"lymphocyte": ["immune", "lymphoid"]},
      "types":    {"lymphocyte": {"low": [...], "high": [...]}}}
+
+``names`` are further words for a type, which the phrases of ``category`` take too; ``types`` are whole phrases for one type.
 
 References
 ----------
@@ -139,10 +142,11 @@ def _pick(rows: NDArray[np.intp], random: np.random.Generator) -> NDArray[np.flo
 
 @dataclass(frozen=True, kw_only=True)
 class PromptBank:
-    """Phrases by level of detail: for all nuclei, for those of a type (``{type}`` is its name), and for single types."""
+    """Phrases by level of detail: for all nuclei, for those of a type (``{type}`` is one of its ``names``), and for single types."""
 
     every: dict[str, tuple[str, ...]]
     category: dict[str, tuple[str, ...]]
+    names: dict[str, tuple[str, ...]]
     types: dict[str, dict[str, tuple[str, ...]]]
 
     def phrases(self, type_name: str | None, level: str | None = None) -> tuple[str, ...]:
@@ -151,7 +155,8 @@ class PromptBank:
         if type_name is None:
             found = [p for k in levels for p in self.every.get(k, ())]
         else:
-            found = [p.replace(_PLACE, type_name) for k in levels for p in self.category.get(k, ())]
+            words = (type_name.replace("_", " "), *self.names.get(type_name, ()))
+            found = [p.replace(_PLACE, word) for k in levels for p in self.category.get(k, ()) for word in words]
             found += [p for k in levels for p in self.types.get(type_name, {}).get(k, ())]
         return tuple(dict.fromkeys(found))
 
@@ -185,6 +190,7 @@ def read_prompt_bank(path: Path | None = None) -> PromptBank:
     return PromptBank(
         every=_joined([part.get("all", {}) for part in parts]),
         category=_joined([part.get("category", {}) for part in parts]),
+        names=_names([part.get("names", {}) for part in parts]),
         types={kind: _joined([part.get("types", {}).get(kind, {}) for part in parts]) for kind in kinds},
     )
 
@@ -193,10 +199,21 @@ def _joined(parts: list[dict[str, list[str]]]) -> dict[str, tuple[str, ...]]:
     return {level: tuple(dict.fromkeys(p for part in parts for p in part.get(level, ()))) for level in LEVELS}
 
 
+def _names(parts: list[dict[str, list[str]]]) -> dict[str, tuple[str, ...]]:
+    kinds = sorted({kind for part in parts for kind in part})
+    return {kind: tuple(dict.fromkeys(name for part in parts for name in part.get(kind, ()))) for kind in kinds}
+
+
 def _checked(content: Any, path: Path) -> dict[str, Any]:  # noqa: ANN401 - whatever JSON holds
     """The content of a user's file."""
-    if not isinstance(content, dict) or content.keys() - {"version", "all", "category", "types"}:
-        raise ConfigError(f"{path}: an object with all, category or types is needed; found {show(content)}")
+    if not isinstance(content, dict) or content.keys() - {"version", "all", "category", "names", "types"}:
+        raise ConfigError(f"{path}: an object with all, category, names or types is needed; found {show(content)}")
+    names = content.get("names", {})
+    if not isinstance(names, dict):
+        raise ConfigError(f"{path}: names is {show(names)}; an object of types and lists of further names is needed")
+    for name, words in names.items():
+        if not isinstance(words, list) or not all(isinstance(word, str) and word.strip() for word in words):
+            raise ConfigError(f"{path}: names, {name} is {show(words)}; a list of names is needed")
     types = content.get("types", {})
     if not isinstance(types, dict):
         raise ConfigError(f"{path}: types is {show(types)}; an object of names and their phrases is needed")

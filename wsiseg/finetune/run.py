@@ -14,7 +14,7 @@ from wsiseg.finetune.config import FinetuneConfig
 from wsiseg.finetune.data import Dataset, read_dataset
 from wsiseg.finetune.loop import train
 from wsiseg.finetune.splits import require_disjoint, split
-from wsiseg.models import build_network, find_weights, pick_device, read_tensors
+from wsiseg.models import build_network, find_weights, pick_device, read_all_tensors, read_tensors
 from wsiseg.models.cards import file_hash, read_note
 from wsiseg.models.registry import MODELS, NETWORKS
 from wsiseg.runtime.atomic import require_free
@@ -50,6 +50,8 @@ class Finetuned:
         Steps that its weights are the result of.
     train, valid
         Images that were trained on, and that validated.
+    reads_text
+        It was trained with phrases.
     """
 
     path: Path
@@ -58,6 +60,7 @@ class Finetuned:
     steps: int
     train: Dataset
     valid: Dataset
+    reads_text: bool
 
 
 def finetune(
@@ -128,8 +131,11 @@ def finetune(
     card, weights = find_weights(model)
     require_objective(card, config.objective, model)
     require_used(card, config, model)
-    if prompts and "text" not in card.prompts:
-        raise ConfigError(f"--prompts: {model} reads no phrases; leave it out, or adapt a model that does (SAM 3)")
+    phrased = config.objective == "prompt-group" or ("text" in card.prompts and card.network != COMPACT)
+    if prompts and not phrased:
+        raise ConfigError(
+            f"--prompts: {model} learns no phrases with --objective {config.objective}; leave it out, or use --objective prompt-group"
+        )
     sets = _read_sets(data, valid, no_valid, also, card, config, mpp, on_note)
     device = pick_device(config.device)
     folder = out.with_suffix(".training")
@@ -142,6 +148,7 @@ def finetune(
         folder,
         identity={
             "parent": parent,
+            "phrases": card.phrases_sha256 if phrased else "",
             "config": {k: v for k, v in dataclasses.asdict(config).items() if k != "device"},
             "prompts": read_text(prompts, ConfigError) if prompts else None,
             **{name: None if part is None else part.digest() for name, part in vars(sets).items()},
@@ -175,7 +182,13 @@ def finetune(
     )
     (folder / "state.pt").unlink(missing_ok=True)
     return Finetuned(
-        path=out, before=state.before, after=state.best, steps=state.best_step, train=sets.train, valid=sets.valid
+        path=out,
+        before=state.before,
+        after=state.best,
+        steps=state.best_step,
+        train=sets.train,
+        valid=sets.valid,
+        reads_text=phrased,
     )
 
 
@@ -197,7 +210,7 @@ def require_objective(card: ModelCard, objective: str, model: str) -> None:
         With those that it can be adapted with.
     """
     possible = {
-        COMPACT: ("supervised",),
+        COMPACT: ("supervised", "prompt-group"),
         NETWORKS["sam"]: ("supervised", "sampo"),
         NETWORKS["sam3"]: ("supervised", "prompt-group") if "text" in card.prompts else (),
     }.get(card.network, ())
@@ -215,10 +228,14 @@ def require_used(card: ModelCard, config: FinetuneConfig, model: str) -> None:
         One was changed.
     """
     compact, default = card.network == COMPACT, FinetuneConfig()
+    outlines = compact and config.objective == "supervised"
     used = {
-        "keep": (compact, "nuclei-compact"),
+        "keep": (outlines, "nuclei-compact with --objective supervised"),
         "lora_rank": (not compact, "SAM and SAM 3"),
-        "intent": (not compact, "SAM and SAM 3"),
+        "precision": (not compact or outlines, "--objective supervised, SAM and SAM 3"),
+        "intent": (not outlines, "--objective sampo and prompt-group, SAM and SAM 3"),
+        "prompts_per_step": (not outlines, "--objective sampo and prompt-group, SAM and SAM 3"),
+        "text_encoder": (compact and not outlines, "nuclei-compact with --objective prompt-group"),
         "reading": (config.objective == "sampo", "--objective sampo"),
         "preference": (config.objective == "sampo", "--objective sampo"),
         "input_px": (card.network == NETWORKS["sam"], "SAM"),
@@ -243,22 +260,30 @@ def make_task(
     WeightsError
         The weights are not the network's.
     """
-    if card.network == COMPACT:
+    if card.network == COMPACT and config.objective == "supervised":
         from wsiseg.finetune.compact_task import CompactTask
+        from wsiseg.models.phrases import PREFIX
 
-        return CompactTask(read_tensors(weights), sets.train, sets.valid, sets.also, config, device), {
-            "network": "nuclei-compact"
-        }
+        # Phrases were learned on the features that change now.
+        tensors = {name: value for name, value in read_tensors(weights).items() if not name.startswith(PREFIX)}
+        return CompactTask(tensors, sets.train, sets.valid, sets.also, config, device), {"network": "nuclei-compact"}
     if card.network == NETWORKS["sam"]:
         from wsiseg.finetune.sam_task import SamTask
 
         return SamTask(read_tensors(weights), sets.train, sets.valid, sets.also, config, device), {"network": "sam"}
+    from wsiseg.finetune.phrase_networks import CompactPhrases, Sam3Phrases
     from wsiseg.finetune.prompts import read_prompt_bank
     from wsiseg.finetune.text_task import TextTask
 
-    network = build_network(card, weights)
     bank = read_prompt_bank(prompts)
-    return TextTask(network, sets.train, sets.valid, sets.also, bank, config, device), read_note(weights) or {}
+    if card.network == COMPACT:
+        compact = CompactPhrases(read_all_tensors(card, weights), card, config, device)
+        task = TextTask(compact, sets.train, sets.valid, sets.also, bank, config, device)
+        text = compact.card(task.phrases, task.types)
+        note = {"network": "nuclei-compact", "prompts": ["points", "boxes", "text"], "text": dataclasses.asdict(text)}
+        return task, note
+    detector = Sam3Phrases(build_network(card, weights), config, device)
+    return TextTask(detector, sets.train, sets.valid, sets.also, bank, config, device), read_note(weights) or {}
 
 
 def _read_sets(

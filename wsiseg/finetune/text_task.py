@@ -1,9 +1,8 @@
-"""SAM 3 on phrases: groups of phrases that mean the same get the same answer [1]_; or each phrase for itself, with supervision alone.
+"""Phrases: groups that mean the same get the same answer [1]_; or each phrase for itself, with supervision alone.
 
-A step takes a window, what is meant in it, and K phrases for that. The image is encoded once; each phrase is answered on its own. The answer of a
-phrase is one map: of the queries that say there is an instance, the pixelwise largest mask logit. Phrases are encoded by the parent's text encoder,
-which stays as it is; everything else that answers phrases is trained, whole (as published) or by adapters. The tracker, which answers points, is not
-trained, but sees the same trunk: adapt a model for phrases or for points, not one for both.
+A step takes a window, what is meant in it, and K phrases for that. The window is encoded once; each phrase is answered on its own with one map
+(`wsiseg.finetune.phrase_networks`). A network whose answers are cheap is asked for several intents in the same window: what tells them apart is then
+in one gradient, and a type that is not there is asked for too.
 
 References
 ----------
@@ -13,7 +12,7 @@ References
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -22,32 +21,37 @@ from torch import Tensor, nn
 
 from wsiseg.errors import ConfigError
 from wsiseg.finetune import losses
-from wsiseg.finetune.lora import add_adapters, plain_state
+from wsiseg.finetune.phrase_networks import on_grid
 from wsiseg.finetune.pictures import draw_masks
 from wsiseg.finetune.prompts import LEVELS
 from wsiseg.finetune.views import ALL, View, checked_views, draw_view, intents_of
-from wsiseg.models.transformers.detector import Sam3Detector
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from wsiseg.finetune.config import FinetuneConfig
     from wsiseg.finetune.data import Dataset
+    from wsiseg.finetune.phrase_networks import PhraseNetwork
     from wsiseg.finetune.prompts import PromptBank
-    from wsiseg.models.transformers.sam3 import Sam3
 
-RATE = 1e-4  #: the paper's
-MIN_SCORE, MOST_QUERIES = 0.3, 100  #: queries in a phrase's map: as the library keeps instances; at least the best one
 PICTURES = 4  #: validation windows that are drawn
 
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """A window and phrases that mean the same in it, in random order."""
+    """Phrases that mean the same, in random order."""
 
-    view: View
     intent: int
     phrases: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """A window and the groups of phrases that are asked in it; ``seed`` of how they are varied."""
+
+    view: View
+    groups: tuple[Group, ...]
+    seed: int
 
 
 class TextTask:
@@ -55,8 +59,8 @@ class TextTask:
 
     Parameters
     ----------
-    network
-        A SAM 3 with a detector, filled.
+    phrased
+        The network.
     train, valid, also
         New images, those that validate (empty: none do), and further ones that are mixed in.
     bank
@@ -74,7 +78,7 @@ class TextTask:
 
     def __init__(
         self,
-        network: Sam3,
+        phrased: PhraseNetwork,
         train: Dataset,
         valid: Dataset,
         also: Dataset | None,
@@ -83,27 +87,36 @@ class TextTask:
         device: torch.device,
     ) -> None:
         torch.manual_seed(config.seed)
-        self.network: nn.Module = network.to(device).eval().requires_grad_(requires_grad=False)
-        self.model: Any = network.detector_model
-        self.detector = Sam3Detector(self.model, network.recipe.tokenizer)
-        self.standardised, self.side = network.standardised, network.input_px
-        self.config, self.device = config, device
+        self.phrased, self.config, self.device = phrased, config, device
         self.images = [part.images for part in (train, also) if part is not None]
         self.intents = intents_of(train, config.intent)
         self.names = {ALL: None} | dict(enumerate(train.type_names, 1))
         self.bank = bank
         self._text = self._encode_phrases()
-        self._choose_trained(config.lora_rank or 0)
-        self.rate = config.rate if config.rate is not None else RATE
-        self.size = config.batch_size or 1
+        self.rate = config.rate if config.rate is not None else phrased.rate
+        self.size = config.batch_size or phrased.size
         area = sum(image.label.size for image in train.images)
-        self.epoch_steps = max(area / self.side**2, len(train.images)) * len(self.intents) / self.size
-        self.bf16 = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
-        self.checked = checked_views(valid, self.intents, self.side)
+        self.epoch_steps = max(area / phrased.side**2, len(train.images)) * len(self.intents) / self.size
+        self.checked = checked_views(valid, self.intents, phrased.side)
 
-    def batch(self, step: int) -> list[Group]:
+    @property
+    def network(self) -> nn.Module:
+        """What is trained."""
+        return self.phrased.network
+
+    @property
+    def phrases(self) -> tuple[str, ...]:
+        """All phrases that may be used."""
+        return tuple(self._text)
+
+    @property
+    def types(self) -> tuple[str, ...]:
+        """Types that may be meant."""
+        return tuple(name for group in self.intents for intent in group if (name := self.names[intent]))
+
+    def batch(self, step: int) -> list[Asked]:
         """Windows with groups of phrases."""
-        out: list[Group] = []
+        out: list[Asked] = []
         tries = 0
         while len(out) < self.size:
             random = np.random.default_rng((self.config.seed, step, tries))
@@ -111,40 +124,55 @@ class TextTask:
             tries += 1
             images = self.images[int(len(self.images) > 1 and random.random() < self.config.also_share)]
             intent = group[random.integers(len(group))]
-            view = draw_view(images, intent, self.side, random) or draw_view(self.images[0], intent, self.side, random)
+            side = self.phrased.side
+            view = draw_view(images, intent, side, random) or draw_view(self.images[0], intent, side, random)
             if view is not None:
-                phrases = self.bank.phrases(self.names[intent])
-                chosen = random.choice(len(phrases), self.config.prompts_per_step, replace=False)
-                out.append(Group(view=view, intent=intent, phrases=tuple(phrases[k] for k in chosen)))
+                intents = (intent, *self._others(view, intent, random))
+                groups = tuple(self._group(k, random) for k in intents)
+                out.append(Asked(view=view, groups=groups, seed=int(random.integers(2**31))))
         return out
 
-    def losses(self, batch: list[Group]) -> dict[str, Tensor]:
+    def _others(self, view: View, intent: int, random: np.random.Generator) -> list[int]:
+        """Further intents to ask for; types only where nuclei have types."""
+        every = [k for group in self.intents for k in group if k != intent and (k == ALL or view.types.any())]
+        count = min(self.phrased.intents - 1, len(every))
+        return [every[k] for k in random.choice(len(every), count, replace=False)] if count else []
+
+    def _group(self, intent: int, random: np.random.Generator) -> Group:
+        phrases = self.bank.phrases(self.names[intent])
+        chosen = random.choice(len(phrases), self.config.prompts_per_step, replace=False)
+        return Group(intent=intent, phrases=tuple(phrases[k] for k in chosen))
+
+    def losses(self, batch: list[Asked]) -> dict[str, Tensor]:
         """Loss of the groups, and how much their answers differ; means over the batch."""
         rows = []
-        for group in batch:
-            levels = self._levels(group.view)
-            target, known = self._on_grid(group.view, group.intent, levels[0].shape[-1])
-            answers = [self._answer(levels, phrase) for phrase in group.phrases]
-            maps = torch.stack([logits for logits, _ in answers])
-            present = torch.ones_like(answers[0][1]) * float(target.any())
-            each = torch.stack(
-                [
-                    losses.focal_loss(logits, target, known)
-                    + losses.dice_loss(logits, target, known)
-                    + F.binary_cross_entropy_with_logits(presence, present)
-                    for logits, presence in answers
-                ]
-            )
-            if self.config.objective == "prompt-group":
-                row = {
-                    "group": losses.prompt_group_loss(each),
-                    "consistency": losses.CONSISTENCY_WEIGHT * losses.consistency_loss(maps),
-                    "_least_weight": losses.prompt_weights(each).min(),
-                }
-            else:
-                row = {"mask": each.mean()}
-            rows.append(row | {"_spread": each.detach().max() - each.detach().min()})
+        for asked in batch:
+            seen, count = self.phrased.look(asked.view.image), self.config.prompts_per_step
+            phrases = [self._text[phrase] for group in asked.groups for phrase in group.phrases]
+            maps, presence = self.phrased.answer(seen, self.phrased.vary(phrases, np.random.default_rng(asked.seed)))
+            presences = [None] * len(asked.groups) if presence is None else presence.split(count)
+            rows += [
+                self._group_losses(asked.view, group.intent, *answer)
+                for group, *answer in zip(asked.groups, maps.split(count), presences, strict=True)
+            ]
         return {name: torch.stack([row[name] for row in rows]).mean() for name in rows[0]}
+
+    def _group_losses(self, view: View, intent: int, maps: Tensor, presence: Tensor | None) -> dict[str, Tensor]:
+        target, known = self._on_grid(view, intent, (maps.shape[1], maps.shape[2]))
+        each = torch.stack(
+            [losses.focal_loss(logits, target, known) + losses.dice_loss(logits, target, known) for logits in maps]
+        )
+        if presence is not None:
+            present = torch.ones_like(presence) * float(target.any())
+            each = each + F.binary_cross_entropy_with_logits(presence, present, reduction="none")
+        spread = {"_spread": each.detach().max() - each.detach().min()}
+        if self.config.objective != "prompt-group":
+            return {"mask": each.mean()} | spread
+        return {
+            "group": losses.prompt_group_loss(each),
+            "consistency": losses.CONSISTENCY_WEIGHT * losses.consistency_loss(maps),
+            "_least_weight": losses.prompt_weights(each).min(),
+        } | spread
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
@@ -171,8 +199,8 @@ class TextTask:
         draw_masks(path, rows)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Weights to save, adapters merged."""
-        return plain_state(self.network)
+        """Weights to save."""
+        return self.phrased.tensors(self.phrases)
 
     def _encode_phrases(self) -> dict[str, Tensor]:
         """Tokens (L, C) of every phrase that may be used."""
@@ -183,64 +211,19 @@ class TextTask:
                 if len(phrases) < (needed := self.config.prompts_per_step):
                     what = self.names[intent] or "all nuclei"
                     raise ConfigError(f"--prompts: {len(phrases)} phrases for {what}; a group needs {needed}")
-                for phrase in phrases:
-                    if (count := self.detector.count_tokens(phrase)) > self.detector.max_tokens:
-                        raise ConfigError(
-                            f"--prompts: {phrase!r} has {count} tokens, and the model reads {self.detector.max_tokens}; make it shorter"
-                        )
-                    with torch.no_grad():
-                        out[phrase] = self.detector.encode_text(phrase).detach()
+                out |= {phrase: self.phrased.encode(phrase) for phrase in phrases}
         return out
-
-    def _choose_trained(self, rank: int) -> None:
-        model = self.model
-        parts = [
-            model.vision_encoder,
-            model.detr_encoder,
-            model.detr_decoder,
-            model.mask_decoder,
-            model.dot_product_scoring,
-        ]
-        if rank:
-            add_adapters(parts, rank)
-        else:
-            for part in parts:
-                part.requires_grad_(requires_grad=True)
-
-    def _levels(self, view: View) -> tuple[Tensor, ...]:
-        """The detector's pyramid of a window."""
-        pixels = self.standardised(torch.from_numpy(view.image).permute(2, 0, 1)[None].to(self.device))
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            seen = self.model.get_vision_features(pixels, return_dict=True).fpn_hidden_states
-        return self.detector.levels([level.float() for level in seen])
-
-    def _answer(self, levels: tuple[Tensor, ...], phrase: str) -> tuple[Tensor, Tensor]:
-        """Map (h, w), logits, and presence, logit."""
-        answer = self.detector.answer(levels, self._text[phrase])
-        kept = answer.scores.detach() > MIN_SCORE
-        order = answer.scores.detach().argsort(descending=True)[: max(1, min(int(kept.sum()), MOST_QUERIES))]
-        masks = self.model.mask_decoder(
-            decoder_queries=answer.queries[None, order],
-            backbone_features=list(levels),
-            encoder_hidden_states=answer.encoded,
-            prompt_features=answer.prompt,
-            prompt_mask=None,
-        ).pred_masks[0]
-        return masks.float().amax(0), answer.presence
 
     def _answers(self, view: View, intent: int) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
         """Map, target and known pixels for the first phrase of each level of detail."""
-        levels = self._levels(view)
-        target, known = self._on_grid(view, intent, levels[0].shape[-1])
-        out = {}
-        for level in LEVELS:
-            phrases = self.bank.phrases(self.names[intent], level)
-            if phrases:
-                out[level] = (self._answer(levels, phrases[0])[0], target, known)
-        return out
+        firsts = {level: self.bank.phrases(self.names[intent], level)[:1] for level in LEVELS}
+        asked = [(level, phrase) for level, phrases in firsts.items() for phrase in phrases]
+        maps, _ = self.phrased.answer(self.phrased.look(view.image), [self._text[phrase] for _, phrase in asked])
+        target, known = self._on_grid(view, intent, (maps.shape[1], maps.shape[2]))
+        return {level: (logits, target, known) for (level, _), logits in zip(asked, maps, strict=True)}
 
-    def _on_grid(self, view: View, intent: int, side: int) -> tuple[Tensor, Tensor]:
-        """What is meant, and where that is known, (side, side): 1 where most of a cell is."""
+    def _on_grid(self, view: View, intent: int, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """What is meant, and where that is known."""
         planes = torch.from_numpy(np.stack([view.meant(intent), view.known])).to(self.device).float()
-        target, known = (F.adaptive_avg_pool2d(planes[None], side)[0] >= 0.5).float()
+        target, known = on_grid(planes, shape)
         return target, known
