@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from training.intent import DESCRIPTION_SIZE, HYPOTHESES, WIDTHS, Clicked, IntentDecoder
+from training.intent import DESCRIPTION_SIZE, HYPOTHESES, Clicked, IntentDecoder
 from training.intent_data import BACKGROUND, BORDER, CENTRE, OUTSIDE, Scene, draw_clicks, places, stack, target_of
 from wsiseg.finetune.losses import supervised_pair_loss
+from wsiseg.models.phrases import WIDTHS
 
 
 def made_up(rng: np.random.Generator, side: int = 32) -> Scene:

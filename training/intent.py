@@ -25,16 +25,14 @@ from torch import Tensor, nn
 
 from wsiseg.models.morphology import windows
 from wsiseg.models.nuclei_compact import DESCRIPTOR_SIZE, MASK_STRIDE_PX, WINDOW_SIZE
+from wsiseg.models.phrases import SIMILAR, WIDTH, WIDTHS, MixedPyramid, generated
 
 if TYPE_CHECKING:
-    from wsiseg.records import Embeddings, WindowMasks
+    from wsiseg.records import WindowMasks
 
 HYPOTHESES = 3  #: maps per query
-STRIDE_PX = 4  #: model px per cell of a map: a small nucleus (16 px) has 4 of them
-WIDTHS = {"p2": 32, "p4": 64, "p8": 96}  #: channels of the pyramid
 DESCRIPTION_SIZE = sum(WIDTHS.values()) + DESCRIPTOR_SIZE  #: numbers per clicked cell
-WIDTH = 48  #: channels of the mixed features
-_SET, _SIMILAR, _HIDDEN = 96, 32, 16
+_SET, _HIDDEN = 96, 16
 _SHAPES = ((_HIDDEN, WIDTH + 2), (HYPOTHESES, _HIDDEN))
 _PARAMETERS = sum(o * i + o for o, i in _SHAPES)
 
@@ -46,19 +44,13 @@ class Clicked(NamedTuple):
     signs: Tensor
 
 
-def pyramid_of(embeddings: Embeddings) -> dict[str, Tensor]:
-    """The features that the decoder reads: p2 pooled to stride 4, p4, p8."""
-    extra = embeddings.extra
-    return {"p2": F.avg_pool2d(extra["p2"], 2), "p4": extra["p4"], "p8": extra["p8"]}
-
-
 def describe_clicked(pyramid: dict[str, Tensor], batch_index: Tensor, masks: WindowMasks) -> Tensor:
     """Descriptions (N, 267) of cells: the pyramid's mean inside each mask, and the mask's descriptor.
 
     Parameters
     ----------
     pyramid
-        Result of :func:`pyramid_of`, (B, C, H/4, W/4) and for p8 (B, 96, H/8, W/8).
+        Result of `wsiseg.models.phrases.pyramid_of`, (B, C, H/4, W/4) and for p8 (B, 96, H/8, W/8).
     batch_index
         int64 (N,): tile of each mask.
     masks
@@ -76,32 +68,20 @@ def describe_clicked(pyramid: dict[str, Tensor], batch_index: Tensor, masks: Win
     return torch.cat([*parts, masks.descriptors], 1)
 
 
-class IntentDecoder(nn.Module):
+class IntentDecoder(MixedPyramid):
     """Maps of what a set of clicked cells means. Shapes: B tiles of H x W model px, Q queries."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.reduce = nn.ModuleDict({name: nn.Conv2d(width, WIDTH, 1) for name, width in WIDTHS.items()})
-        self.mix = nn.Sequential(
-            nn.ReLU(), nn.Conv2d(WIDTH, WIDTH, 3, 1, 1), nn.ReLU(), nn.Conv2d(WIDTH, WIDTH, 3, 1, 1), nn.ReLU()
-        )
-        self.project = nn.Conv2d(WIDTH, _SIMILAR, 1)
         self.centre: Tensor
         self.spread: Tensor
         self.register_buffer("centre", torch.zeros(DESCRIPTION_SIZE))
         self.register_buffer("spread", torch.ones(DESCRIPTION_SIZE))
         self.member = nn.Sequential(nn.Linear(DESCRIPTION_SIZE, _SET), nn.ReLU(), nn.Linear(_SET, _SET), nn.ReLU())
-        self.anchor = nn.Linear(DESCRIPTION_SIZE, _SIMILAR)
+        self.anchor = nn.Linear(DESCRIPTION_SIZE, SIMILAR)
         self.query = nn.Sequential(nn.Linear(2 * _SET + 3, 128), nn.ReLU(), nn.Linear(128, _PARAMETERS))
         self.sharpness = nn.Parameter(torch.tensor(8.0))
         self.quality = nn.Sequential(nn.Linear(2 * _SET + 3 + 4, 64), nn.ReLU(), nn.Linear(64, 1))
-
-    def features(self, pyramid: dict[str, Tensor]) -> Tensor:
-        """Mixed features (B, 48, H/4, W/4)."""
-        size = pyramid["p4"].shape[2:]
-        coarse = F.interpolate(self.reduce["p8"](pyramid["p8"]), size=size, mode="bilinear", align_corners=False)
-        mixed: Tensor = self.mix(self.reduce["p2"](pyramid["p2"]) + self.reduce["p4"](pyramid["p4"]) + coarse)
-        return mixed
 
     def forward(
         self, features: Tensor, batch_index: Tensor, clicked: Clicked, *, all_nuclei: Tensor
@@ -142,8 +122,8 @@ class IntentDecoder(nn.Module):
         ]
         x = torch.cat([features.flatten(2)[batch_index], *nearest], 1)
         parameters = self.query(summary)
-        x = F.relu(_generated(x, parameters, 0))
-        logits = _generated(x, parameters, 1)
+        x = F.relu(generated(x, parameters, _SHAPES, 0))
+        logits = generated(x, parameters, _SHAPES, 1)
         lead = (nearest[0] - nearest[1] * other.amax(1, keepdim=True)) * self.sharpness
         logits = logits + lead * (~all_nuclei)[:, None, None]
 
@@ -159,12 +139,3 @@ class IntentDecoder(nn.Module):
         )
         quality = self.quality(torch.cat([summary.detach()[:, None].expand(-1, HYPOTHESES, -1), signs], 2))
         return logits.view(q, HYPOTHESES, h, w), torch.sigmoid(quality[..., 0])
-
-
-def _generated(x: Tensor, parameters: Tensor, layer: int) -> Tensor:
-    """One of the generated 1x1 convolutions: (Q, inputs, n) -> (Q, outputs, n)."""
-    start = sum(o * i + o for o, i in _SHAPES[:layer])
-    outputs, inputs = _SHAPES[layer]
-    weight = parameters[:, start : start + outputs * inputs].view(-1, outputs, inputs)
-    bias = parameters[:, start + outputs * inputs : start + outputs * inputs + outputs].view(-1, outputs, 1)
-    return torch.baddbmm(bias, weight, x)

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from training.data import Field, load_instances
 from training.fit_types import as_ihc
-from training.intent import DESCRIPTION_SIZE, STRIDE_PX, Clicked, describe_clicked, pyramid_of
+from training.intent import DESCRIPTION_SIZE, Clicked, describe_clicked
 from training.pseudo_labels import pseudo_masks
+from wsiseg.models.phrases import STRIDE_PX, pyramid_of
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -19,9 +19,10 @@ from benchmarks.common import MPP, encode
 from benchmarks.cop.mosaic import CLICKS, Mosaic, click, lacking, lay_out, without_types
 from benchmarks.cop.rules import ours
 from benchmarks.cop.typed import SETS, Scene, confusion, macro_f1, spread, unassigned
-from training.intent import STRIDE_PX, Clicked, IntentDecoder, describe_clicked, pyramid_of
+from training.intent import Clicked, IntentDecoder, describe_clicked
 from wsiseg.celltypes import assignment
 from wsiseg.models.nuclei_compact import MASK_STRIDE_PX
+from wsiseg.models.phrases import STRIDE_PX, MixedPyramid, pyramid_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -42,7 +43,7 @@ class Seen:
 
 
 @torch.inference_mode()
-def look(model: NucleiCompact, network: IntentDecoder, scene: Scene) -> Seen:
+def look(model: NucleiCompact, network: MixedPyramid, scene: Scene) -> Seen:
     """Encode an image, and decode a mask at every dot."""
     scale = scene.mpp / MPP
     size = round(scene.image.shape[1] * scale), round(scene.image.shape[0] * scale)
@@ -52,7 +53,7 @@ def look(model: NucleiCompact, network: IntentDecoder, scene: Scene) -> Seen:
     tile = torch.zeros(len(points), dtype=torch.long)
     masks = model.decode(embeddings, tile, points)
     features = network.features({k: v.float() for k, v in pyramid.items()})
-    height, width = features.shape[2:]
+    height, width = pyramid["p4"].shape[2:]
     inside = []
     for mask, origin, point in zip(masks.logits > 0, masks.origin_xy, points, strict=True):
         y, x = mask.nonzero().T
