@@ -53,6 +53,35 @@ def test_above_max_ram_batches_shrink_and_one_warning_follows(
     assert caplog.messages == ["--max-ram 1: more is needed with tiles of this size; pass a smaller --tile-size"]
 
 
+def test_a_gpus_batch_is_what_fits_after_the_first_tile_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With numbers of a card that is not here: 1 GB of weights, 2 GB at the peak of one tile, 10 GB free."""
+    gb, peak, emptied = 1 << 30, [2 << 30], []
+    fake = {
+        "memory_allocated": lambda _: gb,
+        "reset_peak_memory_stats": lambda _: None,
+        "mem_get_info": lambda _: (10 * gb, 80 * gb),
+        "max_memory_allocated": lambda _: peak[0],
+        "memory_reserved": lambda _: gb,
+        "empty_cache": lambda: emptied.append(True),
+    }
+    for name, function in fake.items():
+        monkeypatch.setattr(torch.cuda, name, function)
+    gpu = torch.device("cuda")
+    batch = Batch(from_mapping({}, "test"), gpu)
+    batch.learn()
+    assert batch.tiles == 7  # 0.8 x 11 GB less the weights, of 1 GB a tile
+    batch.learn()
+    assert batch.tiles == 7  # measured once
+    batch = Batch(from_mapping({"max_vram_gb": 4}, "test"), gpu)
+    batch.learn()
+    assert (batch.tiles, emptied) == (3, [])
+    peak[0] = 5 << 30
+    batch.learn()
+    assert (batch.tiles, emptied) == (1, [True])
+    batch.halve("tile 1", MemoryError())
+    assert len(emptied) == 2
+
+
 @pytest.mark.parametrize(
     ("error", "expected"),
     [

@@ -145,6 +145,23 @@ def test_slides_with_outlines_are_read_where_they_are_known(tmp_path):
     assert again.digest() != found.digest()
 
 
+def test_outlines_that_do_not_belong_to_their_slide_are_refused(tmp_path):
+    image, label, kind = tissue(5)
+    Image.fromarray(image).save(tmp_path / "a.png")
+    content = outlines(label, kind)
+    for feature in content["features"]:
+        feature["geometry"]["coordinates"] = [[[x + 5000, y] for x, y in r] for r in feature["geometry"]["coordinates"]]
+    (tmp_path / "a.geojson").write_text(json.dumps(content))
+    with pytest.raises(FormatError, match=r"all outlines lie outside a\.png; do the two belong together"):
+        read_dataset(tmp_path, model_mpp=0.25, mpp=0.25)
+    points = [{"type": "Feature", "properties": {}, "geometry": {"type": "Point", "coordinates": [9, 9]}}]
+    (tmp_path / "a.geojson").write_text(json.dumps({"type": "FeatureCollection", "features": points}))
+    with pytest.raises(FormatError, match=r"a\.geojson: 1 object, no polygon"):
+        read_dataset(tmp_path, model_mpp=0.25, mpp=0.25)
+    with pytest.raises(FormatError, match="no such folder"):
+        read_dataset(tmp_path / "none", model_mpp=0.25)
+
+
 def test_a_corrected_run_is_read_from_its_slide(tmp_path, make_run):
     image, label, kind = tissue(4)
     run = make_run(tmp_path / "run", [(10, 10, 20, "a")], ("a",), path=str(tmp_path / "s.png"), mpp=0.25)
@@ -186,6 +203,27 @@ def one_group(folder: Path) -> None:
     (folder / "images.csv").write_text("image,group\n" + "".join(f"s{k},p\n" for k in range(4)))
 
 
+def break_folder(folder: Path) -> None:
+    (folder / "label").rename(folder / "mine")
+
+
+def break_pictures(folder: Path) -> None:
+    for path in (folder / "image").iterdir():
+        path.unlink()
+
+
+def break_all(folder: Path) -> None:
+    (folder / "image").rename(folder / "pictures")
+
+
+def break_table(folder: Path) -> None:
+    (folder / "images.csv").write_text("picture,mpp\ns1,0.25\n")
+
+
+def break_names(folder: Path) -> None:
+    (folder / "classes.json").write_text('{"1": 2}')
+
+
 def scale_as_magnification(folder: Path) -> None:
     (folder / "images.csv").write_text("image,mpp\ns1,40\n")
 
@@ -201,6 +239,11 @@ def scale_as_magnification(folder: Path) -> None:
         (break_types, "s1.png: the image of types has the shape"),
         (one_group, "of one slide or patient (p), which cannot both train and validate"),
         (scale_as_magnification, "line 2: mpp: 40"),
+        (break_folder, "image/, and no label/ beside it"),
+        (break_pictures, "image: no image in it"),
+        (break_all, "neither image/ and label/, nor slides with outlines, nor a run"),
+        (break_table, "the columns are picture, mpp; image is needed"),
+        (break_names, "an object of type ids and their names is needed"),
     ],
     ids=lambda x: getattr(x, "__name__", ""),
 )
@@ -229,19 +272,27 @@ def test_a_model_that_exists_is_not_replaced(data, tmp_path, wsiseg):
     assert "a .safetensors file" in wsiseg("finetune", data, "--mpp", 0.25, "--out", tmp_path / "new.pt")[1]
 
 
-@pytest.mark.parametrize("objective", ["sampo", "prompt-group"])
-def test_an_objective_that_a_model_has_no_prompts_for_is_refused(objective, data, tmp_path, wsiseg):
+def test_an_objective_that_a_model_has_no_prompts_for_is_refused(data, tmp_path, wsiseg):
     status, output = wsiseg(
-        "finetune", data, "--mpp", 0.25, "--objective", objective, "--out", tmp_path / "new.safetensors"
+        "finetune", data, "--mpp", 0.25, "--objective", "sampo", "--out", tmp_path / "new.safetensors"
     )
     assert status == 1
-    assert f"--objective {objective}: nuclei-compact can be adapted with --objective supervised" in output
+    assert "--objective sampo: nuclei-compact can be adapted with --objective supervised or prompt-group" in output
+
+
+def test_phrases_for_an_objective_that_learns_none_are_refused(data, tmp_path, wsiseg):
+    (tmp_path / "more.json").write_text("{}")
+    more = ["--mpp", 0.25, "--prompts", tmp_path / "more.json", "--out", tmp_path / "new.safetensors"]
+    status, output = wsiseg("finetune", data, *more)
+    assert status == 1
+    assert "--prompts: nuclei-compact learns no phrases with --objective supervised; leave it out" in output
 
 
 @pytest.mark.parametrize(
     ("option", "value", "where"),
     [
-        ("--intent", "all", "SAM and SAM 3"),
+        ("--intent", "all", "--objective sampo and prompt-group, SAM and SAM 3"),
+        ("--text-encoder", "here", "nuclei-compact with --objective prompt-group"),
         ("--lora-rank", 4, "SAM and SAM 3"),
         ("--reading", "B", "--objective sampo"),
         ("--input-px", 256, "SAM"),

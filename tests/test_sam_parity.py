@@ -52,6 +52,20 @@ def test_image_embedding_is_the_references(architecture, grid):
     assert relative(sam_encoder.encode(encoder, image), encoder(image)) < 1e-5
 
 
+@pytest.mark.parametrize(("height", "width"), [(14, 14), (8, 5), (16, 24)])
+def test_attention_as_on_a_gpu_is_that_of_the_cpu(height, width):
+    """Relative positions as further numbers of queries and keys, against the logits written out."""
+    torch.manual_seed(height)
+    tokens, d = height * width, 20
+    q, k, v = (torch.randn(3, tokens, d) for _ in range(3))
+    to_rows, to_columns = torch.randn(3, tokens, height), torch.randn(3, tokens, width)
+    arguments = (q * d**-0.5, k, v, to_rows, to_columns)
+    fused, plain = sam_encoder._fused_attention(*arguments), sam_encoder._chunked_attention(*arguments)
+    assert torch.allclose(fused, plain, atol=1e-5)
+    without = sam_encoder._fused_attention(*arguments[:3], torch.zeros_like(to_rows), torch.zeros_like(to_columns))
+    assert not torch.allclose(fused, without, atol=1e-2)
+
+
 def test_image_embeddings_of_a_batch_do_not_mix():
     encoder = random_sam(smaller(VIT_TOY, 20))["image_encoder"]
     images = torch.randn(3, 3, 320, 320, generator=torch.Generator().manual_seed(0))
