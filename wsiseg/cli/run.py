@@ -54,7 +54,7 @@ _DEFAULT = RunConfig()
     "--text",
     multiple=True,
     metavar="PHRASE",
-    help="Words for a type of cell, with a model that reads text (SAM 3); once per type, in place of clicks.",
+    help="Words for a type of cell, such as lymphocyte, in place of clicks; once per type (docs/methods.md).",
 )
 @known_types_option
 @click.option(
