@@ -39,18 +39,8 @@ def bank(chain):
 @pytest.mark.parametrize(
     ("method", "prompts", "given", "message"),
     [
-        (
-            "text",
-            ("points", "boxes"),
-            {"seeds": seeds(DESCRIBED)},
-            "--method text: m reads no text; pass --model with an",
-        ),
-        (
-            "auto",
-            ("points", "boxes"),
-            {"seeds": seeds(DESCRIBED)},
-            "--method text: m reads no text; pass --model with an",
-        ),
+        ("text", ("points", "boxes"), {"seeds": seeds(DESCRIBED)}, "--method text: m reads no text; leave --model out"),
+        ("auto", ("points", "boxes"), {"seeds": seeds(DESCRIBED)}, "--method text: m reads no text; leave --model out"),
         (
             "exemplar",
             ("points", "boxes"),

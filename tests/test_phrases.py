@@ -29,7 +29,7 @@ from wsiseg.finetune.prompts import read_prompt_bank
 from wsiseg.finetune.run import finetune
 from wsiseg.models import find_weights, load_model
 from wsiseg.models.catalogue import verify
-from wsiseg.models.phrases import STRIDE_PX, PhraseDecoder, Vocabulary, plain_phrase
+from wsiseg.models.phrases import PLACE, STRIDE_PX, PhraseDecoder, Vocabulary, plain_phrase, share_inside
 from wsiseg.models.registry import MODELS
 from wsiseg.models.text_encoder import open_text_encoder
 from wsiseg.records import Embeddings, WindowMasks
@@ -37,7 +37,7 @@ from wsiseg.records import Embeddings, WindowMasks
 if TYPE_CHECKING:
     from pathlib import Path
 
-TYPES = ("blue", "dark")
+TYPES = ("Blue", "dark")
 COLOURS = ((60, 110, 190), (90, 60, 140))
 SIDE = 320
 
@@ -46,6 +46,7 @@ def write_table(folder: Path, *, rows: int | None = None, matrices: int = 1) -> 
     """A text encoder: random vectors for the words of the package's phrases, and longer ones for those of the types, as rare words have."""
     bank = read_prompt_bank()
     phrases = [*bank.phrases(None), *(p for name in (*TYPES, "slate") for p in bank.phrases(name))]
+    phrases = [plain_phrase(phrase) for phrase in phrases]
     words = sorted({word for phrase in phrases for word in phrase.replace(",", " ,").split()})
     words += [f"other{k}" for k in range(1000)]
     tokenizer = Tokenizer(models.WordLevel({word: k for k, word in enumerate(["?", *words])}, unk_token="?"))
@@ -53,7 +54,9 @@ def write_table(folder: Path, *, rows: int | None = None, matrices: int = 1) -> 
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     vectors = np.random.default_rng(0).normal(size=(rows or len(words) + 1, 64)).astype(np.float32)
-    vectors[[k for k, word in enumerate(["?", *words]) if word in (*TYPES, "slate") and k < len(vectors)]] *= 6
+    vectors[[k for k, word in enumerate(["?", *words]) if word in ("blue", "dark", "slate") and k < len(vectors)]] *= (
+        10  # as rare words have in such tables
+    )
     save_file({f"table{k}": vectors for k in range(matrices)}, folder / "model.safetensors")
     return folder
 
@@ -147,7 +150,7 @@ def test_a_damaged_text_encoder_ends_in_one_line(damage, words, data, tmp_path, 
 
 
 def test_a_text_encoder_that_is_not_there_says_what_can_be_given(tmp_path):
-    with pytest.raises(ConfigError, match=r"no such folder; give one with tokenizer.json and model.safetensors"):
+    with pytest.raises(ConfigError, match=r"no such folder; one with tokenizer.json and model.safetensors is needed"):
         open_text_encoder(str(tmp_path / "none"))
 
 
@@ -207,7 +210,9 @@ def test_a_cell_scores_what_its_mask_covers():
     )
     extra = {"p2": torch.zeros(1, 32, 128, 128), "p4": torch.zeros(1, 64, 64, 64), "p8": torch.zeros(1, 96, 32, 32)}
     empty = torch.zeros(1, 1, 64, 64)
-    scores = decoder.scores(Embeddings(high=empty, low=empty, maps=None, extra=extra), 0, torch.zeros(1, 4), masks)
+    maps = decoder.maps(Embeddings(high=empty, low=empty, maps=None, extra=extra), 0, torch.zeros(6, 4))
+    scores = share_inside(maps, masks)
+    assert scores.shape == (3, 6)
     assert STRIDE_PX == 4
     assert scores[:, 0].tolist() == pytest.approx([1.0, 0.0, 0.5], abs=1e-6)
 
@@ -241,13 +246,13 @@ def test_groups_of_phrases_teach_the_decoder_and_nothing_else(adapted, table):
     assert card.text is not None
     assert card.text.types == TYPES
     assert card.text.sha256 == open_text_encoder(str(table)).sha256
-    assert {"dark nuclei", "segment nuclei"} <= set(card.text.phrases)
+    assert {"dark nuclei", "segment nuclei", "blue nuclei"} <= set(card.text.phrases)
 
 
 @pytest.mark.parametrize(
     ("phrases", "expected"),
     [
-        (("dark", "blue"), {"dark", "blue"}),
+        (("dark", "Blue"), {"dark", "Blue"}),
         (("blue nuclei",), {"blue nuclei"}),
         (("segment nuclei",), {"segment nuclei"}),
     ],
@@ -260,7 +265,7 @@ def test_cells_are_typed_by_phrases_without_a_click(phrases, expected, adapted):
     table = table[table.cell_type != "unassigned"]
     middle = table.geometry.centroid
     true = kind[middle.y.astype(int), middle.x.astype(int)]
-    names = {"blue": 1, "blue nuclei": 1, "dark": 2}
+    names = {"Blue": 1, "blue nuclei": 1, "dark": 2}
     if "segment nuclei" in phrases:
         assert len(table) >= 0.9 * label.max()
     else:
@@ -273,10 +278,18 @@ def test_cells_are_typed_by_phrases_without_a_click(phrases, expected, adapted):
         )
 
 
-def test_an_absent_type_has_no_cells(adapted):
+def test_an_absent_type_has_no_cells(adapted, tmp_path, wsiseg):
+    """And a run that finds none names the phrase, not the scale."""
     image, *_ = tissue(51, kinds=(2,))
     cells = library.segment_image(image, mpp=0.25, model=adapted, text=("blue",), device="cpu")
     assert len(cells) <= 1
+    Image.fromarray(image).save(tmp_path / "slide.tif")
+    (tmp_path / "settings.json").write_text('{"tissue": {"enabled": false}, "detection": {"min_score": 0.99}}')
+    more = ["--text", "blue", "--mpp", 0.25, "--model", adapted, "--config", tmp_path / "settings.json"]
+    status, output = wsiseg("run", tmp_path / "slide.tif", *more, "--out", tmp_path / "run", "--no-report")
+    assert status == 0, output
+    assert "no cell is meant by 'blue' in" in output
+    assert "scale" not in output
 
 
 def test_other_prompts_give_what_the_parent_gives(adapted):
@@ -287,7 +300,7 @@ def test_other_prompts_give_what_the_parent_gives(adapted):
     assert a.geometry.equals(b.geometry)
 
 
-def test_a_phrase_that_is_known_needs_no_text_encoder(adapted, table, tmp_path):
+def test_a_phrase_that_is_known_needs_no_text_encoder(adapted, table, tmp_path, monkeypatch):
     """Others do: with it they are read, and doubted; without it the message names it."""
     model = load_model(str(adapted), "cpu")
     known = model.vocabulary.encode_text(" DARK  nuclei ")
@@ -295,7 +308,7 @@ def test_a_phrase_that_is_known_needs_no_text_encoder(adapted, table, tmp_path):
     assert not model.vocabulary.doubts(["dark nuclei", "segment nuclei"], "he")
     (doubt,) = model.vocabulary.doubts(["slate nuclei"], "he")
     assert "not with 'slate nuclei'" in doubt
-    assert "all nuclei and those of blue, dark" in doubt
+    assert "all nuclei and those of Blue, dark" in doubt
     assert model.vocabulary.encode_text("slate nuclei").shape == (1, 64)
     moved = table.rename(tmp_path / "elsewhere")
     try:
@@ -303,11 +316,14 @@ def test_a_phrase_that_is_known_needs_no_text_encoder(adapted, table, tmp_path):
             ConfigError, match=r"'slate nuclei': not among the \d+ phrases that phrases learned .*no such folder"
         ):
             model.vocabulary.encode_text("slate nuclei")
-        assert model.vocabulary.encode_text("blue").shape == (1, 64)
+        assert model.vocabulary.encode_text("Blue").shape == (1, 64)
+        monkeypatch.setenv(PLACE, str(moved))
+        assert model.vocabulary.encode_text("slate nuclei").shape == (1, 64)
     finally:
+        monkeypatch.delenv(PLACE, raising=False)
         moved.rename(table)
     changed = Vocabulary(model.phrases, dataclasses.replace(model.vocabulary.text, sha256="0" * 64), "phrases")
-    with pytest.raises(ConfigError, match="phrases was trained with 000000000000: install that version"):
+    with pytest.raises(ConfigError, match="not the one that phrases was trained with"):
         changed.encode_text("slate nuclei")
 
 
@@ -317,7 +333,7 @@ def test_run_takes_phrases_and_writes_their_types(adapted, tmp_path, wsiseg):
     more = ["--mpp", 0.25, "--model", adapted, "--out", tmp_path / "run", "--no-report", "--device", "cpu"]
     (tmp_path / "settings.json").write_text('{"tissue": {"enabled": false}, "tiling": {"tile_um": 64}}')
     options = [*more, "--config", tmp_path / "settings.json"]
-    status, output = wsiseg("run", tmp_path / "slide.tif", "--text", "dark", "--text", "blue", *options)
+    status, output = wsiseg("run", tmp_path / "slide.tif", "--text", "dark", "--text", "Blue", *options)
     assert status == 0, output
     assert "what new words mean" not in output
     folder = next(path.parent for path in (tmp_path / "run").rglob("manifest.json"))
@@ -330,6 +346,9 @@ def test_run_takes_phrases_and_writes_their_types(adapted, tmp_path, wsiseg):
     status, output = wsiseg("run", tmp_path / "slide.tif", "--text", "slate nuclei", "--overwrite", *options)
     assert status == 0, output
     assert "not with 'slate nuclei': what new words mean is guessed from similar ones" in output
+    status, output = wsiseg("run", tmp_path / "slide.tif", "--text", "dark", "--known-types", "--overwrite", *options)
+    assert status == 1
+    assert "--known-types and --method text: both say what the types are" in output
 
 
 def command(data: Path, table: Path, out: Path) -> list[str]:
@@ -395,7 +414,7 @@ def test_weights_without_a_decoder_of_phrases_read_no_text(demo, tmp_path, wsise
     copy = shutil.copy(find_weights("nuclei-compact")[1], tmp_path / "mine.safetensors")
     status, output = wsiseg("run", demo[0], "--text", "lymphocyte", "--model", copy, "--out", tmp_path / "run")
     assert status == 1
-    assert "reads no text; pass --model with an imported SAM 3, or with a nuclei-compact that was adapted" in output
+    assert "reads no text; leave --model out for nuclei-compact, or pass an imported SAM 3" in output
 
 
 def test_a_damaged_decoder_of_phrases_is_found(monkeypatch, tmp_path):
@@ -434,7 +453,7 @@ def test_the_packages_decoder_types_true_nuclei(words, shared_data):
         with torch.inference_mode():
             seen = model.encode(torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None])
             masks = model.decode(seen, torch.zeros(int(inside.sum()), dtype=torch.long), xy[inside])
-            scores = model.phrases.scores(seen, 0, phrases, masks)
+            scores = share_inside(model.phrases.maps(seen, 0, phrases), masks)
         given = np.where(scores.amax(1) >= 0.3, scores.argmax(1) + 1, 0)
         np.add.at(table, (rows[inside.numpy(), 2].astype(int), given), 1)
     f1 = [2 * table[k, k] / (table[k].sum() + table[:, k].sum()) for k in (1, 2, 3)]

@@ -1,7 +1,7 @@
 """Train the decoder of phrases of ``nuclei-compact`` on its frozen features: with groups of phrases, or with each phrase for itself.
 
     python -m training.train_intent prepare --data DATA --out scenes            # encode images once
-    python -m training.train_phrases --scenes scenes --out OUT --objective prompt-group --seed 0 --steps 400
+    python -m training.train_phrases --scenes scenes --out OUT --objective prompt-group --seed 0
 
 It begins with the features of `training/intent.safetensors`. Phrases are those of the package and of `phrases.json` here; what they mean are the
 types of brca_m2c and nucls_mini, and in all collections all nuclei. In each square all that is known is asked for, with ``--phrases`` phrases each; a
@@ -138,7 +138,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--objective", choices=OBJECTIVES, default=OBJECTIVES[0])
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--phrases", type=int, default=PHRASES, help="K: phrases per intent and square")
     train(parser.parse_args())

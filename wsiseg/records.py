@@ -153,7 +153,7 @@ class WindowMasks:
     full_tile
         The windows are the whole tile: a mask that reaches their border is larger than the halo.
     concept_scores
-        float of shape (N, T): of what a detector found, its score as the type that it was asked for, 0 as the others; ``None`` for masks of points.
+        float of shape (N, T): score as each type that was asked for; from a detector 0 as all but one. ``None`` where no type was.
     """
 
     logits: Tensor
@@ -318,7 +318,7 @@ class Cells:
     descriptors
         float16 of shape (N, D), unit norm.
     concept_scores
-        float32 of shape (N, T), in [0, 1]: score of each type that the run describes (``--method text``, ``exemplar``); 0 where the detector
+        float32 of shape (N, T), in [0, 1]: score of each type that the run describes (``--method text``, ``exemplar``); 0 where a detector
         did not find the cell as one of the type. ``None`` when the run describes none.
     measurements
         float32 of shape (N,) by name, as in cells.parquet; empty before the cells are measured.
@@ -537,7 +537,7 @@ class TypePrototypes:
 
 @dataclass(frozen=True, kw_only=True)
 class DescribedType:
-    """A type that a detector is asked for.
+    """A type that a detector, or a decoder of phrases, is asked for.
 
     Attributes
     ----------

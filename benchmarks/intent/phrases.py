@@ -2,6 +2,8 @@
 
     python -m benchmarks.intent.phrases --scenes SCENES --data DATA --runs NAME=FOLDER:FOLDER:FOLDER ...
 
+Columns: with K = 3 phrases per intent and step, "prompt groups" and "each phrase for itself" (their mean loss); "one phrase at a time" has K = 1.
+
 `SCENES` is what `python -m training.train_intent prepare` wrote; every `FOLDER` holds the `phrases.safetensors` of one training seed
 (`training/train_phrases.py`). Writes results/phrases.md and .json.
 
@@ -9,7 +11,8 @@ Dice is of the union of the nuclei that are meant, at 4 px (1 um): T1 all nuclei
 all phrases of a level of detail; "spread" is the largest difference between two levels. "Other phrases" are three that were never trained with,
 "other names" are these with names of types that were not either: inflammatory, cancer, fibroblast. F1 is macro-F1 over true dots, each typed by
 the phrase whose map covers its nucleus most, if the map does by at least 0.3; "of a type that is not there" is how many dots of a tile get a type
-that its tile lacks, on the pseudo-slides of the table c1 of cop (benchmarks/cop/mosaic.py). "The package's" is what `run --text` uses.
+that its tile lacks, on the pseudo-slides of the table c1 of cop (benchmarks/cop/mosaic.py). "The package's" is the decoder that
+`run --text` uses; a run besides leaves cells unassigned that two types claim alike (`typing.min_margin`), which is not done here.
 """
 
 from __future__ import annotations

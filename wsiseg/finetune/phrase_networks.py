@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 from wsiseg.errors import ConfigError
 from wsiseg.finetune.lora import add_adapters, plain_state
+from wsiseg.models import read_tensors
 from wsiseg.models.cards import TextCard
 from wsiseg.models.nuclei_compact import NucleiCompact
 from wsiseg.models.phrases import FEATURES, PREFIX, PhraseDecoder, plain_phrase, pyramid_of
+from wsiseg.models.registry import MODELS
 from wsiseg.models.text_encoder import open_text_encoder
 from wsiseg.models.transformers.detector import Sam3Detector
 
@@ -163,7 +165,8 @@ class CompactPhrases:
     Parameters
     ----------
     tensors
-        Weights of the parent; where they have a decoder of phrases, training begins with it: with all of it when the text encoder is the same.
+        Weights of the parent. Training begins with their decoder of phrases, or the package's: with all of it when the text encoder is the same, else
+        with its features.
     card
         Of the parent.
     config
@@ -184,20 +187,22 @@ class CompactPhrases:
         self, tensors: Mapping[str, Tensor], card: ModelCard, config: FinetuneConfig, device: torch.device
     ) -> None:
         self.encoder = open_text_encoder(config.text_encoder)
-        before = card.reading()
-        same = before is not None and before.sha256 == self.encoder.sha256
         self.parent = {name: value for name, value in tensors.items() if not name.startswith(PREFIX)}
         backbone = NucleiCompact()
         backbone.load_state_dict({name: value.float() for name, value in self.parent.items()})
         self.backbone = backbone.ready(device, bf16=False)
         torch.manual_seed(config.seed)
         self.network = PhraseDecoder(self.encoder.width).to(device)
-        learned = {
-            name.removeprefix(PREFIX): value.float() for name, value in tensors.items() if name.startswith(PREFIX)
-        }
-        if learned:  # with another encoder only the features are of use
-            kept = {name: value for name, value in learned.items() if same or name.split(".")[0] in FEATURES}
-            self.network.load_state_dict(self.network.state_dict() | kept | {"known": self.network.known})
+        if (
+            card.reading() is None
+        ):  # other outlines were learned with features near those that the package's decoder reads
+            card = MODELS["nuclei-compact"]
+            tensors = read_tensors(card.phrases) if card.phrases is not None else {}
+        before = card.reading()
+        same = before is not None and before.sha256 == self.encoder.sha256
+        learned = {name.removeprefix(PREFIX): value for name, value in tensors.items() if name.startswith(PREFIX)}
+        kept = {k: v.float() for k, v in learned.items() if same or k.split(".")[0] in FEATURES}  # read the tile
+        self.network.load_state_dict(self.network.state_dict() | kept | {"known": self.network.known})
         self.device = device
 
     def encode(self, phrase: str) -> Tensor:
@@ -220,7 +225,7 @@ class CompactPhrases:
     @torch.no_grad()
     def tensors(self, phrases: Sequence[str]) -> dict[str, Tensor]:
         """The parent's weights, and the decoder's with the phrases that it knows."""
-        known = torch.stack([self.encode(phrase) for phrase in phrases])
+        known = torch.stack([self.encode(phrase) for phrase in dict.fromkeys(map(plain_phrase, phrases))])
         own = self.network.state_dict() | {"known": known}
         return dict(self.parent) | {PREFIX + name: value.cpu().contiguous() for name, value in own.items()}
 
@@ -230,7 +235,7 @@ class CompactPhrases:
             encoder=self.encoder.name,
             sha256=self.encoder.sha256,
             width=self.encoder.width,
-            phrases=tuple(phrases),
+            phrases=tuple(dict.fromkeys(plain_phrase(phrase) for phrase in phrases)),
             types=tuple(types),
         )
 

@@ -149,6 +149,7 @@ def finetune(
         identity={
             "parent": parent,
             "phrases": card.phrases_sha256 if phrased else "",
+            "text_encoder": (note.get("text") or {}).get("sha256", ""),
             "config": {k: v for k, v in dataclasses.asdict(config).items() if k != "device"},
             "prompts": read_text(prompts, ConfigError) if prompts else None,
             **{name: None if part is None else part.digest() for name, part in vars(sets).items()},

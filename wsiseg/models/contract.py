@@ -181,13 +181,11 @@ def detector_of(model: PromptableModel) -> ConceptDetector | None:
 
 def unable(method: str, model: str) -> ConfigError:
     """Make the error for a model without what ``--method text`` or ``exemplar`` needs."""
-    what, adapted = "takes no example boxes", ""
+    what, how = "takes no example boxes", "pass --model with an imported SAM 3"
     if method == "text":
         what = "reads no text"
-        adapted = ", or with a nuclei-compact that was adapted to phrases (wsiseg finetune --objective prompt-group)"
-    return ConfigError(
-        f"--method {method}: {model} {what}; pass --model with an imported SAM 3{adapted}, or use another --method"
-    )
+        how = "leave --model out for nuclei-compact, or pass an imported SAM 3 or a model that was adapted to phrases"
+    return ConfigError(f"--method {method}: {model} {what}; {how}, or use another --method")
 
 
 def vocabulary_of(model: PromptableModel) -> Vocabulary | None:

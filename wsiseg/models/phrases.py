@@ -15,6 +15,7 @@ References
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 
 from wsiseg.errors import ConfigError
 from wsiseg.models.morphology import windows
-from wsiseg.models.text_encoder import open_text_encoder
+from wsiseg.models.text_encoder import WORDLLAMA, open_text_encoder
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from wsiseg.models.cards import TextCard
     from wsiseg.records import Embeddings, WindowMasks
 
+PLACE = "WSISEG_TEXT_ENCODER"  #: variable of the environment: where the text encoder is now
 PREFIX = "phrases."  #: of the decoder's tensors in a weight file
 FEATURES = ("reduce", "mix", "project")  #: parts that read the tile, whatever reads the phrase
 
@@ -39,6 +41,7 @@ WIDTHS = {"p2": 32, "p4": 64, "p8": 96}  #: channels of the pyramid
 WIDTH = 48  #: channels of the mixed features
 SIMILAR = 32  #: channels in which features and queries are compared
 _HIDDEN, _READ = 16, 128
+_TOGETHER = 4  #: phrases that are answered at once: on a tile of 1072 px each holds 14 MB
 _SHAPES = ((_HIDDEN, WIDTH + 1), (1, _HIDDEN))  # of the generated convolutions: outputs, inputs
 _PARAMETERS = sum(o * i + o for o, i in _SHAPES)
 
@@ -112,32 +115,34 @@ class PhraseDecoder(MixedPyramid):
         logits = generated(x, parameters, _SHAPES, 1)[:, 0] + similar * self.sharpness
         return logits.view(len(read), *features.shape[2:])
 
-    def scores(self, embeddings: Embeddings, tile: int, phrases: Tensor, masks: WindowMasks) -> Tensor:
-        """How much each cell of a tile is meant by each phrase.
+    def maps(self, embeddings: Embeddings, tile: int, phrases: Tensor) -> Tensor:
+        """Maps of K phrases (K, C) on the ``tile``-th of the tiles that were encoded together -> (K, h, w), in [0, 1]."""
+        features = self.features({name: level[tile : tile + 1] for name, level in pyramid_of(embeddings).items()})
+        return torch.cat([self(features, some).sigmoid() for some in phrases.split(_TOGETHER)])
 
-        Parameters
-        ----------
-        embeddings, tile
-            The tile, as the ``tile``-th of those encoded together.
-        phrases
-            (K, C), their vectors.
-        masks
-            N masks of the packaged network, on any device.
 
-        Returns
-        -------
-        Tensor
-            float (N, K) on the device of the masks: mean of the sigmoid of the map inside each mask, in [0, 1].
-        """
-        pyramid = {name: level[tile : tile + 1] for name, level in pyramid_of(embeddings).items()}
-        maps = self(self.features(pyramid), phrases).sigmoid().to(masks.logits.device)
-        cells = round(STRIDE_PX / masks.mask_stride_px)  # of a mask, per cell of a map
-        share = F.avg_pool2d((masks.logits > 0).float()[:, None], cells)
-        first = torch.zeros(len(share), dtype=torch.long, device=share.device)
-        origin = torch.div(masks.origin_xy, STRIDE_PX, rounding_mode="floor")
-        inside = windows(maps[None], first, origin, share.shape[-1])
-        mean: Tensor = (inside * share).sum((2, 3)) / share.sum((2, 3)).clamp_min(1e-6)
-        return mean
+def share_inside(maps: Tensor, masks: WindowMasks) -> Tensor:
+    """How much of each cell maps cover.
+
+    Parameters
+    ----------
+    maps
+        (K, h, w), of the cells' tile, in [0, 1].
+    masks
+        N masks of the packaged network, on the same device.
+
+    Returns
+    -------
+    Tensor
+        float (N, K): mean of each map inside each mask, in [0, 1].
+    """
+    cells = round(STRIDE_PX / masks.mask_stride_px)  # of a mask, per cell of a map
+    share = F.avg_pool2d((masks.logits > 0).float()[:, None], cells)
+    first = torch.zeros(len(share), dtype=torch.long, device=share.device)
+    origin = torch.div(masks.origin_xy, STRIDE_PX, rounding_mode="floor")
+    inside = windows(maps[None], first, origin, share.shape[-1])
+    mean: Tensor = (inside * share).sum((2, 3)) / share.sum((2, 3)).clamp_min(1e-6)
+    return mean
 
 
 class Vocabulary:
@@ -174,18 +179,20 @@ class Vocabulary:
         plain = plain_phrase(phrase)
         if plain in self.text.phrases:
             return self.decoder.known[self.text.phrases.index(plain)][None]
+        moved = os.environ.get(PLACE)
         try:
-            encoder = open_text_encoder(self.text.encoder)
+            encoder = open_text_encoder(moved or self.text.encoder)
         except ConfigError as error:
             known = ", ".join(repr(p) for p in sorted(self.text.phrases, key=len)[:4])
+            where = "" if self.text.encoder == WORDLLAMA else f"; if it has moved, set {PLACE} to its folder"
             raise ConfigError(
                 f"{phrase!r}: not among the {len(self.text.phrases)} phrases that {self.name} learned ({known}, ...); "
-                f"others need its text encoder: {error}"
+                f"others need its text encoder: {error}{where}"
             ) from error
         if encoder.sha256 != self.text.sha256:
             raise ConfigError(
-                f"text encoder {encoder.name}: sha256 {encoder.sha256[:12]}; {self.name} was trained with {self.text.sha256[:12]}: "
-                "install that version"
+                f"text encoder {encoder.name}: not the one that {self.name} was trained with ({self.text.encoder}, sha256 "
+                f"{self.text.sha256[:12]}; this one has {encoder.sha256[:12]}); use that one, or a phrase that {self.name} learned"
             )
         return torch.from_numpy(encoder.encode(plain))[None]
 
@@ -207,8 +214,8 @@ class Vocabulary:
 
 
 def plain_phrase(phrase: str) -> str:
-    """A phrase in the form in which phrases are compared and read: lower case, single spaces."""
-    return " ".join(phrase.lower().split())
+    """A phrase in the form in which phrases are compared and read: lower case, single spaces, ``plasma_cell`` in two words."""
+    return " ".join(phrase.lower().replace("_", " ").split())
 
 
 def generated(x: Tensor, parameters: Tensor, shapes: Sequence[tuple[int, int]], layer: int) -> Tensor:

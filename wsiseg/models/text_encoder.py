@@ -40,7 +40,7 @@ class TextEncoder:
     Attributes
     ----------
     name
-        ``wordllama``, or the folder.
+        ``wordllama``, or the folder, absolute.
     sha256
         Of both files, hexadecimal.
     vectors
@@ -88,15 +88,12 @@ def open_text_encoder(where: str) -> TextEncoder:
     if where == WORDLLAMA:
         found = importlib.util.find_spec("wordllama")
         if found is None or found.origin is None:
-            raise ConfigError(
-                f"text encoder {where}: not installed; {_INSTALL}, or give a folder with {' and '.join(_FOLDER_FILES)}"
-            )
+            raise ConfigError(f"text encoder {where}: not installed; {_INSTALL}")
         return _read(where, *(Path(found.origin).parent / name for name in _WORDLLAMA_FILES))
     if kind_of(Path(where), ConfigError) != "folder":
-        raise ConfigError(
-            f"text encoder {where}: no such folder; give one with {' and '.join(_FOLDER_FILES)}, or wordllama"
-        )
-    return _read(where, *(Path(where).resolve() / name for name in _FOLDER_FILES))
+        raise ConfigError(f"text encoder {where}: no such folder; one with {' and '.join(_FOLDER_FILES)} is needed")
+    folder = Path(where).resolve()
+    return _read(str(folder), *(folder / name for name in _FOLDER_FILES))
 
 
 @lru_cache(maxsize=2)

@@ -225,10 +225,8 @@ def resolve(
         method = "apg" if maps else "cop" if clicked and chains else "amg"
         if seeds is not None and not any(kind.points for kind in seeds.types):
             method = "text"
-    if method == "text" and seeds is None:
-        raise ConfigError('--method text: needs phrases; pass --text PHRASE, or --seeds with "text" for every type')
-    if method == "text" and seeds is not None:
-        require_phrases(seeds, "--method text")
+    if method == "text":
+        _require_words(config, seeds)
     elif seeds is not None:
         require_points(seeds, f"--method {method}")
     if method in DETECTING and {"text": "text", "exemplar": "exemplars"}[method] not in prompts:
@@ -249,6 +247,15 @@ def resolve(
             f"--method apg: {model} has no instance decoder; use --method cop with --seeds, or --method amg, or another model"
         )
     return dataclasses.replace(config, method=method, precision=_precision(config))
+
+
+def _require_words(config: RunConfig, seeds: Seeds | None) -> None:
+    """Refuse to search by phrases where there are none, or where something else names the types too."""
+    if config.typing.known_types:
+        raise ConfigError("--known-types and --method text: both say what the types are; pass only one of them")
+    if seeds is None:
+        raise ConfigError('--method text: needs phrases; pass --text PHRASE, or --seeds with "text" for every type')
+    require_phrases(seeds, "--method text")
 
 
 def _resolve_given(config: RunConfig, *, seeds: Seeds | None, bank: Bank | None) -> RunConfig:

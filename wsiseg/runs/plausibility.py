@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from wsiseg.config import DETECTING
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -56,7 +58,12 @@ def implausible(areas_px0: NDArray[np.float64], plan: RunPlan) -> tuple[str, ...
         return (
             f"no tissue was found: {reasons} ({plan.config.tissue.min_area_um2:g} um2); pass --no-tissue to search everywhere",
         )
-    masks = plan.config.masks
+    masks, described = plan.config.masks, plan.config.method in DETECTING
+    if not len(areas_px0) and described:
+        asked = ", ".join(repr(phrase) for of in plan.described for phrase in of.phrases) or "the examples"
+        floor = f"detection.min_score {plan.config.detection.min_score:g}"
+        reasons = f"the types are not there, they are called something else, or {floor} is too strict"
+        return (f"no cell is meant by {asked} in {_mm2(searched)} searched: {reasons}",)
     if not len(areas_px0):
         thresholds = f"masks.min_score {masks.min_score:g}, masks.min_area_um2 {masks.min_area_um2:g}"
         reasons = (
@@ -71,7 +78,9 @@ def implausible(areas_px0: NDArray[np.float64], plan: RunPlan) -> tuple[str, ...
             f"is the scale of {mpp:.4g} microns per pixel wrong by about {_factor(median):.2g}x?"
         )
     density = len(areas_px0) / max(searched, 1e-9)
-    if density < DENSITY_MM2[0] and searched >= SMALL_MM2:
+    if (
+        density < DENSITY_MM2[0] and searched >= SMALL_MM2 and not described
+    ):  # of the types that are asked for there may be few
         warnings.append(
             f"only {density:.2g} cells per mm2 in {_mm2(searched)} searched, tissue has {DENSITY_MM2[0]:g} to {DENSITY_MM2[1]:,.0f}: {scale}, "
             "most of it is blank, or the slide is not H&E"

@@ -105,7 +105,8 @@ def _sums(
         begins = end - number[group]
         levels = np.ascontiguousarray(np.take(flat, place[begins[0] : end[-1]], axis=0).T)
         amounts = unmix @ np.take(_DENSITY, levels)
-        for row, column in enumerate((*amounts, *np.square(amounts))):
+        squares = np.square(amounts, dtype=np.float64)  # in single precision even stains would vary
+        for row, column in enumerate((*amounts, *squares)):
             total[row, group] = np.add.reduceat(column, begins - begins[0], dtype=np.float64)
     return total
 

@@ -10,8 +10,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from wsiseg.models.phrases import share_inside
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from torch import Tensor
 
     from wsiseg.config import DetectionConfig
     from wsiseg.models.phrases import PhraseDecoder
@@ -40,10 +44,13 @@ class PhraseTyping:
     @torch.inference_mode()
     def keep(self, embeddings: Embeddings, tile: int, masks: Sequence[WindowMasks]) -> list[WindowMasks]:
         """The masks on a tile that are meant by a type, each with its score as every type: the best of the type's phrases."""
-        return [self._keep(embeddings, tile, of) for of in masks]
+        if not masks:
+            return []
+        maps = self.decoder.maps(embeddings, tile, self.phrases).to(masks[0].logits.device)
+        return [self._keep(maps, of) for of in masks]
 
-    def _keep(self, embeddings: Embeddings, tile: int, masks: WindowMasks) -> WindowMasks:
-        each = self.decoder.scores(embeddings, tile, self.phrases, masks).split(self.counts, 1)
+    def _keep(self, maps: Tensor, masks: WindowMasks) -> WindowMasks:
+        each = share_inside(maps, masks).split(self.counts, 1)
         scores = torch.stack([of.amax(1) for of in each], 1)
         meant = (scores.amax(1) >= self.config.min_score).nonzero()[:, 0]
         return dataclasses.replace(masks, concept_scores=scores).take(meant)
