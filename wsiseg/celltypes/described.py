@@ -1,4 +1,4 @@
-"""Types of cells that a detector found as what was described: the type with the best score, if it leads by enough."""
+"""Types of cells that a detector, or a decoder of phrases, found as what was described: the type with the best score, if it leads by enough."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ def assign_described(scores: NDArray[np.float32], types: Sequence[DescribedType]
     Parameters
     ----------
     scores
-        (N, T): of the detector, in [0, 1]; of several phrases of a type the best.
+        (N, T), in [0, 1]; of several phrases of a type the best.
     types
         The T types.
     config
         ``min_margin``: a cell that two types claim alike stays unassigned. ``min_score`` is meant for probabilities and does not count here:
-        what the detector found at all has reached its own threshold.
+        what was found at all has reached ``detection.min_score``.
 
     Returns
     -------
     Typing
-        Scores and margins are those of the detector, 0 to 1; they are no probabilities.
+        Scores and margins are those given, 0 to 1; they are not probabilities.
     """
     ranked = np.sort(scores, 1)
     best = scores.argmax(1)
