@@ -193,15 +193,13 @@ class CompactPhrases:
         self.backbone = backbone.ready(device, bf16=False)
         torch.manual_seed(config.seed)
         self.network = PhraseDecoder(self.encoder.width).to(device)
-        if (
-            card.reading() is None
-        ):  # other outlines were learned with features near those that the package's decoder reads
+        if card.reading() is None:  # the features of other outlines are near those that the package's decoder reads
             card = MODELS["nuclei-compact"]
             tensors = read_tensors(card.phrases) if card.phrases is not None else {}
         before = card.reading()
         same = before is not None and before.sha256 == self.encoder.sha256
         learned = {name.removeprefix(PREFIX): value for name, value in tensors.items() if name.startswith(PREFIX)}
-        kept = {k: v.float() for k, v in learned.items() if same or k.split(".")[0] in FEATURES}  # read the tile
+        kept = {k: v.float() for k, v in learned.items() if same or k.split(".")[0] in FEATURES}
         self.network.load_state_dict(self.network.state_dict() | kept | {"known": self.network.known})
         self.device = device
 

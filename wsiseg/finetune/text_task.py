@@ -203,7 +203,7 @@ class TextTask:
         return self.phrased.tensors(self.phrases)
 
     def _encode_phrases(self) -> dict[str, Tensor]:
-        """Tokens (L, C) of every phrase that may be used."""
+        """Every phrase that may be used, encoded."""
         out: dict[str, Tensor] = {}
         for group in self.intents:
             for intent in group:
