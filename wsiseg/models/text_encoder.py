@@ -101,15 +101,15 @@ def _read(name: str, tokens: Path, vectors: Path) -> TextEncoder:
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
-    try:
-        from tokenizers import Tokenizer
-    except ImportError as error:
-        raise ConfigError(f"text encoder {name}: needs the library tokenizers; {_INSTALL}") from error
     for path in (tokens, vectors):
         if kind_of(path, ConfigError) != "file":
             raise ConfigError(
                 f"text encoder {name}: {path} is missing; a tokenizer and a matrix of its tokens' vectors are needed"
             )
+    try:
+        from tokenizers import Tokenizer
+    except ImportError as error:
+        raise ConfigError(f"text encoder {name}: needs the library tokenizers; {_INSTALL}") from error
     try:
         matrices = list(load_file(vectors).values())
         tokenizer = Tokenizer.from_file(str(tokens))
