@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import sys
 import threading
+import time
 import traceback
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 Item = TypeVar("Item")
 
 TASK_TILES = 64  #: a task has at least this many tiles: at 20 ms each, giving it out costs below 1 % (benchmarks/results/scheduling.md)
+SETTLE_S = 0.01  #: before a task begins: Dask sends the result of the one before within 2 ms, and a worker that dies sooner takes it along
 TASKS_PER_WORKER = 4  #: but little work is cut finer, or the last task would keep everyone waiting
 
 
@@ -78,6 +80,7 @@ def work_through(recipe: WorkerSetup, numbers: Mapping[str, int], blocks: Sequen
 
     summaries: list[Any] = []
     with _one_at_a_time:
+        time.sleep(SETTLE_S)
         try:
             if stopped():
                 return Outcome(summaries)
