@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 import pytest
+from distributed import Client
 
 from wsiseg import errors
 from wsiseg.config import ClusterConfig, RunConfig, from_mapping
@@ -60,9 +61,9 @@ HELPER = """
 
     def dies_always(tools, blocks, stopped):
         for block in blocks:
+            time.sleep(0.1)  # no block dies at once: it is read first
             if block == 7:
                 os.kill(os.getpid(), signal.SIGKILL)
-            time.sleep(0.02)
             yield block
 
     def refuses(tools, blocks, stopped):
@@ -356,8 +357,14 @@ class Cluster:
         until(lambda: file.exists() and file.read_text())
         self.address: str = json.loads(file.read_text())["address"]
 
-    def add_worker(self, *options: str) -> None:
-        self._start("dask_worker", self.address, "--no-dashboard", "--local-directory", str(self._folder), *options)
+    def add_worker(self, *options: str) -> subprocess.Popen[bytes]:
+        return self._start(
+            "dask_worker", self.address, "--no-dashboard", "--local-directory", str(self._folder), *options
+        )
+
+    def workers(self) -> set[str]:
+        with Client(self.address, set_as_default=False) as client:
+            return {str(w["name"]) for w in client.scheduler_info(n_workers=-1)["workers"].values()}
 
     def _start(self, program: str, *options: str) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", f"distributed.cli.{program}", "--dashboard-address", "127.0.0.1:0", *options]
@@ -419,14 +426,33 @@ def test_workers_of_a_scheduler(
         begun.append(summary)  # noqa: PERF402
     assert sorted(begun) == sorted(int(p.stem) for p in tmp_path.glob("*.begun"))
 
+    assert not capfd.readouterr().err
+
+
+def test_workers_of_another_environment(remote: Cluster, helper, tmp_path: Path) -> None:
+    """One without wsiseg is refused before a block is given out; one of another version also when it comes later."""
     (tmp_path / "halt.py").write_text("import sys\nsys.modules['wsiseg'] = None\n")
-    remote.add_worker("--name", "bare", "--preload", str(tmp_path / "halt.py"))
+    bare = remote.add_worker("--name", "bare", "--preload", str(tmp_path / "halt.py"))
+    remote.add_worker("--name", "good")
+    until(lambda: remote.workers() == {"bare", "good"})
     with pytest.raises(
         RunError,
         match=r"worker bare at tcp://.* cannot import wsiseg \(ModuleNotFoundError: .*; use the same environment",
     ):
-        list(map_blocks(helper.slow_work, range(200), helper.setup, scheduler=remote.address))
-    assert not capfd.readouterr().err
+        list(map_blocks(helper.noted, range(200), helper.setup, scheduler=remote.address))
+    assert not list(tmp_path.glob("*.begun"))
+
+    for process in session(bare.pid):
+        process.kill()
+    until(lambda: remote.workers() == {"good"})
+    (tmp_path / "old.py").write_text("import wsiseg\nwsiseg.__version__ = '0.0.1'\n")
+    run = map_blocks(helper.noted, range(200), helper.setup, scheduler=remote.address)
+    next(run)
+    remote.add_worker("--name", "old", "--preload", str(tmp_path / "old.py"))
+    with pytest.raises(
+        RunError, match=r"worker old at tcp://.* has wsiseg 0\.0\.1, here is .*; use the same environment"
+    ):
+        list(run)
 
 
 def test_a_lost_client_and_a_lost_scheduler_end_the_run(remote: Cluster, start, tmp_path: Path) -> None:
