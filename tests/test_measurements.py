@@ -111,6 +111,17 @@ def test_a_rectangle_by_hand() -> None:
     np.testing.assert_allclose(found["orientation_deg"], [0, 30, 30, 30], atol=0.01)
 
 
+def test_a_hole_changes_only_the_solidity_of_its_own_polygon() -> None:
+    """Shape is that of the outer ring; one polygon with a hole must not shift the vertices of the others."""
+    plain = nuclei(6)
+    pierced = plain.copy()
+    pierced[2] = plain[2].difference(plain[2].centroid.buffer(1))
+    expected, found = measure_shapes(plain, 0.5), measure_shapes(pierced, 0.5)
+    for name, values in found.items():
+        same = np.arange(6) != 2 if name == "solidity" else np.ones(6, bool)
+        np.testing.assert_array_equal(values[same], expected[name][same], name)
+
+
 def test_what_has_no_area_has_no_shape() -> None:
     polygons = np.array(
         [shapely.Polygon(), shapely.Polygon([(0, 0), (1, 1), (2, 2)]), None, shapely.box(0, 0, 1, 1)], object

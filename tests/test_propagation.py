@@ -10,6 +10,7 @@ import sys
 import numpy as np
 import pytest
 
+from wsiseg.celltypes import plda
 from wsiseg.celltypes.assignment import assign_types, set_click_labels
 from wsiseg.celltypes.plda import infer_hypotheses, learn_from_sure_cells, slide_space
 from wsiseg.config import TypingConfig
@@ -325,6 +326,18 @@ def test_order_of_the_cells_does_not_matter() -> None:
     b, _ = assign_types(z[order], xy[order], bank, space(), TypingConfig())
     for name in ("codes", "scores", "margins", "prototypes"):
         np.testing.assert_array_equal(getattr(a, name)[order], getattr(b, name))
+
+
+def test_numbers_do_not_depend_on_how_many_cells_are_worked_on_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads take slices of the cells; with places of several squares, so that slices end within and between them."""
+    z, kinds = table([0.5, 0.3, 0.2], distance=4)
+    xy, bank = places(len(z), size_um=3000.0), bank_of(z, kinds, [0, 1], negative=[2])
+    whole, _ = assign_types(z, xy, bank, space(kinds=3), TypingConfig())
+    for rows in (1000, 37):
+        monkeypatch.setattr(plda, "_ROWS", rows)
+        sliced, _ = assign_types(z, xy, bank, space(kinds=3), TypingConfig())
+        for name in ("codes", "scores", "margins", "prototypes"):
+            assert getattr(sliced, name).tobytes() == getattr(whole, name).tobytes(), name
 
 
 def test_a_negative_click_keeps_its_type_away() -> None:

@@ -25,6 +25,7 @@ import shapely
 
 from wsiseg.records import UNASSIGNED
 from wsiseg.runtime import machine
+from wsiseg.runtime.prefetch import parallel_map
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from wsiseg.records import Cells, CellSource, Typing
 
 DENSITY_UM = 50.0  #: radius within which cells are counted: some 80 cells in dense tissue, and less than the width of most structures
-CHUNK = 20_000  #: cells measured at once: 30 MB
+CHUNK = 5_000  #: cells measured at once, by each thread: 8 MB
 NEAREST = "nearest_um"
 DENSITY = "density_per_mm2"
 SHAPE = ("perimeter_um", "circularity", "solidity", "eccentricity", "major_axis_um", "minor_axis_um", "orientation_deg")
@@ -100,7 +101,8 @@ def measure_shapes(polygons: NDArray[np.object_], mpp: float) -> dict[str, NDArr
         the orientation of the major axis in degrees from the x axis, counter-clockwise as the slide is seen, in [0, 180). NaN for what has no area.
     """
     count = len(polygons)
-    xy, ring = shapely.get_coordinates(shapely.get_exterior_ring(polygons), return_index=True)
+    rings = polygons if not shapely.get_num_interior_rings(polygons).any() else shapely.get_exterior_ring(polygons)
+    xy, ring = shapely.get_coordinates(rings, return_index=True)
     start = np.searchsorted(ring, np.arange(count))
     filled = np.bincount(ring, minlength=count) > 3
     origin = np.zeros((count, 2))
@@ -219,15 +221,16 @@ def measure(cells: CellSource, typing: Typing, mpp: float) -> MeasuredCells:
         The same cells with their measurements: 4 bytes each per cell in memory.
     """
     names = (*SHAPE, *cells.measurement_names)
-    shapes: list[dict[str, NDArray[np.float32]]] = []
-    centroids = [np.empty((0, 2))]
-    for chunk in cells.chunks(CHUNK):
-        shapes.append(measure_shapes(chunk.polygons, mpp) | chunk.measurements)
+
+    def measure_chunk(chunk: Cells) -> tuple[NDArray[np.float64], dict[str, NDArray[np.float32]]]:
         centroid = shapely.centroid(chunk.polygons)
-        centroids.append(np.stack([shapely.get_x(centroid), shapely.get_y(centroid)], axis=1))
-    xy_um = np.concatenate(centroids) * mpp
+        xy = np.stack([shapely.get_x(centroid), shapely.get_y(centroid)], axis=1)
+        return xy, measure_shapes(chunk.polygons, mpp) | chunk.measurements
+
+    measured = list(parallel_map(measure_chunk, cells.chunks(CHUNK)))
+    xy_um = np.concatenate([np.empty((0, 2)), *(xy for xy, _ in measured)]) * mpp
     empty = np.empty(0, np.float32)
-    columns = {name: np.concatenate([empty, *(shape[name] for shape in shapes)]) for name in names}
+    columns = {name: np.concatenate([empty, *(values[name] for _, values in measured)]) for name in names}
     return MeasuredCells(cells, columns | measure_neighbours(xy_um) | measure_types(xy_um, typing))
 
 

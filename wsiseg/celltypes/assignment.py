@@ -26,6 +26,7 @@ import numpy as np
 
 from wsiseg.celltypes.plda import (
     Hypothesis,
+    for_rows,
     hypothesis_without_clicks,
     infer_hypotheses,
     learn_from_sure_cells,
@@ -48,7 +49,6 @@ if TYPE_CHECKING:
     from wsiseg.records import Bank, DescribedType, TypeSpace
 
 GREY = (128, 128, 128)  #: of unassigned cells
-_ROWS = 65_536  #: cells worked on at once: a few hundred MB at 75 numbers each
 _AMBIGUOUS = 0.1  #: probability of a second reference class from which a type's clicks are called ambiguous
 _COVERED = (
     0.5  #: probability that some clicked type is a reference class, from which that class is not a type of its own
@@ -109,20 +109,24 @@ def assign_types(
     if other_stain and bank.types:  # without clicks there is nothing but the classes
         space = replace(space, class_variance=config.other_stain * space.class_variance)
     z = np.empty((count, space.transform.shape[1]), np.float32)
-    for start in range(0, count, _ROWS):
-        rows = order[start : start + _ROWS]
-        z[start : start + _ROWS] = space.project(descriptors[rows])
+
+    def project(part: slice) -> None:
+        z[part] = space.project(descriptors[order[part]])
+
+    for_rows(project, count)
     hypotheses, clicked, negative = _interpret(bank, z, space, config)
     known = _known_classes(bank, hypotheses, space) if config.known_types else []
     shift, here = local_shift(z, xy_um[order], hypotheses[0], space, config)
     p = np.zeros((count, len(bank.types) + len(space.reference_classes) + 1), np.float32)
     nearest = np.empty(count, np.int32)
-    for start in range(0, count, _ROWS):
-        part = slice(start, start + _ROWS)
+
+    def score(part: slice) -> None:
         z[part] -= shift[here[part]]
         for hypothesis in hypotheses:
             p[part] += np.float32(hypothesis.weight) * posterior(z[part], hypothesis, space, config)
         _exclude_by_negative_clicks(p[part], z[part], clicked, negative)
+
+    for_rows(score, count)
     p = _with_local_prevalence(p, xy_um[order], config)
     ranked = np.argsort(-p, 1, kind="stable")
     top, second = (np.take_along_axis(p, ranked[:, k : k + 1], 1)[:, 0] for k in (0, 1))
@@ -130,9 +134,11 @@ def assign_types(
     best = p[:, columns].argmax(1)
     leads = ranked[:, 0] == columns[best]
     assigned = leads & (top >= config.min_score) & (top - second >= config.min_margin)
-    for start in range(0, count, _ROWS):
-        part = slice(start, start + _ROWS)
+
+    def find_nearest(part: slice) -> None:
         nearest[part] = _nearest_click(z[part], clicked, best[part])
+
+    for_rows(find_nearest, count)
     back = np.empty(count, np.intp)
     back[order] = np.arange(count)
     codes = np.where(assigned, best + 1, 0).astype(np.int32)

@@ -24,13 +24,17 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from wsiseg.records import TypeSpace
+from wsiseg.runtime.prefetch import parallel_map
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from numpy.typing import NDArray
 
     from wsiseg.config import TypingConfig
@@ -50,6 +54,7 @@ _DIRECTIONS, _WITHIN, _SHIFT = (
     0.25,
     0.1,
 )  #: of a space that is estimated on the slide itself (benchmarks/results/slide_space.md)
+_ROWS = 16_384  #: cells worked on at once, by each thread: 5 MB at 75 numbers each
 _LEAST = 0.01  #: of its variances: none is zero
 
 
@@ -333,20 +338,29 @@ def local_shift(
     free = [k for k in range(len(space.reference_classes)) if k not in hypothesis.classes]
     anchors = hypothesis.slide_effect + np.vstack([hypothesis.means, space.reference_classes[free]])
     columns = [*range(len(hypothesis.means)), *(len(hypothesis.means) + k for k in free)]
-    shift = np.zeros((height * width, z.shape[1]))
+
+    def add_up(shift: NDArray[np.float32], span: slice) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Sum the cells of some squares, weighted by the probability of each type: (squares, columns), (squares, columns, D)."""
+        rows = slice(first[span.start], edges[span.stop])
+        p = posterior(seen[rows] - shift[place[rows]], hypothesis, space, config)[:, columns]
+        starts = first[span] - rows.start
+        sums = [np.add.reduceat(p[:, k : k + 1] * seen[rows], starts, axis=0) for k in range(len(columns))]
+        return np.add.reduceat(p, starts, axis=0), np.stack(sums, 1)
+
+    edges = np.append(first, len(seen))
+    cuts = np.searchsorted(first, range(0, len(seen), _ROWS))  # where a square begins
+    spans = [slice(a, b) for a, b in itertools.pairwise(np.unique(np.append(cuts, len(filled))).tolist())]
+    shift = np.zeros((height * width, z.shape[1]), np.float32)
     for _ in range(_LOCAL_ROUNDS):
-        p = posterior(seen - shift[place].astype(np.float32), hypothesis, space, config)[:, columns]
         n = np.zeros((height * width, len(columns), 1))
         total = np.zeros((height * width, len(columns), z.shape[1]))
-        n[filled, :, 0] = np.add.reduceat(p, first, axis=0)
-        for a in range(len(columns)):
-            total[filled, a] = np.add.reduceat(p[:, a : a + 1] * seen, first, axis=0)
+        for span, (of_span, sums) in zip(spans, parallel_map(partial(add_up, shift), spans), strict=True):
+            n[filled[span], :, 0], total[filled[span]] = of_span, sums
         n, total = (smooth(x.reshape(height, width, -1)).reshape(x.shape) for x in (n, total))
         weight = np.where(n >= _FEW, 1 / (space.class_variance + 1 / np.maximum(n, 1)), 0)
-        shift = ((total / np.maximum(n, 1e-9) - anchors) * weight).sum(1) / (
-            1 / (config.local_shift * space.slide_variance) + weight.sum(1)
-        )
-    return shift.astype(np.float32), here
+        moved = ((total / np.maximum(n, 1e-9) - anchors) * weight).sum(1)
+        shift = (moved / (1 / (config.local_shift * space.slide_variance) + weight.sum(1))).astype(np.float32)
+    return shift, here
 
 
 def slide_space(descriptors: NDArray[np.float16] | NDArray[np.float32]) -> TypeSpace:
@@ -390,3 +404,9 @@ def smooth(grid: NDArray[np.float64]) -> NDArray[np.float64]:
         n = grid.shape[axis]
         grid = padded.take(range(n), axis) + 2 * grid + padded.take(range(2, n + 2), axis)
     return grid / 4
+
+
+def for_rows(work: Callable[[slice], None], count: int) -> None:
+    """Call ``work`` with slices that make up ``count`` rows, on all cores. Rows must be independent: the slices then change no number."""
+    for _ in parallel_map(work, (slice(start, start + _ROWS) for start in range(0, count, _ROWS))):
+        pass

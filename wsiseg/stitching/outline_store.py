@@ -18,8 +18,7 @@ import shapely
 from wsiseg.errors import RunError
 from wsiseg.formats.parts import Part, open_part
 from wsiseg.geometry import largest_part
-from wsiseg.runtime import machine
-from wsiseg.runtime.prefetch import prefetch_map
+from wsiseg.runtime.prefetch import parallel_map
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -31,7 +30,6 @@ if TYPE_CHECKING:
 
 CACHE_BYTES = 16 << 20  #: some 30,000 cells: a block and its neighbours
 _OUTLINE, _DESCRIPTOR, _CONCEPT = ("geometry", "prompt_x", "prompt_y", "score"), ("descriptor",), ("concept_scores",)
-THREADS = min(machine.cores(), 8)
 
 
 @dataclass(frozen=True)
@@ -102,7 +100,7 @@ class OutlineStore:
             visit(k, polygons, numbers)
             return numbers
 
-        groups = list(prefetch_map(read, range(len(self.sources)), threads=THREADS, limit=2 * THREADS))
+        groups = list(parallel_map(read, range(len(self.sources))))
         self.numbers = OutlineTable.concatenate(groups)
         self.measurement_names = tuple(dict.fromkeys(name for k in sorted(names) for name in names[k]))
         self.starts = np.concatenate([[0], np.cumsum([len(g.scores) for g in groups])]).astype(np.intp)

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import shapely
 
-from wsiseg.runtime.prefetch import prefetch_map
-from wsiseg.stitching.outline_store import THREADS
+from wsiseg.runtime.prefetch import parallel_map
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -71,9 +70,7 @@ def find_pairs(outlines: OutlineStore, config: StitchingConfig) -> OverlapPairs:
     outlines.survey(within)
     starts = outlines.starts
     found = [replace(p, low=p.low + starts[k], high=p.high + starts[k]) for k, p in sorted(inside.items())]
-    found += prefetch_map(
-        partial(_candidate_pairs, outlines, config), _neighbours(outlines), threads=THREADS, limit=2 * THREADS
-    )
+    found += parallel_map(partial(_candidate_pairs, outlines, config), _neighbours(outlines))
     pairs = OverlapPairs.concatenate(found)
     rank = _rank(outlines.numbers)
     return pairs.take(np.lexsort((rank[pairs.high], rank[pairs.low])))
@@ -102,9 +99,7 @@ def refine_areas(outlines: OutlineStore, pairs: OverlapPairs, config: StitchingC
     def measure(here: NDArray[np.intp]) -> None:
         shared[here] = shapely.area(shapely.intersection(outlines.polygons(low[here]), outlines.polygons(high[here])))
 
-    for _ in prefetch_map(
-        measure, [inexact[a:b] for a, b in itertools.pairwise(edges) if b > a], threads=THREADS, limit=2 * THREADS
-    ):
+    for _ in parallel_map(measure, [inexact[a:b] for a, b in itertools.pairwise(edges) if b > a]):
         pass
     return replace(pairs, shared=shared).take(shared > 0)
 

@@ -24,8 +24,7 @@ import pyarrow as pa
 import shapely
 
 from wsiseg.geometry import largest_part
-from wsiseg.runtime.prefetch import prefetch_map
-from wsiseg.stitching.outline_store import THREADS
+from wsiseg.runtime.prefetch import parallel_map
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -173,4 +172,4 @@ def clip_overlaps(outlines: OutlineStore, pairs: OverlapPairs) -> ClippedOutline
             areas=shapely.area(left),
         )
 
-    return ClippedOutlines.concatenate(list(prefetch_map(clip, spans, threads=THREADS, limit=2 * THREADS)))
+    return ClippedOutlines.concatenate(list(parallel_map(clip, spans)))
