@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import gc
 import json
 import os
 import subprocess
@@ -14,6 +16,7 @@ import pytest
 from click.testing import CliRunner
 
 from wsiseg.cli import main
+from wsiseg.cli.imports import without_collection
 from wsiseg.errors import ConfigError
 from wsiseg.formats.geoparquet import read_geoparquet
 
@@ -444,3 +447,20 @@ __main__.run()
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (status, "output handler\n" + last)
+
+
+def test_garbage_is_collected_again_after_the_imports() -> None:
+    """Whatever an import raises; and not where it was not collected before."""
+    try:
+        with contextlib.suppress(ImportError), without_collection():
+            assert not gc.isenabled()
+            raise ImportError
+        assert gc.isenabled()
+        assert gc.get_freeze_count() > 0
+        gc.disable()
+        with without_collection():
+            assert not gc.isenabled()
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
+        gc.unfreeze()

@@ -8,6 +8,7 @@ from typing import Any, get_args, get_type_hints
 import click
 
 from wsiseg.cli.arguments import Working
+from wsiseg.cli.imports import without_collection
 from wsiseg.cli.logs import set_verbosity
 from wsiseg.cli.options import device_option, model_option, overwrite_option, quiet_option
 from wsiseg.finetune.config import FinetuneConfig
@@ -123,7 +124,9 @@ def command(
     """  # noqa: D301 - click's mark for lines that stay as they are
     from wsiseg.cli.progress import Progress
     from wsiseg.cli.stop import Stop
-    from wsiseg.finetune.run import finetune
+
+    with without_collection():
+        from wsiseg.finetune.run import finetune
 
     set_verbosity(0, quiet=quiet)
     config = FinetuneConfig(**{name: value for name, value in settings.items() if value is not None})

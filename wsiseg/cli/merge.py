@@ -8,6 +8,7 @@ import click
 
 from wsiseg.cli.arguments import Working
 from wsiseg.cli.failures import Failures
+from wsiseg.cli.imports import without_collection
 from wsiseg.cli.logs import set_verbosity
 from wsiseg.cli.options import formats_option, quiet_option, report_option, runs_argument, split_list
 from wsiseg.cli.report import report_after
@@ -45,7 +46,9 @@ def command(
     """  # noqa: D301 - click's mark for lines that stay as they are
     from wsiseg.cli.run import report
     from wsiseg.cli.stop import Stop
-    from wsiseg.runs.slide import merge_run
+
+    with without_collection():
+        from wsiseg.runs.slide import merge_run
 
     set_verbosity(0, quiet)
     failures, incomplete = Failures(len(runs)), False

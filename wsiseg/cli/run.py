@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from wsiseg.cli.arguments import Working
+from wsiseg.cli.imports import without_collection
 from wsiseg.cli.logs import set_verbosity
 from wsiseg.cli.options import (
     choices,
@@ -242,7 +243,9 @@ def _one(
 ) -> int:
     """Run one slide, or a shard of it, and return the exit status."""
     from wsiseg.cli.progress import Progress
-    from wsiseg.runs.slide import segment_slide
+
+    with without_collection():
+        from wsiseg.runs.slide import segment_slide
 
     with Progress(Path(slide).name, hidden=hidden) as progress:
         printed = _WarningPrinter(quiet=quiet)

@@ -11,6 +11,7 @@ import click
 
 from wsiseg.cli.arguments import Working
 from wsiseg.cli.failures import Failures
+from wsiseg.cli.imports import without_collection
 from wsiseg.cli.options import (
     config_option,
     device_option,
@@ -90,7 +91,9 @@ def command(
     wsiseg type slide.svs --outlines cells.geojson --seeds seeds.json
     """  # noqa: D301 - click's mark for lines that stay as they are
     from wsiseg.errors import ConfigError
-    from wsiseg.runs.retype import check_source, type_run
+
+    with without_collection():
+        from wsiseg.runs.retype import check_source, type_run
 
     check_source(seeds, bank, known_types=known_types)
     if seeds is not None and len(runs) > 1:
@@ -132,7 +135,9 @@ def _described(slide: Path, outlines: Path, out: Path, config_file: Path | None,
     from wsiseg.cli.stop import Stop
     from wsiseg.config import RunConfig, from_mapping, read_config
     from wsiseg.errors import RunError, counted
-    from wsiseg.runs.slide import segment_slide
+
+    with without_collection():
+        from wsiseg.runs.slide import segment_slide
 
     config = RunConfig() if config_file is None else read_config(config_file, RunConfig())
     given = {name: value for name, value in settings.items() if value is not None} | {"outlines": str(outlines)}

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from wsiseg.cli.arguments import Working
+from wsiseg.cli.imports import without_collection
 from wsiseg.cli.options import device_option, model_option, mpp_options, reader_option
 
 if TYPE_CHECKING:
@@ -70,8 +71,10 @@ def command(
     from wsiseg.config import RunConfig, from_mapping
     from wsiseg.errors import ConfigError
     from wsiseg.viewer.browser import opened
-    from wsiseg.viewer.opening import open_page
-    from wsiseg.viewer.server import PageServer
+
+    with without_collection():
+        from wsiseg.viewer.opening import open_page
+        from wsiseg.viewer.server import PageServer
 
     given = {"mpp": mpp, "force_mpp": force_mpp or None, "model": model, "device": device, "reader": reader}
     config = from_mapping({k: v for k, v in given.items() if v is not None}, "command line", RunConfig())
