@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -28,14 +28,12 @@ from wsiseg.finetune.phrase_networks import with_stray_words
 from wsiseg.finetune.prompts import read_prompt_bank
 from wsiseg.finetune.run import finetune
 from wsiseg.models import find_weights, load_model
+from wsiseg.models.cards import text_card
 from wsiseg.models.catalogue import verify
 from wsiseg.models.phrases import PLACE, STRIDE_PX, PhraseDecoder, Vocabulary, plain_phrase, share_inside
 from wsiseg.models.registry import MODELS
 from wsiseg.models.text_encoder import open_text_encoder
 from wsiseg.records import Embeddings, WindowMasks
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 TYPES = ("Blue", "dark")
 COLOURS = ((60, 110, 190), (90, 60, 140))
@@ -300,13 +298,28 @@ def test_other_prompts_give_what_the_parent_gives(adapted):
     assert a.geometry.equals(b.geometry)
 
 
+def test_types_by_words_are_doubted_on_other_tissue_and_stains():
+    """The packaged decoder says what tissue it learned types on; a file of before says nothing, and is read."""
+    doubts = load_model("nuclei-compact", "cpu").vocabulary.doubts
+    assert not doubts(["all nuclei"], "he", 1)
+    (doubt,) = doubts(["lymphocyte", "stromal"], "he", 2)
+    assert "as it learned them on breast" in doubt
+    (doubt,) = doubts(["lymphocyte", "stromal"], "ihc", 2)
+    assert "the slide's stain is ihc" in doubt
+    stated = {"encoder": "table", "sha256": "0", "width": 2, "phrases": ["nuclei"], "types": []}
+    assert text_card(stated, Path("a.safetensors")).tissue == ""
+    for wrong in ({"tissue": 5}, {"tissues": "breast"}):
+        with pytest.raises(WeightsError, match=r"a\.safetensors"):
+            text_card(stated | wrong, Path("a.safetensors"))
+
+
 def test_a_phrase_that_is_known_needs_no_text_encoder(adapted, table, tmp_path, monkeypatch):
     """Others do: with it they are read, and doubted; without it the message names it."""
     model = load_model(str(adapted), "cpu")
     known = model.vocabulary.encode_text(" DARK  nuclei ")
     assert torch.allclose(known, torch.from_numpy(open_text_encoder(str(table)).encode("dark nuclei"))[None])
-    assert not model.vocabulary.doubts(["dark nuclei", "segment nuclei"], "he")
-    (doubt,) = model.vocabulary.doubts(["slate nuclei"], "he")
+    assert not model.vocabulary.doubts(["dark nuclei", "segment nuclei"], "he", 2)
+    (doubt,) = model.vocabulary.doubts(["slate nuclei"], "he", 1)
     assert "not with 'slate nuclei'" in doubt
     assert "all nuclei and those of Blue, dark" in doubt
     assert model.vocabulary.encode_text("slate nuclei").shape == (1, 64)

@@ -36,6 +36,7 @@ HERE = Path(__file__).parent
 LYMPHOCYTE, TUMOUR, STROMAL = REFERENCE_CLASSES
 #: Names of the types of each collection, by their numbers; a type without a name is never meant.
 NAMES = {"brca_m2c": {1: LYMPHOCYTE, 2: TUMOUR, 3: STROMAL}, "nucls_mini": {1: TUMOUR, 2: STROMAL, 3: LYMPHOCYTE}}
+TISSUE = "breast"  #: of both
 PHRASES = 3  #: K, by default
 AVERAGE_STEPS = 100
 OBJECTIVES = ("prompt-group", "supervised")
@@ -123,7 +124,12 @@ def train(options: argparse.Namespace) -> None:
             with (options.out / "curve.jsonl").open("a") as stream:
                 stream.write(json.dumps(row) + "\n")
     card = TextCard(
-        encoder=encoder.name, sha256=encoder.sha256, width=encoder.width, phrases=every, types=REFERENCE_CLASSES
+        encoder=encoder.name,
+        sha256=encoder.sha256,
+        width=encoder.width,
+        phrases=every,
+        types=REFERENCE_CLASSES,
+        tissue=TISSUE,
     )
     tensors = average.state_dict() | {"known": torch.stack([vectors[phrase] for phrase in every])}
     tensors = {PREFIX + name: value.half().contiguous() for name, value in tensors.items()}

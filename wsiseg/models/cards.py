@@ -30,6 +30,8 @@ class TextCard:
         Those that it was trained with: they are read without the encoder.
     types
         What they mean, besides all nuclei.
+    tissue
+        Tissue that the types were learned on, where that is known.
     """
 
     encoder: str
@@ -37,6 +39,7 @@ class TextCard:
     width: int
     phrases: tuple[str, ...]
     types: tuple[str, ...]
+    tissue: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,9 +117,9 @@ def text_card(stated: Any, path: Path) -> TextCard:  # noqa: ANN401
     WeightsError
         They are not of this version.
     """
-    kinds = {"encoder": str, "sha256": str, "width": int, "phrases": list, "types": list}
-    sound = isinstance(stated, dict) and stated.keys() == kinds.keys()
-    sound = sound and all(isinstance(stated[key], kind) for key, kind in kinds.items())
+    kinds = {"encoder": str, "sha256": str, "width": int, "phrases": list, "types": list, "tissue": str}
+    sound = isinstance(stated, dict) and stated.keys() | {"tissue"} == kinds.keys()
+    sound = sound and all(isinstance(value, kinds[key]) for key, value in stated.items())
     if not sound or not all(isinstance(entry, str) for key in ("phrases", "types") for entry in stated[key]):
         raise foreign_note(path, json.dumps(stated, sort_keys=True))
     return TextCard(**{**stated, "phrases": tuple(stated["phrases"]), "types": tuple(stated["types"])})

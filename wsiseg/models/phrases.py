@@ -196,19 +196,24 @@ class Vocabulary:
             )
         return torch.from_numpy(encoder.encode(plain))[None]
 
-    def doubts(self, phrases: Sequence[str], stain: str) -> list[str]:
-        """Warn of phrases that it was not trained with, and of a stain that is not H&E."""
+    def doubts(self, phrases: Sequence[str], stain: str, types: int) -> list[str]:
+        """Warn of phrases that it was not trained with, of a stain that is not H&E, and of ``types`` that words alone tell apart."""
         doubts = []
         if new := [repr(phrase) for phrase in phrases if plain_phrase(phrase) not in self.text.phrases]:
-            types = ", ".join(self.text.types)
-            learned = f"{len(self.text.phrases)} phrases for all nuclei{f' and those of {types}' if types else ''}"
+            learned = ", ".join(self.text.types)
+            words = f"{len(self.text.phrases)} phrases for all nuclei{f' and those of {learned}' if learned else ''}"
             doubts.append(
-                f"{self.name} was trained with {learned}, not with {', '.join(new)}: what new words mean is guessed from similar ones; "
+                f"{self.name} was trained with {words}, not with {', '.join(new)}: what new words mean is guessed from similar ones; "
                 "look at the result on the slide before you use it"
             )
         if stain != "he":
             doubts.append(
                 f"{self.name} learned phrases on H&E, and the slide's stain is {stain}: phrases for types mislead there; use clicks"
+            )
+        elif types > 1 and self.text.tissue:
+            doubts.append(
+                f"{self.name} tells types apart by words as it learned them on {self.text.tissue}: check them on other tissue, or click one cell "
+                "per type"
             )
         return doubts
 

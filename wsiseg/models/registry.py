@@ -30,7 +30,7 @@ MODELS = {
         instance_decoder=True,
         prompts=("points", "boxes", "text"),
         phrases=WEIGHTS_FOLDER / "nuclei-compact-phrases.safetensors",
-        phrases_sha256="ee5b5ab2c749bc775bd233a0f3339c652e97f47eba700e27872c16a070698aa7",
+        phrases_sha256="f85bf8fc322308146b473f79f4ced372651e39de265b5fc3ed54fdf08922317d",
     )
 }
 

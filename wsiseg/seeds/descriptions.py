@@ -101,7 +101,7 @@ def doubts_of(model: PromptableModel, types: Sequence[DescribedType], stain: str
     if not phrases:
         return []
     vocabulary = vocabulary_of(model)
-    return [UNRELIABLE] if vocabulary is None else vocabulary.doubts(phrases, stain)
+    return [UNRELIABLE] if vocabulary is None else vocabulary.doubts(phrases, stain, len(types))
 
 
 @torch.inference_mode()
