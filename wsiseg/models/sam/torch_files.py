@@ -13,10 +13,12 @@ which can be made, called, filled and changed like anything and does nothing; a 
 
 from __future__ import annotations
 
+import io
 import lzma
 import math
 import mmap
 import pickle
+import pickletools
 import struct
 import sys
 import zipfile
@@ -187,9 +189,10 @@ def _read_zip(path: Path) -> TorchFile:
         with path.open("rb") as stream, zipfile.ZipFile(stream) as archive:
             root = _root(path, archive)
             whole = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
-            with archive.open(f"{root}data.pkl") as instructions:
-                reader = _Reader(instructions, archive, root, whole)
-                return TorchFile(reader.load(), tuple(sorted(reader.foreign)))
+            instructions = archive.read(f"{root}data.pkl")
+            _require_plausible_memo(instructions)
+            reader = _Reader(io.BytesIO(instructions), archive, root, whole)
+            return TorchFile(reader.load(), tuple(sorted(reader.foreign)))
     except WeightsError:
         raise
     except _HarmError as error:
@@ -222,6 +225,13 @@ def _root(path: Path, archive: zipfile.ZipFile) -> str:
     if damaged:
         raise WeightsError(f"{path}: {damaged} in it fails its check sum; the file is damaged: download it again")
     return root
+
+
+def _require_plausible_memo(instructions: bytes) -> None:
+    """Refuse a pickle that numbers an object beyond its own length: pickle's memo is as long as the highest number, so one bit is gigabytes."""
+    for opcode, number, _ in pickletools.genops(instructions):
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(number or 0) > len(instructions):
+            raise ValueError(f"object {number} in {len(instructions)} bytes of data.pkl")
 
 
 def _read_old(path: Path) -> TorchFile:
