@@ -15,9 +15,9 @@ set -euo pipefail
 
 # The warning comes to this shell alone, which passes it on; TERM, of scancel or the time limit, comes to wsiseg as well. Either ends `wait`.
 asked='' again=yes
-wsiseg run "$1" --out "$2" --shard slurm "${@:3}" &
-trap 'asked=yes again=yes; kill -USR1 $! 2> /dev/null || true' USR1
+trap 'asked=yes again=yes; kill -USR1 "${!:-}" 2> /dev/null || true' USR1
 trap 'again=yes' TERM
+wsiseg run "$1" --out "$2" --shard slurm "${@:3}" &
 while [ -n "$again" ]; do
     again='' status=0
     wait $! || status=$?

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parent.parent
 FILES = ("cells.parquet", "cells.geojson.gz")
-SETTINGS = {"mpp": 0.5, "tiling": {"tile_um": 64, "block_tiles": 1}}  # of half the slide: 8 blocks of a tile each
+SETTINGS = {"mpp": 0.5, "tiling": {"tile_um": 64, "block_tiles": 1}}  # of half the slide: a dozen blocks of a tile each
 
 #: ``sbatch``, ``scontrol``, ``qsub`` and ``bsub``, as far as our scripts and the lines that submit them go. What is submitted has ended on return.
 BATCH_SYSTEM = """
@@ -291,18 +291,19 @@ def test_a_task_that_runs_out_of_time_is_requeued_and_goes_on(site: Site) -> Non
     task = site.start("slurm_slide.sh", *arguments, **ARRAY)
     site.wait_for(lambda: site.parts("signalled"), task)
     os.kill(task.pid, signal.SIGUSR1)
-    _, errors = task.communicate(timeout=60)
+    _, errors = task.communicate(timeout=240)
     assert task.returncode == 3, errors
     assert "SIGUSR1: finishing the current block" in errors
     assert "run the same command again to resume" in errors
     assert (site.state / "scontrol").read_text() == "requeue 7_1\n"
     assert not list((site.folder / "signalled").rglob("*.claim"))
     before = {path: path.stat().st_mtime_ns for path in site.parts("signalled")}
-    assert 0 < len(before) < 8
+    assert before
     task = site.start("slurm_slide.sh", *arguments, **ARRAY)
-    _, errors = task.communicate(timeout=60)
+    _, errors = task.communicate(timeout=240)
     assert task.returncode == 0, errors
     assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert len(site.parts("signalled")) > len(before)
     merged = site.bash("wsiseg merge 'signalled/my slide'")
     assert merged.returncode == 0, merged.stderr
     site.check("signalled")
