@@ -449,8 +449,14 @@ __main__.run()
     assert (done.returncode, done.stdout) == (status, "output handler\n" + last)
 
 
-def test_garbage_is_collected_again_after_the_imports() -> None:
-    """Whatever an import raises; and not where it was not collected before."""
+def test_garbage_is_collected_again_after_the_imports(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever an import raises; and nothing changes where torch is there already, or garbage was not collected before."""
+    frozen = gc.get_freeze_count()
+    monkeypatch.setitem(sys.modules, "torch", sys)
+    with without_collection():
+        assert gc.isenabled()
+    assert gc.get_freeze_count() == frozen
+    monkeypatch.delitem(sys.modules, "torch")
     try:
         with contextlib.suppress(ImportError), without_collection():
             assert not gc.isenabled()

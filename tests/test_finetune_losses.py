@@ -217,7 +217,7 @@ def test_no_prompt_ever_has_a_negative_weight(losses, tau, group_weight):
     weights = L.prompt_weights(torch.tensor(losses, dtype=torch.float64), tau, group_weight)
     assert (weights >= 0).all()
     assert weights.sum().item() == pytest.approx(1)
-    order = torch.tensor(losses).argsort()
+    order = torch.tensor(losses, dtype=torch.float64).argsort()
     assert (weights[order].diff() <= 1e-9).all()  # the harder, the less
 
 

@@ -42,7 +42,7 @@ SURE_CELL = """(() => {
   const best = wanted.reduce((a, b) => (o.margins[s.rows[a]] < 255 && o.margins[s.rows[a]] >= o.margins[s.rows[b]] ? a : b));
   return [(s.boxes[4 * best] + s.boxes[4 * best + 2]) / 2, (s.boxes[4 * best + 1] + s.boxes[4 * best + 3]) / 2];
 })()"""  #: the middle of a cell of the first type that was not clicked
-PAINTED = """([code, anew]) => {
+PAINTED = """code => [false, true].map(anew => {
   const o = wsiseg.overlay;
   o.hovered = null;
   if (anew) o.pictures.clear();
@@ -57,7 +57,7 @@ PAINTED = """([code, anew]) => {
     sum = (31 * sum + px[k] + 7 * px[k + 1] + 13 * px[k + 2] + 17 * px[k + 3]) % 1000000007;
   }
   return [count, sum];
-}"""  #: px of a type's colour, and a number for all px
+})"""  #: px of a type's colour, and a number for all px; as painted from what is kept, and drawn anew
 PICTURES = os.environ.get("WSISEG_VIEW_PICTURES")  #: a folder: the tests leave pictures of the page there
 
 
@@ -187,7 +187,7 @@ class Window:
     def painted(self, code: int) -> int:
         """How many px over the slide have the colour of a type. What is kept as pictures is what would be drawn now."""
         self.wait("wsiseg.overlay.settled")
-        kept, drawn = (self.page.evaluate(PAINTED, [code, anew]) for anew in (False, True))
+        kept, drawn = self.page.evaluate(PAINTED, code)
         assert kept == drawn
         return int(kept[0])
 
@@ -312,6 +312,7 @@ def test_the_keyboard_alone_reaches_everything(browser: Any, address: str) -> No
             break
         window.press("Shift+ArrowRight")
         page.wait_for_timeout(100)
+        window.wait("wsiseg.overlay.settled")
     assert page.evaluate("wsiseg.overlay.hovered !== null")
     window.press("Enter")
     window.wait("wsiseg.state().types[0].points.length === 1")
@@ -376,7 +377,7 @@ def test_names_are_text_and_panels_work(browser: Any, address: str) -> None:
     window.press("h")
     assert not page.is_checked("#outlines")
     assert window.painted(0) == 0
-    page.click("text=Remove", timeout=2000)
+    page.click("text=Remove")
     window.wait("wsiseg.state().regions.length === 0")
     assert window.said == []
     page.close()

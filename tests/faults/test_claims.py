@@ -393,7 +393,9 @@ def test_an_owner_that_is_suspended_loses_its_claim_and_leaves_the_new_one_alone
         assert other.ask("claims.take('a')") is False, "it beats"
         time.sleep(DEAD / 10)
     owner.send(signal.SIGSTOP)
-    assert until(lambda: other.ask("claims.take('a')")) >= DEAD - 3 * BEAT
+    last = (tmp_path / "a.claim").stat().st_mtime
+    until(lambda: other.ask("claims.take('a')"))
+    assert time.time() - last >= DEAD
     mine = token(tmp_path, "a")
     owner.send(signal.SIGCONT)
     until(lambda: owner.ask("list(claims._held)") == ["b"])
@@ -420,7 +422,7 @@ def test_work_that_keeps_the_interpreters_lock_does_not_cost_the_claim(tmp_path:
     owner, other = run(2, dead_after=2.5)
     owner.ask("elsewhere()")
     assert owner.ask("claims.take('a')")
-    owner.tell("[ctypes.PyDLL(None).usleep(800_000) for _ in range(4)] and sum(range(10_000_000)) > 0")
+    owner.tell("[ctypes.PyDLL(None).usleep(200_000) for _ in range(18)] and sum(range(10_000_000)) > 0")
     end = time.monotonic() + 3.5
     while time.monotonic() < end:
         assert other.ask("claims.take('a')") is False
@@ -575,6 +577,7 @@ def test_drop_stale_removes_what_the_dead_left_and_nothing_else(tmp_path: Path) 
         assert claims.take("mine")
         kept = {"elsewhere.claim", ".y.claim.taking", "alive.claim", "mine.claim", "0000-0000.parquet", "claim"}
         kept.add(".cells.parquet.node7-12345678.1.ab.partial")
+        begun = time.monotonic()
         claims.drop_stale()
         assert {p.name for p in tmp_path.iterdir()} == kept
 
@@ -583,7 +586,8 @@ def test_drop_stale_removes_what_the_dead_left_and_nothing_else(tmp_path: Path) 
             claims.drop_stale()
             return {p.name for p in tmp_path.iterdir()} == kept - {"elsewhere.claim", ".y.claim.taking"}
 
-        assert until(clean) >= DEAD - 2 * BEAT
+        until(clean)
+        assert time.monotonic() - begun >= DEAD
     Claims(tmp_path / "nowhere").drop_stale()
 
 
@@ -658,8 +662,10 @@ with Claims(folder, heartbeat_s=0.02) as claims:
     folder.chmod(0o555)
     (folder / "b.claim").chmod(0o000)
     first = (folder / "a.claim").read_bytes()
-    time.sleep(0.2)
-    assert (folder / "a.claim").read_bytes() != first
+    end = time.monotonic() + 20
+    while (folder / "a.claim").read_bytes() == first:
+        assert time.monotonic() < end, "not renewed"
+        time.sleep(0.02)
     assert sorted(claims._held) == ["a", "b"]
     with Claims(folder) as other:
         assert other.busy(["a", "b"]) == ["a", "b"]
@@ -728,8 +734,10 @@ with Claims(folder, heartbeat_s=0.02, dead_after_s=0.2) as claims:
             print(type(error).__name__, error)
     claims.drop_stale()
     first = (folder / "a.claim").read_bytes()
-    time.sleep(0.2)
-    assert (folder / "a.claim").read_bytes() != first
+    end = time.monotonic() + 20
+    while (folder / "a.claim").read_bytes() == first:
+        assert time.monotonic() < end, "not renewed"
+        time.sleep(0.02)
     print(sorted(p.name for p in folder.iterdir()), sorted(claims._held))
     (folder / "filler").unlink()
     assert claims.take("c")
@@ -873,7 +881,9 @@ def test_a_process_of_another_pid_namespace_is_judged_by_its_beats(tmp_path: Pat
         time.sleep(BEAT)
     inside.popen.kill()
     inside.popen.wait()
-    assert until(lambda: outside.ask("claims.take('a')")) >= DEAD - 3 * BEAT
+    last = (tmp_path / "a.claim").stat().st_mtime
+    until(lambda: outside.ask("claims.take('a')"))
+    assert time.time() - last >= DEAD
 
 
 @linux

@@ -145,7 +145,10 @@ def test_twice_is_now(run: Run, tmp_path: Path) -> None:
     process = run.start(tmp_path)
     wait_for(lambda: parts(run.folder(tmp_path)) or process.poll() is not None)
     process.send_signal(signal.SIGTERM)
-    time.sleep(0.05)
+    assert process.stderr
+    assert any(
+        "SIGTERM: finishing the current block" in line for line in process.stderr
+    )  # signals that nobody took merge
     process.send_signal(signal.SIGTERM)
     process.wait(10)
     assert process.returncode == -signal.SIGTERM

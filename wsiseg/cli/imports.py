@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ def without_collection() -> Iterator[None]:
 
     Modules stay, so going through their million objects again and again finds nothing; it takes a seventh of a command's start.
     """
-    if not gc.isenabled():
+    if "torch" in sys.modules or not gc.isenabled():
         yield
         return
     gc.disable()
