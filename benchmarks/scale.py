@@ -161,7 +161,7 @@ def merge(folder: Path) -> dict[str, object]:
         "outlines": counts["outlines"],
         "cells": counts["cells"],
         "clipped": counts["clipped"],
-        **{f"{k} s": seconds[k] for k in ("stitch", "type", "write")},
+        **{f"{k} s": seconds[k] for k in ("stitch", "type", "measure", "write")},
         "validate s": time.perf_counter() - started,
     }
 
