@@ -77,44 +77,47 @@ def measure(slide: str, scratch: Path) -> tuple[CpuClock, dict[str, float]]:
     clock, config = CpuClock(), RunConfig(method="apg", precision="fp32", device="cpu")
     model = load_model("nuclei-compact", "cpu")
     counts: dict[str, float] = defaultdict(float)
-    with open_slide(slide, reader="openslide") as reader, open_slide(slide, reader="openslide") as alone:
-        if not isinstance(alone, OpenSlideReader):
-            raise TypeError(f"{slide}: not a slide of OpenSlide")
-        alone._direct = None  # what this is compared with
-        lattice, area = Lattice(reader.info.mpp, model.mpp), SearchArea(None, None)
-        blocks = plan_for_model(reader.info, model, config.tiling, area.wanted)
-        segmenter = TileSegmenter(model, config, lattice, area, None, name=slide)
-        for number, block in enumerate([blocks[0], *blocks]):
-            if number == 1:  # the first time loads libraries
-                clock.seconds.clear()
-                counts.clear()
-            found = []
-            for tile in block.tiles:
-                with clock("read, OpenSlide alone"):
-                    read_region(alone, tile.outer, lattice)
-                with clock("read"):
-                    pixels = read_region(reader, tile.outer, lattice)
-                (encoded,) = segmenter.encode([pixels])
-                maps = encoded.embeddings.maps
-                if maps is None:
-                    raise TypeError("the model has no instance maps")
-                with clock("prompts, distance transform"):
-                    by_distance_transform(maps[0].numpy(), config.apg)
-                with clock("prompts"):
-                    points = segmenter.find_prompts(tile, encoded)
-                (masks,) = segmenter.decode([tile], [encoded], [points])
-                with clock("trace"):
-                    cells, _ = segmenter.trace(tile, masks)
-                with clock("measure stains"):
-                    cells = measure_colours(cells, pixels, tile.outer, lattice, reader.info.size_px0, "he")
-                found.append(cells)
-                counts["prompts"] += len(points)
-            with clock("write"):
-                cells = Cells.concatenate(found, model.descriptor_size)
-                write_part(scratch / f"{block.name}.parquet", cells, "0", {}, [])
-            counts["outlines"] += len(cells)
-        width, height = reader.info.size_px0
-        counts["mm2"] = width * height * reader.info.mpp**2 / 1e6
+    for warm in (
+        True,
+        False,
+    ):  # the first time loads libraries; then everything is opened anew, as what was read lately is kept
+        clock.seconds.clear()
+        counts.clear()
+        with open_slide(slide, reader="openslide") as reader, open_slide(slide, reader="openslide") as alone:
+            if not isinstance(alone, OpenSlideReader):
+                raise TypeError(f"{slide}: not a slide of OpenSlide")
+            alone._direct = None  # what this is compared with
+            lattice, area = Lattice(reader.info.mpp, model.mpp), SearchArea(None, None)
+            blocks = plan_for_model(reader.info, model, config.tiling, area.wanted)
+            segmenter = TileSegmenter(model, config, lattice, area, None, name=slide)
+            for block in blocks[:1] if warm else blocks:
+                found = []
+                for tile in block.tiles:
+                    with clock("read, OpenSlide alone"):
+                        read_region(alone, tile.outer, lattice)
+                    with clock("read"):
+                        pixels = read_region(reader, tile.outer, lattice)
+                    (encoded,) = segmenter.encode([pixels])
+                    maps = encoded.embeddings.maps
+                    if maps is None:
+                        raise TypeError("the model has no instance maps")
+                    with clock("prompts, distance transform"):
+                        by_distance_transform(maps[0].numpy(), config.apg)
+                    with clock("prompts"):
+                        points = segmenter.find_prompts(tile, encoded)
+                    (masks,) = segmenter.decode([tile], [encoded], [points])
+                    with clock("trace"):
+                        cells, _ = segmenter.trace(tile, masks)
+                    with clock("measure stains"):
+                        cells = measure_colours(cells, pixels, tile.outer, lattice, reader.info.size_px0, "he")
+                    found.append(cells)
+                    counts["prompts"] += len(points)
+                with clock("write"):
+                    cells = Cells.concatenate(found, model.descriptor_size)
+                    write_part(scratch / f"{block.name}.parquet", cells, "0", {}, [])
+                counts["outlines"] += len(cells)
+            width, height = reader.info.size_px0
+            counts["mm2"] = width * height * reader.info.mpp**2 / 1e6
     return clock, dict(counts)
 
 
