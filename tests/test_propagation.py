@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 
-from wsiseg.celltypes import plda
+from wsiseg.celltypes import assignment, plda
 from wsiseg.celltypes.assignment import assign_types, set_click_labels
 from wsiseg.celltypes.plda import infer_hypotheses, learn_from_sure_cells, slide_space
 from wsiseg.config import TypingConfig
@@ -334,7 +334,8 @@ def test_numbers_do_not_depend_on_how_many_cells_are_worked_on_at_once(monkeypat
     xy, bank = places(len(z), size_um=3000.0), bank_of(z, kinds, [0, 1], negative=[2])
     whole, _ = assign_types(z, xy, bank, space(kinds=3), TypingConfig())
     for rows in (1000, 37):
-        monkeypatch.setattr(plda, "_ROWS", rows)
+        for module in (assignment, plda):
+            monkeypatch.setattr(module, "ROWS", rows)
         sliced, _ = assign_types(z, xy, bank, space(kinds=3), TypingConfig())
         for name in ("codes", "scores", "margins", "prototypes"):
             assert getattr(sliced, name).tobytes() == getattr(whole, name).tobytes(), name

@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from wsiseg.celltypes.plda import (
+    ROWS,
     Hypothesis,
-    for_rows,
     hypothesis_without_clicks,
     infer_hypotheses,
     learn_from_sure_cells,
@@ -39,9 +39,10 @@ from wsiseg.celltypes.plda import (
 )
 from wsiseg.formats.seed_rules import PALETTE
 from wsiseg.records import UNASSIGNED, Typing, TypingNotes
+from wsiseg.runtime.prefetch import parallel_map
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
 
@@ -113,7 +114,7 @@ def assign_types(
     def project(part: slice) -> None:
         z[part] = space.project(descriptors[order[part]])
 
-    for_rows(project, count)
+    _for_rows(project, count)
     hypotheses, clicked, negative = _interpret(bank, z, space, config)
     known = _known_classes(bank, hypotheses, space) if config.known_types else []
     shift, here = local_shift(z, xy_um[order], hypotheses[0], space, config)
@@ -126,7 +127,7 @@ def assign_types(
             p[part] += np.float32(hypothesis.weight) * posterior(z[part], hypothesis, space, config)
         _exclude_by_negative_clicks(p[part], z[part], clicked, negative)
 
-    for_rows(score, count)
+    _for_rows(score, count)
     p = _with_local_prevalence(p, xy_um[order], config)
     ranked = np.argsort(-p, 1, kind="stable")
     top, second = (np.take_along_axis(p, ranked[:, k : k + 1], 1)[:, 0] for k in (0, 1))
@@ -138,7 +139,7 @@ def assign_types(
     def find_nearest(part: slice) -> None:
         nearest[part] = _nearest_click(z[part], clicked, best[part])
 
-    for_rows(find_nearest, count)
+    _for_rows(find_nearest, count)
     back = np.empty(count, np.intp)
     back[order] = np.arange(count)
     codes = np.where(assigned, best + 1, 0).astype(np.int32)
@@ -172,6 +173,12 @@ def assign_types(
         *_unclicked(ranked[:, 0] - len(bank.types), known, space),
     )
     return typing, TypingNotes(reference_classes, warnings)
+
+
+def _for_rows(work: Callable[[slice], None], count: int) -> None:
+    """Call ``work`` with slices that make up ``count`` rows, on all cores. Rows must be independent: the slices then change no number."""
+    for _ in parallel_map(work, (slice(start, start + ROWS) for start in range(0, count, ROWS))):
+        pass
 
 
 def _interpret(

@@ -33,8 +33,6 @@ from wsiseg.records import TypeSpace
 from wsiseg.runtime.prefetch import parallel_map
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from numpy.typing import NDArray
 
     from wsiseg.config import TypingConfig
@@ -54,7 +52,7 @@ _DIRECTIONS, _WITHIN, _SHIFT = (
     0.25,
     0.1,
 )  #: of a space that is estimated on the slide itself (benchmarks/results/slide_space.md)
-_ROWS = 16_384  #: cells worked on at once, by each thread: 5 MB at 75 numbers each
+ROWS = 16_384  #: cells worked on at once, by each thread: 5 MB at 75 numbers each
 _LEAST = 0.01  #: of its variances: none is zero
 
 
@@ -348,7 +346,7 @@ def local_shift(
         return np.add.reduceat(p, starts, axis=0), np.stack(sums, 1)
 
     edges = np.append(first, len(seen))
-    cuts = np.searchsorted(first, range(0, len(seen), _ROWS))  # where a square begins
+    cuts = np.searchsorted(first, range(0, len(seen), ROWS))  # where a square begins
     spans = [slice(a, b) for a, b in itertools.pairwise(np.unique(np.append(cuts, len(filled))).tolist())]
     shift = np.zeros((height * width, z.shape[1]), np.float32)
     for _ in range(_LOCAL_ROUNDS):
@@ -404,9 +402,3 @@ def smooth(grid: NDArray[np.float64]) -> NDArray[np.float64]:
         n = grid.shape[axis]
         grid = padded.take(range(n), axis) + 2 * grid + padded.take(range(2, n + 2), axis)
     return grid / 4
-
-
-def for_rows(work: Callable[[slice], None], count: int) -> None:
-    """Call ``work`` with slices that make up ``count`` rows, on all cores. Rows must be independent: the slices then change no number."""
-    for _ in parallel_map(work, (slice(start, start + _ROWS) for start in range(0, count, _ROWS))):
-        pass

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 Item = TypeVar("Item")
 
 TASK_TILES = 64  #: a task has at least this many tiles: at 20 ms each, giving it out costs below 1 % (benchmarks/results/scheduling.md)
-SETTLE_S = 0.01  #: before a task begins: Dask sends the result of the one before within 2 ms, and a worker that dies sooner takes it along
 TASKS_PER_WORKER = 4  #: but little work is cut finer, or the last task would keep everyone waiting
+SETTLE_S = 0.01  #: before a task begins: Dask sends the result of the one before within 2 ms, and a worker that dies sooner takes it along
 
 
 class WorkerSetup(NamedTuple):
