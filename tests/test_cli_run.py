@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from wsiseg import __main__
 from wsiseg.cli import main
 from wsiseg.cli.imports import without_collection
 from wsiseg.errors import ConfigError
@@ -470,3 +471,17 @@ def test_garbage_is_collected_again_after_the_imports(monkeypatch: pytest.Monkey
     finally:
         gc.enable()
         gc.unfreeze()
+
+
+@pytest.mark.parametrize("chosen", [{}, {"OMP_WAIT_POLICY": "ACTIVE"}, {"GOMP_SPINCOUNT": "7"}])
+def test_threads_that_wait_sleep_soon_unless_somebody_chose_otherwise(chosen: dict[str, str]) -> None:
+    script = """
+import os
+from wsiseg import __main__, cli
+
+cli.main = lambda: print({k: v for k, v in os.environ.items() if k in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")})
+__main__.run()
+"""
+    rest = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=rest | chosen)
+    assert done.stdout.strip() == str(chosen or {"GOMP_SPINCOUNT": __main__.SPINS})
